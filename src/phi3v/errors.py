@@ -1,0 +1,38 @@
+"""Errors that phi3v raises on purpose.
+
+Every class also is the standard error it stands for, so callers may catch either. A message is one line that says what is
+wrong, where, the limit that was broken and the way out; the command line prints exactly that line and exits with code 1.
+To add a class: derive from `Phi3VError` and from the closest built-in exception.
+"""
+
+
+class Phi3VError(Exception):
+    """Base of all errors that phi3v raises on purpose."""
+
+
+class ConfigError(Phi3VError, ValueError):
+    """A recipe, an option or a combination of options is not valid."""
+
+
+class DataError(Phi3VError, ValueError):
+    """A data set, a row, a column or a template is not usable."""
+
+
+class ImageError(DataError):
+    """An image cannot be read, decoded or is refused by a limit."""
+
+
+class CheckpointError(Phi3VError, ValueError):
+    """A model folder, an adapter or a run does not hold what it should."""
+
+
+class DeviceError(Phi3VError, RuntimeError):
+    """The device that was asked for is missing or does not support what was asked of it."""
+
+
+class MissingPackageError(Phi3VError, ImportError):
+    """An optional package is needed for what was asked and is not installed."""
+
+
+class TrainingError(Phi3VError, RuntimeError):
+    """Training cannot go on: nothing to train, a non-finite loss, a broken resume."""
