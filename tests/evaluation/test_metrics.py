@@ -1,0 +1,288 @@
+"""Scores on strings: literal cases with partial credit, and the places where answers lose their form."""
+
+import math
+
+import pytest
+
+from phi3v.errors import ConfigError
+from phi3v.evaluation.metrics import (
+    AnswerTemplate,
+    Share,
+    choose_numeric_fields,
+    exact_match,
+    field_is_right,
+    looks_numeric,
+    majority_answer,
+    majority_fields,
+    parse_number,
+    score_answers,
+    score_field,
+    text_similarity,
+    wilson_interval,
+)
+
+PRODUCT = AnswerTemplate("Product: {title}, Category: {category3_code}, Full Price: {full_price}")
+AB = AnswerTemplate("a: {a}, b: {b}")
+
+
+@pytest.mark.parametrize(
+    ("expected", "answers", "hits"),
+    [
+        (["a cat", "a dog"], ["a cat", "a dog"], 2),
+        (["a cat", "a dog"], ["a cat ", "\na dog"], 2),  # outer white space
+        (["a cat", "a dog"], ["A cat", "a dog"], 1),  # case counts
+        (["a cat", "a dog"], ["a  cat", "a dog"], 1),  # inner white space counts
+        (["a cat", "a dog"], ["a cat.", "a"], 0),
+        (["a cat", "a dog"], ["a dog", "a cat"], 0),  # rows are not exchangeable
+        ([], [], 0),
+    ],
+)
+def test_exact_match_counts_rows(expected, answers, hits):
+    share = exact_match(expected, answers)
+    assert (share.hits, share.total) == (hits, len(expected))
+
+
+def test_lists_of_different_length_are_refused():
+    with pytest.raises(ValueError, match="zip"):
+        exact_match(["a"], [])
+    with pytest.raises(ValueError, match="zip"):
+        score_field(["a"], [], numeric=False)
+
+
+@pytest.mark.parametrize(
+    ("answer", "parsed"),
+    [
+        ("Product: Wool Scarf, Category: SCARF, Full Price: 470", ("Wool Scarf", "SCARF", "470")),
+        ("  Product: Wool Scarf, Category: SCARF, Full Price: 470\n", ("Wool Scarf", "SCARF", "470")),
+        ("Product: Scarf, red, Category: SCARF, Full Price: 470", ("Scarf, red", "SCARF", "470")),
+        ("Product: , Category: , Full Price:", None),  # the last literal ends in a blank that the answer has lost
+        ("Product: , Category: , Full Price: 1", ("", "", "1")),
+        ("Product: Wool Scarf, Category: SCARF", None),
+        ("product: Wool Scarf, Category: SCARF, Full Price: 470", None),
+        ("The Product: Wool Scarf, Category: SCARF, Full Price: 470", None),
+        ("Product: a, Full Price: 1, Category: b", None),  # order
+        ("", None),
+    ],
+)
+def test_template_read_backwards(answer, parsed):
+    found = PRODUCT.parse(answer)
+    assert (None if found is None else tuple(found.values())) == parsed
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "parsed"),
+    [
+        ("The digit is {digit}.", "The digit is 3.", {"digit": "3"}),
+        ("The digit is {digit}.", "The digit is 3.5.", {"digit": "3.5"}),
+        ("The digit is {digit}.", "The digit is 3", None),
+        ("The digit is {digit}.", "The digit is .", {"digit": ""}),
+        ("ab{x}ba", "aba", None),  # head and tail must not overlap
+        ("{x}, again {x}", "cat, again cat", {"x": "cat"}),
+        ("{x}, again {x}", "cat, again dog", None),
+        ("{{{x}}}", "{cat}", {"x": "cat"}),
+        ("{x}", "any text at all", {"x": "any text at all"}),
+        ("{x}{y}", "cat", None),
+        ("no field", "no field", None),
+        ('{"a": 1}'.replace('"a": 1', "my column"), "value", {"my column": "value"}),
+    ],
+)
+def test_template_shapes(template, answer, parsed):
+    assert AnswerTemplate(template).parse(answer) == parsed
+
+
+def test_template_reading_takes_linear_time():
+    assert AB.parse("a: " + ", b:" * 200_000) is None
+    many = AnswerTemplate("".join(f"{{f{i}}} " for i in range(50)) + "end")
+    assert many.parse("x " * 20_000) is None
+
+
+@pytest.mark.parametrize("template", ["{", "{a", "a}", "{}"])
+def test_broken_templates_are_refused_in_one_line(template):
+    with pytest.raises(ConfigError) as caught:
+        AnswerTemplate(template)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("470", 470.0),
+        ("470.00", 470.0),
+        ("$1,290.50", 1290.5),
+        ("€ 12", 12.0),
+        ("12 €", 12.0),
+        ("-3", -3.0),
+        ("-$3", -3.0),
+        ("$-3", -3.0),
+        (".5", 0.5),
+        ("50%", 50.0),
+        ("470,5", None),
+        ("1,29", None),
+        ("about 470", None),
+        ("470 USD", None),
+        ("1e5", None),
+        ("nan", None),
+        ("inf", None),
+        ("$", None),
+        ("-", None),
+        ("", None),
+        ("9" * 400, None),
+    ],
+)
+def test_numbers(text, number):
+    assert parse_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("values", "numeric"),
+    [(["470", "1,290.50"], True), (["0", "0.5"], True), (["470", "n/a"], False), (["007", "012"], False), ([], False)],
+)
+def test_which_columns_look_numeric(values, numeric):
+    assert looks_numeric(values) is numeric
+
+
+@pytest.mark.parametrize(
+    ("expected", "answer", "numeric", "right"),
+    [
+        ("470", "470.0", True, True),
+        ("470", "470.0", False, False),
+        ("470", "$470", True, True),
+        ("470", "471", True, False),
+        ("470", None, True, False),
+        ("n/a", "n/a", True, True),  # no number expected: compared as text
+        ("Scarf", " Scarf ", False, True),
+        ("Scarf", "scarf", False, False),
+    ],
+)
+def test_field_is_right(expected, answer, numeric, right):
+    assert field_is_right(expected, answer, numeric) is right
+
+
+@pytest.mark.parametrize(
+    ("expected", "answers", "hits", "error", "rows", "without"),
+    [
+        (["470", "100", "30"], ["470", "100", "30"], 3, 0.0, 3, 0),
+        (["470", "100", "30"], ["470.00", "90", None], 1, 5.0, 2, 1),
+        (["470", "100", "30"], ["480", "110", "60"], 0, 50 / 3, 3, 0),
+        (["470", "100", "30"], ["cheap", "", None], 0, None, 0, 3),
+        (["470", "100", "30"], ["$470", "1,000", "thirty"], 1, 450.0, 2, 1),
+        (["n/a", "100"], ["5", "100"], 1, 0.0, 1, 0),  # where no number is expected there is no error to take
+        ([], [], 0, None, 0, 0),
+    ],
+)
+def test_numeric_field(expected, answers, hits, error, rows, without):
+    score = score_field(expected, answers, numeric=True)
+    assert score.accuracy.hits == hits
+    assert score.mean_absolute_error == (None if error is None else pytest.approx(error))
+    assert (score.error_rows, score.not_numbers) == (rows, without)
+
+
+@pytest.mark.parametrize(
+    ("answers", "exact", "formed", "a", "b"),
+    [
+        (["a: x, b: 1", "a: y, b: 2"], 2, 2, 2, 2),
+        (["a: x, b: 3", "a: y, b: 2"], 1, 2, 2, 1),
+        (["a: z, b: 1", "a: z, b: 2"], 0, 2, 0, 2),
+        (["a: x, b: 1", "nonsense"], 1, 1, 1, 1),
+        (["a: x, b: 1.0", "a: y, b: 2"], 1, 2, 2, 2),  # the same number, another text
+        (["x", "y"], 0, 0, 0, 0),  # right words, wrong form: no credit
+    ],
+)
+def test_fields_of_templated_answers(answers, exact, formed, a, b):
+    scores = score_answers(["a: x, b: 1", "a: y, b: 2"], answers, AB)
+    assert scores.exact_match.hits == exact
+    assert scores.well_formed.hits == formed
+    assert scores.fields["a"].accuracy.hits == a
+    assert scores.fields["b"].accuracy.hits == b
+    assert (scores.fields["a"].numeric, scores.fields["b"].numeric) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "ratio"),
+    [
+        ("abcd", "bcde", 0.75),
+        ("a cat", "a cat", 1.0),
+        ("a cat", " a cat\n", 1.0),
+        ("a cat", "", 0.0),
+        ("", "", 1.0),
+        ("abc", "xyz", 0.0),
+        ("ab", "abab", 2 * 2 / 6),
+        ("a" * 300 + "b", "a" * 300, 2 * 300 / 601),  # frequent letters are not junk
+    ],
+)
+def test_similarity(one, other, ratio):
+    assert text_similarity(one, other) == pytest.approx(ratio)
+
+
+def test_similarity_is_averaged_over_rows():
+    assert score_answers(["abcd", "cat"], ["bcde", "cat"]).similarity == pytest.approx(0.875)
+
+
+def test_free_text_has_no_fields():
+    scores = score_answers(["a cat"], ["a cat"], template=None, loss=0.25)
+    assert scores.fields == {} and scores.well_formed is None and scores.loss == 0.25
+    assert score_answers(["ab"], ["ab"], AnswerTemplate("{a}{b}")).fields == {}
+
+
+def test_no_rows_give_no_scores_and_no_error():
+    scores = score_answers([], [], AB)
+    assert scores.rows == 0 and scores.similarity == 0.0 and scores.fields["a"].accuracy.total == 0
+
+
+def test_numeric_fields_may_be_named():
+    expected = ["a: 1, b: 2"]
+    assert choose_numeric_fields(expected, AB) == {"a", "b"}
+    assert choose_numeric_fields(expected, AB, ["b"]) == {"b"}
+    assert choose_numeric_fields(expected, AB, []) == frozenset()
+    with pytest.raises(ConfigError, match="'price'.*its fields are a, b"):
+        choose_numeric_fields(expected, AB, ["price"])
+
+
+@pytest.mark.parametrize(
+    ("expected", "answer", "hits"),
+    [
+        (["cat", "dog", "dog "], "dog", 2),
+        (["cat", "dog"], "cat", 1),
+        (["cat"], "cat", 1),
+        ([" ", "cat", ""], "", 2),
+        (["a", "b", "c", "b"], "b", 2),
+        ([], "", 0),
+    ],
+)
+def test_majority(expected, answer, hits):
+    assert majority_answer(expected) == (answer, Share.of(hits, len(expected)))
+
+
+def test_majority_of_each_field():
+    shares = majority_fields(["a: x, b: 1", "a: x, b: 2", "a: y, b: 1"], AB)
+    assert {name: share.hits for name, share in shares.items()} == {"a": 2, "b": 2}
+
+
+@pytest.mark.parametrize(
+    ("hits", "total", "low", "high"),
+    [  # reference values: scipy.stats.binomtest(hits, total).proportion_ci(method="wilson")
+        (0, 0, 0.0, 1.0),
+        (0, 200, 0.0, 0.018845),
+        (9, 10, 0.595850, 0.982124),
+        (5, 10, 0.236593, 0.763407),
+        (180, 200, 0.850594, 0.934330),
+        (200, 200, 0.981155, 1.0),
+    ],
+)
+def test_wilson_interval(hits, total, low, high):
+    found = wilson_interval(hits, total)
+    assert found == pytest.approx((low, high), abs=1e-5)
+    assert 0.0 <= found[0] <= found[1] <= 1.0
+
+
+def test_wilson_interval_covers_the_share_it_came_from():
+    for total in (1, 2, 7, 50):
+        for hits in range(total + 1):
+            share = Share.of(hits, total)
+            assert share.low <= share.value <= share.high
+            assert math.isclose(share.low + Share.of(total - hits, total).high, 1.0)  # symmetric in right and wrong
+
+
+def test_impossible_counts_are_refused():
+    with pytest.raises(ValueError, match="3 of 2"):
+        Share.of(3, 2)
