@@ -23,7 +23,9 @@ from phi3v.errors import ConfigError
 
 Z_95 = 1.959963984540054  # the 97.5 % quantile of the standard normal distribution
 
-_NUMBER = re.compile(r"[$€£¥]?\s*(?P<sign>[-+]?)[$€£¥]?\s*(?P<digits>\d{1,3}(?:,\d{3})+|\d+)?(?P<fraction>\.\d+)?\s*[$€£¥%]?")
+_NUMBER = re.compile(
+    r"[$€£¥]?\s*(?P<sign>[-+]?)[$€£¥]?\s*(?P<digits>\d{1,3}(?:,\d{3})+|\d+)?(?P<fraction>\.\d+)?\s*[$€£¥%]?"
+)
 
 
 @dataclass(frozen=True)
@@ -281,7 +283,9 @@ def score_answers(
             given_rows.append(template.parse(answer))
     fields = {
         name: score_field(
-            [row[name] for row in wanted_rows], [None if row is None else row[name] for row in given_rows], name in numeric
+            [row[name] for row in wanted_rows],
+            [None if row is None else row[name] for row in given_rows],
+            name in numeric,
         )
         for name in template.fields
     }
