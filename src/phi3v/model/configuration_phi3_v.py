@@ -1,0 +1,169 @@
+"""Configuration of Phi-3-Vision and Phi-3.5-Vision.
+
+In memory the rope settings follow transformers 5 (`rope_parameters`, type `longrope`); on disk the configuration is the flat one of
+Microsoft's checkpoints (`rope_scaling` with type `su`, `rope_theta`, `original_max_position_embeddings` beside it), so that older
+readers keep their rope. What a file says about remote code (`auto_map`) or about an attention implementation is ignored.
+"""
+
+import copy
+import math
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import CLIPVisionConfig, Phi3Config
+
+# Vision tower of both published models: OpenAI's ViT-L/14 at 336 pixels. Their config.json does not state it.
+CLIP_VIT_LARGE_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "image_size": 336,
+    "patch_size": 14,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "attention_dropout": 0.0,
+    "projection_dim": 768,
+}
+
+# `<|image|>` in the tokenizer of both models; Microsoft's own code never puts it into a sequence.
+PUBLISHED_IMAGE_TOKEN_ID = 32044
+
+# What the published models say about their image embedding; other values are not implemented by anybody.
+HD_EMBEDDING = {
+    "embedding_cls": "image",
+    "hd_transform_order": "sub_glb",
+    "projection_cls": "mlp",
+    "use_hd_transform": True,
+    "with_learnable_separator": True,
+}
+
+# Fields of every transformers configuration that say nothing about this model; Microsoft's files do not have them.
+NOT_WRITTEN = {
+    "chunk_size_feed_forward",
+    "id2label",
+    "is_encoder_decoder",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "return_dict",
+}
+
+
+@strict
+class Phi3VConfig(Phi3Config):
+    r"""
+    Configuration of a Phi-3-Vision model: a Phi-3 decoder whose input embeddings are replaced, at image tokens, by projected CLIP
+    features. The fields of the decoder are those of [`Phi3Config`].
+
+    embd_layer (`dict`, *optional*):
+        How image features are arranged. Only the arrangement of the published models is accepted.
+    img_processor (`dict`, *optional*):
+        Facts about the vision tower: `image_dim_out` (its width), `num_img_tokens` (merged patches of one crop, 144), `layer_idx`
+        (the hidden state that is read, -2 when absent) and `type_feature` (`"patch"`).
+    vision_config (`dict` or `CLIPVisionConfig`, *optional*, defaults to ViT-L/14 at 336 pixels):
+        The vision tower. Microsoft's files have no such key; it is written only for towers of another shape.
+    image_token_id (`int`, *optional*, defaults to 32044 where the vocabulary holds it):
+        Id at which the processor places image features (`<|image|>`). Microsoft's negative ids are accepted as well.
+
+    Example:
+
+    ```python
+    >>> from phi3v.model.configuration_phi3_v import Phi3VConfig
+
+    >>> config = Phi3VConfig(max_position_embeddings=131072, rope_scaling={"type": "su", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48})
+    >>> config.rope_parameters["rope_type"]
+    'longrope'
+    >>> config.to_dict()["rope_scaling"]["type"]
+    'su'
+    ```"""
+
+    model_type = "phi3_v"
+    sub_configs = {"vision_config": CLIPVisionConfig}
+
+    embd_layer: dict | None = None
+    img_processor: dict | None = None
+    vision_config: dict | CLIPVisionConfig | None = None
+    image_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        # Neither remote code nor an attention kernel is chosen by a file: both are the caller's decision.
+        for key in ("auto_map", "_attn_implementation", "_flash_attn_2_enabled"):
+            kwargs.pop(key, None)
+        self.embd_layer = {**HD_EMBEDDING, **(self.embd_layer or {})}
+        if self.embd_layer != HD_EMBEDDING:
+            raise ValueError(f"embd_layer {self.embd_layer} is not supported, only {HD_EMBEDDING}")
+        self._set_vision_config()
+        if self.image_token_id is None and self.vocab_size > PUBLISHED_IMAGE_TOKEN_ID:
+            self.image_token_id = PUBLISHED_IMAGE_TOKEN_ID
+        # Microsoft's window covers the whole context. transformers would build sliding masks and caches for it, so it is set aside
+        # here and written back by `to_dict`.
+        self._file_sliding_window = kwargs.pop("_file_sliding_window", None)
+        if self.sliding_window is not None and self.sliding_window >= self.max_position_embeddings:
+            self._file_sliding_window, self.sliding_window = self.sliding_window, None
+        super().__post_init__(**kwargs)
+
+    def _set_vision_config(self) -> None:
+        if self.vision_config is None:
+            self.vision_config = CLIPVisionConfig(**CLIP_VIT_LARGE_336)
+        elif isinstance(self.vision_config, dict):
+            self.vision_config = CLIPVisionConfig(**{**CLIP_VIT_LARGE_336, **self.vision_config})
+        facts = {"name": "clip_vision_model", "model_name": "openai/clip-vit-large-patch14-336"}
+        facts |= {"image_dim_out": self.vision_config.hidden_size, "num_img_tokens": 144}
+        self.img_processor = {**facts, **(self.img_processor or {})}
+        if self.img_processor["image_dim_out"] != self.vision_config.hidden_size:
+            raise ValueError(
+                f"img_processor.image_dim_out is {self.img_processor['image_dim_out']}, but the vision tower is "
+                f"{self.vision_config.hidden_size} wide (vision_config.hidden_size)"
+            )
+        if self.img_processor.get("type_feature", "patch") != "patch":
+            raise ValueError(
+                f"img_processor.type_feature {self.img_processor['type_feature']!r} is not supported, only 'patch'"
+            )
+
+    @property
+    def vision_feature_layer(self) -> int:
+        """Index of the tower's hidden state that is read, counted as transformers does (-2: the last layer is not used)."""
+        return self.img_processor.get("layer_idx", -2)
+
+    def convert_rope_params_to_dict(self, **kwargs) -> dict[str, Any]:
+        """Turns Microsoft's `rope_scaling` (type `su` or `yarn`) into `rope_parameters` of type `longrope` before validation."""
+        scaling = kwargs.get("rope_scaling") or self.rope_parameters
+        if scaling:
+            scaling = copy.deepcopy(dict(scaling))
+            kind = scaling.pop("type", None) or scaling.get("rope_type", "default")
+            if kind == "yarn":
+                # The original's other scaling: same factors, cos and sin times 0.1 ln(s) + 1.
+                s = self.max_position_embeddings / self.original_max_position_embeddings
+                scaling.setdefault("attention_factor", 0.1 * math.log(s) + 1.0 if s > 1 else 1.0)
+            scaling["rope_type"] = "longrope" if kind in ("su", "yarn", "longrope") else kind
+            if scaling["rope_type"] == "longrope":
+                scaling["original_max_position_embeddings"] = self.original_max_position_embeddings
+                scaling.setdefault("factor", self.max_position_embeddings / self.original_max_position_embeddings)
+            kwargs["rope_scaling"] = scaling
+        return super().convert_rope_params_to_dict(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The flat configuration of Microsoft's files: `rope_scaling` in `su` form, no `vision_config` where it is ViT-L/14-336."""
+        output = super().to_dict()
+        rope = output.pop("rope_parameters", None) or {}
+        output["rope_theta"] = rope.get("rope_theta", 10000.0)
+        output["rope_scaling"] = None
+        if rope.get("rope_type") == "longrope":
+            output["rope_scaling"] = {key: rope[key] for key in ("long_factor", "short_factor")}
+            output["rope_scaling"]["type"] = "yarn" if "attention_factor" in rope else "su"
+        output["sliding_window"] = output.pop("_file_sliding_window", None) or output["sliding_window"]
+        if all(getattr(self.vision_config, key) == value for key, value in CLIP_VIT_LARGE_336.items()):
+            output.pop("vision_config", None)
+        if "dtype" in output:
+            output["torch_dtype"] = output.pop("dtype")
+        return output
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What `save_pretrained` writes: every field of this class, for older readers have other defaults (eos, rope, window)."""
+        return {key: value for key, value in self.to_dict().items() if key not in NOT_WRITTEN}
+
+
+__all__ = ["Phi3VConfig"]

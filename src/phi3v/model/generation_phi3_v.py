@@ -1,0 +1,156 @@
+"""What generation with Phi-3-V needs beyond transformers' `GenerationMixin`.
+
+Rows padded on the right are moved to the left; beams and several sequences a prompt repeat the images of a row as a block; where a row
+outgrows the original context its cached keys are computed again with the long rope factors, for that row alone.
+"""
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+
+from .placement_phi3_v import images_per_row
+
+# The published configurations stop at </s> only, which the models practically never produce: their turns end with <|end|> and
+# <|endoftext|>. `generate` stops at all three unless it is told otherwise.
+PUBLISHED_EOS, PUBLISHED_STOPS = 2, [2, 32000, 32007]
+
+
+def move_padding_left(attention_mask: torch.Tensor) -> torch.Tensor | None:
+    """Column order that moves the padding of each row to the left, or None where it is there already.
+
+    Example: the mask `[[1, 1, 0]]` gives `[[2, 0, 1]]`; `[[0, 1, 1]]` gives None.
+    """
+    order = attention_mask.argsort(dim=-1, stable=True)
+    steady = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return None if torch.equal(order, steady) else order
+
+
+class Phi3VGenerationMixin:
+    """Mixed into `Phi3VForCausalLM` in front of transformers' `GenerationMixin`."""
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs):
+        """transformers' `generate`, for prompts padded on either side and with different numbers of images.
+
+        Rows stay in the caller's order; the returned prompts are padded on the left. Without an `eos_token_id` from the caller a published
+        configuration (2) stops at `</s>`, `<|endoftext|>` and `<|end|>`. The image token is never generated.
+        """
+        name = "inputs" if inputs is not None else "input_ids"
+        input_ids, mask = inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if input_ids is not None and mask is not None and mask.ndim == 2 and kwargs.get("past_key_values") is None:
+            order = move_padding_left(mask)
+            if order is not None:
+                kwargs["attention_mask"] = mask.gather(1, order)
+                input_ids = input_ids.gather(1, order)
+                if kwargs.get("position_ids") is not None:
+                    kwargs["position_ids"] = kwargs["position_ids"].gather(1, order)
+        if input_ids is not None:
+            kwargs.pop("input_ids", None)
+            kwargs[name] = input_ids
+        stops = getattr(generation_config or self.generation_config, "eos_token_id", None)
+        if "eos_token_id" not in kwargs and stops in (None, PUBLISHED_EOS, [PUBLISHED_EOS]):
+            if self.config.vocab_size > max(PUBLISHED_STOPS):
+                kwargs["eos_token_id"] = list(PUBLISHED_STOPS)
+        if self.config.image_token_id is not None:
+            kwargs.setdefault("suppress_tokens", [self.config.image_token_id])
+        return super().generate(generation_config=generation_config, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """Inputs of the next step; rebuilds the cache of rows that outgrow the original context with it."""
+        if past_key_values is not None and not torch.compiler.is_compiling():
+            new = next_sequence_length or input_ids.shape[1] - past_key_values.get_seq_length()
+            self._rebuild_long_rows(input_ids, int(new), past_key_values, attention_mask, kwargs)
+        return super().prepare_inputs_for_generation(
+            input_ids=input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    def _rebuild_long_rows(self, input_ids, new: int, cache: Cache, mask, kwargs: dict) -> None:
+        """Computes the cached keys of a row again when its length passes the limit with the coming step.
+
+        Up to the limit keys are rotated with the short factors, beyond it with the long ones; a cache that mixes both gives other logits
+        than a full pass. Other rows keep their cache.
+        """
+        limit, width = self.config.original_max_position_embeddings, input_ids.shape[1]
+        past = width - new
+        if self.config.rope_parameters["rope_type"] == "default" or past <= 0 or width <= limit:
+            return
+        if mask is not None and mask.ndim == 2:
+            padding = (mask[:, :width] == 0).sum(-1).tolist()
+        else:
+            padding = [0] * input_ids.shape[0]
+        for row, pad in enumerate(padding):
+            if past - pad <= limit < width - pad:
+                fresh = self._full_pass(input_ids, row, pad, kwargs)
+                copy_row(fresh, cache, row, pad, past)
+
+    def _full_pass(self, input_ids: torch.Tensor, row: int, pad: int, kwargs: dict) -> DynamicCache:
+        """Cache of one row, computed in one pass without its padding."""
+        images: dict[str, torch.Tensor] = {}
+        if kwargs.get("pixel_values") is not None:
+            counts = self.model.vision_embed_tokens.token_counts(kwargs["image_sizes"])
+            rows = images_per_row(input_ids, self.config.image_token_id, counts)
+            first = sum(rows[:row])
+            if rows[row]:
+                images = {key: kwargs[key][first : first + rows[row]] for key in ("pixel_values", "image_sizes")}
+        fresh = DynamicCache(config=self.config)
+        self.model(input_ids=input_ids[row : row + 1, pad:], past_key_values=fresh, use_cache=True, **images)
+        return fresh
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **model_kwargs,
+    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """Repeats rows for beams; the images of a row are repeated as a block, as the rows need them.
+
+        Example: rows with images [a, b] and [c], twice each: [a, b, a, b, c, c].
+        """
+        pixels = model_kwargs.pop("pixel_values", None)
+        sizes = model_kwargs.pop("image_sizes", None)
+        if pixels is not None and expand_size > 1:
+            counts = self.model.vision_embed_tokens.token_counts(sizes)
+            picks, first = [], 0
+            for number in images_per_row(input_ids, self.config.image_token_id, counts):
+                picks += list(range(first, first + number)) * expand_size
+                first += number
+            sizes = torch.as_tensor(sizes, device=pixels.device)
+            pixels, sizes = pixels[picks], sizes[picks]
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if pixels is not None:
+            model_kwargs |= {"pixel_values": pixels, "image_sizes": sizes}
+        return input_ids, model_kwargs
+
+
+def copy_row(fresh: Cache, cache: Cache, row: int, pad: int, past: int) -> None:
+    """Writes the keys and values of `fresh` (one row, no padding) over positions `pad` to `past` of one row of `cache`.
+
+    Raises: ValueError if the cache does not hold plain keys and values (quantised caches).
+    """
+    for source, target in zip(fresh.layers, cache.layers, strict=True):
+        if not isinstance(target.keys, torch.Tensor) or target.keys.shape[2] < past:
+            raise ValueError(
+                f"a cache of type {type(target).__name__} cannot pass the original context of the model while decoding: "
+                "use the default cache or a static one"
+            )
+        target.keys[row, :, pad:past] = source.keys[0, :, : past - pad].to(target.keys.device)
+        target.values[row, :, pad:past] = source.values[0, :, : past - pad].to(target.values.device)

@@ -1,0 +1,296 @@
+"""Phi-3-Vision: transformers' Phi-3 decoder over text embeddings and projected CLIP features.
+
+Module paths are Microsoft's own (`model.layers.0.self_attn.qkv_proj`, `model.vision_embed_tokens.…`), so weights and adapters need no
+renaming. Image features stand at ordinary causal positions; there is no cross attention.
+
+Letters: B rows, S positions, T image tokens of the batch, H hidden size, D head size.
+"""
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
+from transformers.models.phi3.modeling_phi3 import Phi3Model, Phi3PreTrainedModel
+from transformers.utils import can_return_tuple
+
+from .configuration_phi3_v import Phi3VConfig
+from .generation_phi3_v import Phi3VGenerationMixin
+from .placement_phi3_v import image_mask, image_order, place_features
+from .vision_phi3_v import Phi3VImageEmbedding
+
+
+def sequence_lengths(position_ids: torch.Tensor) -> torch.Tensor:
+    """Length of the sequence that each position belongs to, from positions that restart at 0: `[B, S]` to `[B, S]`.
+
+    Example: two sequences packed into one row, `[[0, 1, 2, 0, 1]]`, give `[[3, 3, 3, 2, 2]]`; a decoding step `[[4096]]` gives `[[4097]]`.
+    """
+    if position_ids.shape[-1] == 1:
+        return position_ids + 1
+    number = (position_ids == 0).cumsum(-1)
+    last = torch.zeros_like(position_ids[:, :1]).expand(-1, position_ids.shape[-1] + 1)
+    last = last.scatter_reduce(1, number, position_ids, reduce="amax")
+    return last.gather(1, number) + 1
+
+
+def positions_from_mask(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
+    """Positions of the last `length` columns, padding not counted: `[[0, 0, 1, 1, 1]]` with length 5 gives `[[0, 0, 0, 1, 2]]`."""
+    return ((attention_mask.long().cumsum(-1) - 1).clamp(min=0))[:, -length:]
+
+
+class Phi3VRotaryEmbedding(nn.Module):
+    """LongRoPE, decided for each sequence by its own length.
+
+    A sequence of at most `original_max_position_embeddings` tokens uses the short factors, a longer one the long factors for all its
+    positions. Microsoft's code takes one decision for a whole batch; a row here does not depend on its neighbours. The attention factor
+    sqrt(1 + ln(s) / ln(original)) multiplies cosine and sine in both cases.
+    """
+
+    def __init__(self, config: Phi3VConfig):
+        super().__init__()
+        self.config = config
+        self.limit = config.original_max_position_embeddings
+        short, long, self.attention_scaling = self.frequencies()
+        self.register_buffer("short_inv_freq", short, persistent=False)
+        self.register_buffer("long_inv_freq", long, persistent=False)
+
+    def frequencies(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Inverse frequencies `[D/2]` for short and long sequences in float32, and the factor on cosine and sine."""
+        with torch.device("cpu"):
+            if self.config.rope_parameters["rope_type"] == "default":
+                dim = self.config.hidden_size // self.config.num_attention_heads
+                theta = self.config.rope_parameters["rope_theta"]
+                plain = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+                return plain, plain.clone(), 1.0
+            longrope = ROPE_INIT_FUNCTIONS["longrope"]
+            short, scaling = longrope(self.config, "cpu")
+            long, _ = longrope(self.config, "cpu", seq_len=self.limit + 1)
+        return short, long, scaling
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine `[B, S, D]` in the dtype of `x`, computed in float32, for positions `[B, S]`."""
+        is_long = (sequence_lengths(position_ids) > self.limit)[..., None]
+        inv_freq = torch.where(is_long, self.long_inv_freq.float(), self.short_inv_freq.float())
+        angles = position_ids[..., None].float() * inv_freq
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+class Phi3VPreTrainedModel(Phi3PreTrainedModel):
+    """What all Phi-3-V models share: configuration class, initialisation, what may be split over devices."""
+
+    config_class = Phi3VConfig
+    config: Phi3VConfig
+    input_modalities = ("image", "text")
+    _no_split_modules = ["Phi3DecoderLayer", "Phi3VImageEmbedding"]
+    # `wte` is a second name of `embed_tokens` in files written with shared tensors; `position_ids` was a buffer in old CLIP files.
+    _keys_to_ignore_on_load_unexpected = [
+        r"model\.vision_embed_tokens\.wte\.weight",
+        r"vision_model\.embeddings\.position_ids",
+    ]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Phi3VRotaryEmbedding):
+            short, long, _ = module.frequencies()
+            init.copy_(module.short_inv_freq, short)
+            init.copy_(module.long_inv_freq, long)
+        elif isinstance(module, CLIPVisionEmbeddings):
+            init.normal_(module.class_embedding, std=module.embed_dim**-0.5)
+            init.copy_(module.position_ids, torch.arange(module.num_positions).expand((1, -1)))
+        elif isinstance(module, Phi3VImageEmbedding):
+            init.normal_(module.glb_GN, std=self.config.initializer_range)
+            init.normal_(module.sub_GN, std=self.config.initializer_range)
+
+
+class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
+    """The decoder without its head, with images placed into its input embeddings."""
+
+    def __init__(self, config: Phi3VConfig):
+        super().__init__(config)
+        self.rotary_emb = Phi3VRotaryEmbedding(config)
+        self.vision_embed_tokens = Phi3VImageEmbedding(config)
+        self.post_init()
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | list, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Embeddings of the images: `pooler_output` is a tuple with one tensor `[tokens of the image, H]` per image."""
+        features, counts = self.vision_embed_tokens(pixel_values, image_sizes)
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features.split(counts))
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        image_sizes: torch.Tensor | list | None,
+        image_features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Input embeddings `[B, S, H]`: text from the table, image tokens from the images. `input_ids` are not changed."""
+        is_image = image_mask(input_ids, self.config.image_token_id)
+        embeddings = self.embed_tokens(input_ids.masked_fill(is_image, 0))
+        if pixel_values is None and image_features is None:
+            return embeddings
+        if image_sizes is None:
+            raise ValueError("images were given without image_sizes: pass what the processor returned, both together")
+        if image_features is None:
+            image_features, _ = self.vision_embed_tokens(pixel_values, image_sizes)
+        counts = self.vision_embed_tokens.token_counts(image_sizes)
+        order = image_order(input_ids, counts)
+        image_features = self.vision_embed_tokens.drop(place_features(image_features, counts, order, is_image))
+        # Under autocast the features come in another dtype than the embeddings.
+        return embeddings.masked_scatter(is_image[..., None], image_features.to(embeddings.dtype))
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | list | None = None,
+        image_features: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """See `Phi3VForCausalLM.forward`; returns hidden states `[B, S, H]` after the final norm."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if inputs_embeds is None:
+            self._refuse_blind_images(input_ids, pixel_values, image_features, past)
+            inputs_embeds = self.embed(input_ids, pixel_values, image_sizes, image_features)
+        if position_ids is None:
+            length = inputs_embeds.shape[1]
+            if attention_mask is not None and attention_mask.ndim == 2:
+                position_ids = positions_from_mask(attention_mask, length)
+            else:
+                position_ids = torch.arange(past, past + length, device=inputs_embeds.device)[None]
+        return super().forward(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def _refuse_blind_images(self, input_ids, pixel_values, image_features, past) -> None:
+        """A prompt with image tokens and no image would be answered without looking: an error instead."""
+        if pixel_values is not None or image_features is not None or isinstance(past, torch.Tensor) or past > 0:
+            return
+        if torch.compiler.is_compiling() or input_ids.device.type == "meta":
+            return
+        if bool(image_mask(input_ids, self.config.image_token_id).any()):
+            raise ValueError(
+                "input_ids hold image tokens, but no pixel_values were given: the model would answer blindly"
+            )
+
+
+class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMixin):
+    """Phi-3-Vision with its language model head: answers questions about images."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: Phi3VConfig):
+        super().__init__(config)
+        self.model = Phi3VModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | list, **kwargs):
+        """See `Phi3VModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, image_sizes, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | list | None = None,
+        image_features: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        logits_at_labels: bool = False,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        r"""Runs the model.
+
+        Args:
+            input_ids: `[B, S]`; image tokens are `config.image_token_id`, in the order of the images, or Microsoft's negative ids, where
+                -k is image k of its row.
+            attention_mask: `[B, S]`, 0 at padding, on either side.
+            position_ids: `[B, S]`; without them padding is not counted.
+            past_key_values: keys and values of earlier positions.
+            inputs_embeds: `[B, S, H]` instead of `input_ids`; images are then already in it.
+            pixel_values: `[images, crops, 3, 336, 336]`, the images of row 0 first, then those of row 1.
+            image_sizes: `[images, 2]`, canvas height and width in pixels.
+            image_features: `[T, H]` instead of `pixel_values`: what `get_image_features` returned as `last_hidden_state`.
+            labels: `[B, S]`, -100 where nothing is learned. The loss is the mean over the rest, or their sum divided by
+                `num_items_in_batch`.
+            use_cache: whether keys and values are returned.
+            logits_to_keep: compute logits for the last so many positions only (0: all).
+            logits_at_labels: compute logits only where a label asks for them; `logits` are then `[trained tokens, vocabulary]`.
+
+        Example: with `labels=[[-100, -100, 7, 8]]` and `logits_at_labels=True` the logits are those of positions 1 and 2, which predict
+        7 and 8.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            image_features=image_features,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if logits_at_labels:
+            if labels is None:
+                raise ValueError("logits_at_labels needs labels")
+            targets = labels[:, 1:]
+            trained = targets != -100
+            logits = self.lm_head(hidden_states[:, :-1][trained])
+            loss = self._loss_at_labels(logits, targets[trained], kwargs.get("num_items_in_batch"))
+        else:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, keep, :])
+            loss = None
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @staticmethod
+    def _loss_at_labels(
+        logits: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        total = nn.functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum")
+        if num_items is None:
+            return total / max(targets.numel(), 1)
+        return total / (num_items.to(total.device) if isinstance(num_items, torch.Tensor) else num_items)
+
+
+__all__ = ["Phi3VForCausalLM", "Phi3VModel", "Phi3VPreTrainedModel"]

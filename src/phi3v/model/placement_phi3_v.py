@@ -1,0 +1,95 @@
+"""Which image goes to which image tokens: plain arithmetic on ids and token counts.
+
+Both carriers of images are understood: `image_token_id` (images in the order of the text) and Microsoft's negative ids, where -k is
+image k of its own row whatever the order in the text. Nothing here knows what a feature is made of.
+"""
+
+import torch
+
+MISMATCH = "Image features and image tokens do not match"  # TRL looks for this text to explain truncated images
+
+
+def image_mask(input_ids: torch.Tensor, image_token_id: int | None) -> torch.Tensor:
+    """Where images stand: `[[1, -1, -1, 5, 9]]` with `image_token_id=9` gives `[[False, True, True, False, True]]`."""
+    mask = input_ids < 0
+    return mask if image_token_id is None else mask | (input_ids == image_token_id)
+
+
+def images_per_row(input_ids: torch.Tensor, image_token_id: int | None, counts: list[int]) -> list[int]:
+    """Number of images of each row, from the image tokens in it and the token counts of the images, in order.
+
+    Example: rows with 5 and 0 and 7 image tokens and images of 2, 3 and 7 tokens: `[2, 0, 1]`.
+
+    Raises: ValueError if the images do not fit the rows.
+    """
+    if bool((input_ids < 0).any()):
+        rows = [row[row < 0].unique().numel() for row in input_ids]
+        if sum(rows) != len(counts):
+            raise ValueError(f"{MISMATCH}: the rows name {rows} images, {len(counts)} were given")
+        return rows
+    wanted = image_mask(input_ids, image_token_id).sum(-1).tolist()
+    rows, image = [], 0
+    for tokens in wanted:
+        first = image
+        while tokens > 0 and image < len(counts):
+            tokens -= counts[image]
+            image += 1
+        if tokens != 0:
+            break
+        rows.append(image - first)
+    if len(rows) != len(wanted) or image != len(counts):
+        raise ValueError(f"{MISMATCH}: rows with {wanted} image tokens, images of {counts} tokens")
+    return rows
+
+
+def image_order(input_ids: torch.Tensor, counts: list[int]) -> list[int] | None:
+    """Order of images along the text for Microsoft's negative ids; None where the order is that of the images.
+
+    Example: one row `[-2, -2, 5, -1]` with images of 1 and 2 tokens: `[1, 0]`. A tag that stands twice gives its image twice.
+
+    Raises: ValueError if a run of a tag is not as long as its image, or the tags of a row are not 1 to the number of its images.
+    """
+    if torch.compiler.is_compiling() or not bool((input_ids < 0).any()):
+        return None
+    order: list[int] = []
+    first = 0
+    for number, row in enumerate(input_ids.tolist()):
+        tags = sorted({-i for i in row if i < 0})
+        if tags != list(range(1, len(tags) + 1)) or first + len(tags) > len(counts):
+            raise ValueError(
+                f"{MISMATCH}: row {number} names images {tags}, and {len(counts) - first} images are left for it"
+            )
+        position = 0
+        while position < len(row):
+            if row[position] >= 0:
+                position += 1
+                continue
+            image = first - row[position] - 1
+            run = row[position : position + counts[image]]
+            if run != [row[position]] * counts[image]:
+                raise ValueError(
+                    f"{MISMATCH}: a tag of row {number} stands for {counts[image]} tokens, its run is shorter"
+                )
+            order.append(image)
+            position += counts[image]
+        first += len(tags)
+    if first != len(counts):
+        raise ValueError(f"{MISMATCH}: the rows name {first} images, {len(counts)} were given")
+    return order
+
+
+def place_features(
+    features: torch.Tensor, counts: list[int], order: list[int] | None, is_image: torch.Tensor
+) -> torch.Tensor:
+    """Features `[T, H]` in the order of the text, checked against the number of image tokens.
+
+    Raises: ValueError if there are not exactly as many features as image tokens.
+    """
+    if order is not None and order != list(range(len(counts))):
+        pieces = features.split(counts)
+        features = torch.cat([pieces[image] for image in order])
+    if not torch.compiler.is_compiling() and is_image.device.type != "meta":
+        tokens = int(is_image.sum())
+        if tokens != features.shape[0]:
+            raise ValueError(f"{MISMATCH}: {tokens} tokens, {features.shape[0]} features")
+    return features
