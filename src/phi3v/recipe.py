@@ -1,0 +1,320 @@
+"""The recipe: one YAML file that says everything about one run.
+
+In come YAML text and `key=value` overrides; out comes a frozen `Recipe` whose sections map one to one to what does the
+work. `lora`, `quantization` and the free part of `training` are handed to peft.LoraConfig, to
+transformers.BitsAndBytesConfig and to transformers.TrainingArguments as they stand: their fields are not restated here,
+and those libraries check them later. Relative paths in a recipe count from the directory in which the command is
+started. Knows nothing of torch or transformers; every mistake is a `ConfigError` of one line that names the dotted key.
+"""
+
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from phi3v.errors import ConfigError
+from phi3v.recipe_errors import explain
+from phi3v.recipe_yaml import read_yaml, write_yaml
+
+LORA_DEFAULTS: dict[str, Any] = {
+    "r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.0,
+    "target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+}
+"""What `lora` holds where a recipe says nothing: the guide's sizes on the decoder's real projections."""
+
+COMPUTED_TRAINING_KEYS: dict[str, str] = {
+    "per_device_train_batch_size": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.samples_per_step",
+    "per_device_eval_batch_size": "evaluation.batch_size",
+    "num_train_epochs": "training.epochs",
+    "data_seed": "training.seed",
+    "output_dir": "output",
+    "report_to": "report.to",
+    "run_name": "report.run_name",
+    "project": "report.project",
+}
+"""TrainingArguments' fields that follow from another key of the recipe -> that key."""
+
+
+class _Section(BaseModel):
+    """What all sections share: frozen, nothing unknown, no silent conversion of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def _shorthand(key: str) -> BeforeValidator:
+    """Lets a section be written as one plain text: `model: some/name` for `model: {name: some/name}`."""
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+
+
+def _share_or_rows(value: Any) -> Any:
+    """A share of the rows (a float between 0 and 1) or a number of rows (a positive int)."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not (value >= 1 if isinstance(value, int) else 0 < value < 1)
+    ):
+        raise ValueError(
+            f"given {value!r}, allowed is a whole number of rows (1 or more) or a share between 0.0 and 1.0"
+        )
+    return value
+
+
+def _fill_lora(value: Any) -> Any:
+    """`lora` with the defaults of the keys that are not given; null stays null."""
+    return {**deepcopy(LORA_DEFAULTS), **value} if isinstance(value, dict) else value
+
+
+def _trackers(value: Any) -> Any:
+    """`none` or null -> [], one name -> a list of it."""
+    if value in (None, "none", ["none"]):
+        return []
+    return [value] if isinstance(value, str) else value
+
+
+class ModelSection(_Section):
+    """Which weights are tuned, and where they are put."""
+
+    name: str = Field(min_length=1, description="Hub id or folder of the model in Microsoft's layout.")
+    revision: str | None = Field(None, description="Commit, tag or branch on the hub; null for the newest.")
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
+        "auto", description="Number type of the weights; auto takes the checkpoint's."
+    )
+    attn_implementation: str | None = Field(
+        None, description="Attention of transformers (sdpa, eager, ...); null lets transformers choose."
+    )
+    device: str = Field("auto", description="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
+
+
+class SplitSection(_Section):
+    """How validation rows are taken from `data.train` when there are no others."""
+
+    validation: Annotated[int | float, BeforeValidator(_share_or_rows)] = Field(
+        0.1, description="Validation rows: a number of rows, or a share between 0.0 and 1.0."
+    )
+    seed: int = Field(0, ge=0, description="Another seed gives another choice of rows.")
+
+
+class DataSection(_Section):
+    """Where rows come from and how a row becomes a question and an answer."""
+
+    train: str = Field(
+        min_length=1, description="Folder, CSV, JSON, JSONL or Parquet file, or hub id of the rows to train on."
+    )
+    validation: str | None = Field(
+        None, description="The same for validation; null takes the set's own split, else `split`."
+    )
+    revision: str | None = Field(None, description="Commit, tag or branch of a hub data set.")
+    split: SplitSection | None = Field(
+        SplitSection(), description="Used where there is only train; null for no validation."
+    )
+    images: str | None = Field("image", description="Column with the image or a list of images; null for text only.")
+    image_root: str | None = Field(
+        None, description="Folder that image paths count from; null for the data file's own folder."
+    )
+    allow_outside_root: bool = Field(False, description="true lets image paths leave that folder.")
+    system: str | None = Field(None, description="Template of the system message; null for none.")
+    prompt: str = Field("{prompt}", min_length=1, description="Template of the question; {column} is replaced.")
+    answer: str = Field("{answer}", min_length=1, description="Template of the answer; {column} is replaced.")
+    max_rows: int | None = Field(None, ge=1, description="Train on the first rows only; null for all.")
+    max_length: int | None = Field(
+        None, ge=1, description="Longest row in tokens, images included; null for the model's limit."
+    )
+
+
+class ImageSection(_Section):
+    """How images are seen."""
+
+    num_crops: int | None = Field(
+        None, ge=1, description="Most 336-pixel crops of one image; null takes the model's own (16 or 4)."
+    )
+    max_pixels: int = Field(20_000_000, ge=1, description="Larger images are refused before they are decoded.")
+
+
+class VisionSection(_Section):
+    """What happens to the parts that see."""
+
+    tower: Literal["frozen", "train"] = Field("frozen", description="The CLIP tower.")
+    projector: Literal["frozen", "train"] = Field(
+        "frozen", description="img_projection and the separators sub_GN and glb_GN."
+    )
+
+
+class TrainingSection(BaseModel):
+    """How long and in which steps; all other keys (`options`) go to transformers.TrainingArguments."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+    samples_per_step: int = Field(16, ge=1, description="Samples in one optimiser step, whatever the device count.")
+    micro_batch_size: int = Field(1, ge=1, description="Samples that go through the model at once, on each device.")
+    epochs: float = Field(3.0, gt=0, allow_inf_nan=False, description="Passes over the training rows; max_steps wins.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after so many steps; null to go by epochs.")
+    seed: int = Field(0, ge=0, description="Order of the samples, dropout and fresh adapter weights.")
+    learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False, description="Peak learning rate.")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What goes to TrainingArguments as it is: learning_rate and all keys that are not fields of this section."""
+        return {"learning_rate": self.learning_rate, **(self.model_extra or {})}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """Refuses keys that follow from others, and steps that are not whole micro batches."""
+        for key in self.model_extra or {}:
+            if key in COMPUTED_TRAINING_KEYS:
+                raise ValueError(f"training.{key} is computed; set {COMPUTED_TRAINING_KEYS[key]} instead")
+        if self.samples_per_step % self.micro_batch_size:
+            raise ValueError(
+                f"training.samples_per_step is {self.samples_per_step}, which is no multiple of "
+                f"training.micro_batch_size, {self.micro_batch_size}; change one of them"
+            )
+        return self
+
+
+class EvaluationSection(_Section):
+    """How answers are made and scored."""
+
+    rows: int | None = Field(None, ge=1, description="Validation rows to answer, the first ones; null for all.")
+    batch_size: int = Field(8, ge=1, description="Rows that are answered at once.")
+    max_new_tokens: int = Field(128, ge=1, description="Longest answer in tokens.")
+    numeric_fields: list[str] | None = Field(
+        None, description="Answer columns scored as numbers; null finds them by their values."
+    )
+
+
+class ReportSection(_Section):
+    """Who is told about the run."""
+
+    to: Annotated[list[Literal["wandb", "tensorboard"]], BeforeValidator(_trackers)] = Field(
+        [], description="Trackers: none, wandb, tensorboard, or a list."
+    )
+    project: str | None = Field(None, description="Project name at W&B; null for its own default.")
+    run_name: str | None = Field(None, description="Name of the run at the tracker; null for the output folder's name.")
+    samples: int = Field(12, ge=0, description="Photos with their answers in report.html.")
+
+
+class Recipe(_Section):
+    """Everything about one run, read only.
+
+    Example: Recipe.from_dict({"model": "some/name", "data": "rows.csv"}, name="shop").output -> "runs/shop".
+    """
+
+    model: Annotated[ModelSection, _shorthand("name")] = Field(description="Which weights.")
+    data: Annotated[DataSection, _shorthand("train")] = Field(description="Which rows.")
+    image: ImageSection = Field(ImageSection(), description="How images are seen.")
+    vision: VisionSection = Field(VisionSection(), description="What happens to tower and projector.")
+    lora: Annotated[dict[str, Any] | None, BeforeValidator(_fill_lora)] = Field(
+        LORA_DEFAULTS,
+        description="peft.LoraConfig, for the language model; null tunes all of it.",
+        validate_default=True,
+    )
+    quantization: dict[str, Any] | None = Field(None, description="transformers.BitsAndBytesConfig; null for none.")
+    training: TrainingSection = Field(TrainingSection(), description="How long and in which steps.")
+    evaluation: EvaluationSection = Field(EvaluationSection(), description="How answers are scored.")
+    report: ReportSection = Field(ReportSection(), description="Who is told.")
+    output: str = Field(min_length=1, description="Folder of the run; runs/<recipe name> where nothing is said.")
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
+        """Reads a recipe file.
+
+        Args:
+            path: the YAML file. Relative paths inside it count from the current directory, not from the file.
+            overrides: texts like "training.learning_rate=1e-4", applied in order; values are YAML.
+        Raises: ConfigError in one line for a file that is missing or not YAML, and for unknown keys and wrong values.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"recipe {path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ConfigError(f"recipe {path} cannot be read: {reason}; give the path of a YAML recipe") from error
+        return cls.from_dict(read_yaml(text, f"recipe {path}"), overrides, name=path.stem)
+
+    @classmethod
+    def from_dict(cls, values: Any, overrides: Iterable[str] = (), name: str = "run") -> Self:
+        """A recipe from plain values, as `load` finds them in a file.
+
+        Args:
+            values: mapping of the sections.
+            overrides: as in `load`.
+            name: names the output folder, runs/<name>, where `output` is not given.
+        Raises: ConfigError in one line.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                f"a recipe is a mapping of sections ({', '.join(cls.model_fields)}), given {values!r}"[:300]
+            )
+        values = {"output": f"runs/{name}", **values}
+        for override in overrides:
+            values = _apply(values, override)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(explain(error, cls)) from error
+
+    def with_overrides(self, overrides: Iterable[str]) -> Self:
+        """This recipe with some values replaced; `overrides` as in `load`."""
+        return type(self).from_dict(self.model_dump(), overrides)
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults included, as YAML that `load` reads back to an equal recipe."""
+        return write_yaml(self.model_dump())
+
+    def differences(self, other: "Recipe") -> list[str]:
+        """The dotted keys whose values differ, `output` aside (a run may be moved).
+
+        Example: ["training.seed: 1 here, 2 there"].
+        """
+        mine, theirs = _flatten(self.model_dump()), _flatten(other.model_dump())
+        changed = [key for key in {**mine, **theirs} if mine.get(key, "nothing") != theirs.get(key, "nothing")]
+        return [
+            f"{key}: {mine.get(key, 'nothing')!r} here, {theirs.get(key, 'nothing')!r} there"
+            for key in changed
+            if key != "output"
+        ]
+
+
+_SHORTHANDS = {"model": "name", "data": "train"}
+
+
+def _apply(values: Mapping[str, Any], override: str) -> dict[str, Any]:
+    """A copy of `values` with one override applied.
+
+    Example: {"model": "a/b"}, "model.dtype=float32" -> {"model": {"name": "a/b", "dtype": "float32"}}.
+    Raises: ConfigError when it is not key=value, its value is not YAML, or its key goes through a plain value.
+    """
+    key, equals, text = override.partition("=")
+    path = [part.strip() for part in key.split(".")]
+    if not equals or not all(path):
+        raise ConfigError(f"override {override!r} is not of the form section.key=value, training.seed=1 for instance")
+    result = dict(values)
+    inner = result
+    for depth, part in enumerate(path[:-1]):
+        below = inner.get(part)
+        if depth == 0 and isinstance(below, str) and part in _SHORTHANDS:
+            below = {_SHORTHANDS[part]: below}
+        if below is not None and not isinstance(below, Mapping):
+            raise ConfigError(
+                f"override {override!r}: {'.'.join(path[: depth + 1])} is {below!r}, which has no keys below it"
+            )
+        inner[part] = dict(below or {})
+        inner = inner[part]
+    inner[path[-1]] = read_yaml(text, f"override {override!r}")
+    return result
+
+
+def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one: {"a": {"b": 1}} -> {"a.b": 1}."""
+    if not isinstance(values, dict) or not values:
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flatten(value, f"{prefix}.{key}" if prefix else key))
+    return flat

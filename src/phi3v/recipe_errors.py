@@ -1,0 +1,109 @@
+"""What pydantic found wrong with a recipe, said in one line for the person who wrote it.
+
+In come a ValidationError and the model class; out comes one line: the dotted key, what was given, what is allowed, and
+for an unknown key the nearest valid one. Knows pydantic's error types and nothing of any single section.
+"""
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+_ALLOWED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a mapping (key: value lines)",
+    "model_type": "a mapping (key: value lines)",
+    "string_too_short": "text that is not empty",
+}
+_MOST = 3
+"""So many mistakes are spelled out; the others are counted."""
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """One line for all mistakes of a recipe, the first three in full.
+
+    Example: "unknown key data.trian; did you mean data.train?".
+    """
+    mistakes = error.errors(include_url=False)
+    lines = [_explain_one(dict(mistake), model) for mistake in mistakes[:_MOST]]
+    if len(mistakes) > _MOST:
+        lines.append(f"and {len(mistakes) - _MOST} more")
+    return "; ".join(lines)
+
+
+def _explain_one(mistake: dict[str, Any], model: type[BaseModel]) -> str:
+    """One mistake as half a line."""
+    key = ".".join(str(part) for part in mistake["loc"])
+    kind, given, context = mistake["type"], mistake["input"], mistake.get("ctx", {})
+    if kind == "extra_forbidden":
+        return _unknown(key, model)
+    if kind == "missing":
+        return f"{key} is missing; add it to the recipe"
+    if kind == "value_error":
+        text = str(context.get("error", mistake["msg"]))
+        return text if text.startswith(f"{key}.") else f"{key}: {text}"
+    if kind == "literal_error":
+        allowed = context["expected"]
+    elif kind == "greater_than":
+        allowed = f"a number above {context['gt']}"
+    elif kind == "greater_than_equal":
+        allowed = f"a number from {context['ge']} on"
+    else:
+        allowed = _ALLOWED.get(kind, mistake["msg"])
+    hint = ""
+    if kind == "string_type" and isinstance(given, dict):
+        hint = "; text that begins with { needs quotes around it"
+    elif kind == "string_type" and isinstance(given, int | float):
+        hint = "; put it in quotes"
+    return f"{key}: given {_short(given)}, allowed is {allowed}{hint}"
+
+
+def _short(value: Any) -> str:
+    """A value as a recipe would hold it, at most 60 characters."""
+    words = {None: "null (nothing)", True: "true", False: "false"}
+    text = words[value] if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _unknown(key: str, model: type[BaseModel]) -> str:
+    """An unknown key with the nearest valid one, or with all its valid neighbours.
+
+    The same name in another section comes first: `data.num_crops` -> `image.num_crops`.
+    """
+    known = list(_keys(model))
+    section, _, name = key.rpartition(".")
+    namesakes = [candidate for candidate in known if candidate.rpartition(".")[2] == name]
+    if namesakes:
+        return f"unknown key {key}; did you mean {namesakes[0]}?"
+    neighbours = {
+        candidate.rpartition(".")[2]: candidate for candidate in known if candidate.rpartition(".")[0] == section
+    }
+    near = get_close_matches(name, neighbours, n=1) or get_close_matches(key, known, n=1, cutoff=0.75)
+    if near:
+        return f"unknown key {key}; did you mean {neighbours.get(near[0], near[0])}?"
+    return f"unknown key {key}; valid are {', '.join(neighbours)}"
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """All dotted keys of a model and of the models inside it."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        inner = _model_in(field.annotation)
+        if inner is not None:
+            yield from _keys(inner, f"{prefix}{name}.")
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model class in an annotation: X, X | None or Annotated[X, ...]."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        return next((model for part in get_args(annotation) if (model := _model_in(part)) is not None), None)
+    return None
