@@ -1,8 +1,9 @@
 """Configuration of Phi-3-Vision and Phi-3.5-Vision.
 
-In memory the rope settings follow transformers 5 (`rope_parameters`, type `longrope`); on disk the configuration is the flat one of
-Microsoft's checkpoints (`rope_scaling` with type `su`, `rope_theta`, `original_max_position_embeddings` beside it), so that older
-readers keep their rope. What a file says about remote code (`auto_map`) or about an attention implementation is ignored.
+In memory the rope settings follow transformers 5 (`rope_parameters`, type `longrope`); on disk the configuration is the
+flat one of Microsoft's checkpoints (`rope_scaling` with type `su`, `rope_theta`, `original_max_position_embeddings`
+beside it), so that older readers keep their rope. What a file says about remote code (`auto_map`) or about an attention
+implementation is ignored.
 """
 
 import copy
@@ -55,14 +56,14 @@ NOT_WRITTEN = {
 @strict
 class Phi3VConfig(Phi3Config):
     r"""
-    Configuration of a Phi-3-Vision model: a Phi-3 decoder whose input embeddings are replaced, at image tokens, by projected CLIP
-    features. The fields of the decoder are those of [`Phi3Config`].
+    Configuration of a Phi-3-Vision model: a Phi-3 decoder whose input embeddings are replaced, at image tokens, by
+    projected CLIP features. The fields of the decoder are those of [`Phi3Config`].
 
     embd_layer (`dict`, *optional*):
         How image features are arranged. Only the arrangement of the published models is accepted.
     img_processor (`dict`, *optional*):
-        Facts about the vision tower: `image_dim_out` (its width), `num_img_tokens` (merged patches of one crop, 144), `layer_idx`
-        (the hidden state that is read, -2 when absent) and `type_feature` (`"patch"`).
+        Facts about the vision tower: `image_dim_out` (its width), `num_img_tokens` (merged patches of one crop, 144),
+        `layer_idx` (the hidden state that is read, -2 when absent) and `type_feature` (`"patch"`).
     vision_config (`dict` or `CLIPVisionConfig`, *optional*, defaults to ViT-L/14 at 336 pixels):
         The vision tower. Microsoft's files have no such key; it is written only for towers of another shape.
     image_token_id (`int`, *optional*, defaults to 32044 where the vocabulary holds it):
@@ -73,7 +74,8 @@ class Phi3VConfig(Phi3Config):
     ```python
     >>> from phi3v.model.configuration_phi3_v import Phi3VConfig
 
-    >>> config = Phi3VConfig(max_position_embeddings=131072, rope_scaling={"type": "su", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48})
+    >>> config = Phi3VConfig(max_position_embeddings=131072, rope_scaling={"type": "su", "short_factor": [1.0] * 48,
+    "long_factor": [2.0] * 48})
     >>> config.rope_parameters["rope_type"]
     'longrope'
     >>> config.to_dict()["rope_scaling"]["type"]
@@ -98,8 +100,8 @@ class Phi3VConfig(Phi3Config):
         self._set_vision_config()
         if self.image_token_id is None and self.vocab_size > PUBLISHED_IMAGE_TOKEN_ID:
             self.image_token_id = PUBLISHED_IMAGE_TOKEN_ID
-        # Microsoft's window covers the whole context. transformers would build sliding masks and caches for it, so it is set aside
-        # here and written back by `to_dict`.
+        # Microsoft's window covers the whole context. transformers would build sliding masks and caches for it, so it
+        # is set aside here and written back by `to_dict`.
         self._file_sliding_window = kwargs.pop("_file_sliding_window", None)
         if self.sliding_window is not None and self.sliding_window >= self.max_position_embeddings:
             self._file_sliding_window, self.sliding_window = self.sliding_window, None
@@ -125,11 +127,13 @@ class Phi3VConfig(Phi3Config):
 
     @property
     def vision_feature_layer(self) -> int:
-        """Index of the tower's hidden state that is read, counted as transformers does (-2: the last layer is not used)."""
+        """Index of the tower's hidden state that is read, counted as transformers does (-2: the last layer is not
+        used)."""
         return self.img_processor.get("layer_idx", -2)
 
     def convert_rope_params_to_dict(self, **kwargs) -> dict[str, Any]:
-        """Turns Microsoft's `rope_scaling` (type `su` or `yarn`) into `rope_parameters` of type `longrope` before validation."""
+        """Turns Microsoft's `rope_scaling` (type `su` or `yarn`) into `rope_parameters` of type `longrope` before
+        validation."""
         scaling = kwargs.get("rope_scaling") or self.rope_parameters
         if scaling:
             scaling = copy.deepcopy(dict(scaling))
@@ -146,7 +150,8 @@ class Phi3VConfig(Phi3Config):
         return super().convert_rope_params_to_dict(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The flat configuration of Microsoft's files: `rope_scaling` in `su` form, no `vision_config` where it is ViT-L/14-336."""
+        """The flat configuration of Microsoft's files: `rope_scaling` in `su` form, no `vision_config` where it is
+        ViT-L/14-336."""
         output = super().to_dict()
         rope = output.pop("rope_parameters", None) or {}
         output["rope_theta"] = rope.get("rope_theta", 10000.0)
@@ -162,7 +167,8 @@ class Phi3VConfig(Phi3Config):
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What `save_pretrained` writes: every field of this class, for older readers have other defaults (eos, rope, window)."""
+        """What `save_pretrained` writes: every field of this class, for older readers have other defaults (eos, rope,
+        window)."""
         return {key: value for key, value in self.to_dict().items() if key not in NOT_WRITTEN}
 
 

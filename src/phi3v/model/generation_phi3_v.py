@@ -1,7 +1,8 @@
 """What generation with Phi-3-V needs beyond transformers' `GenerationMixin`.
 
-Rows padded on the right are moved to the left; beams and several sequences a prompt repeat the images of a row as a block; where a row
-outgrows the original context its cached keys are computed again with the long rope factors, for that row alone.
+Rows padded on the right are moved to the left; beams and several sequences a prompt repeat the images of a row as a
+block; where a row outgrows the original context its cached keys are computed again with the long rope factors, for that
+row alone.
 """
 
 from typing import Any
@@ -11,8 +12,8 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .placement_phi3_v import images_per_row
 
-# The published configurations stop at </s> only, which the models practically never produce: their turns end with <|end|> and
-# <|endoftext|>. `generate` stops at all three unless it is told otherwise.
+# The published configurations stop at </s> only, which the models practically never produce: their turns end with
+# <|end|> and <|endoftext|>. `generate` stops at all three unless it is told otherwise.
 PUBLISHED_EOS, PUBLISHED_STOPS = 2, [2, 32000, 32007]
 
 
@@ -33,8 +34,9 @@ class Phi3VGenerationMixin:
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs):
         """transformers' `generate`, for prompts padded on either side and with different numbers of images.
 
-        Rows stay in the caller's order; the returned prompts are padded on the left. Without an `eos_token_id` from the caller a published
-        configuration (2) stops at `</s>`, `<|endoftext|>` and `<|end|>`. The image token is never generated.
+        Rows stay in the caller's order; the returned prompts are padded on the left. Without an `eos_token_id` from the
+        caller a published configuration (2) stops at `</s>`, `<|endoftext|>` and `<|end|>`. The image token is never
+        generated.
         """
         name = "inputs" if inputs is not None else "input_ids"
         input_ids, mask = inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("attention_mask")
@@ -49,9 +51,9 @@ class Phi3VGenerationMixin:
             kwargs.pop("input_ids", None)
             kwargs[name] = input_ids
         stops = getattr(generation_config or self.generation_config, "eos_token_id", None)
-        if "eos_token_id" not in kwargs and stops in (None, PUBLISHED_EOS, [PUBLISHED_EOS]):
-            if self.config.vocab_size > max(PUBLISHED_STOPS):
-                kwargs["eos_token_id"] = list(PUBLISHED_STOPS)
+        published = stops in (None, PUBLISHED_EOS, [PUBLISHED_EOS]) and self.config.vocab_size > max(PUBLISHED_STOPS)
+        if published and "eos_token_id" not in kwargs:
+            kwargs["eos_token_id"] = list(PUBLISHED_STOPS)
         if self.config.image_token_id is not None:
             kwargs.setdefault("suppress_tokens", [self.config.image_token_id])
         return super().generate(generation_config=generation_config, **kwargs)
@@ -83,8 +85,8 @@ class Phi3VGenerationMixin:
     def _rebuild_long_rows(self, input_ids, new: int, cache: Cache, mask, kwargs: dict) -> None:
         """Computes the cached keys of a row again when its length passes the limit with the coming step.
 
-        Up to the limit keys are rotated with the short factors, beyond it with the long ones; a cache that mixes both gives other logits
-        than a full pass. Other rows keep their cache.
+        Up to the limit keys are rotated with the short factors, beyond it with the long ones; a cache that mixes both
+        gives other logits than a full pass. Other rows keep their cache.
         """
         limit, width = self.config.original_max_position_embeddings, input_ids.shape[1]
         past = width - new
@@ -149,7 +151,7 @@ def copy_row(fresh: Cache, cache: Cache, row: int, pad: int, past: int) -> None:
     for source, target in zip(fresh.layers, cache.layers, strict=True):
         if not isinstance(target.keys, torch.Tensor) or target.keys.shape[2] < past:
             raise ValueError(
-                f"a cache of type {type(target).__name__} cannot pass the original context of the model while decoding: "
+                f"a cache of type {type(target).__name__} cannot pass the model's original context while decoding: "
                 "use the default cache or a static one"
             )
         target.keys[row, :, pad:past] = source.keys[0, :, : past - pad].to(target.keys.device)

@@ -1,14 +1,15 @@
 """Phi-3-Vision: transformers' Phi-3 decoder over text embeddings and projected CLIP features.
 
-Module paths are Microsoft's own (`model.layers.0.self_attn.qkv_proj`, `model.vision_embed_tokens.…`), so weights and adapters need no
-renaming. Image features stand at ordinary causal positions; there is no cross attention.
+Module paths are Microsoft's own (`model.layers.0.self_attn.qkv_proj`, `model.vision_embed_tokens.…`), so weights and
+adapters need no renaming. Image features stand at ordinary causal positions; there is no cross attention.
 
 Letters: B rows, S positions, T image tokens of the batch, H hidden size, D head size.
 """
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, initialization as init
+from transformers import GenerationMixin
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -25,7 +26,8 @@ from .vision_phi3_v import Phi3VImageEmbedding
 def sequence_lengths(position_ids: torch.Tensor) -> torch.Tensor:
     """Length of the sequence that each position belongs to, from positions that restart at 0: `[B, S]` to `[B, S]`.
 
-    Example: two sequences packed into one row, `[[0, 1, 2, 0, 1]]`, give `[[3, 3, 3, 2, 2]]`; a decoding step `[[4096]]` gives `[[4097]]`.
+    Example: two sequences packed into one row, `[[0, 1, 2, 0, 1]]`, give `[[3, 3, 3, 2, 2]]`; a decoding step
+    `[[4096]]` gives `[[4097]]`.
     """
     if position_ids.shape[-1] == 1:
         return position_ids + 1
@@ -36,16 +38,19 @@ def sequence_lengths(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 def positions_from_mask(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
-    """Positions of the last `length` columns, padding not counted: `[[0, 0, 1, 1, 1]]` with length 5 gives `[[0, 0, 0, 1, 2]]`."""
+    """Positions of the last `length` columns, padding not counted.
+
+    Example: the mask `[[0, 0, 1, 1, 1]]` with length 5 gives `[[0, 0, 0, 1, 2]]`.
+    """
     return ((attention_mask.long().cumsum(-1) - 1).clamp(min=0))[:, -length:]
 
 
 class Phi3VRotaryEmbedding(nn.Module):
     """LongRoPE, decided for each sequence by its own length.
 
-    A sequence of at most `original_max_position_embeddings` tokens uses the short factors, a longer one the long factors for all its
-    positions. Microsoft's code takes one decision for a whole batch; a row here does not depend on its neighbours. The attention factor
-    sqrt(1 + ln(s) / ln(original)) multiplies cosine and sine in both cases.
+    A sequence of at most `original_max_position_embeddings` tokens uses the short factors, a longer one the long
+    factors for all its positions. Microsoft's code takes one decision for a whole batch; a row here does not depend on
+    its neighbours. The attention factor sqrt(1 + ln(s) / ln(original)) multiplies cosine and sine in both cases.
     """
 
     def __init__(self, config: Phi3VConfig):
@@ -87,7 +92,8 @@ class Phi3VPreTrainedModel(Phi3PreTrainedModel):
     config: Phi3VConfig
     input_modalities = ("image", "text")
     _no_split_modules = ["Phi3DecoderLayer", "Phi3VImageEmbedding"]
-    # `wte` is a second name of `embed_tokens` in files written with shared tensors; `position_ids` was a buffer in old CLIP files.
+    # `wte` is a second name of `embed_tokens` in files written with shared tensors; `position_ids` was a buffer in old
+    # CLIP files.
     _keys_to_ignore_on_load_unexpected = [
         r"model\.vision_embed_tokens\.wte\.weight",
         r"vision_model\.embeddings\.position_ids",
@@ -131,7 +137,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         image_sizes: torch.Tensor | list | None,
         image_features: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Input embeddings `[B, S, H]`: text from the table, image tokens from the images. `input_ids` are not changed."""
+        """Input embeddings `[B, S, H]`: text from the table, image tokens from the images."""
         is_image = image_mask(input_ids, self.config.image_token_id)
         embeddings = self.embed_tokens(input_ids.masked_fill(is_image, 0))
         if pixel_values is None and image_features is None:
@@ -231,23 +237,25 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
         r"""Runs the model.
 
         Args:
-            input_ids: `[B, S]`; image tokens are `config.image_token_id`, in the order of the images, or Microsoft's negative ids, where
-                -k is image k of its row.
+            input_ids: `[B, S]`; image tokens are `config.image_token_id`, in the order of the images, or Microsoft's
+                negative ids, where -k is image k of its row.
             attention_mask: `[B, S]`, 0 at padding, on either side.
             position_ids: `[B, S]`; without them padding is not counted.
             past_key_values: keys and values of earlier positions.
             inputs_embeds: `[B, S, H]` instead of `input_ids`; images are then already in it.
             pixel_values: `[images, crops, 3, 336, 336]`, the images of row 0 first, then those of row 1.
             image_sizes: `[images, 2]`, canvas height and width in pixels.
-            image_features: `[T, H]` instead of `pixel_values`: what `get_image_features` returned as `last_hidden_state`.
+            image_features: `[T, H]` instead of `pixel_values`: what `get_image_features` returned as
+                `last_hidden_state`.
             labels: `[B, S]`, -100 where nothing is learned. The loss is the mean over the rest, or their sum divided by
                 `num_items_in_batch`.
             use_cache: whether keys and values are returned.
             logits_to_keep: compute logits for the last so many positions only (0: all).
-            logits_at_labels: compute logits only where a label asks for them; `logits` are then `[trained tokens, vocabulary]`.
+            logits_at_labels: compute logits only where a label asks for them; `logits` are then
+                `[trained tokens, vocabulary]`.
 
-        Example: with `labels=[[-100, -100, 7, 8]]` and `logits_at_labels=True` the logits are those of positions 1 and 2, which predict
-        7 and 8.
+        Example: with `labels=[[-100, -100, 7, 8]]` and `logits_at_labels=True` the logits are those of positions 1 and
+        2, which predict 7 and 8.
         """
         outputs = self.model(
             input_ids=input_ids,

@@ -1,7 +1,7 @@
 """Which image goes to which image tokens: plain arithmetic on ids and token counts.
 
-Both carriers of images are understood: `image_token_id` (images in the order of the text) and Microsoft's negative ids, where -k is
-image k of its own row whatever the order in the text. Nothing here knows what a feature is made of.
+Both carriers of images are understood: `image_token_id` (images in the order of the text) and Microsoft's negative ids,
+where -k is image k of its own row whatever the order in the text. Nothing here knows what a feature is made of.
 """
 
 import torch
@@ -45,9 +45,11 @@ def images_per_row(input_ids: torch.Tensor, image_token_id: int | None, counts: 
 def image_order(input_ids: torch.Tensor, counts: list[int]) -> list[int] | None:
     """Order of images along the text for Microsoft's negative ids; None where the order is that of the images.
 
-    Example: one row `[-2, -2, 5, -1]` with images of 1 and 2 tokens: `[1, 0]`. A tag that stands twice gives its image twice.
+    Example: one row `[-2, -2, 5, -1]` with images of 1 and 2 tokens: `[1, 0]`. A tag that stands twice gives its image
+    twice.
 
-    Raises: ValueError if a run of a tag is not as long as its image, or the tags of a row are not 1 to the number of its images.
+    Raises: ValueError if a run of a tag is not as long as its image, or the tags of a row are not 1 to the number of
+    its images.
     """
     if torch.compiler.is_compiling() or not bool((input_ids < 0).any()):
         return None

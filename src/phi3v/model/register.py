@@ -8,9 +8,10 @@ logger = logging.getLogger(__name__)
 def register() -> None:
     """Registers configuration, image processor, processor and model for model type `phi3_v`.
 
-    After it `AutoConfig`, `AutoImageProcessor`, `AutoProcessor`, `AutoModelForImageTextToText` and `AutoModelForCausalLM` load Phi-3-V
-    folders and hub repositories with this code, never with the repository's own. Calling it again changes nothing. Should transformers
-    bring a `phi3_v` of its own, this one is chosen and a warning says so.
+    After it `AutoConfig`, `AutoImageProcessor`, `AutoProcessor`, `AutoModelForImageTextToText` and
+    `AutoModelForCausalLM` load Phi-3-V folders and hub repositories with this code, never with the repository's own.
+    Calling it again changes nothing. Should transformers bring a `phi3_v` of its own, this one is chosen and a warning
+    says so.
     """
     from transformers import (
         AutoConfig,

@@ -1,10 +1,10 @@
 """From crops to image features: CLIP tower, 2x2 merge, one grid per image, separators, projection.
 
-In: normalised crops and canvas sizes. Out: one vector per image token, all images one after the other. Knows nothing of text, padding
-or batches. Module paths are those of Microsoft's checkpoints below `model.vision_embed_tokens`.
+In: normalised crops and canvas sizes. Out: one vector per image token, all images one after the other. Knows nothing of
+text, padding or batches. Module paths are those of Microsoft's checkpoints below `model.vision_embed_tokens`.
 
-Letters: N images, K crop slots, C real crops, P merged patches of a crop (144), G channels of a merged patch (4 x tower width),
-T image tokens, H hidden size of the decoder.
+Letters: N images, K crop slots, C real crops, P merged patches of a crop (144), G channels of a merged patch (4 x tower
+width), T image tokens, H hidden size of the decoder.
 """
 
 import torch
@@ -18,14 +18,15 @@ from .configuration_phi3_v import Phi3VConfig
 def image_layout(grids: list[tuple[int, int]], side: int = 12) -> tuple[torch.Tensor, list[int]]:
     """Order in which merged patches and separators form the token sequence of each image.
 
-    `grids` holds (rows, columns) of crops per image; `side` is the number of merged patches along a crop's edge. The result indexes a
-    table of all patches (global view first, then the sub crops row by row, image after image, `side * side` patches each), followed by
-    the line separator and by the separator between sub image and global view.
+    `grids` holds (rows, columns) of crops per image; `side` is the number of merged patches along a crop's edge. The
+    result indexes a table of all patches (global view first, then the sub crops row by row, image after image, `side *
+    side` patches each), followed by the line separator and by the separator between sub image and global view.
 
     Returns the index `[tokens of all images]` and the number of tokens of each image.
 
-    Example: one image of 1 x 2 crops with `side=1` has the patches 0 (global), 1 (left) and 2 (right); 3 is the line separator and 4
-    stands before the global view. `image_layout([(1, 2)], side=1)` gives `[1, 2, 3, 4, 0, 3]` and `[6]`.
+    Example: one image of 1 x 2 crops with `side=1` has the patches 0 (global), 1 (left) and 2 (right); 3 is the line
+    separator and 4 stands before the global view. `image_layout([(1, 2)], side=1)` gives `[1, 2, 3, 4, 0, 3]` and
+    `[6]`.
     """
     per_crop = side * side
     patches = sum(rows * columns + 1 for rows, columns in grids) * per_crop
@@ -49,8 +50,8 @@ def image_layout(grids: list[tuple[int, int]], side: int = 12) -> tuple[torch.Te
 def merge_patches(features: torch.Tensor) -> torch.Tensor:
     """Joins 2x2 neighbouring patches: `[C, S*S, D]` to `[C, S/2 * S/2, 4*D]`.
 
-    Channels come in the order upper left, upper right, lower left, lower right. Example: the patches `[[0, 1], [2, 3]]` of a crop with
-    one channel become the single vector `[0, 1, 2, 3]`.
+    Channels come in the order upper left, upper right, lower left, lower right. Example: the patches `[[0, 1], [2, 3]]`
+    of a crop with one channel become the single vector `[0, 1, 2, 3]`.
     """
     crops, patches, width = features.shape
     side = int(patches**0.5)
@@ -125,7 +126,8 @@ class Phi3VImageEmbedding(nn.Module):
         """Embeddings of all images, one after the other.
 
         Args:
-            pixel_values: `[N, K, 3, 336, 336]`, slot 0 the global view, then the sub crops, then padding that is never looked at.
+            pixel_values: `[N, K, 3, 336, 336]`, slot 0 the global view, then the sub crops, then padding that is never
+                looked at.
             image_sizes: `[N, 2]`, canvas height and width in pixels.
 
         Returns the embeddings `[T, H]` and the number of tokens of each image.
@@ -149,11 +151,12 @@ class Phi3VImageEmbedding(nn.Module):
     def _check(self, pixel_values: torch.Tensor, grids: list[tuple[int, int]]) -> None:
         if pixel_values.ndim != 5 or pixel_values.shape[0] != len(grids):
             raise ValueError(
-                f"pixel_values must be [images, crops, 3, {self.crop_size}, {self.crop_size}] with one image per row of image_sizes, "
-                f"but have shape {list(pixel_values.shape)} for {len(grids)} sizes"
+                f"pixel_values must be [images, crops, 3, {self.crop_size}, {self.crop_size}], one image per row of "
+                f"image_sizes, but have shape {list(pixel_values.shape)} for {len(grids)} sizes"
             )
         for number, (h, w) in enumerate(grids):
             if h < 1 or w < 1 or h * w + 1 > pixel_values.shape[1]:
                 raise ValueError(
-                    f"image {number} has a grid of {h}x{w} crops, but pixel_values hold {pixel_values.shape[1] - 1} sub crops an image"
+                    f"image {number} has a grid of {h}x{w} crops, but pixel_values hold "
+                    f"{pixel_values.shape[1] - 1} sub crops an image"
                 )
