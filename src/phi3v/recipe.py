@@ -80,23 +80,23 @@ class ModelSection(_Section):
     """Which weights are tuned, and where they are put."""
 
     name: str = Field(min_length=1, description="Hub id or folder of the model in Microsoft's layout.")
-    revision: str | None = Field(None, description="Commit, tag or branch on the hub; null for the newest.")
+    revision: str | None = Field(default=None, description="Commit, tag or branch on the hub; null for the newest.")
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
-        "auto", description="Number type of the weights; auto takes the checkpoint's."
+        default="auto", description="Number type of the weights; auto takes the checkpoint's."
     )
     attn_implementation: str | None = Field(
-        None, description="Attention of transformers (sdpa, eager, ...); null lets transformers choose."
+        default=None, description="Attention of transformers (sdpa, eager, ...); null lets transformers choose."
     )
-    device: str = Field("auto", description="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
+    device: str = Field(default="auto", description="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
 
 
 class SplitSection(_Section):
     """How validation rows are taken from `data.train` when there are no others."""
 
     validation: Annotated[int | float, BeforeValidator(_share_or_rows)] = Field(
-        0.1, description="Validation rows: a number of rows, or a share between 0.0 and 1.0."
+        default=0.1, description="Validation rows: a number of rows, or a share between 0.0 and 1.0."
     )
-    seed: int = Field(0, ge=0, description="Another seed gives another choice of rows.")
+    seed: int = Field(default=0, ge=0, description="Another seed gives another choice of rows.")
 
 
 class DataSection(_Section):
@@ -106,23 +106,25 @@ class DataSection(_Section):
         min_length=1, description="Folder, CSV, JSON, JSONL or Parquet file, or hub id of the rows to train on."
     )
     validation: str | None = Field(
-        None, description="The same for validation; null takes the set's own split, else `split`."
+        default=None, description="The same for validation; null takes the set's own split, else `split`."
     )
-    revision: str | None = Field(None, description="Commit, tag or branch of a hub data set.")
+    revision: str | None = Field(default=None, description="Commit, tag or branch of a hub data set.")
     split: SplitSection | None = Field(
-        SplitSection(), description="Used where there is only train; null for no validation."
+        default=SplitSection(), description="Used where there is only train; null for no validation."
     )
-    images: str | None = Field("image", description="Column with the image or a list of images; null for text only.")
+    images: str | None = Field(
+        default="image", description="Column with the image or a list of images; null for text only."
+    )
     image_root: str | None = Field(
-        None, description="Folder that image paths count from; null for the data file's own folder."
+        default=None, description="Folder that image paths count from; null for the data file's own folder."
     )
-    allow_outside_root: bool = Field(False, description="true lets image paths leave that folder.")
-    system: str | None = Field(None, description="Template of the system message; null for none.")
-    prompt: str = Field("{prompt}", min_length=1, description="Template of the question; {column} is replaced.")
-    answer: str = Field("{answer}", min_length=1, description="Template of the answer; {column} is replaced.")
-    max_rows: int | None = Field(None, ge=1, description="Train on the first rows only; null for all.")
+    allow_outside_root: bool = Field(default=False, description="true lets image paths leave that folder.")
+    system: str | None = Field(default=None, description="Template of the system message; null for none.")
+    prompt: str = Field(default="{prompt}", min_length=1, description="Template of the question; {column} is replaced.")
+    answer: str = Field(default="{answer}", min_length=1, description="Template of the answer; {column} is replaced.")
+    max_rows: int | None = Field(default=None, ge=1, description="Train on the first rows only; null for all.")
     max_length: int | None = Field(
-        None, ge=1, description="Longest row in tokens, images included; null for the model's limit."
+        default=None, ge=1, description="Longest row in tokens, images included; null for the model's limit."
     )
 
 
@@ -130,17 +132,17 @@ class ImageSection(_Section):
     """How images are seen."""
 
     num_crops: int | None = Field(
-        None, ge=1, description="Most 336-pixel crops of one image; null takes the model's own (16 or 4)."
+        default=None, ge=1, description="Most 336-pixel crops of one image; null takes the model's own (16 or 4)."
     )
-    max_pixels: int = Field(20_000_000, ge=1, description="Larger images are refused before they are decoded.")
+    max_pixels: int = Field(default=20_000_000, ge=1, description="Larger images are refused before they are decoded.")
 
 
 class VisionSection(_Section):
     """What happens to the parts that see."""
 
-    tower: Literal["frozen", "train"] = Field("frozen", description="The CLIP tower.")
+    tower: Literal["frozen", "train"] = Field(default="frozen", description="The CLIP tower.")
     projector: Literal["frozen", "train"] = Field(
-        "frozen", description="img_projection and the separators sub_GN and glb_GN."
+        default="frozen", description="img_projection and the separators sub_GN and glb_GN."
     )
 
 
@@ -149,12 +151,18 @@ class TrainingSection(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
-    samples_per_step: int = Field(16, ge=1, description="Samples in one optimiser step, whatever the device count.")
-    micro_batch_size: int = Field(1, ge=1, description="Samples that go through the model at once, on each device.")
-    epochs: float = Field(3.0, gt=0, allow_inf_nan=False, description="Passes over the training rows; max_steps wins.")
-    max_steps: int | None = Field(None, ge=1, description="Stop after so many steps; null to go by epochs.")
-    seed: int = Field(0, ge=0, description="Order of the samples, dropout and fresh adapter weights.")
-    learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False, description="Peak learning rate.")
+    samples_per_step: int = Field(
+        default=16, ge=1, description="Samples in one optimiser step, whatever the device count."
+    )
+    micro_batch_size: int = Field(
+        default=1, ge=1, description="Samples that go through the model at once, on each device."
+    )
+    epochs: float = Field(
+        default=3.0, gt=0, allow_inf_nan=False, description="Passes over the training rows; max_steps wins."
+    )
+    max_steps: int | None = Field(default=None, ge=1, description="Stop after so many steps; null to go by epochs.")
+    seed: int = Field(default=0, ge=0, description="Order of the samples, dropout and fresh adapter weights.")
+    learning_rate: float = Field(default=2e-4, gt=0, allow_inf_nan=False, description="Peak learning rate.")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -178,11 +186,11 @@ class TrainingSection(BaseModel):
 class EvaluationSection(_Section):
     """How answers are made and scored."""
 
-    rows: int | None = Field(None, ge=1, description="Validation rows to answer, the first ones; null for all.")
-    batch_size: int = Field(8, ge=1, description="Rows that are answered at once.")
-    max_new_tokens: int = Field(128, ge=1, description="Longest answer in tokens.")
+    rows: int | None = Field(default=None, ge=1, description="Validation rows to answer, the first ones; null for all.")
+    batch_size: int = Field(default=8, ge=1, description="Rows that are answered at once.")
+    max_new_tokens: int = Field(default=128, ge=1, description="Longest answer in tokens.")
     numeric_fields: list[str] | None = Field(
-        None, description="Answer columns scored as numbers; null finds them by their values."
+        default=None, description="Answer columns scored as numbers; null finds them by their values."
     )
 
 
@@ -190,11 +198,13 @@ class ReportSection(_Section):
     """Who is told about the run."""
 
     to: Annotated[list[Literal["wandb", "tensorboard"]], BeforeValidator(_trackers)] = Field(
-        [], description="Trackers: none, wandb, tensorboard, or a list."
+        default=[], description="Trackers: none, wandb, tensorboard, or a list."
     )
-    project: str | None = Field(None, description="Project name at W&B; null for its own default.")
-    run_name: str | None = Field(None, description="Name of the run at the tracker; null for the output folder's name.")
-    samples: int = Field(12, ge=0, description="Photos with their answers in report.html.")
+    project: str | None = Field(default=None, description="Project name at W&B; null for its own default.")
+    run_name: str | None = Field(
+        default=None, description="Name of the run at the tracker; null for the output folder's name."
+    )
+    samples: int = Field(default=12, ge=0, description="Photos with their answers in report.html.")
 
 
 class Recipe(_Section):
@@ -205,17 +215,19 @@ class Recipe(_Section):
 
     model: Annotated[ModelSection, _shorthand("name")] = Field(description="Which weights.")
     data: Annotated[DataSection, _shorthand("train")] = Field(description="Which rows.")
-    image: ImageSection = Field(ImageSection(), description="How images are seen.")
-    vision: VisionSection = Field(VisionSection(), description="What happens to tower and projector.")
+    image: ImageSection = Field(default=ImageSection(), description="How images are seen.")
+    vision: VisionSection = Field(default=VisionSection(), description="What happens to tower and projector.")
     lora: Annotated[dict[str, Any] | None, BeforeValidator(_fill_lora)] = Field(
-        LORA_DEFAULTS,
+        default=LORA_DEFAULTS,
         description="peft.LoraConfig, for the language model; null tunes all of it.",
         validate_default=True,
     )
-    quantization: dict[str, Any] | None = Field(None, description="transformers.BitsAndBytesConfig; null for none.")
-    training: TrainingSection = Field(TrainingSection(), description="How long and in which steps.")
-    evaluation: EvaluationSection = Field(EvaluationSection(), description="How answers are scored.")
-    report: ReportSection = Field(ReportSection(), description="Who is told.")
+    quantization: dict[str, Any] | None = Field(
+        default=None, description="transformers.BitsAndBytesConfig; null for none."
+    )
+    training: TrainingSection = Field(default=TrainingSection(), description="How long and in which steps.")
+    evaluation: EvaluationSection = Field(default=EvaluationSection(), description="How answers are scored.")
+    report: ReportSection = Field(default=ReportSection(), description="Who is told.")
     output: str = Field(min_length=1, description="Folder of the run; runs/<recipe name> where nothing is said.")
 
     @classmethod

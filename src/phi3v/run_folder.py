@@ -1,0 +1,309 @@
+"""A run on disk: who writes and reads which file. Nothing else in the package opens a file of a run.
+
+    recipe.yaml        the resolved recipe
+    versions.json      Python, platform and package versions at the start; with recipe.yaml it makes a folder a run
+    metrics.jsonl      one JSON object per logged step, appended
+    checkpoints/       what resuming needs, filled by the trainer
+    adapter/           the tuned adapter with the processor, or
+    model/             the whole model, when all of it was tuned
+    predictions.jsonl  one JSON object per evaluated row
+    evaluation.json    the scores
+    report.html        the report
+    finished.json      there when the run has reached its end; holds its summary
+
+Files are replaced whole (temporary file, fsync, os.replace), so a reader sees the old or the new content and nothing
+between; `metrics.jsonl` is appended line by line and a half last line is dropped. JSON holds no NaN or infinity: they
+become null. Errors are `ConfigError` (the folder cannot be used) and `CheckpointError` (a file is missing or broken).
+"""
+
+import json
+import math
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from phi3v.errors import CheckpointError, ConfigError
+from phi3v.recipe import Recipe
+
+RunState = Literal["new", "unfinished", "finished"]
+
+VERSIONED_PACKAGES = ("phi3v", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
+"""Packages whose versions can change what a run computes."""
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        path: the folder; nothing is read or made until a method asks for it.
+    Example: `run = RunFolder("runs/shop"); run.start(recipe); run.append_metrics({"step": 1, "loss": 2.5})`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Name the folder of a run."""
+        self.path = Path(path)
+        self.recipe = self.path / "recipe.yaml"
+        self.versions = self.path / "versions.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self.model = self.path / "model"
+        self.predictions = self.path / "predictions.jsonl"
+        self.evaluation = self.path / "evaluation.json"
+        self.report = self.path / "report.html"
+        self.finished = self.path / "finished.json"
+
+    @staticmethod
+    def is_run(path: str | Path) -> bool:
+        """Whether a folder is a run: it holds what `start` writes, recipe.yaml and versions.json."""
+        return (Path(path) / "recipe.yaml").is_file() and (Path(path) / "versions.json").is_file()
+
+    def state(self) -> RunState:
+        """How far the run is: new (no run is there), unfinished, or finished (`mark_finished` was called)."""
+        if not self.is_run(self.path):
+            return "new"
+        return "finished" if self.finished.is_file() else "unfinished"
+
+    def start(self, recipe: Recipe) -> RunState:
+        """Opens the folder for a run of `recipe` and says what was there before.
+
+        A new run gets versions.json and recipe.yaml; an existing one is left as it is.
+        Raises: ConfigError when the folder holds something else, or a run of a recipe that differs.
+        """
+        state = self.state()
+        if state == "new":
+            self._make_folder(recipe)
+            self.write_recipe(recipe)
+            self.write_versions(gather_versions())
+            return state
+        if changed := recipe.differences(self.read_recipe()):
+            raise ConfigError(
+                f"{self.path} holds a run of another recipe ({'; '.join(changed[:5])}"
+                f"{f'; and {len(changed) - 5} more' if len(changed) > 5 else ''}): "
+                "give another output, or the same recipe to go on with it"
+            )
+        return state
+
+    def _make_folder(self, recipe: Recipe) -> None:
+        """Makes the folder, or takes one that holds nothing but what a start of this recipe that was cut off left."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"output {self.path} is a file: give a folder that is new or empty")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for leftover in self.path.glob(".recipe.yaml.*.tmp"):
+                leftover.unlink()
+            found = sorted(entry.name for entry in self.path.iterdir())
+            cut_off = found == ["recipe.yaml"] and self.recipe.read_text(encoding="utf-8") == recipe.to_yaml()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"output {self.path} cannot be used ({error}): give another folder") from error
+        if found and not cut_off:
+            raise ConfigError(
+                f"output {self.path} holds {found[0]} and is no run of phi3v: give a folder that is new or empty"
+            )
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Writes recipe.yaml."""
+        replace_file(self.recipe, recipe.to_yaml())
+
+    def read_recipe(self) -> Recipe:
+        """The recipe of the run. Raises: CheckpointError when there is none, ConfigError when it is not valid."""
+        if not self.recipe.is_file():
+            raise CheckpointError(
+                f"{self.path} is no run: it has no recipe.yaml; train it first, or name another folder"
+            )
+        return Recipe.load(self.recipe)
+
+    def write_versions(self, versions: dict[str, str | None]) -> None:
+        """Writes versions.json."""
+        replace_file(self.versions, to_json(versions, indent=2) + "\n")
+
+    def read_versions(self) -> dict[str, str | None]:
+        """What `write_versions` wrote."""
+        return self._read_json(self.versions)
+
+    def append_metrics(self, values: dict[str, Any]) -> None:
+        """Adds one line to metrics.jsonl and sees it onto the disk.
+
+        Example: {"step": 10, "loss": 0.5, "grad_norm": float("nan")} -> `{"step": 10, "loss": 0.5, "grad_norm": null}`.
+        """
+        line = (to_json(values) + "\n").encode()
+        with open(self.metrics, "ab+") as file:
+            _drop_half_line(file)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl in their order, [] when there are none; a half last line is left out."""
+        return self._read_lines(self.metrics) if self.metrics.is_file() else []
+
+    def keep_metrics(self, last_step: int) -> None:
+        """Drops the lines of steps after `last_step`: they are about to be computed again from a checkpoint.
+
+        Example: lines of steps 5, 10, 15 with last_step 10 -> 5, 10. Lines without a step stay.
+        """
+        kept = [line for line in self.read_metrics() if line.get("step", 0) <= last_step]
+        if self.metrics.is_file():
+            replace_file(self.metrics, "".join(to_json(line) + "\n" for line in kept))
+
+    def write_predictions(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Writes predictions.jsonl, one object per row."""
+        replace_file(self.predictions, "".join(to_json(row) + "\n" for row in rows))
+
+    def read_predictions(self) -> list[dict[str, Any]]:
+        """What `write_predictions` wrote. Raises: CheckpointError when the run was not evaluated."""
+        return self._read_lines(self.predictions)
+
+    def write_evaluation(self, values: dict[str, Any]) -> None:
+        """Writes evaluation.json."""
+        replace_file(self.evaluation, to_json(values, indent=2) + "\n")
+
+    def read_evaluation(self) -> dict[str, Any]:
+        """What `write_evaluation` wrote. Raises: CheckpointError when the run was not evaluated."""
+        return self._read_json(self.evaluation)
+
+    def write_report(self, html: str) -> None:
+        """Writes report.html."""
+        replace_file(self.report, html)
+
+    def write_adapter(self, save: Callable[[Path], Any]) -> None:
+        """Fills adapter/ through `save(folder)`; the old one stays until the new one is complete."""
+        replace_folder(self.adapter, save)
+
+    def write_model(self, save: Callable[[Path], Any]) -> None:
+        """Fills model/ through `save(folder)`; the old one stays until the new one is complete."""
+        replace_folder(self.model, save)
+
+    def mark_finished(self, summary: dict[str, Any] | None = None) -> None:
+        """Says that the run has reached its end, with a few figures about it."""
+        replace_file(self.finished, to_json(summary or {}, indent=2) + "\n")
+
+    def read_summary(self) -> dict[str, Any]:
+        """What `mark_finished` wrote. Raises: CheckpointError when the run is not finished."""
+        return self._read_json(self.finished)
+
+    def _read_json(self, path: Path) -> Any:
+        """The content of a JSON file of this run."""
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise CheckpointError(f"run {self.path} has no {path.name} yet") from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}; remove it and let it be written again") from error
+
+    def _read_lines(self, path: Path) -> list[dict[str, Any]]:
+        """The objects of a JSONL file of this run; text after the last newline is a half line and left out."""
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError as error:
+            raise CheckpointError(f"run {self.path} has no {path.name} yet") from error
+        rows = []
+        for number, line in enumerate(text.split("\n")[:-1], start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise CheckpointError(f"{path}, line {number}: not JSON: {error}; remove that line") from error
+        return rows
+
+
+def gather_versions() -> dict[str, str | None]:
+    """Versions of Python, of the platform and of `VERSIONED_PACKAGES`; null for a package that is not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in VERSIONED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON text of plain values, paths and scalars of torch and numpy; NaN and infinities become null.
+
+    Example: to_json({"loss": float("nan"), "steps": (1, 2)}) -> '{"loss": null, "steps": [1, 2]}'.
+    Raises: TypeError for anything else.
+    """
+    return json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """`value` made of dict, list, str, int, float, bool and None only."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return _plain(value.item())
+    raise TypeError(f"a run's JSON cannot hold a {type(value).__name__}: {value!r:.80}")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Puts `text` at `path` so that a reader, or a crash, finds the old or the new content whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def replace_folder(path: Path, save: Callable[[Path], Any]) -> None:
+    """Lets `save` fill a folder beside `path`, then puts it in place of `path`.
+
+    After a crash `path` is the old folder, or the new one, or (between two renames) absent with the old one beside it
+    as `.<name>.old.tmp`, which the next call puts back before it begins.
+    """
+    fresh, old = path.with_name(f".{path.name}.new.tmp"), path.with_name(f".{path.name}.old.tmp")
+    if old.exists() and not path.exists():
+        os.replace(old, path)
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    save(fresh)
+    for file in fresh.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    if path.exists():
+        os.replace(path, old)
+    os.replace(fresh, path)
+    _sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync_folder(path: Path) -> None:
+    """Sees a rename inside `path` onto the disk, where the system can do that."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _drop_half_line(file: Any) -> None:
+    """Cuts a file opened with "ab+" after its last newline: b'a\\nb' -> b'a\\n'."""
+    file.seek(0, os.SEEK_END)
+    size = file.tell()
+    if size == 0:
+        return
+    file.seek(size - 1)
+    if file.read(1) == b"\n":
+        return
+    file.seek(0)
+    file.truncate(file.read().rfind(b"\n") + 1)
