@@ -13,7 +13,6 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.models.phi3.modeling_phi3 import Phi3Model, Phi3PreTrainedModel
 from transformers.utils import can_return_tuple
 
@@ -106,9 +105,6 @@ class Phi3VPreTrainedModel(Phi3PreTrainedModel):
             short, long, _ = module.frequencies()
             init.copy_(module.short_inv_freq, short)
             init.copy_(module.long_inv_freq, long)
-        elif isinstance(module, CLIPVisionEmbeddings):
-            init.normal_(module.class_embedding, std=module.embed_dim**-0.5)
-            init.copy_(module.position_ids, torch.arange(module.num_positions).expand((1, -1)))
         elif isinstance(module, Phi3VImageEmbedding):
             init.normal_(module.glb_GN, std=self.config.initializer_range)
             init.normal_(module.sub_GN, std=self.config.initializer_range)

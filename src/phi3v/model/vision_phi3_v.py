@@ -10,7 +10,7 @@ width), T image tokens, H hidden size of the decoder.
 import torch
 from torch import nn
 from transformers import CLIPVisionConfig
-from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPVisionEmbeddings
+from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPPreTrainedModel, CLIPVisionEmbeddings
 
 from .configuration_phi3_v import Phi3VConfig
 
@@ -59,14 +59,20 @@ def merge_patches(features: torch.Tensor) -> torch.Tensor:
     return grid.permute(0, 1, 3, 2, 4, 5).reshape(crops, patches // 4, 4 * width)
 
 
-class Phi3VVisionTransformer(nn.Module):
+class Phi3VVisionTransformer(CLIPPreTrainedModel):
     """CLIP's vision transformer up to the hidden state that Phi-3-V reads.
+
+    A pretrained model of its own, so that transformers chooses its attention and initialises it as CLIP.
 
     `post_layernorm` and the layers behind that state exist because the checkpoints hold them; they are never run.
     """
 
+    config: CLIPVisionConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
     def __init__(self, config: CLIPVisionConfig, layer_idx: int):
-        super().__init__()
+        super().__init__(config)
         self.embeddings = CLIPVisionEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(
             config.hidden_size, eps=config.layer_norm_eps
@@ -74,6 +80,7 @@ class Phi3VVisionTransformer(nn.Module):
         self.encoder = CLIPEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layers_read = layer_idx if layer_idx >= 0 else config.num_hidden_layers + 1 + layer_idx
+        self.post_init()
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`[C, 3, 336, 336]` to patch features `[C, 576, D]`, class token dropped."""
