@@ -1,0 +1,215 @@
+"""Pixels for Phi-3-V: one image becomes a view of the whole and up to `num_crops` crops of 336 x 336.
+
+In: PIL images, arrays, paths or URLs, as transformers takes them. Out: `pixel_values`, `image_sizes`, `num_img_tokens`.
+Decoding and resizing are PIL's, bit for bit what the original did; the whole view is torch's bicubic on the normalised
+canvas. No torchvision. What an image file means (EXIF rotation, alpha, depth) is decided where images are opened: a PIL
+image is taken as it is, `convert("RGB")` and nothing else.
+
+Shape letters: N images, K crop slots (1 + crops), C 3 channels, H and W 336 unless a line says canvas.
+"""
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn.functional import interpolate
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ChannelDimension,
+    ImageInput,
+    infer_channel_dimension_format,
+)
+from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.utils import TensorType
+
+from phi3v.errors import ImageError
+from phi3v.image_tokens import CROP_SIZE, crop_grid, grid_tokens, num_image_tokens, resized_size
+
+
+class Phi3VImageProcessorKwargs(ImagesKwargs, total=False):
+    """Settings of the image processor, at construction, in `preprocessor_config.json` or for one call.
+
+    Attributes:
+        num_crops: The most crops an image is cut into: 16 for Phi-3-vision, 4 for Phi-3.5-vision, 1 when not said.
+        pad_crops: True pads every image to `num_crops` + 1 crop slots with zeros, as the original; False only to the
+            largest grid of the call, which is all the model needs.
+    """
+
+    num_crops: int | None
+    pad_crops: bool | None
+
+
+class Phi3VImageProcessor(PilBackend):
+    """Cuts images into crops as Phi-3-V was trained on them.
+
+    Example: `Phi3VImageProcessor(num_crops=4)(image, return_tensors="pt")` with an image of 1000 x 300 pixels gives
+    `pixel_values` [1, 5, 3, 336, 336] (view of the whole, 3 crops, 1 crop of zeros), `image_sizes` [[336, 1008]] and
+    `num_img_tokens` [601].
+    """
+
+    valid_kwargs = Phi3VImageProcessorKwargs
+    model_input_names = ["pixel_values", "image_sizes", "num_img_tokens"]
+
+    do_convert_rgb = True
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    num_crops = 1
+    pad_crops = True
+
+    def __init__(self, **kwargs: Unpack[Phi3VImageProcessorKwargs]) -> None:
+        """Takes the keys of Microsoft's `preprocessor_config.json` too.
+
+        Its `num_img_tokens` (always 144, features per crop) and `auto_map` (remote code, never run) are not kept.
+        """
+        settings = cast(dict[str, Any], kwargs)
+        for unused in ("num_img_tokens", "auto_map"):
+            settings.pop(unused, None)
+        super().__init__(**settings)
+
+    def calc_num_image_tokens_from_image_size(self, width: int, height: int) -> int:
+        """Image tokens of an image of this size, at this processor's `num_crops`. Example: 601 for 1000 x 300 at 4."""
+        return num_image_tokens(width, height, self.num_crops)
+
+    def calc_num_image_tokens(self, images: ImageInput) -> list[int]:
+        """Image tokens of each image, at this processor's `num_crops`, without making pixels."""
+        prepared = self._prepare_image_like_inputs(images)
+        return [num_image_tokens(*image.size, self.num_crops) for image in prepared]
+
+    def process_image(
+        self, image: ImageInput, input_data_format: str | ChannelDimension | None = None, **kwargs: Any
+    ) -> Image.Image:
+        """One PIL image, array or tensor as an RGB PIL image; PIL's own rules decide about modes.
+
+        Arrays and tensors are uint8, [height, width], [height, width, channels] or [channels, height, width] with 1, 3
+        or 4 channels; the layout is inferred when `input_data_format` does not say it.
+
+        Raises:
+            ImageError: The array is not uint8 or has another shape.
+        """
+        if isinstance(image, Image.Image):
+            return image.convert("RGB")
+        pixels = image.numpy(force=True) if isinstance(image, torch.Tensor) else np.asarray(image)
+        if pixels.dtype != np.uint8:
+            raise ImageError(
+                f"an image array must hold uint8 values 0..255, not {pixels.dtype}: convert it or pass PIL"
+            )
+        if pixels.ndim == 3:
+            if not {1, 3, 4} & {pixels.shape[0], pixels.shape[-1]}:
+                raise ImageError(f"an image array of shape {list(pixels.shape)} has no axis of 1, 3 or 4 channels")
+            layout = input_data_format or infer_channel_dimension_format(pixels, num_channels=(1, 3, 4))
+            pixels = np.moveaxis(pixels, 0, -1) if ChannelDimension(layout) is ChannelDimension.FIRST else pixels
+            pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+        elif pixels.ndim != 2:
+            raise ImageError(f"an image array must have 2 or 3 axes, not shape {list(pixels.shape)}")
+        return Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
+
+    def flatten_images(self, images: ImageInput) -> list[ImageInput]:
+        """Every image of an image, a list, nested lists or a stack [N, ...], in order; paths and URLs are opened.
+
+        Raises:
+            ImageError: Something in there is no image; the message counts images from 0.
+        """
+        flat: list[ImageInput] = []
+        for image in _leaves(images):
+            if not isinstance(image, str | Image.Image | np.ndarray | torch.Tensor):
+                kind = type(image).__name__
+                raise ImageError(f"image {len(flat)} is a {kind}: pass a PIL image, an array, a path or a URL")
+            flat.append(self.fetch_images(image) if isinstance(image, str) else image)
+        return flat
+
+    def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list[ImageInput]:
+        """The flat list that transformers' preprocessing walks over."""
+        flat = self.flatten_images(images)
+        if not flat:
+            raise ImageError("no image to process: the list is empty")
+        return flat
+
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
+        """Refuses settings that would make pixels the model has never seen, instead of ignoring them."""
+        for setting in ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize"):
+            if kwargs.get(setting) is False:
+                raise ValueError(
+                    f"{setting}=False is not possible: Phi-3-V's images are always converted and normalised"
+                )
+        for setting in ("size", "crop_size", "pad_size", "resample", "do_center_crop", "do_pad"):
+            if kwargs.get(setting):
+                raise ValueError(f"{setting} cannot be set: num_crops alone decides the size of Phi-3-V's images")
+        num_crops = kwargs["num_crops"]
+        if num_crops is None or num_crops < 1:
+            raise ValueError(f"num_crops must be at least 1, not {num_crops}")
+        super()._validate_preprocess_kwargs(**kwargs)
+
+    def _preprocess(
+        self,
+        images: list[Image.Image],
+        num_crops: int,
+        pad_crops: bool,
+        image_mean: tuple[float, ...],
+        image_std: tuple[float, ...],
+        return_tensors: str | TensorType | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """RGB images to the model's inputs.
+
+        Returns:
+            `pixel_values` float32 [N, K, 3, 336, 336]: view of the whole, crops row by row, then zeros. `image_sizes`
+            int64 [N, 2]: height and width of the canvas in pixels. `num_img_tokens` int64 [N].
+        """
+        grids = [crop_grid(*image.size, num_crops) for image in images]
+        slots = 1 + (num_crops if pad_crops else max(rows * columns for rows, columns in grids))
+        mean = torch.tensor(image_mean, dtype=torch.float32).view(3, 1, 1)
+        std = torch.tensor(image_std, dtype=torch.float32).view(3, 1, 1)
+        pixel_values_NKCHW = torch.zeros(len(images), slots, 3, CROP_SIZE, CROP_SIZE)
+        for image, (rows, columns), crops_KCHW in zip(images, grids, pixel_values_NKCHW, strict=True):
+            canvas_HWC = torch.from_numpy(draw_canvas(image, num_crops))
+            canvas_CHW = torch.empty(3, *canvas_HWC.shape[:2]).copy_(canvas_HWC.permute(2, 0, 1))
+            # In this order and in place: the original's arithmetic, to the last bit.
+            canvas_CHW.div_(255).sub_(mean).div_(std)
+            crops_KCHW[:1] = interpolate(canvas_CHW[None], size=CROP_SIZE, mode="bicubic", align_corners=False)
+            tiles = canvas_CHW.view(3, rows, CROP_SIZE, columns, CROP_SIZE).permute(1, 3, 0, 2, 4)
+            crops_KCHW[1 : 1 + rows * columns].view(rows, columns, 3, CROP_SIZE, CROP_SIZE).copy_(tiles)
+        data = {
+            "pixel_values": pixel_values_NKCHW.numpy(),
+            "image_sizes": np.array(grids, dtype=np.int64) * CROP_SIZE,
+            "num_img_tokens": np.array([grid_tokens(*grid) for grid in grids], dtype=np.int64),
+        }
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+
+def draw_canvas(image: Image.Image, num_crops: int) -> np.ndarray:
+    """Resizes an RGB image and centres it on white: uint8 [canvas height, canvas width, 3], both multiples of 336.
+
+    Example: 1000 x 300 pixels at 16 crops are resized to 2016 x 604 and drawn at rows 34..637 of a [672, 2016, 3]
+    canvas; of an odd number of white rows the bottom (for portrait images the right side) gets one more.
+    """
+    width, height = image.size
+    longer, shorter = resized_size(width, height, num_crops)
+    rows, columns = crop_grid(width, height, num_crops)
+    canvas = np.full((rows * CROP_SIZE, columns * CROP_SIZE, 3), 255, dtype=np.uint8)
+    if width < height:
+        # The original transposes portrait images before and after. PIL filters along the width first and rounds to 8
+        # bits in between, so filtering along the height first gives the same bytes without moving the image around.
+        tall = image.resize((width, longer), Image.Resampling.BILINEAR)
+        left = (canvas.shape[1] - shorter) // 2
+        canvas[:, left : left + shorter] = np.asarray(tall.resize((shorter, longer), Image.Resampling.BILINEAR))
+    else:
+        top = (canvas.shape[0] - shorter) // 2
+        canvas[top : top + shorter] = np.asarray(image.resize((longer, shorter), Image.Resampling.BILINEAR))
+    return canvas
+
+
+def _leaves(images: Any) -> Iterator[Any]:
+    """Single images out of nested lists and of stacks [N, height, width, channels]."""
+    if isinstance(images, list | tuple) or (isinstance(images, np.ndarray | torch.Tensor) and images.ndim > 3):
+        for image in images:
+            yield from _leaves(image)
+    else:
+        yield images
+
+
+__all__ = ["Phi3VImageProcessor"]
