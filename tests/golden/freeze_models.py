@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 MODELS = ("tiny_phi3v", "tiny_phi3v_long", "tiny_phi35v_long")
-LOGIT_ROWS = 28  # stored positions a case, about
+LOGIT_ROWS = 14  # stored positions a case, about
 LARGE = 16_000  # elements from which every GRAD_STRIDE-th row of a gradient or an intermediate is kept
-GRAD_STRIDE = 8
+GRAD_STRIDE = 16
 
 
 def thin_logits(case: dict, logits: torch.Tensor, length: int) -> torch.Tensor:
