@@ -13,12 +13,9 @@ from phi3v.evaluation.report import (
     ReportContent,
     Sample,
     curve_points,
-    duration,
     loss_curve_svg,
-    percent,
     photo_uri,
     render_report,
-    short_number,
 )
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -171,25 +168,6 @@ def test_photo_is_small_and_the_original_untouched():
     assert photo.size == (2000, 1000) and photo.mode == "RGBA"
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(0.0, "0 %"), (1.0, "100 %"), (0.9345, "93.5 %"), (0.0004, "0 %"), (0.5, "50.0 %")]
-)
-def test_percent(value, text):
-    assert percent(value) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(None, "–"), (1234567, "1,234,567"), (0.012345, "0.0123"), (5.0, "5"), (12.34, "12.3")]
-)
-def test_short_number(value, text):
-    assert short_number(value) == text
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(4.23, "4.2 s"), (75, "1 min 15 s"), (7325, "2 h 2 min"), (0, "0.0 s")])
-def test_duration(seconds, text):
-    assert duration(seconds) == text
-
-
 def browse(tmp_path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run headless Chromium once with a fresh profile, without any service that would reach for the network."""
     quiet = [
@@ -221,7 +199,8 @@ def test_browser_shows_the_page_without_console_errors(tmp_path):
 def test_page_fits_a_phone_and_every_photo_decodes(tmp_path):
     probe = (
         "<script>addEventListener('load', () => parent.postMessage(JSON.stringify({"
-        "wide: document.documentElement.scrollWidth, photos: [...document.images].filter(i => i.naturalWidth > 0).length"
+        "wide: document.documentElement.scrollWidth,"
+        "photos: [...document.images].filter(i => i.naturalWidth > 0).length"
         "}), '*'))</script></body>"
     )
     html = render_report(make_content()).replace("</body>", probe)

@@ -1,9 +1,10 @@
 """Scores of answers against what was expected: strings in, numbers out; no model, no file, no third party.
 
 An answer is one string. Outer white space never counts. Where the expected answers come from a template such as
-`Product: {title}, Price: {price}`, the template is read backwards (`AnswerTemplate`) and every field is scored for itself;
-fields that hold numbers are compared as numbers. Free text gets a similarity in addition: `difflib.SequenceMatcher.ratio` of the
-standard library, that is twice the characters in matching blocks over all characters of both texts.
+`Product: {title}, Price: {price}`, the template is read backwards (`AnswerTemplate`) and every field is scored for
+itself; fields that hold numbers are compared as numbers. Free text gets a similarity in addition:
+`difflib.SequenceMatcher.ratio` of the standard library, that is twice the characters in matching blocks over all
+characters of both texts.
 
 Every share carries its Wilson 95 % interval, which stays inside 0..1 and is honest for few rows and for 0 % or 100 %.
 """
@@ -12,13 +13,13 @@ from __future__ import annotations
 
 import math
 import re
-import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import SequenceMatcher
 from typing import Any
 
+from phi3v.data.templates import Template
 from phi3v.errors import ConfigError
 
 Z_95 = 1.959963984540054  # the 97.5 % quantile of the standard normal distribution
@@ -32,7 +33,8 @@ _NUMBER = re.compile(
 class Share:
     """How many of how many, with the Wilson 95 % interval of the share.
 
-    Example: Share.of(9, 10) has value 0.9, low 0.596 and high 0.982; Share.of(0, 0) has value 0.0 and the interval 0..1.
+    Example: Share.of(9, 10) has value 0.9, low 0.596 and high 0.982; Share.of(0, 0) has value 0.0 and the interval
+    0..1.
     """
 
     hits: int
@@ -55,8 +57,8 @@ class FieldScore:
     """One field of a templated answer over all rows.
 
     `accuracy` counts rows whose field is right. For a numeric field `mean_absolute_error` is the mean over the
-    `error_rows` rows where a number was expected and answered, and `not_numbers` counts those where none was answered; for
-    other fields the three are None.
+    `error_rows` rows where a number was expected and answered, and `not_numbers` counts those where none was answered;
+    for other fields the three are None.
     """
 
     accuracy: Share
@@ -70,8 +72,8 @@ class FieldScore:
 class Scores:
     """All scores of one set of answers.
 
-    `well_formed` and `fields` are None and empty when there is no template to read the answers with. `loss` is the mean loss
-    per trained token on the same rows, or None where it was not computed.
+    `well_formed` and `fields` are None and empty when there is no template to read the answers with. `loss` is the mean
+    loss per trained token on the same rows, or None where it was not computed.
     """
 
     rows: int
@@ -89,9 +91,9 @@ class Scores:
 class AnswerTemplate:
     """An answer template read backwards: the literal pieces anchor, a field is what stands between two of them.
 
-    The first piece must open the answer and the last one must end it; a piece in between is taken where it first occurs.
-    Doubled braces are literal braces. A field named twice must hold the same text both times. An answer that does not have this form is not
-    parsed at all.
+    The first piece must open the answer and the last one must end it; a piece in between is taken where it first
+    occurs. Doubled braces are literal braces. A field named twice must hold the same text both times. An answer that
+    does not have this form is not parsed at all.
 
     Example:
         template = AnswerTemplate("Product: {title}, Price: {price}")
@@ -101,7 +103,7 @@ class AnswerTemplate:
     """
 
     def __init__(self, template: str) -> None:
-        """Take a template apart. Raises: ConfigError when its braces do not match or a field has no name."""
+        """Take a template apart. Raises: DataError for a single brace or empty braces."""
         self.template = template
         self._pieces, names = _literal_pieces(template)
         self._slots = tuple(names)
@@ -109,11 +111,11 @@ class AnswerTemplate:
 
     @property
     def separable(self) -> bool:
-        """Whether answers can be taken apart: at least one field, and text between every two of them ("{a}{b}" cannot)."""
+        """Whether answers can be taken apart: one field at least, and text between every two ("{a}{b}" cannot)."""
         return bool(self._slots) and all(self._pieces[1:-1])
 
     def parse(self, answer: str) -> dict[str, str] | None:
-        """The fields of an answer, white space around them removed, or None when the answer does not have the template's form."""
+        """The fields of an answer without outer white space, or None when it does not have the template's form."""
         text = answer.strip()
         head, tail = self._pieces[0].lstrip(), self._pieces[-1].rstrip()
         if not self.separable or not text.startswith(head) or not text.endswith(tail):
@@ -138,24 +140,15 @@ class AnswerTemplate:
 
 def _literal_pieces(template: str) -> tuple[list[str], list[str]]:
     """Literal pieces around the fields, and the fields: "a {x} b {y}" -> (["a ", " b ", ""], ["x", "y"])."""
-    pieces, names = [""], []
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise ConfigError(f"answer template {template!r}: {error}; write {{{{ and }}}} for literal braces") from error
-    for literal, name, _, _ in parts:
-        pieces[-1] += literal
-        if name is None:
-            continue
-        if not name:
-            raise ConfigError(f"answer template {template!r} has braces without a column name; write {{column}}")
-        names.append(name)
-        pieces.append("")
-    return pieces, names
+    parsed = Template(template, "answer")
+    marks = {name: f"\0{number}\0" for number, name in enumerate(parsed.columns)}
+    parts = re.split("\0([0-9]+)\0", parsed.render(marks))
+    return parts[::2], [parsed.columns[int(number)] for number in parts[1::2]]
 
 
 def parse_number(text: str) -> float | None:
-    """The number that a text is, or None: one currency or percent sign, thousands commas and a decimal point are understood.
+    """The number that a text is, or None: one currency or percent sign, thousands commas and a decimal point are
+    understood.
 
     Example: "470" -> 470.0, "$1,290.50" -> 1290.5, "-3" -> -3.0, "470,5" -> None, "about 470" -> None, "" -> None.
     """
@@ -213,7 +206,8 @@ def text_similarity(expected: str, answer: str) -> float:
 def field_is_right(expected: str, answer: str | None, numeric: bool) -> bool:
     """Whether a field holds what was expected; numbers are compared as numbers.
 
-    Example: ("470", "470.0", numeric=True) -> True; ("470", "470.0", numeric=False) -> False; ("470", None, ...) -> False.
+    Example: ("470", "470.0", numeric=True) -> True; ("470", "470.0", numeric=False) -> False; ("470", None, ...) ->
+    False.
     """
     if answer is None:
         return False
@@ -257,15 +251,15 @@ def score_answers(
     """All scores of a list of answers, row i of which answers row i of `expected`.
 
     Args:
-        expected: what should have been answered.
-        answers: what was answered.
-        template: how the expected answers were made; None (free text) gives no field scores. A template that cannot be read
+        expected: what should have been answered. answers: what was answered. template: how the expected answers were
+        made; None (free text) gives no field scores. A template that cannot be read
             backwards counts as None, and so do rows whose expected answer does not have its form.
         numeric_fields: fields compared as numbers; None chooses those whose expected values all are numbers.
         loss: passed through into the result.
 
-    Example: expected ["a: x, b: 1", "a: y, b: 2"], answers ["a: x, b: 3", "nonsense"], template "a: {a}, b: {b}" gives exact match
-    0 of 2, well formed 1 of 2, field a 1 of 2, field b 0 of 2 with mean absolute error 2.0 over 1 row and 1 without a number.
+    Example: expected ["a: x, b: 1", "a: y, b: 2"], answers ["a: x, b: 3", "nonsense"], template "a: {a}, b: {b}" gives
+    exact match 0 of 2, well formed 1 of 2, field a 1 of 2, field b 0 of 2 with mean absolute error 2.0 over 1 row and 1
+    without a number.
 
     Raises: ValueError when the lengths differ; ConfigError when a numeric field is not in the template.
     """
@@ -296,7 +290,8 @@ def score_answers(
 def choose_numeric_fields(
     expected: Sequence[str], template: AnswerTemplate, named: Iterable[str] | None = None
 ) -> frozenset[str]:
-    """The fields of a template that are compared as numbers: those named, else those whose expected values all are numbers.
+    """The fields of a template that are compared as numbers: those named, else those whose expected values all are
+    numbers.
 
     Example: expected ["a: x, b: 1", "a: y, b: 2"], template "a: {a}, b: {b}" -> {"b"}.
     Raises: ConfigError when a named field is not in the template.
@@ -316,7 +311,8 @@ def choose_numeric_fields(
 def majority_answer(expected: Sequence[str]) -> tuple[str, Share]:
     """The most frequent expected answer and its share: the best that anyone can do who answers always the same.
 
-    Taken from the scored rows themselves, so no constant answer can beat it. Of equally frequent answers the first one counts.
+    Taken from the scored rows themselves, so no constant answer can beat it. Of equally frequent answers the first one
+    counts.
 
     Example: ["cat", "dog", "dog "] -> ("dog", 2 of 3); [] -> ("", 0 of 0).
     """

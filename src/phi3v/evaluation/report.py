@@ -1,8 +1,8 @@
 """One page about one run: figures in, a single HTML file out that needs no network and no other file.
 
-The page is `report.html.j2` filled by jinja2 with auto-escaping on, so no answer, file name or recipe can become markup. The loss curve is
-drawn by matplotlib as SVG, the photos are small JPEGs inside the page. What a run is and where its files lie is
-not known here: `run_folder` writes the text that `render_report` returns.
+The page is `report.html.j2` filled by jinja2 with auto-escaping on, so no answer, file name or recipe can become
+markup. The loss curve is drawn by matplotlib as SVG, the photos are small JPEGs inside the page. What a run is and
+where its files lie is not known here: `run_folder` writes the text that `render_report` returns.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
+
+from phi3v.evaluation.figures import duration, interval, percent, short_number
 
 PHOTO_SIDE = 360  # pixels; sharp enough for two columns on a phone, about 20 kB a photo
 TRAIN_COLOUR, EVALUATION_COLOUR, AXIS_COLOUR = "#3b7dd8", "#d9822b", "#8a8f98"  # readable on white and on black
@@ -43,14 +45,11 @@ class ReportContent:
 
     Attributes:
         title: name of the run.
-        evaluation: `Evaluation.to_dict()`.
-        metrics: the rows of metrics.jsonl; those with "step" and "loss" or "eval_loss" make the curve.
-        samples: rows to show with their photos.
-        trained: one dict per part of the model with "part", "parameters", "trained" and "share".
-        recipe: the resolved recipe as YAML text.
-        versions: name and version of what ran.
-        times: what took how many seconds.
-        controls: answers under spoiled conditions: name -> exact match as a `Share` dict; empty when none were asked for.
+        evaluation: `Evaluation.to_dict()`. metrics: the rows of metrics.jsonl; those with "step" and "loss" or
+            "eval_loss" make the curve. samples: rows to show with their photos. trained: one dict per part of the model
+            with "part", "parameters", "trained" and "share". recipe: the resolved recipe as YAML text. versions: name
+            and version of what ran. times: what took how many seconds. controls: answers under spoiled conditions: name
+            -> exact match as a `Share` dict; empty when none were asked for.
     """
 
     title: str
@@ -67,7 +66,9 @@ class ReportContent:
 def render_report(content: ReportContent) -> str:
     """The whole page as one HTML text."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(percent=percent, number=short_number, duration=duration, photo=photo_uri)
+    environment.filters.update(
+        percent=percent, interval=interval, number=short_number, duration=duration, photo=photo_uri
+    )
     source = resources.files("phi3v.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
     points = {name: curve_points(content.metrics, name) for name in ("loss", "eval_loss")}
     curve = loss_curve_svg(points["loss"], points["eval_loss"]) if any(points.values()) else ""
@@ -83,9 +84,11 @@ def render_report(content: ReportContent) -> str:
 
 
 def curve_points(metrics: Iterable[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
-    """The (step, value) points of one figure in the metrics of a run; of a step logged twice (after a resume) the last one counts.
+    """The (step, value) points of one figure in the metrics of a run; of a step logged twice (after a resume) the last
+    one counts.
 
-    Example: [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 3.0}, {"step": 1, "loss": 1.5}], "loss" -> [(1.0, 1.5)].
+    Example: [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 3.0}, {"step": 1, "loss": 1.5}], "loss" -> [(1.0,
+    1.5)].
     """
     found = {float(row["step"]): float(row[name]) for row in metrics if "step" in row and row.get(name) is not None}
     return sorted(found.items())
@@ -127,26 +130,3 @@ def photo_uri(photo: Image.Image, side: int = PHOTO_SIDE) -> str:
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def percent(value: float) -> str:
-    """A share in per cent with one decimal where it says something: 0.9345 -> "93.5 %", 1.0 -> "100 %", 0.0 -> "0 %"."""
-    text = f"{100 * value:.1f}"
-    return ("0" if text == "0.0" else "100" if text == "100.0" else text) + " %"
-
-
-def short_number(value: float | None) -> str:
-    """A figure in three or four digits: None -> "–", 1234567 -> "1,234,567", 0.012345 -> "0.0123", 5.0 -> "5"."""
-    if value is None:
-        return "–"
-    if abs(value) >= 1000 or float(value).is_integer():
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """A time as a person says it: 4.23 -> "4.2 s", 75 -> "1 min 15 s", 7325 -> "2 h 2 min"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,156 @@
+"""The command line: parses, calls one function of the library, prints what it returns.
+
+    phi3v train RECIPE [key=value ...]      data -> LoRA -> training with evaluation -> adapter and report
+    phi3v evaluate TARGET [--data ...]      base beside tuned on held-out rows
+    phi3v ask TARGET IMAGE... "question"    the answer, streamed
+    phi3v demo                              all of it on the model and the products that come with the package
+
+TARGET is a run, an adapter, a model folder or a hub id. Every command takes `--json` (one object on standard output)
+and `--debug` (tracebacks). Nothing heavy is imported before a command needs it, so `--help` is quick.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from phi3v import __version__
+from phi3v.cli_session import session
+
+app = typer.Typer(
+    name="phi3v",
+    help="Tune Microsoft's Phi-3-Vision and Phi-3.5-Vision to your own images: from photo to answer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Target = Annotated[str, typer.Argument(metavar="TARGET", help="A run, an adapter, a model folder or a hub id.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error and what the libraries say.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"phi3v {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    context.obj = debug
+
+
+@app.command(short_help="Tune a model as a recipe says, or go on with a run.")
+def train(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="key=value", help="Replace values, e.g. training.learning_rate=1e-4.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Tune a model as a recipe says; the same command again resumes, or says that the run is finished."""
+    _refuse_options(overrides)
+    with session(debug or context.obj, as_json) as here:
+        from phi3v.cli_screen import TrainingScreen, show_run
+        from phi3v.recipe import Recipe
+        from phi3v.training.train import train as train_run
+
+        chosen = Recipe.load(recipe, overrides or [])
+        with TrainingScreen(here.screen) as screen:
+            result = train_run(chosen, on_event=screen)
+        show_run(here.screen, result)
+        here.result(result.to_dict())
+
+
+@app.command(short_help="Score base and tuned answers on held-out rows.")
+def evaluate(
+    context: typer.Context,
+    target: Target,
+    data: Annotated[
+        str | None,
+        typer.Option(help="A recipe, whose held-out rows are used, or data to read with the run's templates."),
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Answer the first so many rows only.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Answer held-out rows with the base and with the tuned model, and score both."""
+    with session(debug or context.obj, as_json) as here:
+        from phi3v.cli_screen import Progress, show_evaluation
+        from phi3v.evaluation.run import evaluate as evaluate_target
+
+        with Progress(here.screen) as progress:
+            evaluation = evaluate_target(target, data, rows=rows, on_progress=progress)
+        show_evaluation(here.screen, evaluation)
+        here.result(evaluation.to_dict())
+
+
+@app.command(short_help="Ask a question about images.")
+def ask(
+    context: typer.Context,
+    target: Target,
+    images_and_question: Annotated[
+        list[str],
+        typer.Argument(metavar='IMAGE... "question"', help="Image files, then the question in quotes."),
+    ],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Ask a question about images; the answer is printed as it is made."""
+    *images, question = images_and_question
+    if not images and Path(question).is_file():
+        raise typer.BadParameter(f"{question} is a file; put the question after it, in quotes", param_hint="question")
+    with session(debug or context.obj, as_json) as here:
+        from phi3v.generate import ask as ask_target
+
+        def show(text: str) -> None:
+            here.answers.write(text)
+            here.answers.flush()
+
+        answer = ask_target(target, images, question, stream=None if as_json else show)
+        if not as_json:
+            show("\n")
+        here.result({"target": target, "images": images, "question": question, "answer": answer})
+
+
+@app.command(short_help="See it learn, on a small model that comes with phi3v.")
+def demo(
+    context: typer.Context,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for all that it writes.")] = Path("runs/demo"),
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Tune the model that comes with the package on generated product photos, with controls; a few minutes on a CPU."""
+    with session(debug or context.obj, as_json) as here:
+        from phi3v.cli_screen import TrainingScreen, show_demo
+        from phi3v.demo.run import run_demo
+
+        with TrainingScreen(here.screen) as screen:
+            story = run_demo(output, on_event=screen, on_progress=screen.progress)
+        show_demo(here.screen, story)
+        here.result(story)
+
+
+def _refuse_options(overrides: list[str] | None) -> None:
+    """Words after the recipe are key=value; anything else is a slip that must not be taken for a value."""
+    for word in overrides or []:
+        if "=" not in word:
+            raise typer.BadParameter(f"{word!r} is not key=value, e.g. training.epochs=1", param_hint="key=value")
+
+
+def main() -> None:
+    """Entry point of the `phi3v` command."""
+    app()

@@ -1,0 +1,175 @@
+"""What a person sees while a command works and when it is done: bars, tables, sample answers.
+
+Takes what the library returns or reports and draws it with rich; decides nothing and computes no score. Text of models
+and data is printed as it is, never read as markup. Without a terminal there are no bars but now and then a line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from phi3v.evaluation.figures import duration, interval, percent, short_number
+
+if TYPE_CHECKING:
+    from phi3v.training.callbacks import TrainingEvent
+    from phi3v.tuning import TrainableReport
+
+
+class Screen:
+    """Progress of one command: a bar per stage, what trains, the losses.
+
+    Is a context manager. `on_event` watches a training, `on_progress(stage, done, total)` anything that counts rows.
+    """
+
+    def __init__(self, console: Console) -> None:
+        """Draw on this console."""
+        self.console = console
+        self._losses: dict[str, float] = {}
+        self._tasks: dict[str, TaskID] = {}
+        self._tenths: dict[str, int] = {}
+        self._bars = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> Self:
+        """Show the bars."""
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Take the bars down; what they showed last stays."""
+        self._bars.stop()
+
+    def on_event(self, event: TrainingEvent) -> None:
+        """Show an event of a training."""
+        if event.kind == "start":
+            if event.trainable is not None:
+                show_trainable(self.console, event.trainable)
+            if event.resumed_from is not None:
+                self.console.print(f"going on from the checkpoint of step {event.resumed_from}")
+        elif event.kind == "features":
+            self.on_progress("looking at the images", event.step, event.total)
+        elif event.kind == "metrics":
+            self._losses.update({name: event.metrics[name] for name in ("loss", "eval_loss") if name in event.metrics})
+        if event.kind in ("step", "metrics"):
+            self.on_progress("training", event.step, event.total, self._note())
+
+    def on_progress(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Move the bar of a stage; without a terminal print a line for every tenth of the way."""
+        if self._bars.disable:
+            tenth = 10 * done // total if total else 10
+            if tenth > self._tenths.get(stage, 0):
+                self._tenths[stage] = tenth
+                self.console.print(f"{stage}: {done} of {total}" + (f", {note}" if note else ""), markup=False)
+            return
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total, note=note)
+        self._bars.update(self._tasks[stage], completed=done, total=total, note=note)
+
+    def say(self, line: str) -> None:
+        """Print a line above the bars."""
+        self.console.print(line, markup=False)
+
+    def _note(self) -> str:
+        names = {"loss": "loss", "eval_loss": "held-out loss"}
+        return ", ".join(f"{names[name]} {short_number(value)}" for name, value in self._losses.items())
+
+
+def show_trainable(console: Console, report: TrainableReport) -> None:
+    """What trains: weights and share per part of the model."""
+    table = Table("part", "weights", "trained", "share", title="what trains", title_justify="left", box=None)
+    for part, count in report.parts.items():
+        share = percent(count.trainable / count.total) if count.total else "–"
+        table.add_row(part, short_number(count.total), short_number(count.trainable), share)
+    table.add_row(
+        "all", short_number(report.total), short_number(report.trainable), percent(report.share), style="bold"
+    )
+    _align(table)
+    console.print(table)
+
+
+def show_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
+    """Scores of the base beside those of the tuned model, from `Evaluation.to_dict()`."""
+    base, tuned, majority = evaluation["scores"]["base"], evaluation["scores"]["tuned"], evaluation["majority"]
+    table = Table("", title=f"{evaluation['rows']} held-out rows", title_justify="left", box=None)
+    for name in ["base", "tuned"] if base else [evaluation["target"]]:
+        table.add_column(Text(name))
+    table.add_column("same answer to all")
+
+    def add(name: str, cells: Iterable[str], same: str = "–") -> None:
+        table.add_row(Text(name), *cells, same)
+
+    scores = [score for score in (base, tuned) if score]
+    add("exact match", [percent(s["exact_match"]["value"]) for s in scores], percent(majority["share"]["value"]))
+    add("  95 % interval", [interval(s["exact_match"]) for s in scores], "")
+    for name, field in tuned["fields"].items():
+        fields = [s["fields"][name] for s in scores]
+        add(f"{name}", [percent(f["accuracy"]["value"]) for f in fields], percent(majority["fields"][name]["value"]))
+        if field["numeric"]:
+            add("  mean absolute error", [short_number(f["mean_absolute_error"]) for f in fields], "")
+            add("  answers without a number", [short_number(f["not_numbers"]) for f in fields], "")
+    add("similarity", [percent(s["similarity"]) for s in scores])
+    if tuned["loss"] is not None:
+        add("loss per trained token", [short_number(s["loss"]) for s in scores])
+    _align(table)
+    console.print(table)
+    for line in evaluation["problems"][:5]:
+        console.print(f"left out: {line}", markup=False)
+    if len(evaluation["problems"]) > 5:
+        console.print(f"left out: {len(evaluation['problems']) - 5} more rows")
+
+
+def show_run(console: Console, summary: Mapping[str, Any]) -> None:
+    """The end of `phi3v train`: the scores, the time, and where things lie."""
+    if summary.get("evaluation"):
+        show_evaluation(console, summary["evaluation"])
+    state = "was finished already" if summary.get("already_finished") else "is finished"
+    console.print(f"run {summary['output']} {state}: {summary['steps']} steps", markup=False)
+    for name in ("adapter", "model", "report"):
+        if summary.get(name):
+            console.print(f"  {name}: {summary[name]}", markup=False, soft_wrap=True)
+
+
+def show_demo(console: Console, story: Mapping[str, Any]) -> None:
+    """The end of `phi3v demo`: scores, controls, a few answers, where to look and what to try."""
+    show_evaluation(console, story["evaluation"])
+    table = Table("control", "exact match", "95 % interval", title="controls", title_justify="left", box=None)
+    for name, share in story["controls"].items():
+        table.add_row(Text(name), percent(share["value"]), interval(share))
+    _align(table)
+    console.print(table)
+    for sample in story["samples"]:
+        console.print(f"\nrow {sample['row']}: {sample['question']}", markup=False)
+        for name in ("expected", "base", "tuned"):
+            console.print(f"  {name:<9}{sample[name]}", markup=False, soft_wrap=True)
+    console.print(f"\nreport: {story['report']}", markup=False, soft_wrap=True)
+    console.print(f"time: {duration(story['seconds'])}; now ask it yourself:", markup=False)
+    console.print(f"  {story['try']}", markup=False, soft_wrap=True)
+
+
+def _align(table: Table) -> None:
+    """Names to the left, figures to the right."""
+    for column in table.columns[1:]:
+        column.justify = "right"

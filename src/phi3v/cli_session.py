@@ -1,0 +1,118 @@
+"""What every command shares: quiet libraries, one line for an error, one JSON object for machines, exit codes.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted from the keyboard. With `--json` standard output carries
+exactly one JSON object, whatever the libraries print; everything else goes to standard error. Imports no heavy library
+itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TextIO
+
+import typer
+
+from phi3v.errors import Phi3VError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FAILED, INTERRUPTED = 1, 130
+
+
+@dataclass(frozen=True)
+class Session:
+    """The streams of one command. `answers` is the real standard output; `as_json` says who reads it."""
+
+    as_json: bool
+    answers: TextIO
+
+    @property
+    def screen(self) -> Console:
+        """Where a person reads: standard output, or standard error when a machine reads standard output."""
+        from rich.console import Console
+
+        return Console(file=sys.stderr if self.as_json else self.answers, highlight=False)
+
+    def result(self, value: dict[str, Any]) -> None:
+        """Print the one JSON object of a command; does nothing without `--json`. Not-a-number and infinity become
+        null."""
+        if self.as_json:
+            self.answers.write(json.dumps(_finite(value), ensure_ascii=False) + "\n")
+            self.answers.flush()
+
+
+@contextlib.contextmanager
+def session(debug: bool = False, as_json: bool = False) -> Iterator[Session]:
+    """Run a command's body: hush the libraries, and turn what goes wrong into one line and an exit code."""
+    _hush(debug, as_json)
+    answers = sys.stdout
+    try:
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            yield Session(as_json, answers)
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        _say("interrupted", debug)
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:  # the reader of our output has gone: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), answers.fileno())
+        raise typer.Exit(FAILED) from None
+    except Phi3VError as error:
+        _say(str(error), debug)
+        raise typer.Exit(FAILED) from None
+    except FileNotFoundError as error:
+        _say(f"no such file: {error.filename}" if error.filename else str(error), debug)
+        raise typer.Exit(FAILED) from None
+    except Exception as error:  # a fault of ours or of a library: still one line, and the way to see more
+        if _is_usage_error(error):
+            raise
+        _say(f"{type(error).__name__}: {error} (run again with --debug to see where)", debug)
+        raise typer.Exit(FAILED) from None
+
+
+def _is_usage_error(error: Exception) -> bool:
+    """Whether typer itself wants to print this and exit with 2."""
+    return hasattr(error, "exit_code") and hasattr(error, "show")
+
+
+def _say(message: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc(file=sys.stderr)
+    sys.stderr.write("phi3v: " + " ".join(message.split()) + "\n")
+    sys.stderr.flush()
+
+
+def _hush(debug: bool, as_json: bool) -> None:
+    """Keep third-party chatter off the screen; it must happen before those libraries are imported, and `--debug` undoes
+    it."""
+    if debug:
+        return
+    warnings.simplefilter("ignore")
+    logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if as_json or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _finite(value: Any) -> Any:
+    """The value with what JSON cannot say replaced by null: {"a": nan, "b": [1]} -> {"a": None, "b": [1]}."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

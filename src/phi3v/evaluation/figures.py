@@ -1,0 +1,35 @@
+"""Figures as people read them: shares, intervals, large and small numbers, times. Numbers in, short texts out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def percent(value: float) -> str:
+    """A share in per cent with one decimal where it says something: 0.9345 -> "93.5 %", 1.0 -> "100 %", 0.0 -> "0
+    %"."""
+    text = f"{100 * value:.1f}"
+    return ("0" if text == "0.0" else "100" if text == "100.0" else text) + " %"
+
+
+def interval(share: Mapping[str, Any]) -> str:
+    """The interval of a share: {"low": 0.596, "high": 0.982} -> "59.6 % to 98.2 %"."""
+    return f"{percent(share['low'])} to {percent(share['high'])}"
+
+
+def short_number(value: float | None) -> str:
+    """A figure in three or four digits: None -> "–", 1234567 -> "1,234,567", 0.012345 -> "0.0123", 5.0 -> "5"."""
+    if value is None:
+        return "–"
+    if abs(value) >= 1000 or float(value).is_integer():
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """A time as a person says it: 4.23 -> "4.2 s", 75 -> "1 min 15 s", 7325 -> "2 h 2 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

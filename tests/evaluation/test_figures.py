@@ -1,0 +1,28 @@
+"""Figures as text."""
+
+import pytest
+
+from phi3v.evaluation.figures import duration, interval, percent, short_number
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "0 %"), (1.0, "100 %"), (0.9345, "93.5 %"), (0.0004, "0 %"), (0.5, "50.0 %")]
+)
+def test_percent(value, text):
+    assert percent(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "–"), (1234567, "1,234,567"), (0.012345, "0.0123"), (5.0, "5"), (12.34, "12.3")]
+)
+def test_short_number(value, text):
+    assert short_number(value) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(4.23, "4.2 s"), (75, "1 min 15 s"), (7325, "2 h 2 min"), (0, "0.0 s")])
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_interval():
+    assert interval({"low": 0.5958, "high": 1.0}) == "59.6 % to 100 %"
