@@ -127,6 +127,20 @@ class DataSection(_Section):
         default=None, ge=1, description="Longest row in tokens, images included; null for the model's limit."
     )
 
+    @property
+    def row_options(self) -> dict[str, Any]:
+        """The arguments of data.RowOptions by name, `max_pixels` aside, which is in the section `image`."""
+        return self.model_dump(include={"prompt", "answer", "images", "system", "image_root", "allow_outside_root"})
+
+    @property
+    def load_options(self) -> dict[str, Any]:
+        """The arguments of data.load_data by name, `options` aside."""
+        return {
+            **self.model_dump(include={"train", "validation", "revision", "max_rows"}),
+            "validation_split": self.split.validation if self.split else None,
+            "split_seed": self.split.seed if self.split else 0,
+        }
+
 
 class ImageSection(_Section):
     """How images are seen."""
