@@ -1,0 +1,182 @@
+"""The one place where an image file becomes pixels. What is decided here:
+
+| matter | decision |
+|---|---|
+| formats | JPEG (MPO too: its first picture), PNG, WebP, GIF, BMP, TIFF, by content whatever the name says; no others |
+| several frames | the first |
+| pixels | at most 20 million (`max_pixels`), by the header, before anything is decoded |
+| cut off or damaged files | refused; what could be decoded of them is not used |
+| EXIF orientation | applied; an EXIF block that cannot be read means upright |
+| alpha, transparent colour | composited over white |
+| palette, 1 bit, grey | expanded to RGB |
+| 16 bit | grey: scaled to 8 bit (value / 257, rounded); RGB: the high byte, by the decoder |
+| 32-bit whole numbers | taken as 16 bit, clipped to 0..65535 |
+| 32-bit floats | refused: nothing says what is white |
+| CMYK, YCbCr, LAB, HSV | converted to RGB by PIL, ICC profiles ignored |
+| size | as it is, no reduced-scale decoding |
+| local paths | regular files only; with `confined`, links followed, not outside the root |
+
+Every failure is an `ImageError` of one line: the file and the reason. Knows nothing of rows, crops or models.
+"""
+
+import io
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from phi3v.data.schema import ImageRef
+from phi3v.errors import ImageError
+
+MAX_PIXELS = 20_000_000
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> the operation that makes the picture upright."""
+
+
+def open_image(image: ImageRef | str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Opens, checks and decodes an image.
+
+    Args:
+        image: a reference from a row, a path, or the bytes of an encoded file.
+        max_pixels: larger images are refused before they are decoded.
+    Returns: an upright RGB image of its full size that holds no open file.
+    Raises: ImageError in one line; never anything else, whatever the file holds.
+    """
+    ref = _as_ref(image)
+    with _opened(ref, max_pixels) as opened:
+        opened.load()
+        orientation = _orientation(opened)
+        rgb = _to_rgb(opened)
+        return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+
+
+def image_size(image: ImageRef | str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height of the upright image, from the header alone.
+
+    Example: a 40x30 JPEG with EXIF orientation 6 -> (30, 40).
+    Raises: ImageError as `open_image` does, for all that a header shows.
+    """
+    with _opened(_as_ref(image), max_pixels) as opened:
+        width, height = opened.size
+        turned = opened.format != "TIFF" and _orientation(opened) >= 5  # PIL gives the upright size of a TIFF by itself
+        return (height, width) if turned else (width, height)
+
+
+def image_name(image: ImageRef) -> str:
+    """What errors call an image: its path, or that it has none; at most 120 characters."""
+    name = image.path or "embedded image"
+    return name if len(name) <= 120 else name[:117] + "..."
+
+
+def resolve_path(image: ImageRef) -> Path:
+    """The file of a reference that holds no bytes.
+
+    Example: ImageRef("../secret.png", root="photos", confined=True) -> ImageError.
+    Raises: ImageError when it is not there, is no regular file, or leaves its root although it is confined.
+    """
+    name = image_name(image)
+    try:
+        root = Path(image.root or ".").resolve()
+        path = (root / (image.path or "")).resolve()
+        if image.confined and not path.is_relative_to(root):
+            raise ImageError(
+                f"image {name} lies outside {root}: move it there, set data.image_root, "
+                "or allow it with data.allow_outside_root: true"
+            )
+        mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        raise ImageError(f"image {name} does not exist (looked for {path})") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ImageError(f"image {name} cannot be reached: {_reason(error)}") from error
+    if not stat.S_ISREG(mode):
+        raise ImageError(f"image {name} is no regular file")
+    return path
+
+
+def _as_ref(image: ImageRef | str | Path | bytes) -> ImageRef:
+    """Paths and bytes as references without a root."""
+    if isinstance(image, ImageRef):
+        return image
+    if isinstance(image, bytes):
+        return ImageRef(data=image)
+    return ImageRef(path=str(image))
+
+
+@contextmanager
+def _opened(image: ImageRef, max_pixels: int) -> Iterator[Image.Image]:
+    """The image with its header read and its limits checked; any failure inside becomes an ImageError."""
+    name = image_name(image)
+    try:
+        with ExitStack() as stack:
+            raw = (
+                io.BytesIO(image.data)
+                if image.data is not None
+                else stack.enter_context(open(resolve_path(image), "rb"))
+            )
+            opened = stack.enter_context(Image.open(raw, formats=_FORMATS))
+            width, height = opened.size
+            if width * height > max_pixels:
+                raise ImageError(
+                    f"image {name} has {width}x{height} pixels, more than the limit of {max_pixels}; "
+                    "shrink it or raise image.max_pixels"
+                )
+            yield opened
+    except ImageError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        known = "JPEG, PNG, WebP, GIF, BMP or TIFF"
+        raise ImageError(f"image {name} is not a readable {known}; convert it or leave it out") from error
+    except Exception as error:  # decoders raise SyntaxError, struct.error, MemoryError and what not
+        raise ImageError(f"image {name} does not decode: {_reason(error)}; replace it or leave it out") from error
+
+
+def _reason(error: BaseException) -> str:
+    """An exception as part of a line, at most 200 characters."""
+    text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    return text[:200]
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 (upright) where there is none or the EXIF block cannot be read."""
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # a damaged EXIF block says nothing about the pixels, which may be sound
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded image as RGB, by the table above."""
+    if image.mode.startswith("I"):
+        return _grey16_to_rgb(image)
+    if image.mode == "F":
+        raise ValueError("its pixels are 32-bit floats, and nothing says which is white")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        flat = Image.new("RGB", image.size, (255, 255, 255))
+        flat.paste(rgba, mask=rgba.getchannel("A"))
+        return flat
+    return image.convert("RGB")
+
+
+def _grey16_to_rgb(image: Image.Image) -> Image.Image:
+    """16-bit grey as RGB; 0 -> 0, 257 -> 1, 65535 -> 255; a transparent grey becomes white."""
+    values_HW = np.asarray(image).astype(np.int64).clip(0, 65535)
+    grey_HW = ((values_HW + 128) // 257).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey_HW[values_HW == transparent] = 255
+    return Image.fromarray(grey_HW).convert("RGB")

@@ -1,0 +1,108 @@
+"""Templates: `{column}` is replaced by the value of that column, and nothing else happens.
+
+No attributes, no indexes, no format specs, no code: what stands between the braces is a column's whole name. `{{` and
+`}}` are literal braces. Here also: how a value becomes text (`cell_text`).
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from phi3v.errors import DataError
+
+_PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]|[^{}]+")
+
+
+class Template:
+    """A text with column names in braces.
+
+    Example: Template("Product: {title}, {{new}}").render({"title": "Scarf"}) -> "Product: Scarf, {new}".
+    Attributes:
+        pieces: (is_column, text) in order: ((False, "Product: "), (True, "title"), (False, ", "), (False, "{"), ...).
+        columns: the columns it names, each once.
+    Raises: DataError for a single brace or empty braces.
+    """
+
+    def __init__(self, text: str, name: str = "template") -> None:
+        """Take a template apart.
+
+        Args:
+            text: the template.
+            name: what errors call it, "answer" for instance.
+        """
+        self.text = text
+        self.name = name
+        pieces: list[tuple[bool, str]] = []
+        for match in _PIECE.finditer(text):
+            piece, column = match.group(0), match.group(1)
+            if piece in ("{", "}", "{}"):
+                problem = (
+                    f"{piece} is no {{column}}; write {piece * 2} for the character"
+                    if len(piece) == 1
+                    else "{} is empty"
+                )
+                raise DataError(f"data.{name} {text!r}, character {match.start()}: {problem}")
+            pieces.append((True, column) if column else (False, piece[:1] if piece in ("{{", "}}") else piece))
+        self.pieces = tuple(pieces)
+        self.columns = tuple(dict.fromkeys(value for is_column, value in pieces if is_column))
+
+    def check(self, columns: list[str], source: str) -> None:
+        """Raises: DataError, naming the columns that exist, when the template names another."""
+        for column in self.columns:
+            if column not in columns:
+                raise DataError(
+                    f"data.{self.name} names the column {column!r}, which {source} does not have; "
+                    f"its columns are {', '.join(columns) or 'none'} (a template takes {{column}} only)"
+                )
+
+    def render(self, values: Mapping[str, str]) -> str:
+        """The text with every `{column}` replaced by `values[column]`, which is taken literally."""
+        return "".join(values[value] if is_column else value for is_column, value in self.pieces)
+
+
+def cell_text(value: Any) -> str | None:
+    """The text that stands for a value in a template; None when there is nothing.
+
+    | value | text |
+    |---|---|
+    | text | itself; None when it is empty or white space |
+    | whole number, also 470.0 | 470 |
+    | other number | shortest decimal that reads back: 19.9, 0.00001 |
+    | true, false | true, false |
+    | null, NaN | None |
+    | date and time | ISO 8601: 2024-05-01, 2024-05-01 10:30:00 |
+
+    A whole float loses its ".0" because one empty cell turns a column of ints into floats, which must not change the
+    other rows. CSV cells arrive here as the text of the file: 007, 19.90 and NA stay.
+    Raises: TypeError for lists, mappings and bytes, which no template can show.
+    """
+    if value is None or isinstance(value, str):
+        return value if value and value.strip() else None
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        return _number(value)
+    if hasattr(value, "isoformat") or type(value).__name__ == "Decimal":
+        return str(value)
+    raise TypeError(f"holds a {type(value).__name__}, which a template cannot show")
+
+
+def _number(value: float) -> str | None:
+    """A float without exponent and without a useless ".0": 470.0 -> 470, 1e-05 -> 0.00001, nan -> None."""
+    if math.isnan(value):
+        return None
+    if math.isinf(value):
+        return str(value)
+    text = repr(value)
+    if "e" in text:
+        text = f"{value:.{max(0, _decimals(text))}f}"
+    return text.removesuffix(".0")
+
+
+def _decimals(scientific: str) -> int:
+    """Digits behind the point of a number such as 1.5e-07 when it is written out: 8."""
+    mantissa, exponent = scientific.split("e")
+    return len(mantissa.partition(".")[2]) - int(exponent)
