@@ -158,6 +158,9 @@ class VisionSection(_Section):
     projector: Literal["frozen", "train"] = Field(
         default="frozen", description="img_projection and the separators sub_GN and glb_GN."
     )
+    cache: Literal["memory"] | None = Field(
+        default=None, description="memory: features of frozen vision parts are kept for all epochs; null: no cache."
+    )
 
 
 class TrainingSection(BaseModel):
