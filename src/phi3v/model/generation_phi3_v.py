@@ -16,6 +16,8 @@ from .placement_phi3_v import images_per_row
 # <|end|> and <|endoftext|>. `generate` stops at all three unless it is told otherwise.
 PUBLISHED_EOS, PUBLISHED_STOPS = 2, [2, 32000, 32007]
 
+IMAGE_ARGUMENTS = ("pixel_values", "image_sizes", "image_features")
+
 
 def move_padding_left(attention_mask: torch.Tensor) -> torch.Tensor | None:
     """Column order that moves the padding of each row to the left, or None where it is there already.
@@ -54,8 +56,9 @@ class Phi3VGenerationMixin:
         published = stops in (None, PUBLISHED_EOS, [PUBLISHED_EOS]) and self.config.vocab_size > max(PUBLISHED_STOPS)
         if published and "eos_token_id" not in kwargs:
             kwargs["eos_token_id"] = list(PUBLISHED_STOPS)
-        if self.config.image_token_id is not None:
-            kwargs.setdefault("suppress_tokens", [self.config.image_token_id])
+        if self.config.image_token_id is not None and "suppress_tokens" not in kwargs:
+            unwanted = getattr(generation_config or self.generation_config, "suppress_tokens", None) or []
+            kwargs["suppress_tokens"] = [*unwanted, self.config.image_token_id]
         return super().generate(generation_config=generation_config, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -72,6 +75,8 @@ class Phi3VGenerationMixin:
         if past_key_values is not None and not torch.compiler.is_compiling():
             new = next_sequence_length or input_ids.shape[1] - past_key_values.get_seq_length()
             self._rebuild_long_rows(input_ids, int(new), past_key_values, attention_mask, kwargs)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            kwargs.pop("image_features", None)  # like pixel values, they are placed once
         return super().prepare_inputs_for_generation(
             input_ids=input_ids,
             next_sequence_length=next_sequence_length,
@@ -87,29 +92,35 @@ class Phi3VGenerationMixin:
 
         Up to the limit keys are rotated with the short factors, beyond it with the long ones; a cache that mixes both
         gives other logits than a full pass. Other rows keep their cache.
+
+        Raises: ValueError if only new tokens were passed, so that the cached ones cannot be computed again.
         """
         limit, width = self.config.original_max_position_embeddings, input_ids.shape[1]
-        past = width - new
-        if self.config.rope_parameters["rope_type"] == "default" or past <= 0 or width <= limit:
+        padded = mask is not None and mask.ndim == 2
+        total = mask.shape[1] if padded else width
+        past = total - new
+        if self.config.rope_parameters["rope_type"] == "default" or past <= 0 or total <= limit:
             return
-        if mask is not None and mask.ndim == 2:
-            padding = (mask[:, :width] == 0).sum(-1).tolist()
-        else:
-            padding = [0] * input_ids.shape[0]
+        padding = (mask == 0).sum(-1).tolist() if padded else [0] * input_ids.shape[0]
         for row, pad in enumerate(padding):
-            if past - pad <= limit < width - pad:
+            if past - pad <= limit < total - pad:
+                if width < total:
+                    raise ValueError(
+                        f"row {row} passes the original context of {limit} tokens with a cache whose token ids are not "
+                        "known: pass the whole sequence as input_ids, the cached part included"
+                    )
                 fresh = self._full_pass(input_ids, row, pad, kwargs)
                 copy_row(fresh, cache, row, pad, past)
 
     def _full_pass(self, input_ids: torch.Tensor, row: int, pad: int, kwargs: dict) -> DynamicCache:
         """Cache of one row, computed in one pass without its padding."""
         images: dict[str, torch.Tensor] = {}
-        if kwargs.get("pixel_values") is not None:
+        if has_images(kwargs):
             counts = self.model.vision_embed_tokens.token_counts(kwargs["image_sizes"])
             rows = images_per_row(input_ids, self.config.image_token_id, counts)
             first = sum(rows[:row])
             if rows[row]:
-                images = {key: kwargs[key][first : first + rows[row]] for key in ("pixel_values", "image_sizes")}
+                images = pick_images(kwargs, counts, list(range(first, first + rows[row])))
         fresh = DynamicCache(config=self.config)
         self.model(input_ids=input_ids[row : row + 1, pad:], past_key_values=fresh, use_cache=True, **images)
         return fresh
@@ -125,22 +136,37 @@ class Phi3VGenerationMixin:
 
         Example: rows with images [a, b] and [c], twice each: [a, b, a, b, c, c].
         """
-        pixels = model_kwargs.pop("pixel_values", None)
-        sizes = model_kwargs.pop("image_sizes", None)
-        if pixels is not None and expand_size > 1:
-            counts = self.model.vision_embed_tokens.token_counts(sizes)
+        images = {key: model_kwargs.pop(key) for key in IMAGE_ARGUMENTS if key in model_kwargs}
+        if has_images(images) and expand_size > 1:
+            counts = self.model.vision_embed_tokens.token_counts(images["image_sizes"])
             picks, first = [], 0
             for number in images_per_row(input_ids, self.config.image_token_id, counts):
                 picks += list(range(first, first + number)) * expand_size
                 first += number
-            sizes = torch.as_tensor(sizes, device=pixels.device)
-            pixels, sizes = pixels[picks], sizes[picks]
+            images = pick_images(images, counts, picks)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        if pixels is not None:
-            model_kwargs |= {"pixel_values": pixels, "image_sizes": sizes}
-        return input_ids, model_kwargs
+        return input_ids, model_kwargs | images
+
+
+def has_images(arguments: dict) -> bool:
+    """Whether pixel values or image features are among these arguments of `forward`."""
+    return arguments.get("pixel_values") is not None or arguments.get("image_features") is not None
+
+
+def pick_images(arguments: dict, counts: list[int], picks: list[int]) -> dict[str, torch.Tensor]:
+    """The image arguments of some images, in the order of `picks`; `counts` are the tokens of each image.
+
+    Example: `picks=[1, 1]` with features of two images of 2 and 3 tokens gives the last 3 rows twice.
+    """
+    picked = {"image_sizes": torch.as_tensor(arguments["image_sizes"])[picks]}
+    if arguments.get("pixel_values") is not None:
+        picked["pixel_values"] = arguments["pixel_values"][picks]
+    if arguments.get("image_features") is not None:
+        pieces = arguments["image_features"].split(counts)
+        picked["image_features"] = torch.cat([pieces[image] for image in picks])
+    return picked
 
 
 def copy_row(fresh: Cache, cache: Cache, row: int, pad: int, past: int) -> None:
