@@ -29,8 +29,8 @@ class Collator:
         """The batch.
 
         Args:
-            examples: each with input_ids [T] and optionally attention_mask [T] (ones), labels [T], pixel_values [images,
-                crops + 1, 3, side, side] and image_sizes [images, 2]; labels in all of them or in none.
+            examples: each with input_ids [T] and optionally attention_mask [T] (ones), labels [T], pixel_values
+                [images, crops + 1, 3, side, side] and image_sizes [images, 2]; labels in all of them or in none.
         Returns: input_ids, attention_mask and labels [examples, longest T]; where there are images, pixel_values [all
             images, most crops + 1, 3, side, side], those of the first example first, and image_sizes [all images, 2].
         Example, pad_token_id 0: input_ids [5, 6, 7] and [8] -> [[5, 6, 7], [8, 0, 0]], attention_mask

@@ -1,11 +1,11 @@
 """From a row to token ids, pixels and labels: what one training sample or one question is for the model.
 
 In come a `Row` and a processor; out comes a dict of tensors named as the model's `forward` names them. Images are opened
-here and not kept. The same conversation is rendered for training and for answering, by the processor, so the ids of a
-sample up to its answer are the ids of the question. Knows no file formats, templates, batches or models.
+here and not kept. One rendering, the processor's, serves training and answering, so the ids of a sample up to its answer
+are the ids of the question. Knows no file formats, templates, batches or models.
 
-Trained are the answer and what ends it, as Microsoft trained it: `<|end|>`, a newline, `<|endoftext|>` (32007, 29871, 13,
-32000). Prompt and image positions carry -100. A row that is too long is refused and never cut.
+Trained are the answer and what ends it, as Microsoft trained it: `<|end|>`, a newline, `<|endoftext|>` (32007, 29871,
+13, 32000). Prompt and image positions carry -100. A row that is too long is refused and never cut.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ IGNORED = -100
 """The label of positions that are not trained: cross entropy skips it."""
 
 Example = dict[str, torch.Tensor]
-"""input_ids [T], attention_mask [T], labels [T] (samples only), and with images pixel_values [images, crops + 1, 3, side,
-side] and image_sizes [images, 2]."""
+"""input_ids [T], attention_mask [T], labels [T] (samples only); with images pixel_values [images, crops + 1, 3, 336,
+336] and image_sizes [images, 2]."""
 
 
 def encode(
@@ -45,18 +45,15 @@ def encode(
     Raises: DataError in one line that names the row: an image, the last turn, or the length.
     """
     if not row.messages or row.messages[-1].role != "assistant":
-        raise DataError(
-            f"{row.source}, row {row.index}: the last turn is not the assistant's, so there is no answer to train"
-        )
+        raise DataError(f"{row.source}, row {row.index}: the last turn is no answer, so there is nothing to train")
     tokenizer = processor.tokenizer
     example = _encode_messages(row, row.messages, processor, max_pixels, add_generation_prompt=False)
     ids = [*example["input_ids"].tolist(), tokenizer.convert_tokens_to_ids("<|endoftext|>")]
     if max_length is not None and len(ids) > max_length:
-        image_id = processor.image_token_id
+        spent = ids.count(processor.image_token_id)
         raise DataError(
-            f"{row.source}, row {row.index}: {len(ids)} tokens, {ids.count(image_id)} of them for "
-            f"{len(row.images)} images, and the limit is {max_length}: lower image.num_crops, shorten the text, or raise "
-            "data.max_length"
+            f"{row.source}, row {row.index}: {len(ids)} tokens ({spent} for images), and the limit is {max_length}: "
+            "lower image.num_crops, shorten the text, or raise data.max_length"
         )
     labels = label_answers(
         ids,
@@ -87,8 +84,8 @@ def encode_prompt(row: Row, processor: Any, *, max_pixels: int = MAX_PIXELS) -> 
 def label_answers(ids: Sequence[int], *, assistant_id: int, end_id: int, train_on: TrainOn) -> list[int]:
     """Labels of a conversation: the ids of the answers and of what ends them, -100 elsewhere.
 
-    An answer begins behind `assistant_id` and reaches to its `end_id`; the last one reaches to the end of the ids, over the
-    newline and the end of text. The control ids are the template's own: text cannot hold them.
+    An answer begins behind `assistant_id` and reaches to its `end_id`; the last one reaches to the end of the ids, over
+    the newline and the end of text. The control ids are the template's own: text cannot hold them.
 
     Args:
         ids: the whole conversation, end of text included.
@@ -162,13 +159,14 @@ def _encode_messages(
             return_dict=True,
             return_tensors="pt",
             add_generation_prompt=add_generation_prompt,
+            **({"pad_crops": False} if images else {}),
         )
     except ValueError as error:
         kind = type(error) if isinstance(error, DataError) else DataError
         raise kind(f"{row.source}, row {row.index}: {error}") from error
     example = {"input_ids": batch["input_ids"][0], "attention_mask": batch["attention_mask"][0]}
     if images:
-        example["pixel_values"] = _needed_crops(batch["pixel_values"], batch["image_sizes"])
+        example["pixel_values"] = batch["pixel_values"]
         example["image_sizes"] = batch["image_sizes"]
     return example
 
@@ -184,13 +182,3 @@ def _as_chat(message: Message, images: Sequence[Any]) -> dict[str, Any]:
             for part in message.parts
         ],
     }
-
-
-def _needed_crops(pixels_NKCHW: torch.Tensor, sizes_N2: torch.Tensor) -> torch.Tensor:
-    """Pixels without the crops that are padding for every image: K is the largest grid plus the global view.
-
-    Example: pixels [1, 17, 3, 336, 336] with the canvas 672x336 -> [1, 3, 3, 336, 336].
-    """
-    side = pixels_NKCHW.shape[-1]
-    crops = int((sizes_N2 // side).prod(dim=1).max())
-    return pixels_NKCHW[:, : crops + 1].clone() if crops + 1 < pixels_NKCHW.shape[1] else pixels_NKCHW
