@@ -1,0 +1,284 @@
+"""The only place that loads: base weights, processor, adapters, 4-bit options.
+
+In come plain values (names, mappings, paths), out come models. Everything is strict: a checkpoint of another type, a
+missing, surplus or misshapen weight, a GPU that is not there is one line, never a warning and random weights. What
+trains is chosen in `phi3v.tuning`. Knows nothing about recipes, data or the Trainer.
+"""
+
+import contextlib
+import importlib.util
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from phi3v.errors import CheckpointError, ConfigError, DeviceError, MissingPackageError
+from phi3v.model.register import register
+from phi3v.passthrough import check_names, first_line
+from phi3v.targets import ADAPTER_WEIGHTS, Target, check_model_folder, check_model_type, resolve_target, tensor_shapes
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoadedTarget:
+    """A TARGET in memory.
+
+    Attributes:
+        model: in evaluation mode; a `peft.PeftModel` when the target has an adapter.
+        processor: the target's own processor.
+        base_name: folder or hub id of the base weights.
+        kind: "run", "adapter", "model" or "hub".
+    """
+
+    model: Any
+    processor: Any
+    base_name: str
+    kind: str
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """Turns "auto", "cpu", "cuda" or "cuda:1" into a device that is there.
+
+    Raises:
+        DeviceError: the GPU that was asked for is not there.
+        ConfigError: the text names no device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"model.device {device!r} names no device: use auto, cpu, cuda or cuda:0") from error
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            f"model.device is {device!r} and torch {torch.__version__} sees no GPU: use model.device=cpu or auto"
+        )
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(
+            f"model.device is {device!r} and there are {torch.cuda.device_count()} GPUs: count from cuda:0"
+        )
+    return wanted
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Turns "auto" into bfloat16 on GPUs that compute in it, float16 on older ones, float32 on the CPU."""
+    if dtype != "auto":
+        if dtype not in _DTYPES:
+            raise ConfigError(f"model.dtype {dtype!r} is not one of auto, {', '.join(_DTYPES)}")
+        return _DTYPES[dtype]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def load_processor(target: str | Path, *, num_crops: int | None = None, revision: str | None = None) -> Any:
+    """Loads the processor of a TARGET; `num_crops` replaces the number of crops that it was saved with."""
+    register()
+    place = resolve_target(target, revision=revision)
+    try:
+        processor = AutoProcessor.from_pretrained(
+            place.processor, revision=place.revision or "main", trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"cannot load the processor of {target}: {first_line(error)}") from error
+    if num_crops is not None:
+        processor.image_processor.num_crops = num_crops
+    return processor
+
+
+def load_base(
+    name: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    attn_implementation: str | None = None,
+    quantization: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """Loads a whole model and checks that every weight came from the file, name by name and shape by shape.
+
+    Args:
+        name: model folder or hub id.
+        dtype: "auto" (see `resolve_dtype`), "bfloat16", "float32" or "float16".
+        device: see `resolve_device`.
+        attn_implementation: name of transformers' attention; None is sdpa, whatever the checkpoint's config asks for.
+        quantization: arguments of `transformers.BitsAndBytesConfig`, None for off.
+        revision: revision on the hub.
+
+    Returns:
+        The model in evaluation mode, on the device.
+    """
+    register()
+    where = resolve_device(device)
+    _check_type(str(name), revision)
+    options: dict[str, Any] = {
+        "dtype": resolve_dtype(dtype, where),
+        "attn_implementation": attn_implementation or "sdpa",
+    }
+    if quantization is not None:
+        options["quantization_config"] = quantization_config(quantization)
+    if where.type != "cpu" or quantization is not None:
+        options["device_map"] = {"": where}
+    try:
+        with _quiet("transformers.modeling_utils"):
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                str(name),
+                revision=revision or "main",
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, all of them in one line
+                **options,
+            )
+    except ImportError as error:
+        raise MissingPackageError(f"cannot load {name}: {first_line(error)}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"cannot load {name}: {first_line(error)}") from error
+    _refuse_incomplete(str(name), info)
+    return model.eval()
+
+
+def _check_type(name: str, revision: str | None) -> None:
+    """Looks at config and file headers before anything large is read."""
+    if Path(name).is_dir():
+        check_model_folder(Path(name))
+        return
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name, revision=revision or "main")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{name} is no folder here and could not be read from the hub ({first_line(error)}): "
+            "check the name, the network, and HF_TOKEN for private models"
+        ) from error
+    check_model_type(config, name)
+
+
+def _refuse_incomplete(name: str, info: Mapping[str, Any]) -> None:
+    """Raises CheckpointError when the checkpoint and the model differ in any weight."""
+    missing, surplus = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    misshapen = sorted(f"{key} {tuple(found)} for {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"])
+    misshapen_names = {entry.split(" ", 1)[0] for entry in misshapen}
+    missing = [key for key in missing if key not in misshapen_names]
+    found = [
+        f"{len(names)} {kind} ({names[0]}{', ...' if len(names) > 1 else ''})"
+        for kind, names in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen))
+        if names
+    ]
+    if found:
+        raise CheckpointError(
+            f"the weights in {name} do not fit its config.json: {', '.join(found)}; restore both files"
+        )
+
+
+def load_target(
+    target: str | Path,
+    *,
+    base_only: bool = False,
+    num_crops: int | None = None,
+    revision: str | None = None,
+    trainable: bool = False,
+    **options: Any,
+) -> LoadedTarget:
+    """Loads a run, an adapter, a model folder or a hub id.
+
+    Args:
+        target: what to load, see `phi3v.targets`.
+        base_only: leave the adapter off. (`base_weights` shows the base of a loaded adapter without a second load.)
+        num_crops: crops of an image at most, None for what the processor was saved with.
+        revision: revision of a hub id.
+        trainable: load the adapter for more training.
+        **options: dtype, device, attn_implementation and quantization of `load_base`.
+    """
+    place = resolve_target(target, revision=revision)
+    processor = load_processor(target, num_crops=num_crops, revision=revision)
+    model: Any = load_base(place.base, revision=place.revision, **options)
+    if place.adapter is not None and not base_only:
+        model = load_adapter(model, place, trainable=trainable)
+    return LoadedTarget(model, processor, place.base, place.kind)
+
+
+def load_adapter(model: PreTrainedModel, place: Target, *, trainable: bool = False) -> Any:
+    """Puts the adapter of `place` on its base and checks that every tensor of the file found its place.
+
+    Returns:
+        A `peft.PeftModel`.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    assert place.adapter is not None
+    stored = tensor_shapes(place.adapter / ADAPTER_WEIGHTS)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it would say about the tensors is checked below
+            tuned = PeftModel.from_pretrained(model, str(place.adapter), is_trainable=trainable)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"adapter {place.adapter} does not fit {place.base}: {first_line(error)}") from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(tuned).items()}
+    if wanted != stored:
+        name = min(name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name))
+        raise CheckpointError(
+            f"adapter {place.adapter} does not fit {place.base}: {name} is {stored.get(name, 'missing')} in the file "
+            f"and {wanted.get(name, 'unknown')} in the model; tune again or name the right base"
+        )
+    return tuned if trainable else tuned.eval()
+
+
+@contextlib.contextmanager
+def base_weights(model: Any) -> Iterator[Any]:
+    """Inside this context a model with an adapter answers as its base does; one load serves both.
+
+    Raises:
+        CheckpointError: the model has no adapter, so its base is not in memory.
+    """
+    if not has_adapter(model):
+        raise CheckpointError("a fully tuned model does not hold its base: load the base beside it")
+    with model.disable_adapter():
+        yield model
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether an adapter sits on the model."""
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def quantization_config(options: Mapping[str, Any]) -> BitsAndBytesConfig:
+    """Builds `BitsAndBytesConfig`; tower, projector and head stay out of it unless the options name other modules."""
+    known = [
+        name for name in inspect.signature(BitsAndBytesConfig.__init__).parameters if name not in ("self", "kwargs")
+    ]
+    check_names("quantization", options, known)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingPackageError("quantization needs bitsandbytes: pip install bitsandbytes")
+    try:
+        return BitsAndBytesConfig(**{"llm_int8_skip_modules": ["model.vision_embed_tokens", "lm_head"], **options})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"quantization: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _quiet(logger_name: str) -> Iterator[None]:
+    """Keeps warnings of one logger back: what they would say is raised as an error."""
+    logger = logging.getLogger(logger_name)
+
+    def refuse(record: logging.LogRecord) -> bool:
+        return record.levelno > logging.WARNING
+
+    logger.addFilter(refuse)
+    try:
+        yield
+    finally:
+        logger.removeFilter(refuse)

@@ -1,0 +1,34 @@
+"""Options that a recipe hands to another library: names are checked before, the library's errors cut to one line after.
+
+Recipes pass sections on to peft, bitsandbytes and transformers without restating their fields, so a misspelt option has
+to be caught where the library's own list of names is known. Two functions for that, nothing else.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+from phi3v.errors import ConfigError
+
+
+def check_names(section: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuses the first name that the library does not have.
+
+    Example: `check_names("lora", {"lora_alfa": 8}, ["r", "lora_alpha"])` raises
+    "lora.lora_alfa is no option: did you mean lora_alpha?".
+
+    Raises:
+        ConfigError: in one line, with the nearest valid name where one is near.
+    """
+    names = list(known)
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            raise ConfigError(f"{section}.{name} is no option" + (f": did you mean {near[0]}?" if near else ""))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message; the class name where it has none.
+
+    Example: `OSError("no such model\\nTry again later")` -> "no such model".
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,170 @@
+"""What a TARGET names: a run, an adapter, a model folder or a hub id, decided by looking at files only.
+
+In comes the text that a user typed; out goes a `Target` with the places of the base weights, of the adapter and of the
+processor. Also here: the checks of a local checkpoint that need no tensor (its type, its shards, their lengths), so
+that a wrong folder is refused in milliseconds and in one line. Knows nothing about torch, transformers or peft.
+"""
+
+import json
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from phi3v.errors import CheckpointError
+from phi3v.run_folder import RunFolder
+
+MODEL_TYPE = "phi3_v"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MODEL_WEIGHTS = "model.safetensors"
+MODEL_INDEX = "model.safetensors.index.json"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Target:
+    """The places behind a TARGET.
+
+    Example: the run `runs/shop`, tuned with LoRA on a hub model, is
+    `Target("runs/shop", "run", base="microsoft/Phi-3-vision-128k-instruct", revision=None,
+    adapter=Path("runs/shop/adapter"), processor="runs/shop/adapter")`.
+
+    Attributes:
+        name: what the user typed.
+        kind: how it was understood.
+        base: folder or hub id of the whole model's weights; for a fully tuned run its `model` folder.
+        revision: revision of a base on the hub, None for its newest.
+        adapter: folder of the adapter, None when there is none.
+        processor: folder or hub id that the processor is loaded from.
+    """
+
+    name: str
+    kind: Literal["run", "adapter", "model", "hub"]
+    base: str
+    revision: str | None
+    adapter: Path | None
+    processor: str
+
+
+def resolve_target(target: str | Path, *, revision: str | None = None) -> Target:
+    """Finds out what `target` is.
+
+    Raises:
+        CheckpointError: nothing is there, a run has no tuned weights yet, or an adapter does not name its base.
+    """
+    name, path = str(target), Path(target)
+    if RunFolder.is_run(path):
+        return _resolve_run(name, path)
+    if (path / ADAPTER_CONFIG).is_file():
+        return _resolve_adapter(name, path, "adapter")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CheckpointError(
+                f"{name} is neither a run (recipe.yaml), an adapter ({ADAPTER_CONFIG}) nor a model (config.json): "
+                "name a folder that holds one of these files, or a hub id"
+            )
+        return Target(name, "model", name, None, None, name)
+    if path.exists() or not _HUB_ID.fullmatch(name):
+        raise CheckpointError(f"{name} is no folder: name a run, an adapter, a model folder or a hub id")
+    return Target(name, "hub", name, revision, None, name)
+
+
+def _resolve_run(name: str, path: Path) -> Target:
+    """Chooses between the adapter and the fully tuned model of a run."""
+    run = RunFolder(path)
+    if (run.adapter / ADAPTER_CONFIG).is_file():
+        return _resolve_adapter(name, run.adapter, "run")
+    if (run.model / "config.json").is_file():
+        return Target(name, "run", str(run.model), None, None, str(run.model))
+    raise CheckpointError(f"run {name} holds no tuned weights yet: finish it with `phi3v train {name}/recipe.yaml`")
+
+
+def _resolve_adapter(name: str, folder: Path, kind: Literal["run", "adapter"]) -> Target:
+    """Follows an adapter to its base; the processor is the adapter's own where it has one."""
+    config = read_json(folder / ADAPTER_CONFIG)
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} does not name its base: set base_model_name_or_path")
+    if not Path(base).is_dir() and not _HUB_ID.fullmatch(base):
+        raise CheckpointError(
+            f"adapter {folder} was tuned on {base}, which is not here: bring that folder back, "
+            f"or set base_model_name_or_path in {folder / ADAPTER_CONFIG}"
+        )
+    has_processor = (folder / "tokenizer_config.json").is_file()
+    return Target(name, kind, base, config.get("revision"), folder, str(folder) if has_processor else base)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; CheckpointError in one line when the file is missing or holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}): restore the file") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__} where a JSON object belongs: restore the file")
+    return content
+
+
+def check_model_type(config: dict[str, Any], where: str) -> None:
+    """Refuses a configuration of another model type, in one line."""
+    found = config.get("model_type")
+    if found != MODEL_TYPE:
+        raise CheckpointError(
+            f"{where} is of model type {found!r}, phi3v loads {MODEL_TYPE!r}: "
+            "use microsoft/Phi-3-vision-128k-instruct, microsoft/Phi-3.5-vision-instruct or a model made from them"
+        )
+
+
+def check_model_folder(folder: Path) -> None:
+    """Checks a local model folder without reading a tensor: its type, and that every shard is there and whole.
+
+    Raises:
+        CheckpointError: in one line that names the file and what is wrong with it.
+    """
+    check_model_type(read_json(folder / "config.json"), str(folder))
+    index = folder / MODEL_INDEX
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index} has no weight_map: restore the file")
+        for shard in sorted(set(weight_map.values())):
+            stored = set(tensor_shapes(folder / shard))
+            for name, place in weight_map.items():
+                if place == shard and name not in stored:
+                    raise CheckpointError(
+                        f"{folder / shard} lacks {name}, which {index.name} places there: copy it again"
+                    )
+    elif (folder / MODEL_WEIGHTS).is_file():
+        tensor_shapes(folder / MODEL_WEIGHTS)
+    else:
+        raise CheckpointError(f"{folder} has neither {MODEL_INDEX} nor {MODEL_WEIGHTS}: copy the weights into it")
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a safetensors file, read from its header; the file's length is checked on the way.
+
+    Example: a file with one 2x3 matrix gives `{"lm_head.weight": (2, 3)}`.
+
+    Raises:
+        CheckpointError: the file is missing, cut short or not safetensors.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            header = json.loads(file.read(length)) if length <= size - 8 else None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except (struct.error, ValueError):
+        header = None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} is not a whole safetensors file ({size:,} bytes): copy it again")
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    expected = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if size != expected:
+        raise CheckpointError(f"{path} has {size:,} bytes where its header says {expected:,}: copy it again")
+    return {name: tuple(entry["shape"]) for name, entry in entries.items()}

@@ -1,0 +1,182 @@
+"""Which weights train: whole parts of the model, or LoRA on the language model's projections.
+
+In comes a loaded base and plain values, out comes the same model with `requires_grad` set, or a `peft.PeftModel`; and
+a count of what trains. A choice that would train nothing of the language model (the guide's `q_proj`, `v_proj`) is
+refused in one line. Knows nothing about recipes, data or the Trainer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from phi3v.errors import ConfigError
+from phi3v.model.vision_phi3_v import Phi3VVisionTransformer
+from phi3v.passthrough import check_names, first_line
+
+LORA_PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+Choice = Literal["frozen", "train"]
+Part = Literal["language model", "projector", "vision tower"]
+_VISION = "vision_embed_tokens"
+
+
+@dataclass(frozen=True)
+class PartCount:
+    """Parameters of one part of the model: `trainable` of `total`."""
+
+    trainable: int
+    total: int
+
+
+@dataclass(frozen=True)
+class TrainableReport:
+    """What trains, per part ("language model", "projector", "vision tower"), as numbers; the command line prints it."""
+
+    parts: dict[str, PartCount]
+
+    @property
+    def trainable(self) -> int:
+        """Trainable parameters of the whole model."""
+        return sum(part.trainable for part in self.parts.values())
+
+    @property
+    def total(self) -> int:
+        """Parameters of the whole model, adapter included."""
+        return sum(part.total for part in self.parts.values())
+
+    @property
+    def share(self) -> float:
+        """Trainable parameters over all parameters, 0.0 to 1.0."""
+        return self.trainable / max(self.total, 1)
+
+
+def freeze(model: nn.Module, *, language_model: bool, tower: Choice, projector: Choice) -> None:
+    """Sets `requires_grad` of every weight by the part it belongs to.
+
+    The projector is the two projection matrices and the two separators. The tower's last layer and its
+    post_layernorm stay frozen in any case: nothing reads their output.
+    """
+    choice = {"language model": language_model, "projector": projector == "train", "vision tower": tower == "train"}
+    unread = _unread_weights(model)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(choice[part_of(name)] and name not in unread and weight.is_floating_point())
+
+
+def attach_lora(
+    model: PreTrainedModel,
+    options: Mapping[str, Any],
+    *,
+    tower: Choice = "frozen",
+    projector: Choice = "frozen",
+    revision: str | None = None,
+) -> Any:
+    """Puts LoRA on the language model's projections; a trained tower or projector is stored in the adapter, whole.
+
+    All trainable weights become float32 masters, whatever the base computes in. Under LoRA a trained projector is its
+    two matrices; the two separators stay as they are, since PEFT stores modules, not single vectors.
+
+    Args:
+        model: the loaded base; all of its own weights are frozen here.
+        options: arguments of `peft.LoraConfig`; `target_modules` defaults to the four projections of a layer.
+        tower: "train" keeps a trained copy of the vision tower in the adapter.
+        projector: the same for the projector.
+        revision: revision of a base on the hub, noted in the adapter.
+
+    Returns:
+        A `peft.PeftModel` whose saved adapter names the base by its absolute path or hub id.
+    """
+    from peft import get_peft_model
+
+    config = lora_config(options, tower=tower, projector=projector)
+    _refuse_wrong_targets(model, config)
+    base = model.config.name_or_path
+    config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+    config.revision = revision
+    model.config.name_or_path = config.base_model_name_or_path
+    freeze(model, language_model=False, tower="frozen", projector="frozen")
+    tuned = get_peft_model(model, config)
+    unread = _unread_weights(tuned)
+    for name, weight in tuned.named_parameters():
+        if name in unread:
+            weight.requires_grad_(False)
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    return tuned
+
+
+def lora_config(options: Mapping[str, Any], *, tower: Choice = "frozen", projector: Choice = "frozen") -> Any:
+    """Builds `peft.LoraConfig` from a recipe's mapping; an unknown name is refused with the nearest valid one."""
+    from peft import LoraConfig
+
+    check_names("lora", options, [field.name for field in fields(LoraConfig)])
+    values = {"task_type": "CAUSAL_LM", "target_modules": list(LORA_PROJECTIONS), **options}
+    if values["target_modules"] == "all-linear":  # PEFT's own reading of it would hit the tower too
+        values["target_modules"] = list(LORA_PROJECTIONS)
+    whole = ["img_processor"] if tower == "train" else []
+    whole += ["img_projection.0", "img_projection.2"] if projector == "train" else []
+    if whole:
+        values["modules_to_save"] = [*(values.get("modules_to_save") or []), *whole]
+    try:
+        return LoraConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"lora: {first_line(error)}") from error
+
+
+def _refuse_wrong_targets(model: nn.Module, config: Any) -> None:
+    """Refuses LoRA targets that hit nothing, or the vision part, where the language model was meant."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    if config.target_modules is None:
+        return  # target_parameters alone: PEFT itself refuses what it does not find
+    whole, is_pattern = config.target_modules, isinstance(config.target_modules, str)
+    real = f"the projections of the language model are {', '.join(LORA_PROJECTIONS)}"
+    for single in [whole] if is_pattern else sorted(whole):
+        config.target_modules = single if is_pattern else {single}
+        hits = [name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)]
+        vision = [name for name in hits if _VISION in name]
+        config.target_modules = whole
+        if not hits:
+            raise ConfigError(f"lora.target_modules: {single!r} hits no module; {real}")
+        if vision:
+            only = "only" if len(vision) == len(hits) else "also"
+            raise ConfigError(
+                f"lora.target_modules: {single!r} hits {only} the vision part ({len(vision)} modules); {real}"
+            )
+
+
+def trainable_report(model: nn.Module) -> TrainableReport:
+    """Counts weights, trainable and in total, per part of the model; LoRA counts for the part it sits on.
+
+    Example: the real model under LoRA r=16 gives `{"language model": PartCount(25165824, ...), "projector":
+    PartCount(0, 22034432), "vision tower": PartCount(0, 303507456)}`.
+    """
+    parts = {"language model": [0, 0], "projector": [0, 0], "vision tower": [0, 0]}
+    for name, weight in model.named_parameters():
+        # bitsandbytes stores two 4-bit numbers in a byte
+        count = weight.numel() * (2 * weight.element_size() if type(weight).__name__ == "Params4bit" else 1)
+        parts[part_of(name)][0] += count if weight.requires_grad else 0
+        parts[part_of(name)][1] += count
+    return TrainableReport({part: PartCount(*counts) for part, counts in parts.items()})
+
+
+def part_of(name: str) -> Literal["language model", "projector", "vision tower"]:
+    """The part that a parameter belongs to, by its name.
+
+    Example: "model.vision_embed_tokens.sub_GN" -> "projector"; "lm_head.weight" -> "language model".
+    """
+    if f"{_VISION}.img_processor" in name:
+        return "vision tower"
+    return "projector" if _VISION in name else "language model"
+
+
+def _unread_weights(model: nn.Module) -> set[str]:
+    """Names of the tower's weights that no output depends on: the layers behind the one read, and post_layernorm."""
+    unread: list[str] = []
+    for prefix, module in model.named_modules():
+        if isinstance(module, Phi3VVisionTransformer):
+            behind = range(module.layers_read, len(module.encoder.layers))
+            unread += [f"{prefix}.post_layernorm.", *(f"{prefix}.encoder.layers.{index}." for index in behind)]
+    return {name for name, _ in model.named_parameters() if name.startswith(tuple(unread))}

@@ -1,0 +1,241 @@
+"""Loading: what is strict, what a TARGET may be, and that an adapter comes back tensor by tensor."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import write_tiny_model
+
+from phi3v import loading, targets, tuning
+from phi3v.errors import CheckpointError, ConfigError, DeviceError, MissingPackageError
+from phi3v.recipe import Recipe
+from phi3v.run_folder import RunFolder
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    return write_tiny_model(tmp_path / "model")
+
+
+def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 400
+    return text
+
+
+def test_every_weight_equals_the_file(model_folder: Path) -> None:
+    model = loading.load_base(model_folder)
+    stored = load_file(model_folder / "model.safetensors")
+    loaded = model.state_dict()
+    assert set(stored) == set(loaded)
+    for name, tensor in stored.items():
+        torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=0)
+    assert not model.training and model.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda weights: weights.pop("model.norm.weight"), "1 missing (model.norm.weight)"),
+        (lambda weights: weights.update({"model.extra": torch.zeros(2)}), "1 surplus (model.extra)"),
+        (
+            lambda weights: weights.update({"model.norm.weight": torch.zeros(7)}),
+            "1 misshapen (model.norm.weight (7,) for (32,))",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_one_line(model_folder: Path, change, expected: str) -> None:
+    weights = load_file(model_folder / "model.safetensors")
+    change(weights)
+    save_file(weights, model_folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError) as error:
+        loading.load_base(model_folder)
+    assert expected in one_line(error)
+
+
+def test_another_model_type_is_refused_before_its_weights_are_read(model_folder: Path) -> None:
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    (model_folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="of model type 'llama', phi3v loads 'phi3_v'") as error:
+        loading.load_base(model_folder)
+    one_line(error)
+
+
+def test_a_shard_cut_short_and_a_missing_shard_are_one_line(model_folder: Path) -> None:
+    weights = load_file(model_folder / "model.safetensors")
+    names = sorted(weights)
+    shards = {"model-00001-of-00002.safetensors": names[:30], "model-00002-of-00002.safetensors": names[30:]}
+    for shard, part in shards.items():
+        save_file({name: weights[name] for name in part}, model_folder / shard, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: shard for shard, part in shards.items() for name in part}}
+    (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model_folder / "model.safetensors").unlink()
+    loading.load_base(model_folder)
+
+    second = model_folder / "model-00002-of-00002.safetensors"
+    whole = second.read_bytes()
+    for size in (len(whole) - 10, 100, 4, 0):
+        second.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match="00002-of-00002.*copy it again"):
+            loading.load_base(model_folder)
+    second.unlink()
+    with pytest.raises(CheckpointError, match="cannot read .*00002-of-00002"):
+        loading.load_base(model_folder)
+    save_file({names[30]: weights[names[30]]}, second, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="lacks"):
+        loading.load_base(model_folder)
+
+
+def test_places_that_hold_nothing_to_load(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no folder"):
+        targets.resolve_target(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="neither a run"):
+        targets.resolve_target(tmp_path)
+    with pytest.raises(CheckpointError, match="could not be read from the hub"):
+        loading.load_base("somebody/no-such-model-anywhere")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        loading.load_base(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "phi3_v"}')
+    with pytest.raises(CheckpointError, match="neither model.safetensors.index.json nor"):
+        loading.load_base(tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_one_line(model_folder: Path) -> None:
+    with pytest.raises(DeviceError, match="sees no GPU") as error:
+        loading.load_base(model_folder, device="cuda")
+    one_line(error)
+    with pytest.raises(ConfigError, match="names no device"):
+        loading.load_base(model_folder, device="gpu")
+    assert loading.resolve_device("auto") == torch.device("cpu")
+
+
+def test_quantization_options_are_checked_and_the_package_is_named(model_folder: Path, monkeypatch) -> None:
+    with pytest.raises(ConfigError, match="did you mean load_in_4bit"):
+        loading.quantization_config({"load_in_4bits": True})
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError, match="pip install bitsandbytes"):
+        loading.load_base(model_folder, quantization={"load_in_4bit": True})
+
+
+def test_lora_sits_on_the_language_model_alone(model_folder: Path) -> None:
+    tuned = tuning.attach_lora(loading.load_base(model_folder), {"r": 4})
+    names = [name for name, weight in tuned.named_parameters() if weight.requires_grad]
+    wanted = {
+        f"base_model.model.model.layers.{layer}.{module}.lora_{side}.default.weight"
+        for layer in range(2)
+        for module in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+        for side in "AB"
+    }
+    assert set(names) == wanted
+    report = tuning.trainable_report(tuned)
+    # A [4, in] and B [out, 4] of 32->96, 32->32, 32->128 and 64->32, in two layers
+    assert report.parts["language model"].trainable == 2 * 4 * ((32 + 96) + (32 + 32) + (32 + 128) + (64 + 32))
+    assert report.parts["projector"].trainable == report.parts["vision tower"].trainable == 0
+    assert report.share == pytest.approx(report.trainable / report.total)
+
+
+@pytest.mark.parametrize(
+    ("targets_given", "expected"),
+    [
+        (["q_proj", "v_proj"], "'q_proj' hits only the vision part"),
+        (["qkv_proj", "query"], "'query' hits no module"),
+        (".*proj", "hits also the vision part"),
+    ],
+)
+def test_lora_targets_that_miss_the_language_model_name_the_real_ones(
+    model_folder: Path, targets_given, expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=expected) as error:
+        tuning.attach_lora(loading.load_base(model_folder), {"target_modules": targets_given})
+    assert "qkv_proj, o_proj, gate_up_proj, down_proj" in one_line(error)
+
+
+def test_an_unknown_lora_option_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="lora.lora_alfa is no option: did you mean lora_alpha"):
+        tuning.lora_config({"lora_alfa": 4})
+
+
+def test_full_tuning_leaves_what_nobody_reads_frozen(model_folder: Path) -> None:
+    model = loading.load_base(model_folder)
+    tuning.freeze(model, language_model=True, tower="train", projector="frozen")
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    tower = "model.vision_embed_tokens.img_processor.vision_model"
+    expected = {
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith((f"{tower}.encoder.layers.2.", f"{tower}.post_layernorm."))
+        or ("vision_embed_tokens" in name and "img_processor" not in name)
+    }
+    assert frozen == expected and len(expected) == 16 + 2 + 6
+
+
+@pytest.mark.parametrize("vision", ["frozen", "train"])
+def test_an_adapter_comes_back_and_goes_off(model_folder: Path, tmp_path: Path, vision: str) -> None:
+    from peft import get_peft_model_state_dict
+
+    tuned = tuning.attach_lora(loading.load_base(model_folder), {"r": 4}, tower=vision, projector=vision)
+    torch.manual_seed(3)
+    for weight in tuned.parameters():
+        if weight.requires_grad:
+            weight.data.add_(torch.randn_like(weight) * 0.1)
+    tuned.save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(model_folder.resolve())
+
+    place = targets.resolve_target(tmp_path / "adapter")
+    assert (place.kind, place.base) == ("adapter", str(model_folder.resolve()))
+    again = loading.load_adapter(loading.load_base(place.base), place)
+    stored = get_peft_model_state_dict(tuned)
+    for name, tensor in get_peft_model_state_dict(again).items():
+        torch.testing.assert_close(tensor, stored[name], rtol=0, atol=0)
+
+    pixels, sizes = torch.randn(1, 2, 3, 336, 336), torch.tensor([[336, 336]])
+    ids = torch.tensor([[1, *[754] * 313, 20, 21]])
+    batch = {"input_ids": ids, "pixel_values": pixels, "image_sizes": sizes}
+    base = loading.load_base(model_folder)
+    with torch.no_grad():
+        expected, with_adapter, direct = base(**batch).logits, again(**batch).logits, tuned.eval()(**batch).logits
+        with loading.base_weights(again):
+            without = again(**batch).logits
+    torch.testing.assert_close(with_adapter, direct, rtol=0, atol=0)
+    torch.testing.assert_close(without, expected, rtol=0, atol=0)
+    assert not torch.allclose(with_adapter, expected, atol=1e-3)
+    with pytest.raises(CheckpointError, match="does not hold its base"), loading.base_weights(base):
+        pass
+
+
+def test_an_adapter_that_does_not_fit_is_one_line(model_folder: Path, tmp_path: Path) -> None:
+    tuned = tuning.attach_lora(loading.load_base(model_folder), {"r": 4})
+    tuned.save_pretrained(tmp_path / "adapter")
+    weights_file = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(weights_file)
+    weights.pop(sorted(weights)[0])
+    save_file(weights, weights_file)
+    place = targets.resolve_target(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="does not fit .*missing in the file") as error:
+        loading.load_adapter(loading.load_base(place.base), place)
+    one_line(error)
+    wider = write_tiny_model(tmp_path / "wider", intermediate_size=128)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        loading.load_adapter(loading.load_base(wider), place)
+    config_file = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps({**config, "base_model_name_or_path": "/no/such/folder"}))
+    with pytest.raises(CheckpointError, match="which is not here"):
+        targets.resolve_target(tmp_path / "adapter")
+
+
+def test_a_run_resolves_to_what_it_holds(model_folder: Path, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.start(Recipe.from_dict({"model": str(model_folder), "data": "rows.jsonl", "output": str(run.path)}))
+    with pytest.raises(CheckpointError, match="holds no tuned weights yet"):
+        targets.resolve_target(run.path)
+    tuned = tuning.attach_lora(loading.load_base(model_folder), {"r": 2})
+    run.write_adapter(tuned.save_pretrained)
+    place = targets.resolve_target(run.path)
+    assert (place.kind, place.adapter, place.base) == ("run", run.adapter, str(model_folder.resolve()))

@@ -1,0 +1,77 @@
+"""A tiny Phi-3-V in Microsoft's layout, and a small data set of coloured photos, for tests that load and train.
+
+`write_tiny_model(folder)` makes a folder as the hub has it: config.json, preprocessor_config.json, the small tokenizer
+of the demo and random weights. `write_photos(folder, rows)` makes PNG photos and a JSONL file that names their colours.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from phi3v.demo.tokenizer import BASE_SIZE, EMBEDDING_ROWS, write_tokenizer
+from phi3v.model.configuration_phi3_v import Phi3VConfig
+from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
+
+PREPROCESSOR = {
+    "image_processor_type": "Phi3VImageProcessor",
+    "processor_class": "Phi3VProcessor",
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "num_crops": 1,
+    "num_img_tokens": 144,
+}
+COLOURS = {"red": (220, 30, 30), "green": (20, 160, 60), "blue": (30, 60, 220), "white": (250, 250, 250)}
+
+
+def tiny_config(**changes) -> Phi3VConfig:
+    """Two decoder layers of width 32, a tower of three layers of width 16, ids of the small tokenizer."""
+    factors = [1.0 + 0.1 * place for place in range(8)]
+    fields = {
+        "vocab_size": EMBEDDING_ROWS,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 8192,
+        "original_max_position_embeddings": 4096,
+        "rope_scaling": {"type": "su", "short_factor": factors, "long_factor": [2 * factor for factor in factors]},
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": BASE_SIZE,
+        "image_token_id": BASE_SIZE + 44,
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "patch_size": 14,
+            "image_size": 336,
+        },
+    }
+    return Phi3VConfig(**{**fields, **changes})
+
+
+def write_tiny_model(folder: Path, *, seed: int = 0, **changes) -> Path:
+    """Writes the model folder; `changes` are fields of its configuration."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    Phi3VForCausalLM(tiny_config(**changes)).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    write_tokenizer(folder)
+    return folder
+
+
+def write_photos(folder: Path, rows: int) -> Path:
+    """Writes `rows` photos of one colour each, and `rows.jsonl` with the columns image and colour; gives the latter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for row in range(rows):
+        colour = list(COLOURS)[row % len(COLOURS)]
+        Image.new("RGB", (40 + row % 3, 30), COLOURS[colour]).save(folder / f"{row}.png")
+        lines.append(json.dumps({"image": f"{row}.png", "colour": colour}))
+    table = folder / "rows.jsonl"
+    table.write_text("\n".join(lines) + "\n")
+    return table
