@@ -1,0 +1,233 @@
+"""ChatModel: the only object that answers.
+
+In come a model, its processor, and questions as chats or as encoded prompts; out come texts, whole or streamed piece by
+piece. It stops where a turn ends (`processor.stop_token_ids`), decodes the new tokens only and takes nothing but
+control tokens off the answer. Knows nothing about recipes, runs or scores.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from phi3v.data.collate import Collator
+from phi3v.data.images import open_image
+from phi3v.errors import ConfigError
+from phi3v.loading import load_target
+from phi3v.passthrough import check_names, first_line
+
+MAX_NEW_TOKENS = 256
+Conversation = list[dict[str, Any]]
+Photo = str | Path | Image.Image
+
+
+class ChatModel:
+    """A model and its processor, ready to answer questions about images.
+
+    Example: `ChatModel.from_target("runs/shop").ask("scarf.jpg", "What is shown in this image?")`.
+
+    Attributes:
+        model: a Phi-3-V, with an adapter or without.
+        processor: its processor.
+    """
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model = model
+        self.processor = processor
+
+    @classmethod
+    def from_target(cls, target: str | Path, **options: Any) -> "ChatModel":
+        """Loads a run, an adapter, a model folder or a hub id; `options` are those of `loading.load_target`."""
+        loaded = load_target(target, **options)
+        return cls(loaded.model, loaded.processor)
+
+    def ask(
+        self,
+        images: Photo | Sequence[Photo] | None,
+        question: str,
+        *,
+        system: str | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        stream: Callable[[str], None] | None = None,
+        **generation: Any,
+    ) -> str:
+        """Answers one question about no, one or several images.
+
+        Args:
+            images: photos or their paths.
+            question: text of the user; nothing in it can become a control token.
+            system: text of a system turn in front.
+            max_new_tokens: tokens of the answer at most.
+            stream: called with each new piece of text; the pieces joined are the answer.
+            **generation: options of transformers' GenerationConfig; greedy unless they say otherwise.
+
+        Returns:
+            The answer.
+
+        Raises:
+            ImageError: an image does not open. ConfigError: an option of generation that does not exist.
+        """
+        example = self.encode(conversation(images, question, system))
+        streamer = _PieceStreamer(self._text, stream) if stream is not None else None
+        return self._generate([example], max_new_tokens, generation, streamer)[0]
+
+    def answer(
+        self,
+        conversations: Iterable[Conversation],
+        *,
+        batch_size: int = 8,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        **generation: Any,
+    ) -> list[str]:
+        """Answers many chats in batches, greedily; answers come in the caller's order.
+
+        Args:
+            conversations: chats whose content parts are `{"type": "image", "image": PIL}` and
+                `{"type": "text", "text": str}`; taken a few batches at a time, so a generator keeps memory flat.
+            batch_size: chats that are answered at once.
+            max_new_tokens: tokens of each answer at most.
+            **generation: see `ask`.
+        """
+        examples = (self.encode(chat) for chat in conversations)
+        return self.answer_encoded(examples, batch_size=batch_size, max_new_tokens=max_new_tokens, **generation)
+
+    def answer_encoded(
+        self,
+        examples: Iterable[Mapping[str, Any]],
+        *,
+        batch_size: int = 8,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        **generation: Any,
+    ) -> list[str]:
+        """The same for prompts that are encoded already, as `data.encode.encode_prompt` makes them.
+
+        Prompts of like length share a batch: they are taken eight batches at a time and sorted among themselves.
+        """
+        answers: list[str] = []
+        for window in _windows(examples, 8 * batch_size):
+            order = sorted(range(len(window)), key=lambda index: len(window[index]["input_ids"]))
+            found: dict[int, str] = {}
+            for start in range(0, len(order), batch_size):
+                batch = order[start : start + batch_size]
+                texts = self._generate([window[index] for index in batch], max_new_tokens, generation)
+                found.update(zip(batch, texts, strict=True))
+            answers += [found[index] for index in range(len(window))]
+        return answers
+
+    def encode(self, chat: Conversation) -> dict[str, torch.Tensor]:
+        """One chat as an encoded prompt: `input_ids` [tokens], and the images' tensors where there are any."""
+        batch = self.processor.apply_chat_template(
+            chat, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        return {key: value[0] if key in ("input_ids", "attention_mask") else value for key, value in batch.items()}
+
+    @torch.inference_mode()
+    def _generate(
+        self,
+        examples: Sequence[Mapping[str, Any]],
+        max_new_tokens: int,
+        generation: Mapping[str, Any],
+        streamer: BaseStreamer | None = None,
+    ) -> list[str]:
+        """One batch through `generate`; texts in the order of `examples`."""
+        check_names("generation", generation, vars(GenerationConfig()))
+        tokenizer = self.processor.tokenizer
+        batch = Collator(tokenizer.pad_token_id, padding_side="left")([dict(example) for example in examples])
+        batch = {key: value.to(self.model.device) for key, value in batch.items() if key != "labels"}
+        options = {
+            "do_sample": False,
+            "eos_token_id": list(self.processor.stop_token_ids),
+            "pad_token_id": tokenizer.pad_token_id,
+            **generation,
+        }
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            sequences = self.model.generate(**batch, max_new_tokens=max_new_tokens, streamer=streamer, **options)
+        except ValueError as error:
+            if "generation" in str(error).lower() or "model_kwargs" in str(error):
+                raise ConfigError(f"generation: {first_line(error)}") from error
+            raise
+        finally:
+            self.model.train(was_training)
+        prompt = batch["input_ids"].shape[1]
+        return [self._text(ids) for ids in sequences[:, prompt:].tolist()]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """New tokens up to the first stop token as text, without control tokens.
+
+        Example: the ids of "Hat", `<|end|>`, newline and `<|endoftext|>` give "Hat".
+        """
+        stops = set(self.processor.stop_token_ids)
+        end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
+        return self.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
+
+
+class _PieceStreamer(BaseStreamer):
+    """Hands on what each new token adds to the text; a character whose bytes are not complete waits for the rest."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], receive: Callable[[str], None]) -> None:
+        self._decode = decode
+        self._receive = receive
+        self._ids: list[int] = []
+        self._sent = 0
+        self._prompt_passed = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """Takes the prompt first, then one token at a time."""
+        if not self._prompt_passed:
+            self._prompt_passed = True
+            return
+        self._ids += value.flatten().tolist()
+        text = self._decode(self._ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._send(text)
+
+    def end(self) -> None:
+        """Hands on what still waits."""
+        self._send(self._decode(self._ids))
+
+    def _send(self, text: str) -> None:
+        if len(text) > self._sent:
+            self._receive(text[self._sent :])
+            self._sent = len(text)
+
+
+def ask(target: str | Path, images: Photo | Sequence[Photo] | None, question: str, **options: Any) -> str:
+    """Loads `target` and answers one question; `options` are those of `ChatModel.ask`.
+
+    For more than one question, keep the model: `ChatModel.from_target(target)`.
+    """
+    return ChatModel.from_target(target).ask(images, question, **options)
+
+
+def conversation(images: Photo | Sequence[Photo] | None, question: str, system: str | None = None) -> Conversation:
+    """A chat with one question: the images first, then the text, in one user turn.
+
+    Example: `conversation(photo, "What is it?")` is `[{"role": "user", "content": [{"type": "image", "image": photo},
+    {"type": "text", "text": "What is it?"}]}]`.
+
+    Raises:
+        ImageError: a path that does not open as an image.
+    """
+    photos = [] if images is None else [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
+    parts = [{"type": "image", "image": _photo(photo)} for photo in photos]
+    turns: Conversation = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+    return [*turns, {"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+def _photo(photo: Photo) -> Image.Image:
+    """A photo as RGB pixels, opened where it is a path."""
+    return photo.convert("RGB") if isinstance(photo, Image.Image) else open_image(str(photo))
+
+
+def _windows(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Consecutive lists of `size` items: `_windows("abcde", 2)` gives [a, b], [c, d], [e]."""
+    iterator = iter(items)
+    while window := list(islice(iterator, size)):
+        yield window
