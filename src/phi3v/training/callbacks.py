@@ -1,0 +1,106 @@
+"""What watches a training: progress for the caller, `metrics.jsonl` for the run, a stop for numbers that are none.
+
+Callbacks of transformers' Trainer that turn its events into ours. They print nothing and change no weight.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers import TrainerCallback
+
+from phi3v.errors import TrainingError
+from phi3v.run_folder import RunFolder
+from phi3v.tuning import TrainableReport
+
+
+@dataclass(frozen=True)
+class TrainingEvent:
+    """One thing that a watcher may want to show.
+
+    Attributes:
+        kind: "start" (with `trainable`), "step" (after each optimiser step), "metrics" (losses were logged),
+            "features" (images go through the frozen tower in advance) or "end".
+        step: steps done.
+        total: steps of the whole run; for "features" `step` and `total` count rows.
+        seconds_left: an estimate, None until there is one.
+        metrics: what was logged, `{"loss": 1.2, "learning_rate": 0.0002, "epoch": 0.5}` for instance.
+        trainable: what trains, at the start.
+        resumed_from: step of the checkpoint that the run goes on from, at the start.
+    """
+
+    kind: Literal["start", "features", "step", "metrics", "end"]
+    step: int
+    total: int
+    seconds_left: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    trainable: TrainableReport | None = None
+    resumed_from: int | None = None
+
+
+Watcher = Callable[[TrainingEvent], None]
+
+
+class ProgressCallback(TrainerCallback):
+    """Tells a watcher about each step and estimates the time left from the steps of this session."""
+
+    def __init__(self, watcher: Watcher, trainable: TrainableReport) -> None:
+        self.watcher = watcher
+        self.trainable = trainable
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The run starts, or goes on."""
+        self.began, self.first = time.monotonic(), state.global_step
+        resumed = state.global_step or None
+        self.watcher(
+            TrainingEvent("start", self.first, state.max_steps, trainable=self.trainable, resumed_from=resumed)
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A step is done."""
+        done, left = state.global_step - self.first, state.max_steps - state.global_step
+        seconds = (time.monotonic() - self.began) / done * left
+        self.watcher(TrainingEvent("step", state.global_step, state.max_steps, seconds_left=seconds))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Losses are known."""
+        self.watcher(TrainingEvent("metrics", state.global_step, state.max_steps, metrics=dict(logs or {})))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """All steps are done."""
+        self.watcher(TrainingEvent("end", state.global_step, state.max_steps, seconds_left=0.0))
+
+
+class MetricsCallback(TrainerCallback):
+    """Appends what the Trainer logs to the run's metrics.
+
+    Example: a line of `metrics.jsonl` is `{"step": 20, "loss": 0.71, "grad_norm": 1.3, "learning_rate": 0.0001,
+    "epoch": 0.4}`, one of a validation `{"step": 50, "eval_loss": 0.65, ..., "epoch": 1.0}`.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Writes one line."""
+        self.run.append_metrics({"step": state.global_step, **(logs or {})})
+
+
+class NonFiniteCallback(TrainerCallback):
+    """Stops a run whose logged loss or gradient norm is no number."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Looks at the loss and the gradient norm.
+
+        Raises:
+            TrainingError: one of them is not finite.
+        """
+        for name in ("loss", "grad_norm", "eval_loss"):
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(value):
+                raise TrainingError(
+                    f"{name} is {value} at step {state.global_step}: start again with a smaller learning_rate, "
+                    "or look at the rows of the last steps"
+                )

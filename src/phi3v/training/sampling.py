@@ -1,0 +1,43 @@
+"""The order of the samples: every row once an epoch, in whole optimiser steps.
+
+In come a number of rows, the samples of a step, a seed and the epoch; out comes a list of row numbers. The order
+depends on nothing else, no global random state among it, so a resumed run goes on with exactly the rows that were to
+come.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+
+def epoch_order(rows: int, samples_per_step: int, seed: int, epoch: int) -> list[int]:
+    """Row numbers of one epoch, shuffled, as many as whole steps need.
+
+    The last step of an epoch is filled up from the epoch's own beginning, so every step has the same number of samples
+    and no row is left out. Example: 5 rows in steps of 2 give six numbers such as `[3, 0, 4, 1, 2, 3]`.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(rows, generator=generator).tolist()
+    wanted = -(-rows // samples_per_step) * samples_per_step
+    return [order[place % rows] for place in range(wanted)]
+
+
+class WholeSteps(Sampler[int]):
+    """`epoch_order` in the form a DataLoader takes; `set_epoch` is called by the Trainer before each epoch."""
+
+    def __init__(self, rows: int, samples_per_step: int, seed: int) -> None:
+        self.rows = rows
+        self.samples_per_step = samples_per_step
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch whose order comes next."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(epoch_order(self.rows, self.samples_per_step, self.seed, self.epoch))
+
+    def __len__(self) -> int:
+        return -(-self.rows // self.samples_per_step) * self.samples_per_step

@@ -1,0 +1,65 @@
+"""transformers' Trainer, with what our steps promise.
+
+A step is N samples and its loss the mean over all their trained tokens, however they are cut into micro-batches; logits
+are computed at trained positions only; the validation loss is a mean over tokens too, whatever the batch size. Nothing
+else of the Trainer is changed.
+"""
+
+from typing import Any
+
+import torch
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from phi3v.errors import TrainingError
+from phi3v.training.sampling import WholeSteps
+
+
+class StepTrainer(Trainer):
+    """The Trainer of phi3v.
+
+    `Trainer` counts the labels of all micro-batches of a step (`num_items_in_batch`) and hands the count to the model,
+    whose loss is then a sum divided by it; gradients of micro-batches add up to those of one large batch.
+    """
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> WholeSteps:
+        """Whole steps, in an order that depends on seed and epoch alone."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        samples = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return WholeSteps(len(dataset), samples, self.args.seed)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The micro-batches of one step and the number of their trained tokens.
+
+        Raises:
+            TrainingError: nothing in the step is to be learned.
+        """
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and items is not None and int(items) == 0:
+            raise TrainingError(
+                f"step {self.state.global_step + 1} has no trained token: every answer in it is empty, see data.answer"
+            )
+        return batches, items
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's own loss; label smoothing needs all logits, everything else only those at labels."""
+        if self.label_smoother is None and self.compute_loss_func is None:
+            inputs = {**inputs, "logits_at_labels": True}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """One validation batch, noted with its number of trained tokens."""
+        tokens = int((inputs["labels"][:, 1:] != -100).sum())
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        self._evaluated.append((float(result[0]) * tokens, tokens))
+        return result
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """The Trainer's loop; its loss, a mean of batch means, becomes the mean over all trained tokens."""
+        self._evaluated: list[tuple[float, int]] = []
+        output = super().evaluation_loop(*args, **kwargs)
+        name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
+        if name in output.metrics:
+            total = sum(loss for loss, _ in self._evaluated)
+            output.metrics[name] = total / max(sum(tokens for _, tokens in self._evaluated), 1)
+        return output

@@ -1,0 +1,63 @@
+"""Weights & Biases and TensorBoard, as callbacks that write into the run's folder.
+
+Both packages are optional; a recipe that names a missing one gets a single line with the command that installs it.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from phi3v.errors import MissingPackageError
+
+
+def tracker_callbacks(
+    names: list[str], *, folder: Path, project: str | None, run_name: str, config: dict[str, Any]
+) -> list[TrainerCallback]:
+    """One callback per tracker.
+
+    Args:
+        names: "wandb" and "tensorboard", in any number.
+        folder: the run's folder; W&B writes to `wandb/`, TensorBoard to `tensorboard/` in it.
+        project: project at W&B, None for its own default.
+        run_name: name of the run.
+        config: the recipe as plain values, shown by W&B.
+
+    Raises:
+        MissingPackageError: a tracker is not installed.
+    """
+    makers: dict[str, Callable[[], TrainerCallback]] = {
+        "wandb": lambda: _wandb(folder, project, run_name, config),
+        "tensorboard": lambda: _tensorboard(folder),
+    }
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise MissingPackageError(f"report.to names {name}, which is not installed: pip install {name}")
+    return [makers[name]() for name in names]
+
+
+def _wandb(folder: Path, project: str | None, run_name: str, config: dict[str, Any]) -> TrainerCallback:
+    """Opens a W&B run (offline with WANDB_MODE=offline) that the Trainer's own callback then uses."""
+    import wandb
+    from transformers.integrations import WandbCallback
+
+    wandb.init(project=project, name=run_name, dir=str(folder), config=config)
+
+    class ClosingWandbCallback(WandbCallback):
+        """Closes the run at the end of the training, so that a next one in this process gets its own."""
+
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            super().on_train_end(*args, **kwargs)
+            wandb.finish()
+
+    return ClosingWandbCallback()
+
+
+def _tensorboard(folder: Path) -> TrainerCallback:
+    """A TensorBoard writer below the run's folder."""
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(log_dir=str(folder / "tensorboard")))

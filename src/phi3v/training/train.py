@@ -1,0 +1,238 @@
+"""`train(recipe)`: from a recipe to a run with tuned weights, in about ten calls in time order.
+
+In comes a `Recipe`, out comes a `RunResult`; all files go through `RunFolder`. The same call again goes on from the
+newest complete checkpoint, or says that the run is finished. It prints nothing: what there is to show goes to
+`on_event`.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import TrainerCallback, set_seed
+
+from phi3v.data.collate import Collator
+from phi3v.data.columns import RowOptions
+from phi3v.data.encode import EncodedRows
+from phi3v.data.schema import Row
+from phi3v.data.sources import LoadedData, load_data
+from phi3v.errors import DataError, DeviceError, TrainingError
+from phi3v.loading import load_base, load_processor, resolve_device, resolve_dtype
+from phi3v.recipe import Recipe
+from phi3v.run_folder import RunFolder
+from phi3v.training.arguments import training_arguments
+from phi3v.training.callbacks import (
+    MetricsCallback,
+    NonFiniteCallback,
+    ProgressCallback,
+    TrainingEvent,
+    Watcher,
+)
+from phi3v.training.checkpoints import checkpoint_step, newest_checkpoint
+from phi3v.training.feature_cache import CollateFeatures, keep_features
+from phi3v.training.step_trainer import StepTrainer
+from phi3v.training.trackers import tracker_callbacks
+from phi3v.tuning import TrainableReport, attach_lora, freeze, trainable_report
+
+FEATURE_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a call of `train` did.
+
+    Attributes:
+        status: "trained" from the start, "resumed" from a checkpoint, or "finished" before this call.
+        folder: the run.
+        steps: optimiser steps of the whole run.
+        seconds: time that this call trained.
+        metrics: the last losses, `{"train_loss": 0.4, "eval_loss": 0.5}`; no eval_loss without validation rows.
+        trainable: trainable parameters per part of the model.
+        resumed_from: step of the checkpoint that a resumed run went on from.
+    """
+
+    status: Literal["trained", "resumed", "finished"]
+    folder: Path
+    steps: int
+    seconds: float
+    metrics: dict[str, float]
+    trainable: dict[str, int]
+    resumed_from: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "folder": str(self.folder)}
+
+
+def train(recipe: Recipe, *, on_event: Watcher | None = None) -> RunResult:
+    """Tunes a model as the recipe says.
+
+    Args:
+        recipe: everything about the run.
+        on_event: called with a `TrainingEvent` at the start, after each step, and when losses are known.
+
+    Returns:
+        What was done; the tuned weights are in `adapter/` of the run, or in `model/` when the whole model was tuned.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, DeviceError, MissingPackageError: before the first step, in one line.
+        TrainingError: there is nothing to train, or a loss is not finite.
+    """
+    watch = on_event or (lambda event: None)
+    run = RunFolder(recipe.output)
+    if run.start(recipe) == "finished":
+        return _finished(run)
+    device = _training_device(recipe.model.device)
+    set_seed(recipe.training.seed)
+    processor = load_processor(recipe.model.name, num_crops=recipe.image.num_crops, revision=recipe.model.revision)
+    data = load_recipe_data(recipe)
+    model, autocast = _prepare_model(recipe, device)
+    report = trainable_report(model)
+    _refuse_idle_training(report, data)
+    train_rows, eval_rows = _datasets(recipe, data, processor, model, watch)
+    arguments = training_arguments(recipe, run, device=device, autocast=autocast, validated=bool(data.validation))
+    trainer = StepTrainer(
+        model=model,
+        args=arguments,
+        data_collator=CollateFeatures(Collator(processor.tokenizer.pad_token_id, padding_side="right")),
+        train_dataset=train_rows,
+        eval_dataset=eval_rows if data.validation else None,
+        callbacks=_callbacks(recipe, run, report, watch),
+    )
+    checkpoint = newest_checkpoint(run.checkpoints)
+    run.keep_metrics(checkpoint_step(checkpoint) if checkpoint else -1)
+    began = time.monotonic()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _save(run, recipe, trainer, processor)
+    result = RunResult(
+        status="resumed" if checkpoint else "trained",
+        folder=run.path,
+        steps=trainer.state.global_step,
+        seconds=time.monotonic() - began,
+        metrics=_last_losses(run),
+        trainable={part: count.trainable for part, count in report.parts.items()},
+        resumed_from=checkpoint_step(checkpoint) if checkpoint else None,
+    )
+    run.mark_finished(result.to_dict())
+    return result
+
+
+def _finished(run: RunFolder) -> RunResult:
+    """What an earlier call left."""
+    summary = run.read_summary()
+    return RunResult(**{**summary, "status": "finished", "folder": run.path, "seconds": 0.0, "resumed_from": None})
+
+
+def _training_device(device: str) -> torch.device:
+    """The device of a recipe; training uses the first visible GPU."""
+    wanted = resolve_device(device)
+    if wanted.type == "cuda" and wanted.index not in (None, 0):
+        raise DeviceError(
+            f"model.device is {device!r}, training uses the first visible GPU: set CUDA_VISIBLE_DEVICES={wanted.index} "
+            "and model.device=cuda"
+        )
+    return wanted
+
+
+def load_recipe_data(recipe: Recipe) -> LoadedData:
+    """Training and validation rows of a recipe, images unopened."""
+    options = RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels)
+    return load_data(options=options, **recipe.data.load_options)
+
+
+def _prepare_model(recipe: Recipe, device: torch.device) -> tuple[Any, torch.dtype | None]:
+    """The model with what trains marked, and the dtype of mixed precision (None: the weights' own).
+
+    Whatever trains is float32: LoRA on a base in the compute dtype, or the whole model when all of it is tuned.
+    """
+    compute = resolve_dtype(recipe.model.dtype, device)
+    wholly = recipe.lora is None
+    model = load_base(
+        recipe.model.name,
+        dtype="float32" if wholly else recipe.model.dtype,
+        device=recipe.model.device,
+        attn_implementation=recipe.model.attn_implementation,
+        quantization=recipe.quantization,
+        revision=recipe.model.revision,
+    )
+    vision = {"tower": recipe.vision.tower, "projector": recipe.vision.projector}
+    if recipe.lora is None:
+        freeze(model, language_model=True, **vision)
+    else:
+        model = attach_lora(model, recipe.lora, revision=recipe.model.revision, **vision)
+    if recipe.training.options.get("gradient_checkpointing_kwargs", {}).get("use_reentrant"):
+        model.enable_input_require_grads()  # re-entrant checkpoints need an input that asks for a gradient
+    return model, None if compute == torch.float32 else compute
+
+
+def _refuse_idle_training(report: TrainableReport, data: LoadedData) -> None:
+    """TrainingError or DataError when there is nothing to train, or nothing to train on."""
+    if report.trainable == 0:
+        raise TrainingError("nothing trains: the recipe's lora and vision sections leave no weight to tune")
+    if not len(data.train):
+        first = f"; the first problem is {data.problems[0]}" if data.problems else ""
+        raise DataError(f"data.train has no usable row{first}")
+
+
+def _datasets(
+    recipe: Recipe, data: LoadedData, processor: Any, model: Any, watch: Watcher
+) -> tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]]:
+    """Training and validation examples, with their image features kept where the recipe asks for it."""
+    longest = recipe.data.max_length or model.config.max_position_embeddings
+    sources: list[Sequence[Row]] = [data.train, data.validation or []]
+    parts: list[Any] = [
+        EncodedRows(rows, processor, max_length=longest, max_pixels=recipe.image.max_pixels) for rows in sources
+    ]
+    if not any(label != -100 for label in parts[0][0]["labels"].tolist()):
+        raise TrainingError("the first row has no trained token: its answer is empty, see data.answer")
+    frozen = recipe.vision.tower == recipe.vision.projector == "frozen"
+    if recipe.vision.cache is None or not frozen:
+        return parts[0], parts[1]
+    total, base = sum(map(len, parts)), model.get_base_model() if recipe.lora is not None else model
+    done = 0
+
+    def tell(row: int) -> None:
+        watch(TrainingEvent("features", done + row, total))
+
+    train_rows = keep_features(parts[0], base, limit_bytes=FEATURE_BYTES, on_row=tell)
+    done = len(parts[0])
+    return train_rows, keep_features(parts[1], base, limit_bytes=FEATURE_BYTES, on_row=tell)
+
+
+def _callbacks(recipe: Recipe, run: RunFolder, report: TrainableReport, watch: Watcher) -> list[TrainerCallback]:
+    """What watches the run; the check for non-finite numbers comes first."""
+    trackers = tracker_callbacks(
+        list(recipe.report.to),
+        folder=run.path,
+        project=recipe.report.project,
+        run_name=recipe.report.run_name or run.path.name,
+        config=recipe.model_dump(),
+    )
+    return [MetricsCallback(run), NonFiniteCallback(), ProgressCallback(watch, report), *trackers]
+
+
+def _save(run: RunFolder, recipe: Recipe, trainer: StepTrainer, processor: Any) -> None:
+    """Writes the tuned weights with the processor that belongs to them."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    if recipe.lora is None:
+        run.write_model(save)
+    else:
+        run.write_adapter(save)
+
+
+def _last_losses(run: RunFolder) -> dict[str, float]:
+    """The last training and validation loss of the run's metrics."""
+    found: dict[str, float] = {}
+    for line in run.read_metrics():
+        for key, name in (("loss", "train_loss"), ("train_loss", "mean_train_loss"), ("eval_loss", "eval_loss")):
+            if line.get(key) is not None:
+                found[name] = line[key]
+    return found
