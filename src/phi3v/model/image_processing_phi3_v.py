@@ -9,7 +9,7 @@ Shape letters: N images, K crop slots (1 + crops), C 3 channels, H and W 336 unl
 """
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from phi3v.errors import ImageError
 from phi3v.image_tokens import CROP_SIZE, crop_grid, grid_tokens, num_image_tokens, resized_size
 
 
-class Phi3VImageProcessorKwargs(ImagesKwargs, total=False):
+class Phi3VImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """Settings of the image processor, at construction, in `preprocessor_config.json` or for one call.
 
     Attributes:
@@ -66,7 +66,7 @@ class Phi3VImageProcessor(PilBackend):
 
         Its `num_img_tokens` (always 144, features per crop) and `auto_map` (remote code, never run) are not kept.
         """
-        settings = cast(dict[str, Any], kwargs)
+        settings: dict[str, Any] = {**kwargs}
         for unused in ("num_img_tokens", "auto_map"):
             settings.pop(unused, None)
         super().__init__(**settings)
@@ -78,7 +78,7 @@ class Phi3VImageProcessor(PilBackend):
     def calc_num_image_tokens(self, images: ImageInput) -> list[int]:
         """Image tokens of each image, at this processor's `num_crops`, without making pixels."""
         prepared = self._prepare_image_like_inputs(images)
-        return [num_image_tokens(*image.size, self.num_crops) for image in prepared]
+        return [num_image_tokens(image.width, image.height, self.num_crops) for image in prepared]
 
     def process_image(
         self, image: ImageInput, input_data_format: str | ChannelDimension | None = None, **kwargs: Any

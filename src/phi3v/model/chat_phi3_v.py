@@ -1,0 +1,214 @@
+"""Chats for Phi-3-V: the template, and what keeps a message's text from becoming anything but text.
+
+In: conversations as people write them. Out: fresh messages that a template can render and a tokenizer can read without
+taking user text for one of the model's control tokens or for an image tag. Knows nothing of pixels or tensors.
+
+How the guard works. A tokenizer cuts added tokens such as `<|end|>` out of a prompt before it looks at the rest, so
+text that holds one must not hold it literally. The guard writes one noncharacter, U+FDD0, behind the first character of
+every such occurrence; a step in front of the tokenizer's normaliser deletes it again, after the cutting and before the
+pieces are tokenised. Ids and offsets are those of the plain text, and the rendered prompt stays safe as a string: it
+may be handed on, cut, joined and tokenised later. Text without control tokens renders unchanged.
+
+    "a </s> b"  ->  "a <*/s> b" (* is U+FDD0)  ->  "▁a", "▁</", "s", ">", "▁b"      instead of "▁a", "</s>", "▁b"
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, normalizers
+
+from phi3v.errors import DataError
+
+ROLES = ("system", "user", "assistant")
+
+GUARD = "\ufdd0"
+"""A Unicode noncharacter: reserved for use inside a program, it has no meaning in anybody's text."""
+
+IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
+"""An image tag in a prompt: `<|image_1|>` stands for the first image. Not a token of the vocabulary."""
+
+CHAT_TEMPLATE = """\
+{%- macro write(content, images) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- else -%}
+        {%- for part in content -%}
+            {%- if part['type'] == 'image' -%}
+                {%- set images.count = images.count + 1 -%}
+                {{- '<|image_' ~ images.count ~ '|>\\n' -}}
+            {%- elif part['type'] == 'text' -%}
+                {{- part['text'] -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {{- '<|end|>\\n' -}}
+{%- endmacro -%}
+{%- set images = namespace(count=0) -%}
+{%- for message in messages -%}
+    {{- '<|' ~ message['role'] ~ '|>\\n' -}}
+    {%- if message['role'] == 'assistant' -%}
+        {%- generation -%}
+            {{- write(message['content'], images) -}}
+        {%- endgeneration -%}
+    {%- else -%}
+        {{- write(message['content'], images) -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt and messages[-1]['role'] != 'assistant' -%}
+    {{- '<|assistant|>\\n' -}}
+{%- endif -%}
+"""
+"""Renders plain content exactly as Microsoft's template, and image parts as numbered tags, each on a line of its own.
+
+Example: a user turn of an image part and the text part "What?", with a generation prompt, becomes
+`<|user|>\\n<|image_1|>\\nWhat?<|end|>\\n<|assistant|>\\n`.
+"""
+
+
+MICROSOFT_TEMPLATE_SHA256 = "79e4ca4b7d902dc73772bbde0c62459f93871f4c17827e8e41ad3fa663e0da04"
+"""Of the template in both models' `tokenizer_config.json`: it joins strings and fails on content parts."""
+
+
+def choose_template(*templates: str | dict[str, str] | None) -> str | dict[str, str]:
+    """The first template there is, or `CHAT_TEMPLATE` when there is none or it is Microsoft's, which knows no parts."""
+    for template in templates:
+        if template is not None:
+            is_microsofts = isinstance(template, str) and digest(template) == MICROSOFT_TEMPLATE_SHA256
+            return CHAT_TEMPLATE if is_microsofts else template
+    return CHAT_TEMPLATE
+
+
+def digest(template: str) -> str:
+    """sha256 of a template, white space around it aside."""
+    return hashlib.sha256(template.strip().encode()).hexdigest()
+
+
+class TextGuard:
+    """Writes text so that a tokenizer reads it as text.
+
+    Guards every added token that is cut out before normalisation: the 48 of Phi-3, and special tokens added later.
+    Words that were added with `tokenizer.add_tokens` are vocabulary and stay what they are.
+
+    Example: with tokens `</s>` and `<|end|>`, `TextGuard(tokens).literal("2 < 3 <|end|>")` is
+    `"2 < 3 <\\ufdd0|end|>"`, and `literal("2 < 3")` is `"2 < 3"`.
+    """
+
+    def __init__(self, tokens: Iterable[str]) -> None:
+        """Takes the tokens' text."""
+        rests: dict[str, list[str]] = {}
+        for token in tokens:
+            rests.setdefault(token[0], []).append(re.escape(token[1:]))
+        self._tokens = _first_characters(rests)
+        rests.setdefault("<", []).append(IMAGE_TAG.pattern[1:])
+        self._tokens_and_tags = _first_characters(rests)
+
+    def literal(self, text: str, keep_tags: bool = False) -> str:
+        """`text` with the guard in every control token and, unless `keep_tags`, in every image tag.
+
+        A guard character that the text itself holds becomes U+FFFD, the replacement character.
+        """
+        pattern = self._tokens if keep_tags else self._tokens_and_tags
+        return pattern.sub(r"\g<0>" + GUARD, text.replace(GUARD, "\N{REPLACEMENT CHARACTER}"))
+
+
+def _first_characters(rests: Mapping[str, list[str]]) -> re.Pattern[str]:
+    """Matches the first character of any token; looking ahead for the rest finds overlapping ones too."""
+    alternatives = [f"{re.escape(first)}(?={'|'.join(tails)})" for first, tails in rests.items()]
+    return re.compile("|".join(alternatives) or "(?!)")
+
+
+def drop_guards(tokenizer: Tokenizer) -> None:
+    """Puts the step that deletes guard characters in front of a tokenizer's normaliser; nothing else changes."""
+    normalizer = tokenizer.normalizer
+    if normalizer is not None and GUARD not in normalizer.normalize_str(f"a{GUARD}a"):
+        return
+    step = normalizers.Replace(GUARD, "")
+    tokenizer.normalizer = step if normalizer is None else normalizers.Sequence([step, normalizer])
+
+
+def restore_normalizer(file: Path) -> None:
+    """Takes the step of `drop_guards` out of a saved `tokenizer.json`: other programs find the original pipeline."""
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    normalizer = saved.get("normalizer") or {}
+    steps = normalizer.get("normalizers", [normalizer])
+    if steps[0].get("pattern") != {"String": GUARD}:
+        return
+    saved["normalizer"] = steps[1] if len(steps) > 1 else None
+    file.write_text(json.dumps(saved, ensure_ascii=False, indent=2), encoding="utf-8")
+
+
+def prepare_conversation(
+    conversation: Sequence[Any], guard: TextGuard, keep_tags: bool
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Guarded copies of a conversation's messages, and the images of its image parts in order.
+
+    Text parts are text. A string is text too, with one exception for prompts in Microsoft's style: with `keep_tags`, in
+    a conversation without image parts, image tags in a user's string are kept as tags. Neighbouring text parts are
+    joined without anything between them before the guard looks at them. An image part without an image gives None.
+
+    Example: `[{"role": "user", "content": [{"type": "image", "image": photo}, {"type": "text", "text": "What?"}]}]`
+    gives the same message and `[photo]`.
+
+    Raises:
+        DataError: An empty conversation, an unknown role, content that is neither text nor parts; messages count from
+        0.
+    """
+    if not conversation:
+        raise DataError("the conversation is empty: it needs at least one message")
+    prepared = [_read_message(index, message, guard) for index, message in enumerate(conversation)]
+    parts = [part for message in prepared if isinstance(message["content"], list) for part in message["content"]]
+    images = [part.get("image") for part in parts if part["type"] == "image"]
+    for message in prepared:
+        if isinstance(message["content"], str):
+            tags = keep_tags and not images and message["role"] == "user"
+            message["content"] = guard.literal(message["content"], keep_tags=tags)
+    return prepared, images
+
+
+def _read_message(index: int, message: Any, guard: TextGuard) -> dict[str, Any]:
+    """Copy of a message with guarded parts; a string is not guarded yet."""
+    if not isinstance(message, Mapping):
+        raise DataError(f"message {index} is a {type(message).__name__}: a message has a role and content")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise DataError(f"message {index} has the role {role!r}: Phi-3-V knows {', '.join(ROLES)}")
+    if isinstance(content, str):
+        return {"role": role, "content": content}
+    if not isinstance(content, Sequence):
+        kind = type(content).__name__
+        raise DataError(f"message {index} has content of type {kind}: it must be a string or a list of parts")
+    return {"role": role, "content": _read_parts(index, content, guard)}
+
+
+def _read_parts(index: int, content: Sequence[Any], guard: TextGuard) -> list[dict[str, Any]]:
+    """Copies of the parts of message `index`, text joined and guarded, images under the key `image`."""
+    parts: list[dict[str, Any]] = []
+    for number, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            if parts and parts[-1]["type"] == "text":
+                parts[-1]["text"] += part["text"]
+            else:
+                parts.append({"type": "text", "text": part["text"]})
+        elif kind in ("image", "image_url"):
+            image = _image_of(part)
+            parts.append({"type": "image"} if image is None else {"type": "image", "image": image})
+        else:
+            raise DataError(f"part {number} of message {index} is neither text nor an image: its type is {kind!r}")
+    for part in parts:
+        if part["type"] == "text":
+            part["text"] = guard.literal(part["text"])
+    return parts
+
+
+def _image_of(part: Mapping[str, Any]) -> Any:
+    """The image, path or URL of an image part, whichever key holds it; None when there is none yet."""
+    for key in ("image", "url", "path", "base64", "image_url"):
+        value = part.get(key)
+        if value is not None:
+            return value.get("url") if key == "image_url" and isinstance(value, Mapping) else value
+    return None
