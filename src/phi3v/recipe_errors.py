@@ -52,9 +52,9 @@ def _explain_one(mistake: dict[str, Any], model: type[BaseModel]) -> str:
     if kind == "literal_error":
         allowed = context["expected"]
     elif kind == "greater_than":
-        allowed = f"a number above {context['gt']}"
+        allowed = f"a number above {context['gt']:g}"
     elif kind == "greater_than_equal":
-        allowed = f"a number from {context['ge']} on"
+        allowed = f"a number from {context['ge']:g} on"
     else:
         allowed = _ALLOWED.get(kind, mistake["msg"])
     hint = ""
@@ -85,9 +85,9 @@ def _unknown(key: str, model: type[BaseModel]) -> str:
     neighbours = {
         candidate.rpartition(".")[2]: candidate for candidate in known if candidate.rpartition(".")[0] == section
     }
-    near = get_close_matches(name, neighbours, n=1) or get_close_matches(key, known, n=1, cutoff=0.75)
+    near = get_close_matches(name, neighbours, n=1)
     if near:
-        return f"unknown key {key}; did you mean {neighbours.get(near[0], near[0])}?"
+        return f"unknown key {key}; did you mean {neighbours[near[0]]}?"
     return f"unknown key {key}; valid are {', '.join(neighbours)}"
 
 
