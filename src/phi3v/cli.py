@@ -64,15 +64,22 @@ def train(
     """Tune a model as a recipe says; the same command again resumes, or says that the run is finished."""
     _refuse_options(overrides)
     with session(debug or context.obj, as_json) as here:
-        from phi3v.cli_screen import TrainingScreen, show_run
+        from phi3v.cli_screen import Screen, show_run
         from phi3v.recipe import Recipe
+        from phi3v.run_folder import RunFolder
         from phi3v.training.train import train as train_run
 
         chosen = Recipe.load(recipe, overrides or [])
-        with TrainingScreen(here.screen) as screen:
-            result = train_run(chosen, on_event=screen)
-        show_run(here.screen, result)
-        here.result(result.to_dict())
+        with Screen(here.screen) as screen:
+            result = train_run(chosen, on_event=screen.on_event)
+        run = RunFolder(result.folder)
+        summary = {
+            **result.to_dict(),
+            "evaluation": run.read_evaluation() if run.evaluation.is_file() else None,
+            "report": str(run.report) if run.report.is_file() else None,
+        }
+        show_run(here.screen, summary)
+        here.result(summary)
 
 
 @app.command(short_help="Score base and tuned answers on held-out rows.")
@@ -89,13 +96,13 @@ def evaluate(
 ) -> None:
     """Answer held-out rows with the base and with the tuned model, and score both."""
     with session(debug or context.obj, as_json) as here:
-        from phi3v.cli_screen import Progress, show_evaluation
+        from phi3v.cli_screen import Screen, show_evaluation
         from phi3v.evaluation.run import evaluate as evaluate_target
 
-        with Progress(here.screen) as progress:
-            evaluation = evaluate_target(target, data, rows=rows, on_progress=progress)
+        with Screen(here.screen) as screen:
+            evaluation = evaluate_target(target, data, rows=rows, on_progress=screen.on_progress).to_dict()
         show_evaluation(here.screen, evaluation)
-        here.result(evaluation.to_dict())
+        here.result(evaluation)
 
 
 @app.command(short_help="Ask a question about images.")
@@ -135,11 +142,11 @@ def demo(
 ) -> None:
     """Tune the model that comes with the package on generated product photos, with controls; a few minutes on a CPU."""
     with session(debug or context.obj, as_json) as here:
-        from phi3v.cli_screen import TrainingScreen, show_demo
+        from phi3v.cli_screen import Screen, show_demo
         from phi3v.demo.run import run_demo
 
-        with TrainingScreen(here.screen) as screen:
-            story = run_demo(output, on_event=screen, on_progress=screen.progress)
+        with Screen(here.screen) as screen:
+            story = run_demo(output, on_event=screen.on_event, on_progress=screen.on_progress, say=screen.say)
         show_demo(here.screen, story)
         here.result(story)
 

@@ -71,6 +71,8 @@ class Screen:
                 self.console.print(f"going on from the checkpoint of step {event.resumed_from}")
         elif event.kind == "features":
             self.on_progress("looking at the images", event.step, event.total)
+        elif event.kind == "answers":
+            self.on_progress(event.stage, event.step, event.total)
         elif event.kind == "metrics":
             self._losses.update({name: event.metrics[name] for name in ("loss", "eval_loss") if name in event.metrics})
         if event.kind in ("step", "metrics"):
@@ -143,13 +145,16 @@ def show_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
 
 def show_run(console: Console, summary: Mapping[str, Any]) -> None:
     """The end of `phi3v train`: the scores, the time, and where things lie."""
-    if summary.get("evaluation"):
+    if summary["evaluation"]:
         show_evaluation(console, summary["evaluation"])
-    state = "was finished already" if summary.get("already_finished") else "is finished"
-    console.print(f"run {summary['output']} {state}: {summary['steps']} steps", markup=False)
-    for name in ("adapter", "model", "report"):
-        if summary.get(name):
-            console.print(f"  {name}: {summary[name]}", markup=False, soft_wrap=True)
+    done = {
+        "trained": f"is finished: {summary['steps']} steps in {duration(summary['seconds'])}",
+        "resumed": f"went on from step {summary['resumed_from']} and is finished: {summary['steps']} steps",
+        "finished": f"was finished before: {summary['steps']} steps; give another output to train again",
+    }
+    console.print(f"run {summary['folder']} {done[summary['status']]}", markup=False, soft_wrap=True)
+    if summary["report"]:
+        console.print(f"report: {summary['report']}", markup=False, soft_wrap=True)
 
 
 def show_demo(console: Console, story: Mapping[str, Any]) -> None:

@@ -1,0 +1,141 @@
+"""The story of `phi3v demo`: products are painted, a small model learns to read them, and controls say whether it does.
+
+In comes a folder, out come figures; every one of them is computed here and now. The folder holds `products/` (photos
+and tables), `tuned/` and `shuffled/` (two runs) and `demo.json` (what this returns). The same call again goes on where
+an earlier one stopped. Everything but the products and the small model is what any recipe goes through.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import time
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from phi3v.demo.catalogue import write_catalogue
+from phi3v.evaluation.controls import answer_controls
+from phi3v.evaluation.report_run import write_report
+from phi3v.evaluation.run import evaluate, held_out_rows
+from phi3v.recipe import Recipe
+from phi3v.recipe_yaml import read_yaml
+from phi3v.run_folder import RunFolder, replace_file, to_json
+from phi3v.targets import resolve_target
+from phi3v.training.callbacks import Watcher
+from phi3v.training.train import train
+
+Progress = Callable[[str, int, int], None]
+SAMPLES = 3
+_ANSWER_COLUMNS = ("title", "category3_code", "full_price")
+
+
+def run_demo(
+    output: str | Path,
+    *,
+    overrides: list[str] | None = None,
+    on_event: Watcher | None = None,
+    on_progress: Progress = lambda stage, done, total: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Runs the demo.
+
+    Args:
+        output: folder of all that it writes.
+        overrides: "section.key=value" for both runs, to make it shorter for instance.
+        on_event: watches the trainings.
+        on_progress: called with a stage, rows done and rows in all.
+        say: called with a line about what comes next.
+
+    Returns:
+        "evaluation" (base and tuned on unseen products, as `Evaluation.to_dict()`), "controls" (name -> exact match as
+        a `Share` dict), "samples" (a few questions with all answers), "report", "run", "try" (a command to paste),
+        "seconds".
+    """
+    folder, began = Path(output), time.monotonic()
+    say("painting products")
+    tables = _products(folder / "products")
+    recipe = demo_recipe(tables["train"], tables["test"], folder / "tuned", overrides)
+    say(f"tuning on {_count_rows(tables['train'])} products")
+    train(recipe, on_event=on_event)
+    run = RunFolder(folder / "tuned")
+    say("asking base and tuned model about products that training never saw")
+    evaluation = evaluate(run.path, on_progress=on_progress)
+    say("the same with spoiled pictures")
+    spoiled = answer_controls(run.path, on_progress=on_progress)
+    say("control: a second run, tuned on answers that were shuffled among the photos")
+    shuffled = shuffle_answers(tables["train"])
+    control = demo_recipe(shuffled, tables["test"], folder / "shuffled", overrides)
+    train(control, on_event=on_event)
+    lost = evaluate(folder / "shuffled", against=None, on_progress=on_progress)
+    controls = {
+        "most frequent answer to everything": vars(evaluation.majority),
+        "pictures blanked": vars(spoiled.blanked),
+        "pictures swapped": vars(spoiled.swapped),
+        "pictures swapped, judged by the picture shown": vars(spoiled.follows_swap),
+        "tuned on shuffled answers": vars(lost.tuned.exact_match),
+    }
+    held_out = held_out_rows(resolve_target(run.path), None, None)
+    write_report(run, evaluation, held_out.rows, controls)
+    story = {
+        "evaluation": evaluation.to_dict(),
+        "controls": controls,
+        "samples": evaluation.predictions[:SAMPLES],
+        "run": str(run.path),
+        "report": str(run.report),
+        "try": _command(run.path, tables["test"].parent / evaluation.predictions[0]["images"][0], recipe.data.prompt),
+        "seconds": time.monotonic() - began,
+    }
+    replace_file(folder / "demo.json", to_json(story, indent=2) + "\n")
+    return story
+
+
+def demo_recipe(train_table: Path, test_table: Path, output: Path, overrides: list[str] | None = None) -> Recipe:
+    """The demo's recipe (`recipe.yaml` beside this file) for these tables, on the model that comes with the package."""
+    here = resources.files("phi3v.demo")
+    values = read_yaml(here.joinpath("recipe.yaml").read_text(encoding="utf-8"), "the demo's recipe")
+    places = {
+        "model.name": str(here / "tiny"),
+        "data.train": str(train_table),
+        "data.validation": str(test_table),
+        "output": str(output),
+    }
+    settings = [f"{key}={json.dumps(value)}" for key, value in places.items()]
+    return Recipe.from_dict(values, [*settings, *(overrides or [])])
+
+
+def shuffle_answers(table: Path, seed: int = 0) -> Path:
+    """A copy of a table in which the answers were dealt out anew: photos and answers stay, what belongs together does
+    not.
+
+    Example: rows (photo 1, Navy Scarf, 108), (photo 2, Teal Cap, 115) become (photo 1, Teal Cap, 115), (photo 2, ...).
+    """
+    with open(table, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    order = list(range(len(rows)))
+    Random(seed).shuffle(order)
+    dealt = [{**row, **{name: rows[order[at]][name] for name in _ANSWER_COLUMNS}} for at, row in enumerate(rows)]
+    shuffled = table.with_name("train_shuffled.csv")
+    with open(shuffled, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(dealt)
+    return shuffled
+
+
+def _products(folder: Path) -> dict[str, Path]:
+    """The catalogue, painted once; the last file that painting writes says that it is whole."""
+    tables = {part: folder / f"{part}.csv" for part in ("train", "test")}
+    return tables if tables["test"].is_file() else write_catalogue(folder)
+
+
+def _count_rows(table: Path) -> int:
+    with open(table, newline="", encoding="utf-8") as file:
+        return sum(1 for _ in csv.DictReader(file))
+
+
+def _command(run: Path, photo: Path, question: str) -> str:
+    return shlex.join(["phi3v", "ask", str(run), str(photo), question])

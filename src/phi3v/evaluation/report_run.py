@@ -1,0 +1,77 @@
+"""From a run's files to its report.html: gathers what `report` draws. Reads and writes through `RunFolder` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from phi3v.data.images import open_image
+from phi3v.data.schema import Row
+from phi3v.evaluation.report import ReportContent, Sample, render_report
+from phi3v.recipe import Recipe
+from phi3v.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from phi3v.evaluation.run import Evaluation
+
+
+def write_report(
+    run: RunFolder, evaluation: Evaluation, rows: Sequence[Row], controls: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Writes report.html.
+
+    Args:
+        run: a run with its recipe, versions and metrics.
+        evaluation: of this run.
+        rows: the evaluated rows, in the order of its predictions.
+        controls: name -> exact match under spoiled conditions as a `Share` dict.
+    """
+    recipe = run.read_recipe()
+    summary = run.read_summary() if run.state() == "finished" else {}
+    times = {"training": summary["seconds"]} if summary.get("seconds") else {}
+    content = ReportContent(
+        title=run.path.name,
+        evaluation=evaluation.to_dict(),
+        metrics=run.read_metrics(),
+        samples=choose_samples(recipe, evaluation.predictions, rows),
+        trained=trained_parts(summary.get("trainable", {})),
+        recipe=run.recipe.read_text(encoding="utf-8"),
+        versions=run.read_versions(),
+        times=times | evaluation.seconds,
+        controls=controls or {},
+    )
+    run.write_report(render_report(content))
+
+
+def choose_samples(recipe: Recipe, predictions: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> list[Sample]:
+    """The rows to show: `report.samples` of them, evenly spaced over all, so that nobody picked the good ones."""
+    count = min(recipe.report.samples, len(rows))
+    chosen = [position * len(rows) // count for position in range(count)]
+    return [
+        Sample(
+            index=rows[at].index,
+            photos=[open_image(image, max_pixels=recipe.image.max_pixels) for image in rows[at].images],
+            question=predictions[at]["question"],
+            expected=predictions[at]["expected"],
+            base=predictions[at]["base"],
+            tuned=predictions[at]["tuned"],
+        )
+        for at in chosen
+    ]
+
+
+def trained_parts(trainable: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
+    """Rows of the table "what was trained".
+
+    Example: {"projector": {"trainable": 1, "total": 4}} -> [{"part": "projector", "parameters": 4, "trained": 1,
+    "share": 0.25}].
+    """
+    return [
+        {
+            "part": part,
+            "parameters": count["total"],
+            "trained": count["trainable"],
+            "share": count["trainable"] / max(count["total"], 1),
+        }
+        for part, count in trainable.items()
+    ]

@@ -1,0 +1,299 @@
+"""Ask a model about rows it was not trained on, and score what it says: base beside tuned.
+
+In comes a TARGET (run, adapter, model folder, hub id) and, for anything but a run, the rows; out comes an `Evaluation`.
+The model is loaded once; its base answers with the adapter off. Only a run that was never put in memory whole, a fully
+tuned one, loads its base for itself. Knows nothing about training and prints nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from phi3v.data.columns import RowOptions
+from phi3v.data.schema import Row, RowProblem
+from phi3v.data.sources import load_data, load_rows
+from phi3v.errors import ConfigError
+from phi3v.evaluation.answers import Answers, answer_rows
+from phi3v.evaluation.metrics import AnswerTemplate, Scores, Share, majority_answer, majority_fields, score_answers
+from phi3v.loading import base_weights, has_adapter, load_target
+from phi3v.recipe import Recipe
+from phi3v.run_folder import RunFolder
+from phi3v.targets import Target, resolve_target
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage, the rows done and the rows in all."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        target: what was evaluated, as it was named.
+        base: name of the base beside it; None when there is none to compare with.
+        data: where the rows come from.
+        template: the answer template, which fields are named after.
+        tuned: scores of the target.
+        base_scores: scores of the base; None without one.
+        majority_answer: the most frequent expected answer.
+        majority: what that answer would score on every row.
+        majority_fields: the same for each field by itself.
+        problems: rows that were left out, one line each.
+        seconds: stage -> how long it took.
+        created: when, in UTC.
+        predictions: one dict per row, see `prediction_rows`.
+    """
+
+    target: str
+    base: str | None
+    data: str
+    template: str | None
+    tuned: Scores
+    base_scores: Scores | None
+    majority_answer: str
+    majority: Share
+    majority_fields: dict[str, Share]
+    problems: list[str]
+    seconds: dict[str, float]
+    created: str
+    predictions: list[dict[str, Any]] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the predictions, as plain values for JSON."""
+        return {
+            "target": self.target,
+            "base": self.base,
+            "data": self.data,
+            "rows": self.tuned.rows,
+            "answer_template": self.template,
+            "scores": {
+                "base": self.base_scores.to_dict() if self.base_scores else None,
+                "tuned": self.tuned.to_dict(),
+            },
+            "majority": {
+                "answer": self.majority_answer,
+                "share": vars(self.majority),
+                "fields": {name: vars(share) for name, share in self.majority_fields.items()},
+            },
+            "problems": self.problems,
+            "seconds": self.seconds,
+            "created": self.created,
+        }
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows to answer, and how.
+
+    Attributes:
+        rows: the rows.
+        problems: rows that were left out.
+        data: where they come from.
+        recipe: whose templates, lengths and batch sizes apply.
+    """
+
+    rows: Sequence[Row]
+    problems: list[RowProblem]
+    data: str
+    recipe: Recipe
+
+
+def evaluate(
+    target: str | Path,
+    data: str | Path | None = None,
+    *,
+    against: Literal["base"] | None = "base",
+    rows: int | None = None,
+    on_progress: Progress | None = None,
+) -> Evaluation:
+    """Answers held-out rows with a target and with its base, and scores both.
+
+    A run's own held-out rows, all that its recipe asks for, are the run's evaluation: predictions.jsonl,
+    evaluation.json and report.html are written into it. With `data` or `rows` nothing is written.
+
+    Args:
+        target: run, adapter, model folder or hub id.
+        data: a recipe file, whose held-out rows are taken, or data read with the templates of the target's run; None
+        for
+            the run's own held-out rows.
+        against: "base" to answer with the base too, None for the target alone.
+        rows: only the first so many rows; None for as many as the recipe says.
+        on_progress: called as rows are answered.
+
+    Raises:
+        ConfigError: the target is no run and `data` is no recipe, so nothing says which rows and templates.
+        CheckpointError, DataError: the target or the rows cannot be used.
+    """
+    place = resolve_target(target)
+    held_out = held_out_rows(place, data, rows)
+    began = time.monotonic()
+    tuned, base = _answer_both(place, held_out, against, on_progress or _ignore)
+    seconds = {"evaluation": time.monotonic() - began}
+    evaluation = build_evaluation(place, held_out, tuned, base, seconds)
+    if place.kind == "run" and data is None and rows is None:
+        write_evaluation(RunFolder(target), evaluation, held_out)
+    return evaluation
+
+
+def held_out_rows(place: Target, data: str | Path | None, rows: int | None) -> HeldOut:
+    """Finds the rows to answer; see `evaluate` for the arguments.
+
+    Raises:
+        ConfigError: nothing says which rows, or there are no held-out rows.
+    """
+    if data is not None and Path(data).suffix.lower() in (".yaml", ".yml"):
+        recipe, own_data = Recipe.load(data), True
+    else:
+        recipe, own_data = _recipe_of(place), data is None
+    options = RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels)
+    if own_data:
+        loaded = load_data(options=options, **recipe.data.load_options)
+        if loaded.validation is None:
+            raise ConfigError(
+                "the recipe holds out no rows (data.validation and data.split are null): name rows with --data"
+            )
+        found: Sequence[Row] = loaded.validation
+        problems, name = loaded.problems, recipe.data.validation or f"{recipe.data.train} ({loaded.origin})"
+    else:
+        found, problems = load_rows(str(data), options=options)
+        name = str(data)
+    limit = rows if rows is not None else recipe.evaluation.rows
+    return HeldOut(found if limit is None else found[:limit], problems, name, recipe)
+
+
+def _recipe_of(place: Target) -> Recipe:
+    """The recipe of the run that a target is or lies in."""
+    for folder in (Path(place.name), Path(place.name).parent):
+        if RunFolder.is_run(folder):
+            return RunFolder(folder).read_recipe()
+    raise ConfigError(
+        f"{place.name} is no run, so nothing says which rows and templates to use: give a recipe, --data recipe.yaml"
+    )
+
+
+def answer_options(recipe: Recipe) -> dict[str, int]:
+    """The arguments of `answer_rows` that a recipe holds: batch size, longest answer, largest image."""
+    return {
+        "batch_size": recipe.evaluation.batch_size,
+        "max_new_tokens": recipe.evaluation.max_new_tokens,
+        "max_pixels": recipe.image.max_pixels,
+    }
+
+
+def load_options(recipe: Recipe) -> dict[str, Any]:
+    """The arguments of `load_target` that a recipe holds: crops, dtype, device, attention, 4-bit."""
+    return {
+        "num_crops": recipe.image.num_crops,
+        "dtype": recipe.model.dtype,
+        "device": recipe.model.device,
+        "attn_implementation": recipe.model.attn_implementation,
+        "quantization": recipe.quantization,
+    }
+
+
+def _answer_both(
+    place: Target, held_out: HeldOut, against: Literal["base"] | None, on_progress: Progress
+) -> tuple[Answers, tuple[str, Answers] | None]:
+    """Answers of the target, and the base's name and answers where they are wanted and there is a base."""
+    recipe, options = held_out.recipe, load_options(held_out.recipe)
+    settings = answer_options(recipe)
+
+    def answers(model: Any, processor: Any, stage: str) -> Answers:
+        def count(done: int) -> None:
+            on_progress(stage, done, len(held_out.rows))
+
+        return answer_rows(model, processor, held_out.rows, **settings, on_row=count)
+
+    loaded = load_target(place.name, **options)
+    base: tuple[str, Answers] | None = None
+    if against == "base" and has_adapter(loaded.model):
+        with base_weights(loaded.model):
+            base = loaded.base_name, answers(loaded.model, loaded.processor, "base answers")
+    tuned = answers(loaded.model, loaded.processor, "tuned answers")
+    if against == "base" and place.kind == "run" and not has_adapter(loaded.model):
+        processor = loaded.processor
+        del loaded  # two whole models need not fit into memory
+        gc.collect()
+        source = load_target(recipe.model.name, revision=recipe.model.revision, **options)
+        base = recipe.model.name, answers(source.model, processor, "base answers")
+    return tuned, base
+
+
+def build_evaluation(
+    place: Target, held_out: HeldOut, tuned: Answers, base: tuple[str, Answers] | None, seconds: dict[str, float]
+) -> Evaluation:
+    """Scores of answers that are there; the arguments as `evaluate` makes them."""
+    recipe = held_out.recipe
+    expected = [row.answer for row in held_out.rows]
+    template = AnswerTemplate(recipe.data.answer)
+    numeric = recipe.evaluation.numeric_fields
+
+    def scores(answers: Answers) -> Scores:
+        return score_answers(expected, answers.texts, template, numeric, answers.loss)
+
+    answer, share = majority_answer(expected)
+    return Evaluation(
+        target=place.name,
+        base=base[0] if base else None,
+        data=held_out.data,
+        template=recipe.data.answer,
+        tuned=scores(tuned),
+        base_scores=scores(base[1]) if base else None,
+        majority_answer=answer,
+        majority=share,
+        majority_fields=majority_fields(expected, template) if template.separable else {},
+        problems=[str(problem) for problem in held_out.problems],
+        seconds=seconds,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        predictions=prediction_rows(held_out.rows, tuned.texts, base[1].texts if base else None, template),
+    )
+
+
+def prediction_rows(
+    rows: Sequence[Row], tuned: Sequence[str], base: Sequence[str] | None, template: AnswerTemplate
+) -> list[dict[str, Any]]:
+    """One dict per row for predictions.jsonl.
+
+    Example: {"row": 3, "source": "shop.csv", "images": ["a.jpg"], "question": "What is it?", "expected": "Product:
+    Scarf", "base": "a red square", "tuned": "Product: Scarf", "right": true, "fields": {"title": {"expected": "Scarf",
+    "base": null, "tuned": "Scarf"}}}; `fields` is {} where the template cannot be read backwards, `base` is null
+    without a base.
+    """
+    found = []
+    for position, row in enumerate(rows):
+        texts = {"expected": row.answer, "base": base[position] if base else None, "tuned": tuned[position]}
+        parsed = {name: template.parse(text) if text is not None else None for name, text in texts.items()}
+        fields = {
+            name: {who: values[name] if values else None for who, values in parsed.items()} for name in template.fields
+        }
+        found.append(
+            {
+                "row": row.index,
+                "source": row.source,
+                "images": [image.path for image in row.images],
+                "question": row.question,
+                **texts,
+                "right": texts["tuned"].strip() == row.answer.strip(),
+                "fields": fields if template.separable else {},
+            }
+        )
+    return found
+
+
+def write_evaluation(run: RunFolder, evaluation: Evaluation, held_out: HeldOut) -> None:
+    """Writes predictions.jsonl, evaluation.json and report.html of a run."""
+    from phi3v.evaluation.report_run import write_report
+
+    run.write_predictions(evaluation.predictions)
+    run.write_evaluation(evaluation.to_dict())
+    write_report(run, evaluation, held_out.rows)
+
+
+def _ignore(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
