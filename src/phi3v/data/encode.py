@@ -1,8 +1,8 @@
 """From a row to token ids, pixels and labels: what one training sample or one question is for the model.
 
-In come a `Row` and a processor; out comes a dict of tensors named as the model's `forward` names them. Images are opened
-here and not kept. One rendering, the processor's, serves training and answering, so the ids of a sample up to its answer
-are the ids of the question. Knows no file formats, templates, batches or models.
+In come a `Row` and a processor; out comes a dict of tensors named as the model's `forward` names them. Images are
+opened here and not kept. One rendering, the processor's, serves training and answering, so the ids of a sample up to
+its answer are the ids of the question. Knows no file formats, templates, batches or models.
 
 Trained are the answer and what ends it, as Microsoft trained it: `<|end|>`, a newline, `<|endoftext|>` (32007, 29871,
 13, 32000). Prompt and image positions carry -100. A row that is too long is refused and never cut.
@@ -41,7 +41,8 @@ def encode(
         train_on: the last answer, or every turn of the assistant.
         max_length: more tokens than that are refused; None for no limit.
         max_pixels: larger images are refused.
-    Returns: input_ids, attention_mask, labels, and with images pixel_values (no more crops than needed) and image_sizes.
+    Returns: input_ids, attention_mask, labels, and with images pixel_values (no crops beyond the largest grid's) and
+        image_sizes.
     Raises: DataError in one line that names the row: an image, the last turn, or the length.
     """
     if not row.messages or row.messages[-1].role != "assistant":

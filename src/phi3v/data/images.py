@@ -88,19 +88,21 @@ def resolve_path(image: ImageRef) -> Path:
     Raises: ImageError when it is not there, is no regular file, or leaves its root although it is confined.
     """
     name = image_name(image)
+    path: Path | None = None
     try:
         root = Path(image.root or ".").resolve()
         path = (root / (image.path or "")).resolve()
-        if image.confined and not path.is_relative_to(root):
-            raise ImageError(
-                f"image {name} lies outside {root}: move it there, set data.image_root, "
-                "or allow it with data.allow_outside_root: true"
-            )
-        mode = path.stat().st_mode
+        inside = path.is_relative_to(root)
+        mode = path.stat().st_mode if inside or not image.confined else 0
     except FileNotFoundError as error:
         raise ImageError(f"image {name} does not exist (looked for {path})") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise ImageError(f"image {name} cannot be reached: {_reason(error)}") from error
+    if image.confined and not inside:
+        raise ImageError(
+            f"image {name} lies outside {root}: move it there, set data.image_root, "
+            "or allow it with data.allow_outside_root: true"
+        )
     if not stat.S_ISREG(mode):
         raise ImageError(f"image {name} is no regular file")
     return path

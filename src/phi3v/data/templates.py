@@ -7,6 +7,8 @@ No attributes, no indexes, no format specs, no code: what stands between the bra
 import math
 import re
 from collections.abc import Mapping
+from datetime import date, datetime, time
+from decimal import Decimal
 from typing import Any
 
 from phi3v.errors import DataError
@@ -85,7 +87,7 @@ def cell_text(value: Any) -> str | None:
         return str(value)
     if isinstance(value, float):
         return _number(value)
-    if hasattr(value, "isoformat") or type(value).__name__ == "Decimal":
+    if isinstance(value, date | datetime | time | Decimal):
         return str(value)
     raise TypeError(f"holds a {type(value).__name__}, which a template cannot show")
 
@@ -96,13 +98,4 @@ def _number(value: float) -> str | None:
         return None
     if math.isinf(value):
         return str(value)
-    text = repr(value)
-    if "e" in text:
-        text = f"{value:.{max(0, _decimals(text))}f}"
-    return text.removesuffix(".0")
-
-
-def _decimals(scientific: str) -> int:
-    """Digits behind the point of a number such as 1.5e-07 when it is written out: 8."""
-    mantissa, exponent = scientific.split("e")
-    return len(mantissa.partition(".")[2]) - int(exponent)
+    return format(Decimal(repr(value)), "f").removesuffix(".0")
