@@ -42,7 +42,9 @@ class Phi3VGenerationMixin:
         """
         name = "inputs" if inputs is not None else "input_ids"
         input_ids, mask = inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("attention_mask")
-        if input_ids is not None and mask is not None and mask.ndim == 2 and kwargs.get("past_key_values") is None:
+        cache = kwargs.get("past_key_values")
+        fresh = cache is None or int(cache.get_seq_length()) == 0
+        if input_ids is not None and mask is not None and mask.ndim == 2 and fresh:
             order = move_padding_left(mask)
             if order is not None:
                 kwargs["attention_mask"] = mask.gather(1, order)
@@ -73,8 +75,7 @@ class Phi3VGenerationMixin:
     ) -> dict[str, Any]:
         """Inputs of the next step; rebuilds the cache of rows that outgrow the original context with it."""
         if past_key_values is not None and not torch.compiler.is_compiling():
-            new = next_sequence_length or input_ids.shape[1] - past_key_values.get_seq_length()
-            self._rebuild_long_rows(input_ids, int(new), past_key_values, attention_mask, kwargs)
+            self._rebuild_long_rows(input_ids, next_sequence_length, past_key_values, attention_mask, kwargs)
         if not is_first_iteration and kwargs.get("use_cache", True):
             kwargs.pop("image_features", None)  # like pixel values, they are placed once
         return super().prepare_inputs_for_generation(
@@ -87,27 +88,29 @@ class Phi3VGenerationMixin:
             **kwargs,
         )
 
-    def _rebuild_long_rows(self, input_ids, new: int, cache: Cache, mask, kwargs: dict) -> None:
+    def _rebuild_long_rows(self, input_ids, new: int | None, cache: Cache, mask, kwargs: dict) -> None:
         """Computes the cached keys of a row again when its length passes the limit with the coming step.
 
         Up to the limit keys are rotated with the short factors, beyond it with the long ones; a cache that mixes both
-        gives other logits than a full pass. Other rows keep their cache.
+        gives other logits than a full pass. Other rows keep their cache. `new` is the number of columns of `input_ids`
+        that come now (None: all).
 
         Raises: ValueError if only new tokens were passed, so that the cached ones cannot be computed again.
         """
         limit, width = self.config.original_max_position_embeddings, input_ids.shape[1]
-        padded = mask is not None and mask.ndim == 2
-        total = mask.shape[1] if padded else width
-        past = total - new
-        if self.config.rope_parameters["rope_type"] == "default" or past <= 0 or total <= limit:
+        past = int(cache.get_seq_length())
+        total = past + (width if new is None else new)
+        if self.config.rope_parameters["rope_type"] == "default" or past == 0 or total <= limit:
             return
+        padded = mask is not None and mask.ndim == 2
         padding = (mask == 0).sum(-1).tolist() if padded else [0] * input_ids.shape[0]
         for row, pad in enumerate(padding):
             if past - pad <= limit < total - pad:
                 if width < total:
                     raise ValueError(
                         f"row {row} passes the original context of {limit} tokens with a cache whose token ids are not "
-                        "known: pass the whole sequence as input_ids, the cached part included"
+                        "known: pass the whole sequence as input_ids, the cached part included, and no "
+                        "prefill_chunk_size"
                     )
                 fresh = self._full_pass(input_ids, row, pad, kwargs)
                 copy_row(fresh, cache, row, pad, past)
