@@ -61,6 +61,9 @@ def write_tiny_model(folder: Path, *, seed: int = 0, **changes) -> Path:
     Phi3VForCausalLM(tiny_config(**changes)).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
     write_tokenizer(folder)
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer.pop("chat_template", None)  # the processor has its own
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     return folder
 
 

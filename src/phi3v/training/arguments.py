@@ -40,7 +40,7 @@ def training_arguments(
     Raises:
         ConfigError: an option that TrainingArguments does not have, that is decided elsewhere, or that it refuses.
     """
-    training, options = recipe.training, recipe.training.options
+    training, options = recipe.training, _today(recipe.training.options)
     _check_options(options)
     defaults: dict[str, Any] = {
         "logging_steps": 10,
@@ -49,7 +49,7 @@ def training_arguments(
         "save_total_limit": 2,
         "eval_strategy": ("steps" if "eval_steps" in options else "epoch") if validated else "no",
         # re-entrant checkpointing below a frozen embedding gives no gradient at all
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        **_today({"gradient_checkpointing_kwargs": {"use_reentrant": False}}),
     }
     computed: dict[str, Any] = {
         "output_dir": str(run.checkpoints),
@@ -76,6 +76,16 @@ def training_arguments(
         raise ConfigError(f"training: {first_line(error)}") from error
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs in one process would be torch's DataParallel
     return arguments
+
+
+def _today(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with the name that this transformers prefers for checkpointing, so that it does not warn.
+
+    Example: {"gradient_checkpointing": True} -> {"activation_checkpointing": True} where that field exists.
+    """
+    known = {field.name for field in fields(TrainingArguments)}
+    renamed = {name: name.replace("gradient_checkpointing", "activation_checkpointing") for name in options}
+    return {renamed[name] if renamed[name] in known else name: value for name, value in options.items()}
 
 
 def _check_options(options: dict[str, Any]) -> None:

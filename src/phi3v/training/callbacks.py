@@ -22,22 +22,24 @@ class TrainingEvent:
 
     Attributes:
         kind: "start" (with `trainable`), "step" (after each optimiser step), "metrics" (losses were logged),
-            "features" (images go through the frozen tower in advance) or "end".
+            "features" (images go through the frozen tower in advance), "end", or "answers" (held-out rows).
         step: steps done.
-        total: steps of the whole run; for "features" `step` and `total` count rows.
+        total: steps of the whole run; for "features" and "answers" `step` and `total` count rows.
         seconds_left: an estimate, None until there is one.
         metrics: what was logged, `{"loss": 1.2, "learning_rate": 0.0002, "epoch": 0.5}` for instance.
         trainable: what trains, at the start.
         resumed_from: step of the checkpoint that the run goes on from, at the start.
+        stage: whose answers, for "answers": "base answers" or "tuned answers".
     """
 
-    kind: Literal["start", "features", "step", "metrics", "end"]
+    kind: Literal["start", "features", "step", "metrics", "end", "answers"]
     step: int
     total: int
     seconds_left: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     trainable: TrainableReport | None = None
     resumed_from: int | None = None
+    stage: str = ""
 
 
 Watcher = Callable[[TrainingEvent], None]

@@ -5,6 +5,7 @@ newest complete checkpoint, or says that the run is finished. It prints nothing:
 `on_event`.
 """
 
+import gc
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from phi3v.data.collate import Collator
 from phi3v.data.columns import RowOptions
@@ -20,6 +21,7 @@ from phi3v.data.encode import EncodedRows
 from phi3v.data.schema import Row
 from phi3v.data.sources import LoadedData, load_data
 from phi3v.errors import DataError, DeviceError, TrainingError
+from phi3v.evaluation.run import evaluate
 from phi3v.loading import load_base, load_processor, resolve_device, resolve_dtype
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
@@ -50,7 +52,8 @@ class RunResult:
         steps: optimiser steps of the whole run.
         seconds: time that this call trained.
         metrics: the last losses, `{"train_loss": 0.4, "eval_loss": 0.5}`; no eval_loss without validation rows.
-        trainable: trainable parameters per part of the model.
+        trainable: parameters per part of the model, `{"projector": {"trainable": 0, "total": 22034432}, ...}`.
+        held_out: rows kept for validation.
         resumed_from: step of the checkpoint that a resumed run went on from.
     """
 
@@ -59,7 +62,8 @@ class RunResult:
     steps: int
     seconds: float
     metrics: dict[str, float]
-    trainable: dict[str, int]
+    trainable: dict[str, dict[str, int]]
+    held_out: int
     resumed_from: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,6 +73,8 @@ class RunResult:
 
 def train(recipe: Recipe, *, on_event: Watcher | None = None) -> RunResult:
     """Tunes a model as the recipe says.
+
+    At the end held-out rows are answered by base and tuned model, and the run's report is written.
 
     Args:
         recipe: everything about the run.
@@ -84,46 +90,66 @@ def train(recipe: Recipe, *, on_event: Watcher | None = None) -> RunResult:
     watch = on_event or (lambda event: None)
     run = RunFolder(recipe.output)
     if run.start(recipe) == "finished":
-        return _finished(run)
+        summary = run.read_summary()
+        result = RunResult(
+            **{**summary, "status": "finished", "folder": run.path, "seconds": 0.0, "resumed_from": None}
+        )
+    else:
+        result = _tune(recipe, run, watch)
+        run.mark_finished(result.to_dict())
+    if result.held_out and not run.report.is_file():
+        _release_memory()
+        evaluate(run.path, on_progress=lambda *told: watch(_answers_event(*told)))
+    return result
+
+
+def _tune(recipe: Recipe, run: RunFolder, watch: Watcher) -> RunResult:
+    """Trains from the start or from the newest checkpoint, and writes the tuned weights."""
     device = _training_device(recipe.model.device)
     set_seed(recipe.training.seed)
     processor = load_processor(recipe.model.name, num_crops=recipe.image.num_crops, revision=recipe.model.revision)
-    data = load_recipe_data(recipe)
+    options = RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels)
+    data = load_data(options=options, **recipe.data.load_options)
     model, autocast = _prepare_model(recipe, device)
     report = trainable_report(model)
     _refuse_idle_training(report, data)
     train_rows, eval_rows = _datasets(recipe, data, processor, model, watch)
-    arguments = training_arguments(recipe, run, device=device, autocast=autocast, validated=bool(data.validation))
     trainer = StepTrainer(
         model=model,
-        args=arguments,
+        args=training_arguments(recipe, run, device=device, autocast=autocast, validated=bool(data.validation)),
         data_collator=CollateFeatures(Collator(processor.tokenizer.pad_token_id, padding_side="right")),
         train_dataset=train_rows,
         eval_dataset=eval_rows if data.validation else None,
         callbacks=_callbacks(recipe, run, report, watch),
     )
+    trainer.remove_callback(PrinterCallback)
     checkpoint = newest_checkpoint(run.checkpoints)
     run.keep_metrics(checkpoint_step(checkpoint) if checkpoint else -1)
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _save(run, recipe, trainer, processor)
-    result = RunResult(
+    return RunResult(
         status="resumed" if checkpoint else "trained",
         folder=run.path,
         steps=trainer.state.global_step,
         seconds=time.monotonic() - began,
         metrics=_last_losses(run),
-        trainable={part: count.trainable for part, count in report.parts.items()},
+        trainable={part: asdict(count) for part, count in report.parts.items()},
+        held_out=len(data.validation or []),
         resumed_from=checkpoint_step(checkpoint) if checkpoint else None,
     )
-    run.mark_finished(result.to_dict())
-    return result
 
 
-def _finished(run: RunFolder) -> RunResult:
-    """What an earlier call left."""
-    summary = run.read_summary()
-    return RunResult(**{**summary, "status": "finished", "folder": run.path, "seconds": 0.0, "resumed_from": None})
+def _release_memory() -> None:
+    """Gives back what the training held, before the evaluation loads the tuned model from its folder."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _answers_event(stage: str, done: int, total: int) -> TrainingEvent:
+    """Progress of the evaluation at the end, as an event."""
+    return TrainingEvent("answers", done, total, stage=stage)
 
 
 def _training_device(device: str) -> torch.device:
@@ -135,12 +161,6 @@ def _training_device(device: str) -> torch.device:
             "and model.device=cuda"
         )
     return wanted
-
-
-def load_recipe_data(recipe: Recipe) -> LoadedData:
-    """Training and validation rows of a recipe, images unopened."""
-    options = RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels)
-    return load_data(options=options, **recipe.data.load_options)
 
 
 def _prepare_model(recipe: Recipe, device: torch.device) -> tuple[Any, torch.dtype | None]:

@@ -1,0 +1,368 @@
+"""Training on a tiny model: what a run writes, what a step is, and that a resumed run ends as an undisturbed one."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import write_photos, write_tiny_model
+
+import phi3v
+from phi3v.errors import ConfigError, DataError, DeviceError, MissingPackageError, TrainingError
+from phi3v.run_folder import RunFolder
+from phi3v.training import feature_cache, step_trainer, train as training
+from phi3v.training.callbacks import TrainingEvent
+from phi3v.training.sampling import epoch_order
+from phi3v.tuning import PartCount, TrainableReport
+
+MakeRecipe = Callable[..., phi3v.Recipe]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and ten photos."""
+    folder = tmp_path_factory.mktemp("world")
+    write_tiny_model(folder / "model")
+    write_photos(folder / "photos", 10)
+    return folder
+
+
+@pytest.fixture
+def make(world: Path, tmp_path: Path) -> MakeRecipe:
+    """Makes a recipe of six steps of four samples; keywords replace sections, `name` names the run."""
+
+    def recipe(name: str = "run", **sections: Any) -> phi3v.Recipe:
+        values = {
+            "model": str(world / "model"),
+            "data": {
+                "train": str(world / "photos" / "rows.jsonl"),
+                "prompt": "Which colour?",
+                "answer": "It is {colour}.",
+                "split": None,
+            },
+            "lora": {"r": 4},
+            "training": {"samples_per_step": 4, "micro_batch_size": 2, "epochs": 2, "logging_steps": 1, "seed": 5},
+            "output": str(tmp_path / name),
+        }
+        for section, changes in sections.items():
+            both = isinstance(values.get(section), dict) and isinstance(changes, dict)
+            values[section] = {**values[section], **changes} if both else changes
+        return phi3v.Recipe.from_dict(values)
+
+    return recipe
+
+
+def adapter(recipe: phi3v.Recipe) -> dict[str, torch.Tensor]:
+    """The adapter that a run wrote."""
+    return load_file(RunFolder(recipe.output).adapter / "adapter_model.safetensors")
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=tolerance, atol=tolerance)
+
+
+def moved(weights: dict[str, torch.Tensor]) -> bool:
+    """Whether every lora_B left its start at zero."""
+    return all(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
+
+
+def test_a_run_has_all_its_files_and_the_second_call_says_finished(make: MakeRecipe) -> None:
+    events: list[TrainingEvent] = []
+    recipe = make(data={"split": {"validation": 2}})
+    result = phi3v.train(recipe, on_event=events.append)
+    run = RunFolder(recipe.output)
+    assert (result.status, result.steps, result.held_out) == ("trained", 4, 2)
+    assert run.state() == "finished" and moved(adapter(recipe))
+    for path in (run.recipe, run.versions, run.metrics, run.evaluation, run.predictions, run.report):
+        assert path.stat().st_size > 0
+    lines = run.read_metrics()
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4]
+    assert result.metrics["eval_loss"] == lines[-2]["eval_loss"]
+
+    kinds = [event.kind for event in events]
+    assert kinds[0] == "start" and kinds.count("step") == 4 and kinds[-1] == "answers"
+    assert events[0].trainable is not None and events[0].trainable.parts["projector"].trainable == 0
+    left = [event.seconds_left for event in events if event.kind == "step"]
+    assert left[-1] == 0.0 and all(seconds > 0 for seconds in left[:-1])
+
+    before = adapter(recipe)
+    again = phi3v.train(recipe)
+    assert (again.status, again.steps, again.metrics) == ("finished", 4, result.metrics)
+    assert_same(adapter(recipe), before)
+    with pytest.raises(ConfigError, match="holds a run of another recipe"):
+        phi3v.train(recipe.with_overrides(["training.seed=6"]))
+
+
+def test_the_guides_last_step_works_on_the_adapter_folder(make: MakeRecipe, world: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoProcessor
+
+    recipe = make()
+    phi3v.train(recipe)
+    folder = RunFolder(recipe.output).adapter
+    phi3v.register()
+    model = AutoModelForCausalLM.from_pretrained(str(folder))
+    processor = AutoProcessor.from_pretrained(str(folder))
+    assert processor.image_processor.num_crops == 1
+    chat = phi3v.ChatModel(model, processor)
+    photo = world / "photos" / "1.png"
+    ours = phi3v.ask(recipe.output, photo, "Which colour?", max_new_tokens=8)
+    assert chat.ask(photo, "Which colour?", max_new_tokens=8) == ours
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+def test_a_step_does_not_depend_on_its_micro_batches(make: MakeRecipe, micro: int) -> None:
+    whole, cut = make("whole", training={"micro_batch_size": 2}), make("cut", training={"micro_batch_size": micro})
+    phi3v.train(whole)
+    phi3v.train(cut)
+    assert_same(adapter(cut), adapter(whole), 1e-5)
+    losses = [[line["loss"] for line in RunFolder(r.output).read_metrics() if "loss" in line] for r in (whole, cut)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_a_steps_loss_is_the_mean_over_all_its_trained_tokens(make: MakeRecipe, world: Path) -> None:
+    recipe = make(data={"answer": "{colour} {colour} {colour}"}, training={"max_steps": 1})
+    phi3v.train(recipe)
+    logged = RunFolder(recipe.output).read_metrics()[0]["loss"]
+
+    from phi3v.data.columns import RowOptions
+    from phi3v.data.encode import encode
+    from phi3v.data.sources import load_data
+    from phi3v.loading import load_target
+
+    base = load_target(world / "model")
+    rows = load_data(options=RowOptions(**recipe.data.row_options), **recipe.data.load_options).train
+    total, tokens = 0.0, 0
+    for index in epoch_order(10, 4, seed=5, epoch=0)[:4]:
+        example = encode(rows[index], base.processor)
+        ids = example["input_ids"][None]
+        with torch.no_grad():
+            images = {name: example[name] for name in ("pixel_values", "image_sizes")}
+            logits = base.model(input_ids=ids, **images).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, example["labels"][1:], reduction="none")
+        total, tokens = total + float(losses.sum()), tokens + int((example["labels"] != -100).sum())
+    assert logged == pytest.approx(total / tokens, abs=1e-5)
+
+
+@pytest.mark.parametrize("stop_after", [3, 4, 5])
+def test_a_resumed_run_ends_as_an_undisturbed_one(make: MakeRecipe, stop_after: int) -> None:
+    settings = {"save_steps": 2, "lr_scheduler_type": "cosine", "weight_decay": 0.01, "warmup_steps": 1}
+    sections = {"lora": {"r": 4, "lora_dropout": 0.1}, "training": settings}
+    undisturbed = make("undisturbed", **sections)
+    phi3v.train(undisturbed)
+
+    def interrupt(event: TrainingEvent) -> None:
+        if event.kind == "step" and event.step == stop_after:
+            raise KeyboardInterrupt
+
+    recipe = make("interrupted", **sections)
+    with pytest.raises(KeyboardInterrupt):
+        phi3v.train(recipe, on_event=interrupt)
+    assert RunFolder(recipe.output).state() == "unfinished"
+    events: list[TrainingEvent] = []
+    result = phi3v.train(recipe, on_event=events.append)
+    expected = 2 * ((stop_after - 1) // 2)
+    assert (result.status, result.resumed_from, events[0].resumed_from) == ("resumed", expected, expected)
+    assert_same(adapter(recipe), adapter(undisturbed))
+
+    def losses(of: phi3v.Recipe) -> list[tuple[int, float]]:
+        return [(line["step"], line["loss"]) for line in RunFolder(of.output).read_metrics() if "loss" in line]
+
+    assert losses(recipe) == losses(undisturbed)
+
+
+def test_a_checkpoint_that_was_being_written_is_passed_over(make: MakeRecipe) -> None:
+    recipe = make(training={"save_steps": 2})
+
+    def interrupt(event: TrainingEvent) -> None:
+        if event.kind == "step" and event.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        phi3v.train(recipe, on_event=interrupt)
+    (RunFolder(recipe.output).checkpoints / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
+    assert phi3v.train(recipe).resumed_from == 2
+
+
+def test_logits_are_computed_at_trained_positions_only(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
+
+    seen: list[tuple[int, int]] = []
+    original = Phi3VForCausalLM.forward
+
+    def spy(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        seen.append((output.logits.shape[0], int((kwargs["labels"] != -100).sum())))
+        return output
+
+    monkeypatch.setattr(Phi3VForCausalLM, "forward", spy)
+    phi3v.train(make(training={"max_steps": 1}))
+    assert seen and all(logits == trained for logits, trained in seen)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_trains_and_changes_nothing(make: MakeRecipe, reentrant: bool) -> None:
+    plain = make("plain", training={"max_steps": 2})
+    options: dict[str, Any] = {"max_steps": 2, "gradient_checkpointing": True}
+    if reentrant:
+        options["gradient_checkpointing_kwargs"] = {"use_reentrant": True}
+    checkpointed = make("checkpointed", training=options)
+    phi3v.train(plain)
+    phi3v.train(checkpointed)
+    assert moved(adapter(checkpointed))
+    assert_same(adapter(checkpointed), adapter(plain), 1e-6)
+
+
+def test_the_whole_model_is_tuned_without_lora(make: MakeRecipe, world: Path) -> None:
+    recipe = make(lora=None, vision={"tower": "train", "projector": "train"}, training={"save_steps": 2})
+    phi3v.train(recipe)
+    before = load_file(world / "model" / "model.safetensors")
+    after = load_file(RunFolder(recipe.output).model / "model.safetensors")
+    assert set(after) == set(before)
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    tower = "model.vision_embed_tokens.img_processor.vision_model"
+    assert same == {name for name in before if name.startswith((f"{tower}.encoder.layers.2.", f"{tower}.post"))}
+    answer = phi3v.ask(recipe.output, world / "photos" / "1.png", "Which colour?", max_new_tokens=4)
+    assert isinstance(answer, str)
+
+
+def test_a_trained_projector_is_stored_in_the_adapter(make: MakeRecipe, world: Path) -> None:
+    recipe = make(vision={"tower": "train", "projector": "train"}, data={"split": {"validation": 2}})
+    phi3v.train(recipe)
+    stored = adapter(recipe)
+    name = "base_model.model.model.vision_embed_tokens.img_projection.0.weight"
+    original = load_file(world / "model" / "model.safetensors")["model.vision_embed_tokens.img_projection.0.weight"]
+    assert not torch.equal(stored[name], original)
+    assert RunFolder(recipe.output).report.is_file()
+
+
+def test_kept_features_give_the_same_weights_and_one_look_at_each_image(
+    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from phi3v.model.vision_phi3_v import Phi3VVisionTransformer
+
+    seen = 0
+    original = Phi3VVisionTransformer.forward
+
+    def count(self: Any, pixels: torch.Tensor) -> torch.Tensor:
+        nonlocal seen
+        seen += len(pixels)
+        return original(self, pixels)
+
+    monkeypatch.setattr(Phi3VVisionTransformer, "forward", count)
+    plain, kept = make("plain"), make("kept", vision={"cache": "memory"})
+    phi3v.train(plain)
+    assert seen == 2 * 12 * 2  # two epochs of 10 rows filled up to 12, a global view and one crop each
+    seen = 0
+    phi3v.train(kept)
+    assert seen == 10 * 2
+    assert_same(adapter(kept), adapter(plain), 1e-5)
+
+
+def test_features_that_do_not_fit_are_not_kept(world: Path) -> None:
+    from phi3v.loading import load_target
+
+    loaded = load_target(world / "model")
+    pixels, sizes = torch.zeros(1, 2, 3, 336, 336), torch.tensor([[336, 336]])
+    examples = [{"input_ids": torch.tensor([1]), "pixel_values": pixels, "image_sizes": sizes}] * 20
+    size = 313 * 32 * 4
+    rows: list[int] = []
+    assert feature_cache.keep_features(examples, loaded.model, limit_bytes=19 * size, on_row=rows.append) is examples
+    assert len(rows) == 7  # eight rows tell enough
+    kept = feature_cache.keep_features(examples, loaded.model, limit_bytes=20 * size)
+    assert len(kept) == 20 and kept[3]["image_features"].shape == (313, 32) and "pixel_values" not in kept[3]
+
+
+def test_the_validation_loss_is_a_mean_over_tokens(make: MakeRecipe) -> None:
+    losses = []
+    for name, size in (("one", 1), ("three", 3)):
+        recipe = make(
+            name,
+            data={"answer": "{colour}", "split": {"validation": 5}},
+            training={"max_steps": 1, "eval_strategy": "epoch"},
+            evaluation={"batch_size": size, "max_new_tokens": 2},
+        )
+        losses.append(phi3v.train(recipe).metrics["eval_loss"])
+        scores = json.loads(RunFolder(recipe.output).evaluation.read_text())["scores"]
+        assert scores["tuned"]["loss"] == pytest.approx(losses[-1], abs=1e-4)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = step_trainer.StepTrainer.compute_loss
+
+    def broken(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = original(self, *args, **kwargs)
+        return loss * math.nan if self.state.global_step == 2 else loss
+
+    monkeypatch.setattr(step_trainer.StepTrainer, "compute_loss", broken)
+    recipe = make()
+    with pytest.raises(TrainingError, match="loss is nan at step 3"):
+        phi3v.train(recipe)
+    assert RunFolder(recipe.output).state() == "unfinished"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"lerning_rate": 1e-3}, "training.lerning_rate is no option: did you mean learning_rate"),
+        ({"fp16": True}, "training.fp16 is decided by model.dtype"),
+        ({"optim": "no_such_optimiser"}, "training: .*no_such_optimiser"),
+        ({"label_names": ["labels"]}, "training.label_names cannot be chosen"),
+    ],
+)
+def test_options_of_training_are_checked(make: MakeRecipe, options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected) as error:
+        phi3v.train(make(training=options))
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_to_train_is_one_line(make: MakeRecipe) -> None:
+    data = dataclasses.make_dataclass("Data", ["train", "problems"])
+    idle = TrainableReport({"language model": PartCount(0, 10)})
+    with pytest.raises(TrainingError, match="nothing trains"):
+        training._refuse_idle_training(idle, data([1], []))
+    with pytest.raises(DataError, match="no usable row; the first problem is row 3"):
+        training._refuse_idle_training(TrainableReport({"language model": PartCount(1, 10)}), data([], ["row 3"]))
+    with pytest.raises(ConfigError, match="hits no module"):
+        phi3v.train(make(lora={"target_modules": ["query"]}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_one_line(make: MakeRecipe) -> None:
+    recipe = make().with_overrides(["model.device=cuda"])
+    with pytest.raises(DeviceError, match="sees no GPU"):
+        phi3v.train(recipe)
+
+
+def test_tensorboard_writes_into_the_run(make: MakeRecipe) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is an optional package")
+    recipe = make(training={"max_steps": 1}, report={"to": "tensorboard"})
+    phi3v.train(recipe)
+    assert list((Path(recipe.output) / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_wandb_runs_offline(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb", reason="wandb is an optional package")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    recipe = make(training={"max_steps": 2}, report={"to": "wandb", "project": "photos", "run_name": "first"})
+    phi3v.train(recipe)
+    files = list((Path(recipe.output) / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 1 and files[0].stat().st_size > 0
+    assert wandb.run is None
+
+
+def test_a_missing_tracker_names_its_command(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    from phi3v.training import trackers
+
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError, match="pip install wandb"):
+        phi3v.train(make(report={"to": "wandb"}))
