@@ -17,9 +17,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from phi3v.data.collate import Collator
 from phi3v.data.images import open_image
-from phi3v.errors import ConfigError
 from phi3v.loading import load_target
-from phi3v.passthrough import check_names, first_line
+from phi3v.passthrough import check_names
 
 MAX_NEW_TOKENS = 256
 Conversation = list[dict[str, Any]]
@@ -149,10 +148,6 @@ class ChatModel:
         self.model.eval()
         try:
             sequences = self.model.generate(**batch, max_new_tokens=max_new_tokens, streamer=streamer, **options)
-        except ValueError as error:
-            if "generation" in str(error).lower() or "model_kwargs" in str(error):
-                raise ConfigError(f"generation: {first_line(error)}") from error
-            raise
         finally:
             self.model.train(was_training)
         prompt = batch["input_ids"].shape[1]
@@ -222,8 +217,8 @@ def conversation(images: Photo | Sequence[Photo] | None, question: str, system: 
 
 
 def _photo(photo: Photo) -> Image.Image:
-    """A photo as RGB pixels, opened where it is a path."""
-    return photo.convert("RGB") if isinstance(photo, Image.Image) else open_image(str(photo))
+    """An opened photo as it is, a path opened as rows of data are."""
+    return photo if isinstance(photo, Image.Image) else open_image(photo)
 
 
 def _windows(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -15,7 +15,8 @@ from tiny_models import write_photos, write_tiny_model
 import phi3v
 from phi3v.errors import ConfigError, DataError, DeviceError, MissingPackageError, TrainingError
 from phi3v.run_folder import RunFolder
-from phi3v.training import feature_cache, step_trainer, train as training
+from phi3v.training import feature_cache, step_trainer
+from phi3v.training import train as training
 from phi3v.training.callbacks import TrainingEvent
 from phi3v.training.sampling import epoch_order
 from phi3v.tuning import PartCount, TrainableReport
