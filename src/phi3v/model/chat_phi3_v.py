@@ -137,7 +137,8 @@ def restore_normalizer(file: Path) -> None:
     steps = normalizer.get("normalizers", [normalizer])
     if steps[0].get("pattern") != {"String": GUARD}:
         return
-    saved["normalizer"] = steps[1] if len(steps) > 1 else None
+    rest = steps[1:]
+    saved["normalizer"] = {**normalizer, "normalizers": rest} if len(rest) > 1 else rest[0] if rest else None
     file.write_text(json.dumps(saved, ensure_ascii=False, indent=2), encoding="utf-8")
 
 

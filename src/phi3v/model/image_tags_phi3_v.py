@@ -34,7 +34,7 @@ def match_images(texts: list[str], images: Any) -> list[Any]:
         unused = sorted(set(range(1, len(own) + 1)) - set(tags))
         if unused:
             raise DataError(
-                f"prompt {index} has no tag <|image_{unused[0]}|> for its image {unused[0]}: {_count(len(own))} given for it"
+                f"prompt {index} has no tag <|image_{unused[0]}|> for its image: {_count(len(own))} given for it"
             )
         matched += [own[tag - 1] for tag in tags]
     return matched
@@ -57,7 +57,7 @@ def _share_out(images: Any, numbers: list[list[int]]) -> list[list[Any]]:
     wanted = [max(tags, default=0) for tags in numbers]
     if sum(wanted) != len(images):
         raise DataError(
-            f"the tags of {prompts} prompts name {sum(wanted)} images, {_count(len(images))} given: pass a list per prompt"
+            f"{prompts} prompts have tags for {sum(wanted)} images, {_count(len(images))} given: pass a list per prompt"
         )
     starts = [sum(wanted[:index]) for index in range(prompts)]
     return [list(images[start : start + count]) for start, count in zip(starts, wanted, strict=True)]

@@ -303,7 +303,9 @@ class Phi3VProcessor(ProcessorMixin):
         kwargs.pop("trust_remote_code", None)
         image_processor = Phi3VImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         settings = {key: value for key, value in kwargs.items() if key not in Phi3VImageProcessorKwargs.__annotations__}
-        return [image_processor, PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **settings)]
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **settings)
+        tokenizer.init_kwargs.pop("auto_map", None)  # remote code that is never run, and not to be saved again
+        return [image_processor, tokenizer]
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Writes the processor, its chat template and the tokenizer with its original pipeline."""
