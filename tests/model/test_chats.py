@@ -151,6 +151,13 @@ class TestLayout:
             with pytest.raises(ValueError, match=other):
                 run(processor, conversation, continue_final_message=True, **{other: True})
 
+    def test_a_chat_starts_with_one_bos_whoever_writes_it(self, processor):
+        expected = run(processor, [user("what is")])["input_ids"]
+        assert expected[0][0] == processor.tokenizer.bos_token_id
+        with_bos = "{{ bos_token }}" + CHAT_TEMPLATE
+        for settings in ({"add_special_tokens": False}, {"chat_template": with_bos}, {"add_special_tokens": True}):
+            assert run(processor, [user("what is")], **settings)["input_ids"] == expected
+
     def test_images_beside_prompts_in_microsofts_style(self, processor, photos):
         conversation = [user("<|image_2|>\n<|image_1|>\nWhat?")]
         prompt = processor.apply_chat_template(conversation, add_generation_prompt=True)

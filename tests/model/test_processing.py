@@ -1,6 +1,8 @@
 """Prompts with tags: token ids of the original, batches it could not do, and what is refused."""
 
+import copy
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -212,6 +214,11 @@ class TestSettings:
         assert processor._get_num_multimodal_tokens([(40, 60)]).num_image_tokens == [757]
         assert processor._get_num_multimodal_tokens([(40, 60)]).num_image_patches == [5]
 
+    def test_token_types_mark_the_image(self, processor, photos):
+        out = processor(text="a <|image_1|> b", images=photos[0], return_mm_token_type_ids=True)
+        types = np.array(out["mm_token_type_ids"][0])
+        assert (types == (np.array(out["input_ids"][0]) == processor.image_token_id)).all() and types.sum() == 313
+
     def test_names_of_tokens(self, processor):
         names = processor.tokenizer.convert_ids_to_tokens(processor.stop_token_ids)
         assert sorted(names) == sorted(["</s>", "<|endoftext|>", "<|end|>"])
@@ -247,7 +254,7 @@ class TestFiles:
             (tmp_path / name).write_bytes((hub / name).read_bytes())
         reference = PreTrainedTokenizerFast.from_pretrained(hub)
         loaded = [Phi3VProcessor.from_pretrained(hub), Phi3VProcessor.from_pretrained(tmp_path)]
-        loaded += [AutoProcessor.from_pretrained(hub), AutoProcessor.from_pretrained(tmp_path)]
+        loaded += [AutoProcessor.from_pretrained(hub), AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)]
         for processor in loaded:
             assert type(processor) is Phi3VProcessor and (processor.image_token_id, len(processor.tokenizer)) == (
                 32044,
@@ -275,6 +282,12 @@ class TestFiles:
         assert (tmp_path / "tokenizer.json").read_bytes() == (tmp_path / "plain" / "tokenizer.json").read_bytes()
         files = " ".join(path.read_text() for path in tmp_path.glob("*.json") if path.name != "tokenizer.json")
         assert "auto_map" not in files and "Llama" not in files
+
+    def test_a_processor_travels_to_other_processes(self, processor, photos):
+        for copied in (pickle.loads(pickle.dumps(processor)), copy.deepcopy(processor)):
+            conversation = [{"role": "user", "content": "a </s> b"}]
+            ids = [kind.apply_chat_template(conversation, tokenize=True) for kind in (processor, copied)]
+            assert ids[0] == ids[1]
 
     def test_a_small_processor_survives_saving(self, processor, photos, tmp_path):
         register()

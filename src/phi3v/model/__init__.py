@@ -2,5 +2,5 @@
 
 `phi3v.model.register.register()` makes the classes known to the Auto classes. Importing this package imports nothing
 heavy; the modules below it import torch and transformers and nothing else of phi3v but `phi3v.image_tokens` (plain
-arithmetic).
+arithmetic) and `phi3v.errors`.
 """

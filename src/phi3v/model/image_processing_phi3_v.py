@@ -92,7 +92,7 @@ class Phi3VImageProcessor(PilBackend):
             ImageError: The array is not uint8 or has another shape.
         """
         if isinstance(image, Image.Image):
-            return image.convert("RGB")
+            return image if image.mode == "RGB" else image.convert("RGB")
         pixels = image.numpy(force=True) if isinstance(image, torch.Tensor) else np.asarray(image)
         if pixels.dtype != np.uint8:
             raise ImageError(

@@ -285,8 +285,9 @@ class Phi3VProcessor(ProcessorMixin):
         for index, own in enumerate(images):
             if isinstance(own, list) and any(image is None for image in own):
                 raise DataError(f"conversation {index} has an image part without an image, path or URL")
-        if prompts[0].startswith(self.tokenizer.bos_token):
-            settings = {**settings, "add_special_tokens": False}
+        # A chat starts with one `<s>`, whoever writes it. Callers that expect it in the template (trl does) forbid the
+        # tokenizer to add it; Microsoft's layout has none.
+        settings = {**settings, "add_special_tokens": not prompts[0].startswith(self.tokenizer.bos_token)}
         if spans is None:
             return self(text=prompts, images=images, **settings)
         offsets = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
