@@ -152,6 +152,12 @@ def _encode_messages(
     row: Row, messages: Sequence[Message], processor: Any, max_pixels: int, *, add_generation_prompt: bool
 ) -> Example:
     """Messages through the processor, as one unbatched example without labels."""
+    places = [part.index for message in messages for part in message.parts if isinstance(part, ImagePart)]
+    if places != list(range(len(row.images))):
+        raise DataError(
+            f"{row.source}, row {row.index}: its messages place the images {places}, but there are {len(row.images)} "
+            "images: place each once, in order"
+        )
     try:
         images = [open_image(image, max_pixels=max_pixels) for image in row.images]
         batch = processor.apply_chat_template(

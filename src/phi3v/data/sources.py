@@ -264,7 +264,7 @@ def _open_file(path: Path) -> dict[str, datasets.Dataset]:
     extra: dict[str, Any] = {}
     if builder == "csv":
         extra = {"sep": "\t" if path.suffix.lower() == ".tsv" else ","}
-        header = datasets.load_dataset("csv", data_files=str(path), split="train", nrows=1, **extra)
+        header = datasets.load_dataset(builder, data_files=str(path), split="train", nrows=1, **extra)
         texts = datasets.Features({column: datasets.Value("string") for column in header.column_names})
         extra |= {"features": texts, "keep_default_na": False, "na_values": [""]}
     return {"train": datasets.load_dataset(builder, data_files=str(path), split="train", **extra)}
@@ -286,4 +286,5 @@ def _reason(error: BaseException) -> str:
     """The first message in a chain of exceptions that says more than "an error occurred", on one line."""
     while isinstance(error, datasets.exceptions.DatasetGenerationError) and (error.__cause__ or error.__context__):
         error = error.__cause__ or error.__context__
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    return "it has no rows" if text.endswith("corresponds to no data!") else text
