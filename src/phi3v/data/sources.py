@@ -162,8 +162,9 @@ def _read(table: datasets.Dataset, location: str, source: str, options: RowOptio
     columns = _column_map(table, location, source, options)
     columns.check(table.column_names)
     table = table.select_columns(list(columns.columns))
-    if columns.images is not None:
-        table = table.cast_column(columns.images, _undecoded(table.features[columns.images]))
+    if columns.images is not None and (kind := _undecoded(table.features[columns.images])) is not None:
+        with _without_progress_bars():
+            table = table.cast_column(columns.images, kind)
     usable: list[int] = []
     problems: list[RowProblem] = []
     for number, record in enumerate(table):
@@ -222,12 +223,15 @@ def _column_map(table: datasets.Dataset, location: str, source: str, options: Ro
 
 
 def _undecoded(feature: Any) -> Any:
-    """A column type whose images stay as files or bytes: Image() -> Image(decode=False), also inside lists."""
+    """A column type whose images stay files or bytes, also inside lists; None for a type that decodes nothing.
+
+    Example: Image() -> Image(decode=False), List(Image()) -> List(Image(decode=False)), Value("string") -> None.
+    """
     if isinstance(feature, datasets.Image):
         return datasets.Image(decode=False)
-    if isinstance(feature, datasets.List):
-        return datasets.List(_undecoded(feature.feature), length=feature.length)
-    return feature
+    if isinstance(feature, datasets.List) and (inner := _undecoded(feature.feature)) is not None:
+        return datasets.List(inner, length=feature.length)
+    return None
 
 
 def _train_name(tables: dict[str, datasets.Dataset], source: str) -> str:
