@@ -159,9 +159,6 @@ class VisionSection(_Section):
         default="frozen", description="img_projection and the separators sub_GN and glb_GN."
     )
     cache: Literal["memory"] | None = Field(
-        default=None, description="memory keeps the features of images that a frozen tower has seen; null for none."
-    )
-    cache: Literal["memory"] | None = Field(
         default=None, description="memory: features of frozen vision parts are kept for all epochs; null: no cache."
     )
 

@@ -6,7 +6,7 @@ mappings with text keys. Knows nothing of what the keys mean; every error is a `
 """
 
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -46,7 +46,7 @@ class _Reader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's plain scalars and without repeated or non-text keys."""
 
     yaml_implicit_resolvers = _resolvers(_NUMBERS | _WORDS)
-    yaml_constructors: ClassVar = {**yaml.SafeLoader.yaml_constructors, "tag:yaml.org,2002:int": _construct_int}
+    yaml_constructors = {**yaml.SafeLoader.yaml_constructors, "tag:yaml.org,2002:int": _construct_int}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A mapping whose keys are texts that stand once each."""
@@ -73,7 +73,7 @@ class _Reader(yaml.SafeLoader):
 class _Writer(yaml.SafeDumper):
     """SafeDumper that also quotes what only `_Reader` would take for a number, and writes no aliases."""
 
-    yaml_implicit_resolvers: ClassVar = {
+    yaml_implicit_resolvers = {
         first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, []) + _resolvers(_NUMBERS).get(first, [])
         for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_resolvers(_NUMBERS)}
     }

@@ -103,22 +103,23 @@ class Phi3VConfig(Phi3Config):
         # Microsoft's window covers the whole context. transformers would build sliding masks and caches for it, so it
         # is set aside here and written back by `to_dict`.
         self._file_sliding_window = kwargs.pop("_file_sliding_window", None)
-        if self.sliding_window is not None and self.sliding_window >= self.max_position_embeddings:
-            self._file_sliding_window, self.sliding_window = self.sliding_window, None
+        window: int | None = getattr(self, "sliding_window")  # noqa: B009 -- a field of the class above, unseen by mypy
+        if window is not None and window >= self.max_position_embeddings:
+            self._file_sliding_window, self.sliding_window = window, None
         super().__post_init__(**kwargs)
 
     def _set_vision_config(self) -> None:
-        if self.vision_config is None:
-            self.vision_config = CLIPVisionConfig(**CLIP_VIT_LARGE_336)
-        elif isinstance(self.vision_config, dict):
-            self.vision_config = CLIPVisionConfig(**{**CLIP_VIT_LARGE_336, **self.vision_config})
-        facts = {"name": "clip_vision_model", "model_name": "openai/clip-vit-large-patch14-336"}
-        facts |= {"image_dim_out": self.vision_config.hidden_size, "num_img_tokens": 144}
+        vision = self.vision_config
+        if vision is None or isinstance(vision, dict):
+            vision = CLIPVisionConfig(**{**CLIP_VIT_LARGE_336, **(vision or {})})
+        self.vision_config = vision
+        facts: dict[str, Any] = {"name": "clip_vision_model", "model_name": "openai/clip-vit-large-patch14-336"}
+        facts |= {"image_dim_out": vision.hidden_size, "num_img_tokens": 144}
         self.img_processor = {**facts, **(self.img_processor or {})}
-        if self.img_processor["image_dim_out"] != self.vision_config.hidden_size:
+        if self.img_processor["image_dim_out"] != vision.hidden_size:
             raise ValueError(
                 f"img_processor.image_dim_out is {self.img_processor['image_dim_out']}, but the vision tower is "
-                f"{self.vision_config.hidden_size} wide (vision_config.hidden_size)"
+                f"{vision.hidden_size} wide (vision_config.hidden_size)"
             )
         if self.img_processor.get("type_feature", "patch") != "patch":
             raise ValueError(
@@ -129,9 +130,9 @@ class Phi3VConfig(Phi3Config):
     def vision_feature_layer(self) -> int:
         """Index of the tower's hidden state that is read, counted as transformers does (-2: the last layer is not
         used)."""
-        return self.img_processor.get("layer_idx", -2)
+        return (self.img_processor or {}).get("layer_idx", -2)
 
-    def convert_rope_params_to_dict(self, **kwargs) -> dict[str, Any]:
+    def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """Turns Microsoft's `rope_scaling` (type `su` or `yarn`) into `rope_parameters` of type `longrope` before
         validation."""
         scaling = kwargs.get("rope_scaling") or self.rope_parameters

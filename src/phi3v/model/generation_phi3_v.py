@@ -8,6 +8,7 @@ row alone.
 from typing import Any
 
 import torch
+from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache
 
 from .placement_phi3_v import images_per_row
@@ -29,11 +30,13 @@ def move_padding_left(attention_mask: torch.Tensor) -> torch.Tensor | None:
     return None if torch.equal(order, steady) else order
 
 
-class Phi3VGenerationMixin:
-    """Mixed into `Phi3VForCausalLM` in front of transformers' `GenerationMixin`."""
+class Phi3VGenerationMixin(GenerationMixin):
+    """transformers' `GenerationMixin` with what Phi-3-V needs; mixed into `Phi3VForCausalLM`."""
 
     @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs):
+    def generate(
+        self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+    ) -> Any:
         """transformers' `generate`, for prompts padded on either side and with different numbers of images.
 
         Rows stay in the caller's order; the returned prompts are padded on the left. Without an `eos_token_id` from the
@@ -71,7 +74,7 @@ class Phi3VGenerationMixin:
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Inputs of the next step; rebuilds the cache of rows that outgrow the original context with it."""
         if past_key_values is not None and not torch.compiler.is_compiling():
@@ -88,7 +91,9 @@ class Phi3VGenerationMixin:
             **kwargs,
         )
 
-    def _rebuild_long_rows(self, input_ids, new: int | None, cache: Cache, mask, kwargs: dict) -> None:
+    def _rebuild_long_rows(
+        self, input_ids: torch.Tensor, new: int | None, cache: Cache, mask: torch.Tensor | None, kwargs: dict
+    ) -> None:
         """Computes the cached keys of a row again when its length passes the limit with the coming step.
 
         Up to the limit keys are rotated with the short factors, beyond it with the long ones; a cache that mixes both
@@ -102,8 +107,9 @@ class Phi3VGenerationMixin:
         total = past + (width if new is None else new)
         if self.config.rope_parameters["rope_type"] == "default" or past == 0 or total <= limit:
             return
-        padded = mask is not None and mask.ndim == 2
-        padding = (mask == 0).sum(-1).tolist() if padded else [0] * input_ids.shape[0]
+        padding = [0] * input_ids.shape[0]
+        if mask is not None and mask.ndim == 2:
+            padding = (mask == 0).sum(-1).tolist()
         for row, pad in enumerate(padding):
             if past - pad <= limit < total - pad:
                 if width < total:
@@ -133,14 +139,14 @@ class Phi3VGenerationMixin:
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
         input_ids: torch.Tensor | None = None,
-        **model_kwargs,
+        **model_kwargs: Any,
     ) -> tuple[torch.Tensor | None, dict[str, Any]]:
         """Repeats rows for beams; the images of a row are repeated as a block, as the rows need them.
 
         Example: rows with images [a, b] and [c], twice each: [a, b, a, b, c, c].
         """
         images = {key: model_kwargs.pop(key) for key in IMAGE_ARGUMENTS if key in model_kwargs}
-        if has_images(images) and expand_size > 1:
+        if input_ids is not None and has_images(images) and expand_size > 1:
             counts = self.model.vision_embed_tokens.token_counts(images["image_sizes"])
             picks, first = [], 0
             for number in images_per_row(input_ids, self.config.image_token_id, counts):

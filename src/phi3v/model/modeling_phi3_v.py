@@ -6,6 +6,8 @@ adapters need no renaming. Image features stand at ordinary causal positions; th
 Letters: B rows, S positions, T image tokens of the batch, H hidden size, D head size.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import GenerationMixin
@@ -51,6 +53,9 @@ class Phi3VRotaryEmbedding(nn.Module):
     factors for all its positions. Microsoft's code takes one decision for a whole batch; a row here does not depend on
     its neighbours. The attention factor sqrt(1 + ln(s) / ln(original)) multiplies cosine and sine in both cases.
     """
+
+    short_inv_freq: torch.Tensor
+    long_inv_freq: torch.Tensor
 
     def __init__(self, config: Phi3VConfig):
         super().__init__()
@@ -120,7 +125,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         self.post_init()
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | list, **kwargs
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | list, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """Embeddings of the images: `pooler_output` is a tuple with one tensor `[tokens of the image, H]` per image."""
         features, counts = self.vision_embed_tokens(pixel_values, image_sizes)
@@ -150,22 +155,23 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_sizes: torch.Tensor | list | None = None,
         image_features: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """See `Phi3VForCausalLM.forward`; returns hidden states `[B, S, H]` after the final norm."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if inputs_embeds is None:
+            assert input_ids is not None
             self._refuse_blind_images(input_ids, pixel_values, image_features, past)
             inputs_embeds = self.embed(input_ids, pixel_values, image_sizes, image_features)
         if position_ids is None:
@@ -183,7 +189,13 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             **kwargs,
         )
 
-    def _refuse_blind_images(self, input_ids, pixel_values, image_features, past) -> None:
+    def _refuse_blind_images(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        image_features: torch.Tensor | None,
+        past: int | torch.Tensor,
+    ) -> None:
         """A prompt with image tokens and no image would be answered without looking: an error instead."""
         if pixel_values is not None or image_features is not None or isinstance(past, torch.Tensor) or past > 0:
             return
@@ -209,26 +221,28 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_image_features(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | list, **kwargs):
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | list, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
         """See `Phi3VModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, image_sizes, **kwargs)
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_sizes: torch.Tensor | list | None = None,
         image_features: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         logits_at_labels: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         r"""Runs the model.
 

@@ -28,7 +28,8 @@ def register() -> None:
     from .modeling_phi3_v import Phi3VForCausalLM
     from .processing_phi3_v import Phi3VProcessor
 
-    known = CONFIG_MAPPING[Phi3VConfig.model_type] if Phi3VConfig.model_type in CONFIG_MAPPING else None
+    # its `get` would miss what is loaded lazily
+    known = CONFIG_MAPPING[Phi3VConfig.model_type] if Phi3VConfig.model_type in CONFIG_MAPPING else None  # noqa: SIM401
     if known not in (None, Phi3VConfig):
         logger.warning(
             "transformers %s brings its own %s (%s); phi3v uses its own implementation instead",

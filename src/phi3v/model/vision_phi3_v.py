@@ -7,6 +7,8 @@ Letters: N images, K crop slots, C real crops, P merged patches of a crop (144),
 width), T image tokens, H hidden size of the decoder.
 """
 
+from typing import cast
+
 import torch
 from torch import nn
 from transformers import CLIPVisionConfig
@@ -108,7 +110,8 @@ class Phi3VImageEmbedding(nn.Module):
 
     def __init__(self, config: Phi3VConfig):
         super().__init__()
-        vision, merged = config.vision_config, 4 * config.vision_config.hidden_size
+        vision = cast(CLIPVisionConfig, config.vision_config)
+        merged = 4 * vision.hidden_size
         self.crop_size = vision.image_size
         self.side = vision.image_size // vision.patch_size // 2
         self.img_processor = Phi3VImageProcessorTower(vision, config.vision_feature_layer)
@@ -150,7 +153,7 @@ class Phi3VImageEmbedding(nn.Module):
             crops = torch.cat([pixel_values[i, : h * w + 1] for i, (h, w) in enumerate(grids)])
         embeddings = self.img_processor.vision_model.embeddings
         features = merge_patches(self.img_processor(crops.to(embeddings.patch_embedding.weight.dtype)))
-        features = features.to(self.img_projection[0].weight.dtype).flatten(0, 1)
+        features = features.to(cast(torch.Tensor, self.img_projection[0].weight).dtype).flatten(0, 1)
         table = torch.cat([features, self.sub_GN.view(1, -1), self.glb_GN.view(1, -1)])
         index, counts = image_layout(grids, self.side)
         return self.img_projection(table[index.to(table.device, non_blocking=True)]), counts
