@@ -83,6 +83,13 @@ def make(kind: str, folder: Path) -> str:
     if kind == "folder of parquet":
         (folder / "set").mkdir()
         return str(Path(write(folder / "set", "train-00000.parquet", with_bytes(), IMAGE_FEATURES)).parent)
+    if kind == "saved to disk":
+        datasets.Dataset.from_list(with_bytes(), features=IMAGE_FEATURES).save_to_disk(folder / "set")
+        return str(folder / "set")
+    if kind == "splits saved to disk":
+        table = datasets.Dataset.from_list(with_bytes(), features=IMAGE_FEATURES)
+        datasets.DatasetDict({"train": table}).save_to_disk(folder / "set")
+        return str(folder / "set")
     if kind == "parquet with Image":
         return write(folder, "a.parquet", with_bytes(), IMAGE_FEATURES)
     if kind == "parquet with structs":
@@ -94,9 +101,10 @@ def make(kind: str, folder: Path) -> str:
 
 
 KINDS = ["csv", "tsv", "json", "jsonl", "parquet", "parquet with Image", "parquet with structs", "parquet with bytes"]
+FOLDERS = ["image folder", "folder of parquet", "saved to disk", "splits saved to disk"]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "image folder", "folder of parquet"])
+@pytest.mark.parametrize("kind", [*KINDS, *FOLDERS])
 def test_every_kind_of_set_gives_the_same_rows(kind: str, tmp_path: Path) -> None:
     source = make(kind, tmp_path)
     rows, problems = load_rows(source, options=OPTIONS)
@@ -236,6 +244,16 @@ def test_paths_may_leave_the_root_when_allowed(tmp_path: Path) -> None:
         load_rows(source, options=OPTIONS)
     allowed = RowOptions(answer="{title}", prompt="?", allow_outside_root=True)
     assert len(load_rows(source, options=allowed)[0]) == 5
+
+
+def test_a_folder_may_have_the_name_of_a_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    images_folder(Path("csv"))
+    rows, _ = load_rows("csv", options=OPTIONS, revision="abc")
+    assert len(rows) == 5 and open_image(rows[2].images[0]).width == 10
+    assert "data.revision abc is ignored" in caplog.text
 
 
 def test_web_addresses_stop_with_a_way_out(tmp_path: Path) -> None:

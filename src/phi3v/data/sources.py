@@ -81,9 +81,8 @@ class LoadedData:
         train: rows to train on.
         validation: rows held out; None when there are none.
         problems: the rows of both that were left out.
-        origin: where validation rows come from: "validation" (given, or the set's own), another own split's name
-        ("test"),
-            "split" (held out of train) or "none".
+        origin: where the validation rows come from: "validation" (given, or the set's own), "test" or another own
+            split, "split" (held out of train), or "none".
     """
 
     train: Rows
@@ -244,12 +243,14 @@ def _train_name(tables: dict[str, datasets.Dataset], source: str) -> str:
 def _open_set(source: str, revision: str | None) -> dict[str, datasets.Dataset]:
     """The splits of a set, through `datasets`. Raises: DataError for whatever `datasets` raises."""
     path = Path(source)
+    if revision is not None and path.exists():
+        _logger.warning("data.revision %s is ignored: %s is a local file or folder", revision, source)
     try:
         with _without_progress_bars():
             if path.is_file():
                 return _open_file(path)
             if path.is_dir():
-                return dict(datasets.load_dataset(str(path)))
+                return _open_folder(path)
         if path.is_absolute() or source.startswith((".", "~")) or path.suffix.lower() in _BUILDERS:
             raise DataError(f"data set {source} does not exist (looked in {Path.cwd()}); check the path")
         return dict(datasets.load_dataset(source, revision=revision))
@@ -258,6 +259,15 @@ def _open_set(source: str, revision: str | None) -> dict[str, datasets.Dataset]:
     except Exception as error:  # readers of many formats, each with exceptions of its own
         where = "" if path.exists() else "; it is no file or folder here, and was looked for on the hub"
         raise DataError(f"data set {source} cannot be read: {_reason(error)}{where}") from error
+
+
+def _open_folder(path: Path) -> dict[str, datasets.Dataset]:
+    """A folder of images or data files, or one that `save_to_disk` of `datasets` wrote."""
+    if (path / "dataset_dict.json").is_file():
+        return dict(datasets.DatasetDict.load_from_disk(path))
+    if (path / "state.json").is_file():
+        return {"train": datasets.Dataset.load_from_disk(path)}
+    return dict(datasets.load_dataset(str(path.resolve())))  # a relative "csv" would name a reader instead
 
 
 def _open_file(path: Path) -> dict[str, datasets.Dataset]:
