@@ -60,11 +60,16 @@ def write_tiny_model(folder: Path, *, seed: int = 0, **changes) -> Path:
     torch.manual_seed(seed)
     Phi3VForCausalLM(tiny_config(**changes)).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    write_small_tokenizer(folder)
+    return folder
+
+
+def write_small_tokenizer(folder: Path) -> None:
+    """Writes the demo's tokenizer without a chat template: the processor has its own."""
     write_tokenizer(folder)
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
-    tokenizer.pop("chat_template", None)  # the processor has its own
+    tokenizer.pop("chat_template", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    return folder
 
 
 def write_photos(folder: Path, rows: int) -> Path:
