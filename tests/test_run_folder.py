@@ -60,6 +60,7 @@ def test_an_empty_folder_and_what_a_killed_start_left_are_taken(tmp_path: Path) 
 def test_resuming_with_another_recipe_names_the_keys(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     run.start(recipe("training.seed=1"))
+    run.append_metrics({"step": 1, "loss": 2.0})
     before = run.recipe.read_bytes()
     with pytest.raises(ConfigError) as caught:
         run.start(recipe("training.seed=2", "lora.r=4"))
@@ -67,6 +68,18 @@ def test_resuming_with_another_recipe_names_the_keys(tmp_path: Path) -> None:
     assert "lora.r: 4 here, 16 there; training.seed: 2 here, 1 there" in line and "give another output" in line
     assert run.recipe.read_bytes() == before
     assert run.start(recipe("training.seed=1", "output=moved")) == "unfinished"
+
+
+def test_a_run_that_has_nothing_to_show_yields_to_a_mended_recipe(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.start(recipe("data.answer='{titel}'"))
+    run.checkpoints.mkdir()
+    assert run.start(recipe()) == "new"
+    assert run.read_recipe().data.answer != "{titel}"
+    assert run.start(recipe()) == "unfinished"
+    (run.checkpoints / "checkpoint-1").mkdir()
+    with pytest.raises(ConfigError, match="another recipe"):
+        run.start(recipe("training.seed=2"))
 
 
 def test_metrics_are_lines_without_nan(tmp_path: Path) -> None:

@@ -71,15 +71,18 @@ class RunFolder:
     def start(self, recipe: Recipe) -> RunState:
         """Opens the folder for a run of `recipe` and says what was there before.
 
-        A new run gets versions.json and recipe.yaml; an existing one is left as it is.
+        A new run gets versions.json and recipe.yaml; an existing one is left as it is. A run that stopped before it had
+        anything to show, over a slip in its recipe for instance, counts as new for another recipe.
         Raises: ConfigError when the folder holds something else, or a run of a recipe that differs.
         """
         state = self.state()
+        bare = state == "unfinished" and self._is_bare()
         if state == "new":
             self._make_folder(recipe)
+        if state == "new" or (bare and recipe.differences(self.read_recipe())):
             self.write_recipe(recipe)
             self.write_versions(gather_versions())
-            return state
+            return "new"
         if changed := recipe.differences(self.read_recipe()):
             raise ConfigError(
                 f"{self.path} holds a run of another recipe ({'; '.join(changed[:5])}"
@@ -87,6 +90,13 @@ class RunFolder:
                 "give another output, or the same recipe to go on with it"
             )
         return state
+
+    def _is_bare(self) -> bool:
+        """Whether the folder holds nothing but what `start` writes, and empty folders."""
+        return all(
+            entry in (self.recipe, self.versions) or (entry.is_dir() and not any(entry.iterdir()))
+            for entry in self.path.iterdir()
+        )
 
     def _make_folder(self, recipe: Recipe) -> None:
         """Makes the folder, or takes one that holds nothing but what a start of this recipe that was cut off left."""

@@ -41,7 +41,7 @@ def training_arguments(
         ConfigError: an option that TrainingArguments does not have, that is decided elsewhere, or that it refuses.
     """
     training, options = recipe.training, _today(recipe.training.options)
-    _check_options(options)
+    check_options(options)
     defaults: dict[str, Any] = {
         "logging_steps": 10,
         "logging_first_step": True,
@@ -88,7 +88,7 @@ def _today(options: dict[str, Any]) -> dict[str, Any]:
     return {renamed[name] if renamed[name] in known else name: value for name, value in options.items()}
 
 
-def _check_options(options: dict[str, Any]) -> None:
+def check_options(options: dict[str, Any]) -> None:
     """Refuses keys that are misspelt or decided in another place of the recipe."""
     for name in options:
         if name in _DECIDED_ELSEWHERE:

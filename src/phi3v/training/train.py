@@ -25,7 +25,7 @@ from phi3v.evaluation.run import evaluate
 from phi3v.loading import load_base, load_processor, resolve_device, resolve_dtype
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
-from phi3v.training.arguments import training_arguments
+from phi3v.training.arguments import check_options, training_arguments
 from phi3v.training.callbacks import (
     MetricsCallback,
     NonFiniteCallback,
@@ -37,7 +37,7 @@ from phi3v.training.checkpoints import checkpoint_step, newest_checkpoint
 from phi3v.training.feature_cache import CollateFeatures, keep_features
 from phi3v.training.step_trainer import StepTrainer
 from phi3v.training.trackers import tracker_callbacks
-from phi3v.tuning import TrainableReport, attach_lora, freeze, trainable_report
+from phi3v.tuning import TrainableReport, attach_lora, freeze, lora_config, trainable_report
 
 FEATURE_BYTES = 4 * 2**30
 
@@ -89,6 +89,9 @@ def train(recipe: Recipe, *, on_event: Watcher | None = None) -> RunResult:
     """
     watch = on_event or (lambda event: None)
     run = RunFolder(recipe.output)
+    check_options(recipe.training.options)  # what can be refused at once is refused before a file is written
+    if recipe.lora is not None:
+        lora_config(recipe.lora)
     if run.start(recipe) == "finished":
         summary = run.read_summary()
         result = RunResult(
