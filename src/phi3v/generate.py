@@ -5,6 +5,7 @@ piece. It stops where a turn ends (`processor.stop_token_ids`), decodes the new 
 control tokens off the answer. Knows nothing about recipes, runs or scores.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ from phi3v.loading import load_target
 from phi3v.passthrough import check_names
 
 MAX_NEW_TOKENS = 256
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 Conversation = list[dict[str, Any]]
 Photo = str | Path | Image.Image
 
@@ -72,7 +74,7 @@ class ChatModel:
             ImageError: an image does not open. ConfigError: an option of generation that does not exist.
         """
         example = self.encode(conversation(images, question, system))
-        streamer = _PieceStreamer(self._text, stream) if stream is not None else None
+        streamer = _PieceStreamer(self._text, self._is_byte, stream) if stream is not None else None
         return self._generate([example], max_new_tokens, generation, streamer)[0]
 
     def answer(
@@ -162,12 +164,24 @@ class ChatModel:
         end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
         return self.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
 
+    def _is_byte(self, token: int) -> bool:
+        """Whether a token stands for one byte of a character, <0xE3> for instance."""
+        name = self.processor.tokenizer.convert_ids_to_tokens(token)  # None for rows beyond the vocabulary
+        return name is not None and _BYTE.fullmatch(name) is not None
+
 
 class _PieceStreamer(BaseStreamer):
-    """Hands on what each new token adds to the text; a character whose bytes are not complete waits for the rest."""
+    """Hands on what each new token adds to the text.
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], receive: Callable[[str], None]) -> None:
+    Characters spelt out in single bytes wait until their run of bytes is over: only then is it known what they are. A
+    run that is no UTF-8 turns into replacement characters as a whole, letters in it included.
+    """
+
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], is_byte: Callable[[int], bool], receive: Callable[[str], None]
+    ) -> None:
         self._decode = decode
+        self._is_byte = is_byte
         self._receive = receive
         self._ids: list[int] = []
         self._sent = 0
@@ -180,7 +194,7 @@ class _PieceStreamer(BaseStreamer):
             return
         self._ids += value.flatten().tolist()
         text = self._decode(self._ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+        if not self._is_byte(self._ids[-1]) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
             self._send(text)
 
     def end(self) -> None:
