@@ -8,9 +8,7 @@ itself.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import math
 import os
 import sys
 import traceback
@@ -44,17 +42,18 @@ class Session:
         return Console(file=sys.stderr if self.as_json else self.answers, highlight=False)
 
     def result(self, value: dict[str, Any]) -> None:
-        """Print the one JSON object of a command; does nothing without `--json`. Not-a-number and infinity become
-        null."""
+        """Print the one JSON object of a command, not-a-number and infinity as null; does nothing without `--json`."""
         if self.as_json:
-            self.answers.write(json.dumps(_finite(value), ensure_ascii=False) + "\n")
+            from phi3v.run_folder import to_json
+
+            self.answers.write(to_json(value) + "\n")
             self.answers.flush()
 
 
 @contextlib.contextmanager
 def session(debug: bool = False, as_json: bool = False) -> Iterator[Session]:
     """Run a command's body: hush the libraries, and turn what goes wrong into one line and an exit code."""
-    _hush(debug, as_json)
+    hush(debug, as_json)
     answers = sys.stdout
     try:
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
@@ -92,9 +91,8 @@ def _say(message: str, debug: bool) -> None:
     sys.stderr.flush()
 
 
-def _hush(debug: bool, as_json: bool) -> None:
-    """Keep third-party chatter off the screen; it must happen before those libraries are imported, and `--debug` undoes
-    it."""
+def hush(debug: bool, as_json: bool) -> None:
+    """Keep third-party chatter off the screen; call it before those libraries are imported."""
     if debug:
         return
     warnings.simplefilter("ignore")
@@ -105,14 +103,3 @@ def _hush(debug: bool, as_json: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if as_json or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def _finite(value: Any) -> Any:
-    """The value with what JSON cannot say replaced by null: {"a": nan, "b": [1]} -> {"a": None, "b": [1]}."""
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

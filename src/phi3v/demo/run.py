@@ -20,7 +20,7 @@ from typing import Any
 from phi3v.demo.catalogue import write_catalogue
 from phi3v.evaluation.controls import answer_controls
 from phi3v.evaluation.report_run import write_report
-from phi3v.evaluation.run import evaluate, held_out_rows
+from phi3v.evaluation.run import held_out_rows
 from phi3v.recipe import Recipe
 from phi3v.recipe_yaml import read_yaml
 from phi3v.run_folder import RunFolder, replace_file, to_json
@@ -51,7 +51,7 @@ def run_demo(
         say: called with a line about what comes next.
 
     Returns:
-        "evaluation" (base and tuned on unseen products, as `Evaluation.to_dict()`), "controls" (name -> exact match as
+        "evaluation" (base and tuned on unseen products, as in evaluation.json), "controls" (name -> exact match as
         a `Share` dict), "samples" (a few questions with all answers), "report", "run", "try" (a command to paste),
         "seconds".
     """
@@ -62,31 +62,30 @@ def run_demo(
     say(f"tuning on {_count_rows(tables['train'])} products")
     train(recipe, on_event=on_event)
     run = RunFolder(folder / "tuned")
-    say("asking base and tuned model about products that training never saw")
-    evaluation = evaluate(run.path, on_progress=on_progress)
-    say("the same with spoiled pictures")
+    say("control: the same questions with spoiled pictures")
     spoiled = answer_controls(run.path, on_progress=on_progress)
     say("control: a second run, tuned on answers that were shuffled among the photos")
     shuffled = shuffle_answers(tables["train"])
     control = demo_recipe(shuffled, tables["test"], folder / "shuffled", overrides)
     train(control, on_event=on_event)
-    lost = evaluate(folder / "shuffled", against=None, on_progress=on_progress)
+    evaluation, lost = run.read_evaluation(), RunFolder(folder / "shuffled").read_evaluation()
     controls = {
-        "most frequent answer to everything": vars(evaluation.majority),
+        "most frequent answer to everything": evaluation["majority"]["share"],
         "pictures blanked": vars(spoiled.blanked),
         "pictures swapped": vars(spoiled.swapped),
         "pictures swapped, judged by the picture shown": vars(spoiled.follows_swap),
-        "tuned on shuffled answers": vars(lost.tuned.exact_match),
+        "tuned on shuffled answers": lost["scores"]["tuned"]["exact_match"],
     }
     held_out = held_out_rows(resolve_target(run.path), None, None)
-    write_report(run, evaluation, held_out.rows, controls)
+    write_report(run, held_out.rows, controls)
+    samples = run.read_predictions()[:SAMPLES]
     story = {
-        "evaluation": evaluation.to_dict(),
+        "evaluation": evaluation,
         "controls": controls,
-        "samples": evaluation.predictions[:SAMPLES],
+        "samples": samples,
         "run": str(run.path),
         "report": str(run.report),
-        "try": _command(run.path, tables["test"].parent / evaluation.predictions[0]["images"][0], recipe.data.prompt),
+        "try": _command(run.path, tables["test"].parent / samples[0]["images"][0], recipe.data.prompt),
         "seconds": time.monotonic() - began,
     }
     replace_file(folder / "demo.json", to_json(story, indent=2) + "\n")

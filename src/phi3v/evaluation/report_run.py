@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from phi3v.data.images import open_image
 from phi3v.data.schema import Row
@@ -11,33 +11,28 @@ from phi3v.evaluation.report import ReportContent, Sample, render_report
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 
-if TYPE_CHECKING:
-    from phi3v.evaluation.run import Evaluation
 
-
-def write_report(
-    run: RunFolder, evaluation: Evaluation, rows: Sequence[Row], controls: Mapping[str, Mapping[str, Any]] | None = None
-) -> None:
+def write_report(run: RunFolder, rows: Sequence[Row], controls: Mapping[str, Mapping[str, Any]] | None = None) -> None:
     """Writes report.html.
 
     Args:
-        run: a run with its recipe, versions and metrics.
-        evaluation: of this run.
+        run: a run that was evaluated.
         rows: the evaluated rows, in the order of its predictions.
         controls: name -> exact match under spoiled conditions as a `Share` dict.
     """
     recipe = run.read_recipe()
+    evaluation = run.read_evaluation()
     summary = run.read_summary() if run.state() == "finished" else {}
     times = {"training": summary["seconds"]} if summary.get("seconds") else {}
     content = ReportContent(
         title=run.path.name,
-        evaluation=evaluation.to_dict(),
+        evaluation=evaluation,
         metrics=run.read_metrics(),
-        samples=choose_samples(recipe, evaluation.predictions, rows),
+        samples=choose_samples(recipe, run.read_predictions(), rows),
         trained=trained_parts(summary.get("trainable", {})),
         recipe=run.recipe.read_text(encoding="utf-8"),
         versions=run.read_versions(),
-        times=times | evaluation.seconds,
+        times=times | evaluation["seconds"],
         controls=controls or {},
     )
     run.write_report(render_report(content))

@@ -292,7 +292,7 @@ def write_evaluation(run: RunFolder, evaluation: Evaluation, held_out: HeldOut) 
 
     run.write_predictions(evaluation.predictions)
     run.write_evaluation(evaluation.to_dict())
-    write_report(run, evaluation, held_out.rows)
+    write_report(run, held_out.rows)
 
 
 def _ignore(stage: str, done: int, total: int) -> None:

@@ -1,0 +1,113 @@
+"""Controls: what is spoiled, who meets whom, and a small model that does look at its pictures."""
+
+import pytest
+import torch
+from tiny_models import write_photos, write_tiny_model
+
+from phi3v.data.images import open_image
+from phi3v.data.schema import ImagePart, ImageRef, Message, Row, TextPart
+from phi3v.errors import DataError
+from phi3v.evaluation.controls import GREY, answer_controls, blank_images, swap_images
+from phi3v.evaluation.run import evaluate
+from phi3v.recipe import Recipe
+from phi3v.run_folder import RunFolder
+from phi3v.training.train import train
+
+
+def make_row(index: int, answer: str, images: tuple[ImageRef, ...]) -> Row:
+    parts = (*(ImagePart(place) for place in range(len(images))), TextPart("What is it?"))
+    messages = (Message("user", parts), Message("assistant", (TextPart(answer),)))
+    return Row(messages, images, {}, "made.jsonl", index)
+
+
+def rows_of(*answers: str) -> list[Row]:
+    return [make_row(index, answer, (ImageRef(f"{index}.png"),)) for index, answer in enumerate(answers)]
+
+
+@pytest.mark.parametrize(
+    ("answers", "own", "others"),
+    [
+        (("cat", "dog", "cat", "dog"), [0, 1, 2, 3], [3, 0, 1, 2]),
+        (("a", "b", "c", "d"), [0, 1, 2, 3], [2, 3, 0, 1]),
+        (("a", "b"), [0, 1], [1, 0]),
+        (("a", "a", "b"), [0, 1, 2], [2, 2, 0]),
+    ],
+)
+def test_partners_have_another_answer(answers, own, others):
+    rows, partners = swap_images(rows_of(*answers))
+    assert [row.index for row in rows] == own
+    assert [row.index for row in partners] == others
+    assert all(row.answer != partner.answer for row, partner in zip(rows, partners, strict=True))
+
+
+def test_partners_have_as_many_images():
+    one, two = ImageRef("a.png"), (ImageRef("b.png"), ImageRef("c.png"))
+    rows = [make_row(0, "x", (one,)), make_row(1, "y", two), make_row(2, "z", two), make_row(3, "text only", ())]
+    own, others = swap_images(rows)
+    assert [(row.index, other.index) for row, other in zip(own, others, strict=True)] == [(1, 2), (2, 1)]
+
+
+def test_nobody_to_swap_with_is_one_line():
+    with pytest.raises(DataError, match="another answer to swap with"):
+        swap_images(rows_of("same", "same"))
+
+
+def test_blank_images_are_grey_and_of_the_same_size(tmp_path):
+    write_photos(tmp_path, 2)
+    rows = [make_row(0, "x", (ImageRef(str(tmp_path / "0.png")), ImageRef(str(tmp_path / "1.png"))))]
+    blank = blank_images(rows)
+    assert len(blank) == 1 and len(blank[:1]) == 1
+    for image, original in zip(blank[0].images, rows[0].images, strict=True):
+        opened = open_image(image)
+        assert opened.size == open_image(original).size
+        assert opened.getcolors() == [(opened.width * opened.height, GREY)]
+    assert blank[0].messages == rows[0].messages and "grey" in blank[0].images[0].path
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """A run in which a tiny model, all of it tuned from random weights, learned to name the colour of a photo."""
+    folder = tmp_path_factory.mktemp("colours")
+    torch.set_num_threads(1)
+    recipe = Recipe.from_dict(
+        {
+            "model": str(write_tiny_model(folder / "model")),
+            "data": {
+                "train": str(write_photos(folder / "photos", 64)),
+                "prompt": "What colour?",
+                "answer": "It is {colour}.",
+                "split": {"validation": 16},
+            },
+            "lora": None,
+            "vision": {"projector": "train"},
+            "training": {
+                "samples_per_step": 8,
+                "micro_batch_size": 8,
+                "max_steps": 100,
+                "learning_rate": 1e-2,
+                "eval_strategy": "no",
+                "save_strategy": "no",
+            },
+            "evaluation": {"max_new_tokens": 12, "batch_size": 16},
+            "output": str(folder / "run"),
+        }
+    )
+    train(recipe)
+    return RunFolder(recipe.output)
+
+
+def test_a_model_that_looks_loses_its_score_with_the_picture(colours):
+    scores = colours.read_evaluation()
+    majority = scores["majority"]["share"]["hits"]
+    assert scores["scores"]["tuned"]["exact_match"]["hits"] == 16
+    assert scores["scores"]["base"]["exact_match"]["hits"] == 0
+    told = []
+    controls = answer_controls(colours.path, on_progress=lambda *progress: told.append(progress))
+    assert controls.blanked.hits <= majority < 16
+    assert controls.swapped.hits == 0 and controls.follows_swap.hits == 16
+    assert told[-1] == ("with swapped images", 16, 16)
+
+
+def test_scores_of_a_second_evaluation_are_the_same(colours):
+    first = colours.read_evaluation()["scores"]
+    assert evaluate(colours.path).to_dict()["scores"] == first

@@ -1,0 +1,227 @@
+"""Evaluation of tiny, untrained models: every kind of target, base beside tuned, what is written, what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import write_photos, write_tiny_model
+
+from phi3v.data.collate import Collator
+from phi3v.data.encode import encode, encode_prompt
+from phi3v.errors import CheckpointError, ConfigError, DataError
+from phi3v.evaluation.answers import answer_rows, prompt_of
+from phi3v.evaluation.metrics import AnswerTemplate
+from phi3v.evaluation.run import evaluate, held_out_rows, prediction_rows
+from phi3v.generate import ChatModel
+from phi3v.loading import base_weights, load_base, load_processor, load_target
+from phi3v.recipe import Recipe
+from phi3v.run_folder import RunFolder
+from phi3v.targets import resolve_target
+from phi3v.tuning import attach_lora
+
+HELD_OUT = 5
+
+
+def make_recipe(folder: Path, **sections) -> Recipe:
+    """A recipe on the tiny model and coloured photos, with 5 held-out rows."""
+    values = {
+        "model": str(folder / "model"),
+        "data": {
+            "train": str(folder / "photos" / "rows.jsonl"),
+            "prompt": "What colour?",
+            "answer": "It is {colour}.",
+            "split": {"validation": HELD_OUT},
+        },
+        "evaluation": {"batch_size": 2, "max_new_tokens": 5},
+        "report": {"samples": 3},
+        "output": str(folder / "run"),
+    }
+    return Recipe.from_dict({**values, **sections})
+
+
+def make_run(folder: Path, recipe: Recipe) -> RunFolder:
+    """A run whose adapter is random, or whose model is another random one where the recipe tunes everything."""
+    run = RunFolder(recipe.output)
+    run.start(recipe)
+    processor = load_processor(recipe.model.name)
+    model = load_base(recipe.model.name, device="cpu")
+    if recipe.lora is None:
+        model = load_base(write_tiny_model(folder / "other", seed=1), device="cpu")
+    else:
+        model = attach_lora(model, recipe.lora)
+        torch.manual_seed(1)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.5)
+
+    def save(place: Path) -> None:
+        model.save_pretrained(place)
+        processor.save_pretrained(place)
+
+    (run.write_model if recipe.lora is None else run.write_adapter)(save)
+    run.append_metrics({"step": 1, "loss": 2.0})
+    run.mark_finished({"seconds": 3.0, "trainable": {"projector": {"trainable": 0, "total": 7}}})
+    return run
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with the tiny model, photos and an evaluated run with a random adapter."""
+    folder = tmp_path_factory.mktemp("world")
+    torch.set_num_threads(1)
+    write_tiny_model(folder / "model")
+    write_photos(folder / "photos", 24)
+    recipe = make_recipe(folder)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    make_run(folder, recipe)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def told():
+    return []
+
+
+@pytest.fixture(scope="module")
+def evaluation(world, told):
+    return evaluate(world / "run", on_progress=lambda *progress: told.append(progress))
+
+
+def test_answers_are_those_of_single_questions(world, evaluation):
+    held_out = held_out_rows(resolve_target(world / "run"), None, None)
+    loaded = load_target(world / "run", device="cpu")
+    chat = ChatModel(loaded.model, loaded.processor)
+    prompts = [encode_prompt(row, loaded.processor) for row in held_out.rows]
+    alone = [chat.answer_encoded([prompt], max_new_tokens=5)[0] for prompt in prompts]
+    assert [row["tuned"] for row in evaluation.predictions] == alone
+    with base_weights(loaded.model):
+        alone = [chat.answer_encoded([prompt], max_new_tokens=5)[0] for prompt in prompts]
+    assert [row["base"] for row in evaluation.predictions] == alone
+    assert any(row["base"] != row["tuned"] for row in evaluation.predictions)
+
+
+def test_loss_is_the_mean_over_all_trained_tokens(world, evaluation):
+    held_out = held_out_rows(resolve_target(world / "run"), None, None)
+    loaded = load_target(world / "run", device="cpu")
+    collate = Collator(loaded.processor.tokenizer.pad_token_id)
+    total, tokens = 0.0, 0
+    for row in held_out.rows:
+        batch = collate([encode(row, loaded.processor)])
+        with torch.no_grad():
+            logits = loaded.model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+        wanted = batch["labels"][0, 1:]
+        total += float(torch.nn.functional.cross_entropy(logits[0, :-1], wanted, ignore_index=-100, reduction="sum"))
+        tokens += int((wanted != -100).sum())
+    assert evaluation.tuned.loss == pytest.approx(total / tokens, rel=1e-5)
+    assert evaluation.base_scores.loss != pytest.approx(evaluation.tuned.loss)
+
+
+def test_prompt_of_a_sample_is_the_prompt_of_the_question(world):
+    held_out = held_out_rows(resolve_target(world / "run"), None, None)
+    processor = load_processor(world / "run")
+    for row in held_out.rows:
+        cut, asked = prompt_of(encode(row, processor)), encode_prompt(row, processor)
+        assert set(cut) == set(asked)
+        for name in asked:
+            torch.testing.assert_close(cut[name], asked[name], rtol=0, atol=0)
+
+
+def test_a_run_gets_its_files(world, evaluation):
+    run = RunFolder(world / "run")
+    assert run.read_evaluation() == json.loads(json.dumps(evaluation.to_dict()))
+    assert run.read_predictions() == evaluation.predictions
+    html = run.report.read_text(encoding="utf-8")
+    assert html.count("<img") == 3 and "projector" in html and "<svg" in html
+    assert evaluation.base == str(world / "model") and evaluation.data.endswith("rows.jsonl (split)")
+    assert evaluation.tuned.rows == HELD_OUT == len(evaluation.predictions)
+
+
+def test_progress_is_told_for_both_models(evaluation, told):
+    assert {stage for stage, _, _ in told} == {"base answers", "tuned answers"}
+    assert [entry for entry in told if entry[0] == "tuned answers"][-1] == ("tuned answers", HELD_OUT, HELD_OUT)
+
+
+def test_other_rows_leave_the_run_as_it_is(world, evaluation):
+    run = RunFolder(world / "run")
+    before = {path: path.read_bytes() for path in (run.evaluation, run.predictions, run.report)}
+    few = evaluate(world / "run", rows=2)
+    assert [row["tuned"] for row in few.predictions] == [row["tuned"] for row in evaluation.predictions[:2]]
+    whole_file = evaluate(world / "run", world / "photos" / "rows.jsonl", rows=3, against=None)
+    assert [row["row"] for row in whole_file.predictions] == [0, 1, 2]
+    assert whole_file.base is None and whole_file.predictions[0]["base"] is None
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_an_adapter_in_a_run_is_the_run(world, evaluation):
+    found = evaluate(world / "run" / "adapter")
+    assert found.tuned == evaluation.tuned and found.base_scores == evaluation.base_scores
+
+
+def test_an_adapter_elsewhere_and_a_model_need_a_recipe(world, evaluation, tmp_path):
+    shutil.copytree(world / "run" / "adapter", tmp_path / "adapter")
+    for target in (tmp_path / "adapter", world / "model"):
+        with pytest.raises(ConfigError, match="--data recipe.yaml"):
+            evaluate(target)
+    found = evaluate(tmp_path / "adapter", world / "recipe.yaml")
+    assert found.tuned == evaluation.tuned and found.base_scores == evaluation.base_scores
+    alone = evaluate(world / "model", world / "recipe.yaml")
+    assert alone.base is None and alone.base_scores is None
+    assert alone.tuned == evaluation.base_scores
+
+
+def test_a_fully_tuned_run_loads_its_base_beside_itself(world, evaluation, tmp_path):
+    recipe = make_recipe(world, lora=None, output=str(tmp_path / "full"))
+    make_run(tmp_path, recipe)
+    found = evaluate(tmp_path / "full")
+    assert found.base == str(world / "model")
+    assert found.base_scores == evaluation.base_scores
+    assert found.tuned != found.base_scores
+
+
+def test_rows_that_were_left_out_are_named(world, tmp_path):
+    rows = (world / "photos" / "rows.jsonl").read_text().splitlines()
+    rows += [json.dumps({"image": "nowhere.png", "colour": "red"})]
+    (world / "photos" / "more.jsonl").write_text("\n".join(rows) + "\n")
+    found = evaluate(world / "run", world / "photos" / "more.jsonl", rows=1, against=None)
+    assert len(found.problems) == 1 and "row 24" in found.problems[0] and "nowhere.png" in found.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("target", "data", "error", "words"),
+    [
+        ("nowhere/at/all", None, CheckpointError, "nowhere/at/all"),
+        ("run", "nothing.jsonl", DataError, "nothing.jsonl"),
+        ("run", "nothing.yaml", ConfigError, "nothing.yaml"),
+    ],
+)
+def test_what_is_not_there_is_one_line(world, target, data, error, words):
+    with pytest.raises(error, match=words) as caught:
+        evaluate(world / target if target == "run" else target, data)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_without_held_out_rows_is_refused(world, tmp_path):
+    recipe = make_recipe(world).with_overrides(["data.split=null"])
+    (tmp_path / "none.yaml").write_text(recipe.to_yaml())
+    with pytest.raises(ConfigError, match="holds out no rows"):
+        evaluate(world / "model", tmp_path / "none.yaml")
+
+
+def test_windows_do_not_change_the_answers(world):
+    held_out = held_out_rows(resolve_target(world / "run"), world / "photos" / "rows.jsonl", 20)
+    loaded = load_target(world / "run", device="cpu")
+    small = answer_rows(loaded.model, loaded.processor, held_out.rows, batch_size=1, max_new_tokens=3)
+    large = answer_rows(loaded.model, loaded.processor, held_out.rows, batch_size=20, max_new_tokens=3)
+    assert small.texts == large.texts and small.loss == pytest.approx(large.loss, rel=1e-5)
+    nothing = answer_rows(loaded.model, loaded.processor, [], batch_size=1, max_new_tokens=3)
+    assert nothing.texts == [] and nothing.loss is None
+
+
+def test_predictions_hold_the_fields_of_every_answer(world):
+    rows = held_out_rows(resolve_target(world / "run"), world / "photos" / "rows.jsonl", 1).rows
+    found = prediction_rows(rows, [" It is red.\n"], ["a red thing"], AnswerTemplate("It is {colour}."))
+    assert found[0]["right"] is True and found[0]["row"] == 0 and found[0]["images"] == ["0.png"]
+    assert found[0]["fields"] == {"colour": {"expected": "red", "base": None, "tuned": "red"}}
+    assert prediction_rows(rows, ["x"], None, AnswerTemplate("free text"))[0]["fields"] == {}

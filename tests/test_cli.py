@@ -1,0 +1,265 @@
+"""The command line from outside: exit codes, errors of one line, one JSON object for machines, a quick --help."""
+
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+import transformers
+import typer
+from tiny_models import write_photos, write_tiny_model
+from typer.testing import CliRunner
+
+from phi3v import cli_session
+from phi3v.cli import app
+
+BARE = """
+import typer
+app = typer.Typer()
+@app.callback()
+def root(): "A program."
+@app.command()
+def one(name: str): "One command."
+@app.command()
+def two(name: str): "Another."
+app()
+"""
+RECIPE = """
+model: {folder}/model
+data:
+  train: {folder}/photos/rows.jsonl
+  prompt: What colour?
+  answer: It is {{colour}}.
+  split:
+    validation: 6
+training:
+  samples_per_step: 2
+  micro_batch_size: 2
+  max_steps: 2
+evaluation:
+  max_new_tokens: 4
+report:
+  samples: 2
+output: {folder}/run
+"""
+
+
+def phi3v(*words: object, timeout: float = 120, **kwargs) -> subprocess.CompletedProcess[str]:
+    """Run `python -m phi3v` and give back exit code and both streams."""
+    command = [sys.executable, "-m", "phi3v", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model, photos and a recipe."""
+    place = tmp_path_factory.mktemp("cli")
+    write_tiny_model(place / "model")
+    write_photos(place / "photos", 24)
+    (place / "recipe.yaml").write_text(RECIPE.format(folder=place))
+    return place
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """What `phi3v train` printed; the run is in folder/run."""
+    return phi3v("train", folder / "recipe.yaml")
+
+
+@pytest.fixture
+def inside(monkeypatch):
+    """Runs a command in this process, without hushing the libraries of the other tests."""
+    monkeypatch.setattr(cli_session, "hush", lambda debug, as_json: None)
+    transformers.utils.logging.disable_progress_bar()
+    runner = CliRunner()
+    return lambda *words: runner.invoke(app, list(map(str, words)))
+
+
+def test_commands_and_flags_are_frozen():
+    """A new flag needs a reason: nearly everything belongs into a recipe."""
+    root = typer.main.get_command(app)
+    found = {name: [option for p in command.params for option in p.opts] for name, command in root.commands.items()}
+    assert [option for p in root.params for option in p.opts] == ["--version", "--debug"]
+    assert found == {
+        "train": ["recipe", "overrides", "--json", "--debug"],
+        "evaluate": ["target", "--data", "--rows", "--json", "--debug"],
+        "ask": ["target", "images_and_question", "--json", "--debug"],
+        "demo": ["--output", "--json", "--debug"],
+    }
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["train", "--help"], ["demo", "-h"]])
+def test_help_imports_nothing_heavy(words):
+    program = (
+        "import sys\nfrom phi3v.cli import app\n"
+        f"try: app({words})\nexcept SystemExit as done: assert done.code == 0\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'matplotlib', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_takes_at_most_twice_a_bare_program(tmp_path):
+    bare = tmp_path / "bare.py"
+    bare.write_text(BARE)
+    times: dict[str, list[float]] = {"bare": [], "phi3v": []}
+    commands = {"bare": [sys.executable, str(bare)], "phi3v": [sys.executable, "-m", "phi3v"]}
+    for _ in range(7):  # alternating, so that a busy machine slows both
+        for name, command in commands.items():
+            began = time.perf_counter()
+            subprocess.run([*command, "--help"], capture_output=True, check=True)
+            times[name].append(time.perf_counter() - began)
+    ratio = statistics.median(times["phi3v"]) / statistics.median(times["bare"])
+    assert ratio <= 2.0, f"phi3v --help takes {ratio:.2f} times a bare typer program"
+
+
+def test_version(inside):
+    assert re.fullmatch(r"phi3v \d+\.\d+\.\d+\S*\n", inside("--version").output)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["no-such-command"],
+        ["train"],
+        ["train", "recipe.yaml", "not an override"],
+        ["train", "recipe.yaml", "--no-such-flag"],
+        ["evaluate", "run", "--rows", "0"],
+        ["evaluate", "run", "--rows", "many"],
+        ["ask", "run"],
+        ["ask", "run", __file__],  # a file where the question belongs
+    ],
+)
+def test_wrong_usage_exits_with_2(inside, words):
+    done = inside(*words)
+    assert done.exit_code == 2, done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["train", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "{folder}/recipe.yaml", "training.learning_rat=1"], "learning_rate"),
+        (["train", "{folder}/recipe.yaml", "training.warmup_step=1", "output={folder}/new1"], "warmup_steps"),
+        (["train", "{folder}/recipe.yaml", "data.answer={no_column}", "output={folder}/new2"], "no_column"),
+        (["train", "{folder}/recipe.yaml", "model.name={folder}/nothing", "output={folder}/new3"], "nothing"),
+        (["evaluate", "{folder}/nothing"], "nothing"),
+        (["evaluate", "{folder}/model"], "--data"),
+        (["ask", "{folder}/nothing", "What is it?"], "nothing"),
+        (["ask", "{folder}/model", "{folder}/none.png", "What is it?"], "none.png"),
+        (["ask", "{folder}/model", "{folder}/recipe.yaml", "What is it?"], "recipe.yaml"),
+    ],
+)
+def test_what_is_wrong_is_one_line(inside, folder, words, says):
+    done = inside(*[word.replace("{folder}", str(folder)) for word in words])
+    assert done.exit_code == 1, done.output
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("phi3v: ")
+    assert says in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [["--debug", "train", "nowhere.yaml"], ["train", "nowhere.yaml", "--debug"]])
+def test_debug_shows_the_traceback(inside, words):
+    done = inside(*words)
+    assert done.exit_code == 1
+    assert "Traceback" in done.stderr and done.stderr.splitlines()[-1].startswith("phi3v: ")
+
+
+def test_a_fault_nobody_foresaw_is_one_line_too(inside, monkeypatch):
+    def fail(path, overrides):
+        raise RuntimeError("something\nunforeseen")
+
+    monkeypatch.setattr("phi3v.recipe.Recipe.load", fail)
+    done = inside("train", "recipe.yaml")
+    assert done.exit_code == 1
+    assert done.stderr == "phi3v: RuntimeError: something unforeseen (run again with --debug to see where)\n"
+
+
+def test_an_interrupt_is_one_line_and_130(inside, monkeypatch):
+    def interrupt(path, overrides):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("phi3v.recipe.Recipe.load", interrupt)
+    done = inside("train", "recipe.yaml")
+    assert (done.exit_code, done.stderr) == (130, "phi3v: interrupted\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+def test_ctrl_c_stops_a_training(folder):
+    output = folder / "interrupted"
+    words = [
+        "train",
+        folder / "recipe.yaml",
+        "training.max_steps=100000",
+        "training.logging_steps=1",
+        f"output={output}",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "phi3v", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    waited = time.monotonic() + 90
+    while not (output / "metrics.jsonl").is_file() and time.monotonic() < waited and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors.splitlines()[-1] == "phi3v: interrupted" and "Traceback" not in errors
+
+
+def test_train_shows_what_trains_and_writes_a_whole_run(trained, folder):
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stderr == ""
+    for words in ("what trains", "language model", "vision tower", "held-out rows", "exact match", "report.html"):
+        assert words in trained.stdout
+    names = "recipe.yaml versions.json metrics.jsonl adapter predictions.jsonl evaluation.json report.html".split()
+    assert not [name for name in names if not (folder / "run" / name).exists()]
+
+
+def test_train_again_says_that_it_is_finished(trained, folder):
+    again = phi3v("train", folder / "recipe.yaml", "--json")
+    assert again.returncode == 0, again.stderr
+    result = json.loads(again.stdout)
+    assert (result["status"], result["steps"]) == ("finished", 2)
+    assert result["evaluation"]["rows"] == 6 and result["report"] == str(folder / "run" / "report.html")
+
+
+def test_json_of_a_training_is_alone_on_standard_output(folder):
+    done = phi3v("train", folder / "recipe.yaml", f"output={folder / 'other'}", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1
+    assert result["status"] == "trained" and result["trainable"]["language model"]["trainable"] > 0
+    assert "what trains" in done.stderr
+
+
+def test_evaluate(trained, folder):
+    run = folder / "run"
+    assert "same answer to all" in phi3v("evaluate", run).stdout
+    done = phi3v("evaluate", run, "--rows", 2, "--data", folder / "recipe.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["rows"] == 2 and result["base"] == str(folder / "model")
+    assert set(result["scores"]) == {"base", "tuned"}
+
+
+def test_ask_streams_and_answers_the_same_for_machines(trained, folder):
+    photos = [folder / "photos" / "0.png", folder / "photos" / "1.png"]
+    streamed = phi3v("ask", folder / "run", *photos, "Which colours?")
+    done = phi3v("ask", folder / "run", *photos, "Which colours?", "--json")
+    assert (streamed.returncode, done.returncode) == (0, 0), streamed.stderr + done.stderr
+    result = json.loads(done.stdout)
+    assert streamed.stdout == result["answer"] + "\n" and result["answer"]
+    assert result["images"] == list(map(str, photos)) and result["question"] == "Which colours?"
+    assert streamed.stderr == "" and done.stderr == ""
+
+
+def test_a_reader_that_goes_away_is_no_traceback(trained, folder):
+    command = f'"{sys.executable}" -m phi3v ask "{folder}/run" "{folder}/photos/0.png" "What colour?" | true'
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr and "Error" not in done.stderr
