@@ -1,0 +1,111 @@
+"""The story of `phi3v demo`: in short with an untrained model and few products, and whole, as a newcomer sees it."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_models import write_tiny_model
+
+from phi3v.cli_screen import show_demo
+from phi3v.demo.catalogue import write_catalogue
+from phi3v.demo.run import demo_recipe, run_demo, shuffle_answers
+
+SHORT = ["training.max_steps=2", "evaluation.max_new_tokens=4", "report.samples=2", "evaluation.rows=6"]
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A demo of a moment: few products, an untrained model, two steps. What was said, and what came back."""
+    folder = tmp_path_factory.mktemp("demo")
+    torch.set_num_threads(1)
+    write_catalogue(folder / "products", train=16, test=8)
+    overrides = [f"model.name={json.dumps(str(write_tiny_model(folder / 'model')))}", *SHORT]
+    said: list[str] = []
+    return folder, said, run_demo(folder, overrides=overrides, say=said.append), overrides
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_figure_of_the_story_is_there(short):
+    folder, said, story, _ = short
+    assert story["evaluation"]["rows"] == 6 and set(story["evaluation"]["scores"]) == {"base", "tuned"}
+    assert list(story["controls"]) == [
+        "most frequent answer to everything",
+        "pictures blanked",
+        "pictures swapped",
+        "pictures swapped, judged by the picture shown",
+        "tuned on shuffled answers",
+    ]
+    assert all(0 <= share["hits"] <= share["total"] == 6 for share in story["controls"].values())
+    assert len(story["samples"]) == 3 and story["seconds"] > 0 and len(said) >= 4
+    assert json.loads((folder / "demo.json").read_text()) == story
+    html = Path(story["report"]).read_text(encoding="utf-8")
+    assert "tuned on shuffled answers" in html and html.count("<img") == 2
+
+
+def test_the_same_call_again_trains_nothing(short):
+    folder, _, story, overrides = short
+    began = {path: path.stat().st_mtime_ns for path in folder.glob("*/adapter/*")}
+    assert began
+    again = run_demo(folder, overrides=overrides)
+    assert {path: path.stat().st_mtime_ns for path in began} == began
+    assert again["controls"] == story["controls"] and again["evaluation"] == story["evaluation"]
+
+
+def test_shuffled_answers_are_the_same_answers_on_other_photos(short):
+    folder = short[0]
+    dealt, own = read_table(folder / "products/train_shuffled.csv"), read_table(folder / "products/train.csv")
+    answer = ("title", "category3_code", "full_price")
+    assert [row["imageurl"] for row in dealt] == [row["imageurl"] for row in own]
+    answers = [[tuple(row[name] for name in answer) for row in rows] for rows in (dealt, own)]
+    assert sorted(answers[0]) == sorted(answers[1])
+    moved = sum(mine != theirs for mine, theirs in zip(*answers, strict=True))
+    assert moved >= 12
+    again = shuffle_answers(folder / "products/train.csv").read_bytes()
+    assert again == (folder / "products/train_shuffled.csv").read_bytes()
+
+
+def test_the_screen_shows_the_whole_story(short):
+    story = short[2]
+    console = Console(width=100, record=True, file=io.StringIO())
+    show_demo(console, story)
+    text = console.export_text()
+    for words in ("exact match", "full_price", "mean absolute error", "pictures blanked", "expected", story["try"]):
+        assert words in text, words
+
+
+def test_demo_recipe_is_a_recipe_on_the_model_of_the_package(tmp_path):
+    recipe = demo_recipe(tmp_path / "train.csv", tmp_path / "test.csv", tmp_path / "run")
+    assert Path(recipe.model.name).name == "tiny" and recipe.output == str(tmp_path / "run")
+    assert recipe.data.train == str(tmp_path / "train.csv")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_demo_as_a_newcomer_sees_it(tmp_path):
+    """At most 5 % before, at least 90 % after, on at least 200 unseen products; the controls do not get there."""
+    began = time.monotonic()
+    command = [sys.executable, "-m", "phi3v", "demo", "--output", str(tmp_path / "demo"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds = time.monotonic() - began
+    story = json.loads(done.stdout)
+    scores, controls = story["evaluation"]["scores"], story["controls"]
+    assert story["evaluation"]["rows"] >= 200
+    assert scores["base"]["exact_match"]["value"] <= 0.05
+    assert scores["tuned"]["exact_match"]["value"] >= 0.90
+    assert scores["tuned"]["fields"]["full_price"]["accuracy"]["value"] >= 0.90
+    most_frequent = controls["most frequent answer to everything"]["high"]
+    assert controls["pictures blanked"]["value"] <= most_frequent
+    assert controls["pictures swapped"]["value"] <= most_frequent
+    assert controls["tuned on shuffled answers"]["value"] <= most_frequent
+    assert seconds < 300
