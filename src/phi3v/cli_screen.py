@@ -91,7 +91,10 @@ class Screen:
         self._bars.update(self._tasks[stage], completed=done, total=total, note=note)
 
     def say(self, line: str) -> None:
-        """Print a line above the bars."""
+        """Print a line above the bars; what follows is a new chapter with bars of its own."""
+        self._tasks.clear()
+        self._tenths.clear()
+        self._losses.clear()
         self.console.print(line, markup=False)
 
     def _note(self) -> str:
