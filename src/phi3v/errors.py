@@ -1,8 +1,8 @@
 """Errors that phi3v raises on purpose.
 
-Every class also is the standard error it stands for, so callers may catch either. A message is one line that says what is
-wrong, where, the limit that was broken and the way out; the command line prints exactly that line and exits with code 1.
-To add a class: derive from `Phi3VError` and from the closest built-in exception.
+Every class also is the standard error it stands for, so callers may catch either. A message is one line that says what
+is wrong, where, the limit that was broken and the way out; the command line prints exactly that line and exits with
+code 1. To add a class: derive from `Phi3VError` and from the closest built-in exception.
 """
 
 

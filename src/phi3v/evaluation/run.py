@@ -279,7 +279,7 @@ def prediction_rows(
                 "images": [image.path for image in row.images],
                 "question": row.question,
                 **texts,
-                "right": texts["tuned"].strip() == row.answer.strip(),
+                "right": tuned[position].strip() == row.answer.strip(),
                 "fields": fields if template.separable else {},
             }
         )
