@@ -1,7 +1,7 @@
 """The golden model cases, and the tiny models they were made with, as fixtures of the model tests.
 
 A golden folder holds `cases.json`, `case_inputs.safetensors`, `case_outputs.safetensors` and `models/`. Two exist: the
-frozen subset in `tests/golden`, always there, and the full set of the shared reference data. Both are read by this class.
+frozen subset in `tests/golden`, always there, and the full set of the shared reference data. This class reads both.
 """
 
 import functools

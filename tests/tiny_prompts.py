@@ -34,7 +34,9 @@ def prompt(seed: int, words: list[int], grids: tuple = (), image_id: int | None 
         slots = max(h * w for h, w in grids) + 1
         pixels = torch.zeros(len(grids), slots, 3, 336, 336)
         for number, (h, w) in enumerate(grids):
-            coarse = torch.randn(h * w + 1, 3, 28, 28, generator=random).repeat_interleave(12, 2).repeat_interleave(12, 3)
+            coarse = (
+                torch.randn(h * w + 1, 3, 28, 28, generator=random).repeat_interleave(12, 2).repeat_interleave(12, 3)
+            )
             pixels[number, : h * w + 1] = coarse + 0.1 * torch.randn(h * w + 1, 3, 336, 336, generator=random)
         made |= {"pixel_values": pixels, "image_sizes": torch.tensor([[336 * h, 336 * w] for h, w in grids])}
     made["labels"] = torch.full_like(ids, -100)[None]

@@ -1,7 +1,7 @@
 """Cuts the frozen model cases of this folder out of the full golden set: `python tests/golden/freeze_models.py FULL`.
 
-Kept: every case of the tiny models with its inputs, generated tokens, scores, losses and the norms of all gradients; of
-logits, intermediates and large gradients every so many rows (recorded in `cases.json`), so that all of it weighs a few MB.
+Kept: every case of the tiny models with its inputs, generated tokens, scores, losses and the norms of all gradients;
+of logits, intermediates and large gradients every so many rows (recorded in `cases.json`), a few MB in all.
 """
 
 import json

@@ -69,7 +69,7 @@ def test_generate_keeps_the_callers_order(model, mix, side):
     rows = rows_of(model, mix)
     batch = without(batch_of(rows, side), "labels")
     before = frozen_copy(batch)
-    options = dict(max_new_tokens=6, do_sample=False, output_scores=True, return_dict_in_generate=True)
+    options = {"max_new_tokens": 6, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
     together = model.generate(**batch, **options)
     assert_untouched(batch, before)
     width = batch["input_ids"].shape[1]
@@ -77,7 +77,9 @@ def test_generate_keeps_the_callers_order(model, mix, side):
         alone = model.generate(**without(row, "labels"), **options)
         length = row["input_ids"].shape[1]
         assert torch.equal(together.sequences[number, width:], alone.sequences[0, length:])
-        assert torch.equal(together.sequences[number, width - length : width], row["input_ids"][0]), "prompts end up left-padded"
+        assert torch.equal(together.sequences[number, width - length : width], row["input_ids"][0]), (
+            "prompts end up left-padded"
+        )
         for step_together, step_alone in zip(together.scores, alone.scores, strict=True):
             assert_close(step_together[number], step_alone[0], rtol=0, atol=TOLERANCE)
 
@@ -85,9 +87,13 @@ def test_generate_keeps_the_callers_order(model, mix, side):
 def test_rows_that_end_early_are_padded_and_the_others_go_on():
     model = tiny_model()
     rows = [prompt(seed, [10 + seed]) for seed in range(3)]
-    free = [model.generate(**without(row, "labels"), max_new_tokens=8, do_sample=False)[0, -8:].tolist() for row in rows]
+    free = [
+        model.generate(**without(row, "labels"), max_new_tokens=8, do_sample=False)[0, -8:].tolist() for row in rows
+    ]
     stop = free[0][2]
-    together = model.generate(**without(batch_of(rows, "right"), "labels"), max_new_tokens=8, do_sample=False, eos_token_id=stop)
+    together = model.generate(
+        **without(batch_of(rows, "right"), "labels"), max_new_tokens=8, do_sample=False, eos_token_id=stop
+    )
     for number, tokens in enumerate(together[:, 12:].tolist()):
         expected = free[number][: free[number].index(stop) + 1] if stop in free[number] else free[number]
         assert tokens == (expected + [PAD] * 8)[: len(tokens)]
@@ -131,7 +137,7 @@ def test_features_computed_once_stand_for_the_pixels():
     again = {**without(one, "pixel_values", "labels"), "image_features": features.last_hidden_state}
     with torch.no_grad():
         assert torch.equal(model(**again).logits, model(**without(one, "labels")).logits)
-    options = dict(max_new_tokens=4, do_sample=False)
+    options = {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(model.generate(**again, **options), model.generate(**without(one, "labels"), **options))
 
 
@@ -176,7 +182,9 @@ class Calls:
     def __init__(self, **modules):
         self.shapes: dict[str, list] = {name: [] for name in modules}
         for name, module in modules.items():
-            module.register_forward_hook(lambda module, args, output, name=name: self.shapes[name].append(args[0].shape))
+            module.register_forward_hook(
+                lambda module, args, output, name=name: self.shapes[name].append(args[0].shape)
+            )
 
 
 def test_only_real_crops_go_through_the_tower_and_never_its_last_layer():
@@ -189,7 +197,9 @@ def test_only_real_crops_go_through_the_tower_and_never_its_last_layer():
     model(**batch).loss.backward()
     real_crops = 2 + 5 + 3
     assert [shape[0] for shape in calls.shapes["embeddings"]] == [real_crops]
-    assert [shape[0] for shape in calls.shapes["layer0"]] == [shape[0] for shape in calls.shapes["layer1"]] == [real_crops]
+    assert (
+        [shape[0] for shape in calls.shapes["layer0"]] == [shape[0] for shape in calls.shapes["layer1"]] == [real_crops]
+    )
     assert calls.shapes["layer2"] == calls.shapes["post"] == []
     assert all(value.grad is None for value in tower.encoder.layers[-1].parameters())
 
@@ -234,7 +244,10 @@ def test_logits_at_labels_equal_the_full_path(num_items):
         model.zero_grad()
         output = model(**batch, logits_at_labels=at_labels, num_items_in_batch=num_items)
         output.loss.backward()
-        results[at_labels] = output, {key: value.grad for key, value in model.named_parameters() if value.grad is not None}
+        results[at_labels] = (
+            output,
+            {key: value.grad for key, value in model.named_parameters() if value.grad is not None},
+        )
     (full, full_gradients), (few, few_gradients) = results[False], results[True]
     trained = batch["labels"][:, 1:] != -100
     assert few.logits.shape == (int(trained.sum()), 512) and 0 < trained.sum() < trained.numel()

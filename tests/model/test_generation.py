@@ -26,7 +26,7 @@ from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 TOLERANCE = 1e-4
 LONG = ("tiny_phi3v_long", "tiny_phi35v_long")
 LIMIT = 64  # the original context of both
-GREEDY = dict(do_sample=False, max_new_tokens=12, output_scores=True, return_dict_in_generate=True)
+GREEDY = {"do_sample": False, "max_new_tokens": 12, "output_scores": True, "return_dict_in_generate": True}
 
 
 @pytest.fixture(scope="module", params=LONG)
@@ -57,7 +57,13 @@ def assert_every_step_is_a_full_pass(model, prompts, output, width):
             with torch.no_grad():
                 expected = model(whole, use_cache=False, logits_to_keep=1, **images).logits[0, -1]
             sayable = torch.arange(len(expected)) != model.config.image_token_id
-            assert_close(scores[row][sayable], expected[sayable], rtol=0, atol=TOLERANCE, msg=lambda text, at=(row, step): f"{at}: {text}")
+            assert_close(
+                scores[row][sayable],
+                expected[sayable],
+                rtol=0,
+                atol=TOLERANCE,
+                msg=lambda text, at=(row, step): f"{at}: {text}",
+            )
 
 
 @pytest.fixture
@@ -79,7 +85,9 @@ def rebuilt(model, monkeypatch):
                 if isinstance(getattr(old, name, None), torch.Tensor):
                     assert torch.equal(getattr(old, name)[others], getattr(now, name)[others])
         for row in log[seen:]:
-            assert not any(torch.equal(o.keys[row], n.keys[row]) for o, n in zip(before.layers, cache.layers, strict=True))
+            assert not any(
+                torch.equal(o.keys[row], n.keys[row]) for o, n in zip(before.layers, cache.layers, strict=True)
+            )
 
     monkeypatch.setattr(Phi3VForCausalLM, "_full_pass", spy_pass)
     monkeypatch.setattr(Phi3VForCausalLM, "_rebuild_long_rows", spy_rebuild)
@@ -112,8 +120,14 @@ def test_rows_cross_at_their_own_step_or_at_the_same(model, rebuilt):
 
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}])
 def test_crossing_with_beams(model, rebuilt, cache):
-    options = dict(num_beams=3, num_return_sequences=2, max_new_tokens=12, do_sample=False, output_scores=True,
-                   return_dict_in_generate=True)  # fmt: skip
+    options = {
+        "num_beams": 3,
+        "num_return_sequences": 2,
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "output_scores": True,
+        "return_dict_in_generate": True,
+    }
     batch = batched(words(58, 30))
     cached = model.generate(**batch, **options, **cache)
     assert sorted(rebuilt) == [0, 1, 2], "the three beams of the first row"
@@ -194,7 +208,7 @@ def test_a_conversation_continued_without_its_ids_refuses_to_cross(model):
 
 
 def test_a_prompt_in_chunks(model):
-    """The ids before a chunk are not known to it: within the limit that is no matter, across it the answer is an error."""
+    """The ids before a chunk are not known to it: no matter within the limit, an error across it."""
     one = words(50)[0]
     expected = model.generate(**one, **GREEDY)
     chunked = model.generate(**one, **GREEDY, prefill_chunk_size=16)
@@ -210,7 +224,9 @@ def test_generation_with_embeddings_instead_of_ids():
     one = without(prompt(0, [4, 9], [(1, 1)]), "labels")
     with torch.no_grad():
         embeddings = model.model.embed(one["input_ids"], one["pixel_values"], one["image_sizes"])
-    new = model.generate(inputs_embeds=embeddings, attention_mask=one["attention_mask"], max_new_tokens=6, do_sample=False)
+    new = model.generate(
+        inputs_embeds=embeddings, attention_mask=one["attention_mask"], max_new_tokens=6, do_sample=False
+    )
     assert torch.equal(new, model.generate(**one, max_new_tokens=6, do_sample=False)[:, -6:])
 
 
@@ -220,8 +236,10 @@ def test_generation_with_embeddings_instead_of_ids():
 @pytest.fixture(scope="module")
 def mixed():
     """Rows with two, no and one image."""
-    return [without(prompt(s, *row), "labels") for s, row in enumerate(
-        [([4, 2, 5], [(1, 1), (1, 2)]), ([17],), ([3, 6], [(2, 1)])])]  # fmt: skip
+    return [
+        without(prompt(s, *row), "labels")
+        for s, row in enumerate([([4, 2, 5], [(1, 1), (1, 2)]), ([17],), ([3, 6], [(2, 1)])])
+    ]
 
 
 @pytest.mark.parametrize("search", ["greedy", "sample", "beams", "beam sampling"])
@@ -250,7 +268,13 @@ def test_caches_and_searches_equal_recomputation(mixed, kind, search):
 
 def test_beams_with_several_images_a_row_equal_each_row_alone(mixed):
     model = tiny_model()
-    options = dict(num_beams=3, num_return_sequences=3, max_new_tokens=6, return_dict_in_generate=True, output_scores=True)
+    options = {
+        "num_beams": 3,
+        "num_return_sequences": 3,
+        "max_new_tokens": 6,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
     together = model.generate(**batched(mixed), **options)
     for number, one in enumerate(mixed):
         alone = model.generate(**one, **options)
@@ -332,8 +356,9 @@ def test_the_image_token_is_never_generated(published):
     new = published.generate(torch.tensor([[5, 6]]), max_new_tokens=4, do_sample=False, suppress_tokens=None)
     assert 32044 in new.tolist()[0], "the puppet works where the caller allows every token"
     published.generation_config.suppress_tokens = [7]
-    new = published.generate(torch.tensor([[5, 6]]), max_new_tokens=4, do_sample=False, output_scores=True,
-                             return_dict_in_generate=True)  # fmt: skip
+    new = published.generate(
+        torch.tensor([[5, 6]]), max_new_tokens=4, do_sample=False, output_scores=True, return_dict_in_generate=True
+    )
     assert 32044 not in new.sequences.tolist()[0]
     assert all(step[0, 7] == -torch.inf for step in new.scores), "tokens suppressed by the model's own settings stay so"
 
@@ -350,9 +375,9 @@ def test_prompts_as_the_first_positional_argument_and_masks_of_booleans():
     batch = batched(prompts, "right")
     expected = model.generate(**batch, max_new_tokens=5, do_sample=False)
     mask = batch["attention_mask"]
-    assert torch.equal(model.generate(batch["input_ids"], attention_mask=mask, max_new_tokens=5, do_sample=False), expected)
+    assert torch.equal(
+        model.generate(batch["input_ids"], attention_mask=mask, max_new_tokens=5, do_sample=False), expected
+    )
     as_bool = model.generate(**{**batch, "attention_mask": mask.bool()}, max_new_tokens=5, do_sample=False)
     assert torch.equal(as_bool, expected)
     assert expected[0, :5].tolist() == [PAD] * 5
-
-

@@ -1,7 +1,7 @@
-"""Equality with Microsoft's original code on its golden vectors: logits, losses, gradients, intermediates, greedy tokens.
+"""Equality with Microsoft's original code on its golden vectors: logits, losses, gradients, greedy tokens.
 
-Every case runs on the frozen subset (always) and on the full set (where the shared reference data is). The four allowed
-exceptions are named here, each with a test that states what this implementation does instead. docs/numerics.md explains.
+Every case runs on the frozen subset (always) and on the full set (where the shared reference data is). The four
+allowed exceptions are named here, each with a test that states what this implementation does instead. docs/numerics.md explains.
 """
 
 import pytest
@@ -14,8 +14,8 @@ NOISE = 1e-4  # norms below this share of the largest one are rounding noise (bi
 
 ROPE = ("rope_real", "rope_tiny", "rope_tiny35")
 FORWARD = (
-    "text text_leftpad text_leftpad_nopos text_rightpad_loss img1 img2 img_batch2 img_mixed_batch img_12crops long_text100 "
-    "long_text64 long_text65 long_leftpad_kvlen_only long_img1 long35_text100 long35_text64"
+    "text text_leftpad text_leftpad_nopos text_rightpad_loss img1 img2 img_batch2 img_mixed_batch img_12crops "
+    "long_text100 long_text64 long_text65 long_leftpad_kvlen_only long_img1 long35_text100 long35_text64"
 ).split()
 GENERATE = "gen_text gen_text_leftpad gen_img1 gen_img2 gen_long80 gen35_cross".split()
 EXCEPTIONS = ("gen_cross", "long35_leftpad_kvlen_only", "img2_swapped_tags", "long_leftpad")
@@ -122,8 +122,10 @@ def test_intermediates_of_img1(gold, models):
     def keep(name):
         return lambda module, arguments, output: seen.update({f"{name}.in": arguments[0], f"{name}.out": output})
 
-    hooks = [module.register_forward_hook(keep(name)) for name, module in (
-        ("tower", vision.img_processor), ("projection", vision.img_projection))]  # fmt: skip
+    hooks = [
+        module.register_forward_hook(keep(name))
+        for name, module in (("tower", vision.img_processor), ("projection", vision.img_projection))
+    ]
     batch = gold.batch("img1")
     with torch.no_grad():
         output = model(**batch, output_hidden_states=True, use_cache=False)
@@ -197,7 +199,7 @@ def test_long35_leftpad_kvlen_only_rows_are_within_the_limit_and_equal_their_sol
 
 
 def test_long_leftpad_decides_rope_for_each_sequence(gold, models):
-    """A row beyond the limit is the original's; rows within it equal their solo run, which the original's batch does not."""
+    """A row beyond the limit is the original's; rows within it equal their solo run, unlike in the original."""
     model, batch = models("tiny_phi3v_long"), gold.batch("long_leftpad")
     mask, limit = batch["attention_mask"].bool(), model.config.original_max_position_embeddings
     with torch.no_grad():

@@ -40,8 +40,10 @@ HD_EMBEDDING = {
     "with_learnable_separator": True,
 }
 
-# Fields of every transformers configuration that say nothing about this model; Microsoft's files do not have them.
+# Fields of every transformers configuration that say nothing about this model, and the path it was loaded from, which
+# says something about its user.
 NOT_WRITTEN = {
+    "_name_or_path",
     "chunk_size_feed_forward",
     "id2label",
     "is_encoder_decoder",

@@ -6,6 +6,7 @@ adapters need no renaming. Image features stand at ordinary causal positions; th
 Letters: B rows, S positions, T image tokens of the batch, H hidden size, D head size.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,11 +79,20 @@ class Phi3VRotaryEmbedding(nn.Module):
             long, _ = longrope(self.config, "cpu", seq_len=self.limit + 1)
         return short, long, scaling
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        """Moves with the model, but stays in float32: `model.bfloat16()` would round the frequencies."""
+        super()._apply(fn, recurse)
+        if self.short_inv_freq.dtype != torch.float32:
+            short, long, _ = self.frequencies()
+            device = self.short_inv_freq.device
+            self.short_inv_freq, self.long_inv_freq = short.to(device), long.to(device)
+        return self
+
     @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine `[B, S, D]` in the dtype of `x`, computed in float32, for positions `[B, S]`."""
         is_long = (sequence_lengths(position_ids) > self.limit)[..., None]
-        inv_freq = torch.where(is_long, self.long_inv_freq.float(), self.short_inv_freq.float())
+        inv_freq = torch.where(is_long, self.long_inv_freq, self.short_inv_freq)
         angles = position_ids[..., None].float() * inv_freq
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
