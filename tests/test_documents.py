@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 RECIPES = sorted([*ROOT.glob("recipes/*.yaml"), *ROOT.glob("examples/*.py")])
 # Folders that the tree shows as one line, because their files are listed elsewhere or follow one pattern.
-LISTED_IN_FULL = ("src/phi3v", "recipes", "examples", "docs")
+LISTED_IN_FULL = ("src/phi3v", "recipes", "examples", "scripts", "docs")
 
 
 def tree_entries() -> dict[str, str]:

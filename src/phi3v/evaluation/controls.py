@@ -87,7 +87,8 @@ def swap_images(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     The partner is the first fitting row from half the list onwards, so that neighbours, which often are alike, do not
     meet; a row without a partner is left out. Unopened rows are small, so both lists are whole.
 
-    Example: answers [cat, dog, cat, dog] -> own [0, 1, 2, 3], others [3, 0, 1, 2]: row 0 looks at row 2 (a cat), then 3.
+    Example: answers [cat, dog, cat, dog] -> own [0, 1, 2, 3], others [3, 0, 1, 2]: row 0 looks at row 2 (a cat), then
+    at row 3.
     Raises: DataError when no row has a partner.
     """
     everyone = list(rows)
