@@ -72,14 +72,14 @@ def test_every_line_of_the_tree_says_what_it_is() -> None:
 def command_lines() -> list[tuple[str, str]]:
     """Every `phi3v ...` that a document, a recipe or an example tells a reader to type: (file, command line).
 
-    Taken are lines of code blocks and of comments that begin with `phi3v ` (after `$ ` or `#`), and inline code.
+    Taken are lines of code blocks and indented lines of comments that begin with `phi3v `, and inline code.
     """
     found = []
     for path in [*DOCUMENTS, *RECIPES]:
         text = path.read_text(encoding="utf-8").replace("\\\n", " ")
-        lines = (
-            re.findall(r"^[ \t]*(?:#[ \t]*|\$ )?(phi3v [a-z-][^`\n]*)$", text, re.MULTILINE) if path in RECIPES else []
-        )
+        lines = []
+        if path in RECIPES:  # heads of recipes and docstrings of examples set commands off by indentation
+            lines = re.findall(r"^(?:#[ \t]{2,}|[ \t]{4})(phi3v [a-z-][^`\n]*)$", text, re.MULTILINE)
         for block in re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
             lines += re.findall(r"^(?:\$ )?(phi3v .*)$", block, re.MULTILINE)
         lines += re.findall(r"`(phi3v [a-z-][^`\n]*)`", text)
