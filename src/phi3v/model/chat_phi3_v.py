@@ -14,6 +14,7 @@ may be handed on, cut, joined and tokenised later. Text without control tokens r
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from typing import Any
 from tokenizers import Tokenizer, normalizers
 
 from phi3v.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 ROLES = ("system", "user", "assistant")
 
@@ -74,11 +77,21 @@ MICROSOFT_TEMPLATE_SHA256 = "79e4ca4b7d902dc73772bbde0c62459f93871f4c17827e8e41a
 
 
 def choose_template(*templates: str | dict[str, str] | None) -> str | dict[str, str]:
-    """The first template there is, or `CHAT_TEMPLATE` when there is none or it is Microsoft's, which knows no parts."""
+    """The first template there is, or `CHAT_TEMPLATE` when there is none or it cannot place images.
+
+    Microsoft's own joins strings; `CHAT_TEMPLATE` renders the same text. Another template without content parts (one
+    that never asks for a part's `type`) is replaced too, with a warning, since images have no place in it.
+    """
     for template in templates:
-        if template is not None:
-            is_microsofts = isinstance(template, str) and digest(template) == MICROSOFT_TEMPLATE_SHA256
-            return CHAT_TEMPLATE if is_microsofts else template
+        if not isinstance(template, str):
+            if template is not None:
+                return template
+            continue
+        if "type" in template:
+            return template
+        if digest(template) != MICROSOFT_TEMPLATE_SHA256:
+            logger.warning("the chat template of these files cannot place images; Phi-3-Vision's own is used instead")
+        return CHAT_TEMPLATE
     return CHAT_TEMPLATE
 
 
