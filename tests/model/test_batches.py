@@ -235,14 +235,14 @@ def test_a_frozen_tower_records_nothing_for_autograd(frozen):
 
 
 @pytest.mark.parametrize("num_items", [None, 7, torch.tensor(7)])
-def test_logits_at_labels_equal_the_full_path(num_items):
+def test_trained_logits_only_equal_the_full_path(num_items):
     model = tiny_model()
     batch = batch_of([prompt(0, [4, 9], [(1, 1)]), prompt(1, [12])], "right")
     results = {}
     calls = Calls(head=model.lm_head)
     for at_labels in (False, True):
         model.zero_grad()
-        output = model(**batch, logits_at_labels=at_labels, num_items_in_batch=num_items)
+        output = model(**batch, trained_logits_only=at_labels, num_items_in_batch=num_items)
         output.loss.backward()
         results[at_labels] = (
             output,
@@ -259,11 +259,11 @@ def test_logits_at_labels_equal_the_full_path(num_items):
         assert_close(few_gradients[key], value, rtol=0, atol=2e-5 * max(float(value.abs().max()), 1e-3))
 
 
-def test_logits_at_labels_without_labels_or_without_trained_tokens():
+def test_trained_logits_only_without_labels_or_without_trained_tokens():
     model, one = tiny_model(), prompt(0, [12])
-    with pytest.raises(ValueError, match="logits_at_labels needs labels"):
-        model(**without(one, "labels"), logits_at_labels=True)
-    output = model(**{**one, "labels": torch.full_like(one["labels"], -100)}, logits_at_labels=True)
+    with pytest.raises(ValueError, match="trained_logits_only needs labels"):
+        model(**without(one, "labels"), trained_logits_only=True)
+    output = model(**{**one, "labels": torch.full_like(one["labels"], -100)}, trained_logits_only=True)
     output.loss.backward()
     assert output.loss.item() == 0 and output.logits.shape == (0, 512)
 

@@ -228,7 +228,7 @@ def test_a_new_model_is_initialised_throughout():
 
 
 def published_config() -> dict:
-    """The fields of the published files; the siblings have the same shapes, and the tiny model has real rope factors."""
+    """The fields of the published files (one shape for both siblings); the tiny model has real rope factors."""
     tiny = json.loads((FROZEN / "models" / "tiny_phi3v" / "config.json").read_text())
     sizes = {
         "vocab_size": 32064,

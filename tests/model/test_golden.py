@@ -1,7 +1,8 @@
 """Equality with Microsoft's original code on its golden vectors: logits, losses, gradients, greedy tokens.
 
 Every case runs on the frozen subset (always) and on the full set (where the shared reference data is). The four
-allowed exceptions are named here, each with a test that states what this implementation does instead. docs/numerics.md explains.
+allowed exceptions are named here, each with a test that states what this implementation does instead. The reasons are
+in docs/numerics.md.
 """
 
 import pytest

@@ -96,7 +96,7 @@ def test_gradient_checkpointing_changes_no_gradient(batch, at_labels):
         model.model.layers[0].mlp.register_forward_pre_hook(lambda *args, calls=calls: calls.append("decoder"))
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        output = model(**batch, logits_at_labels=at_labels)
+        output = model(**batch, trained_logits_only=at_labels)
         output.loss.backward()
         assert calls.count("tower") == calls.count("decoder") == (2 if checkpointing else 1), (
             "forward, and again backward"
@@ -162,7 +162,7 @@ def test_autocast_trains_float32_weights(batch, eager):
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.05, losses
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_close(model(**batch, logits_at_labels=True).loss, model(**batch).loss, rtol=0, atol=0.02)
+        assert_close(model(**batch, trained_logits_only=True).loss, model(**batch).loss, rtol=0, atol=0.02)
 
 
 def test_device_map_with_offload_to_cpu_and_disk(tmp_path, batch):

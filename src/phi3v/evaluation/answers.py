@@ -87,4 +87,4 @@ def summed_loss(model: Any, batch: Mapping[str, Any]) -> tuple[float, int]:
     count = int((batch["labels"][:, 1:] != -100).sum())
     if count == 0:
         return 0.0, 0
-    return float(model(**batch, logits_at_labels=True).loss) * count, count
+    return float(model(**batch, trained_logits_only=True).loss) * count, count

@@ -251,7 +251,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        logits_at_labels: bool = False,
+        trained_logits_only: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         r"""Runs the model.
@@ -267,15 +267,16 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
             image_sizes: `[images, 2]`, canvas height and width in pixels.
             image_features: `[T, H]` instead of `pixel_values`: what `get_image_features` returned as
                 `last_hidden_state`.
-            labels: `[B, S]`, -100 where nothing is learned. The loss is the mean over the rest, or their sum divided by
-                `num_items_in_batch`.
+            labels: `[B, S]`, -100 where nothing is learned; image tokens are never learned. The loss is the mean over
+                the rest, or their sum divided by `num_items_in_batch`.
             use_cache: whether keys and values are returned.
             logits_to_keep: compute logits for the last so many positions only (0: all).
-            logits_at_labels: compute logits only where a label asks for them; `logits` are then
-                `[trained tokens, vocabulary]`.
+            trained_logits_only: compute logits only where a label asks for them; `logits` are then
+                `[trained tokens, vocabulary]`. (An argument with "label" in its name would be taken for labels by
+                transformers' Trainer.)
 
-        Example: with `labels=[[-100, -100, 7, 8]]` and `logits_at_labels=True` the logits are those of positions 1 and
-        2, which predict 7 and 8.
+        Example: with `labels=[[-100, -100, 7, 8]]` and `trained_logits_only=True` the logits are those of positions 1
+        and 2, which predict 7 and 8.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -290,9 +291,11 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        if logits_at_labels:
+        if labels is not None:  # collators of other libraries copy all ids
+            labels = labels.masked_fill(image_mask(labels, self.config.image_token_id), -100)
+        if trained_logits_only:
             if labels is None:
-                raise ValueError("logits_at_labels needs labels")
+                raise ValueError("trained_logits_only needs labels")
             targets = labels[:, 1:]
             trained = targets != -100
             logits = self.lm_head(hidden_states[:, :-1][trained])

@@ -44,7 +44,7 @@ class StepTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's own loss; label smoothing needs all logits, everything else only those at labels."""
         if self.label_smoother is None and self.compute_loss_func is None:
-            inputs = {**inputs, "logits_at_labels": True}
+            inputs = {**inputs, "trained_logits_only": True}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
