@@ -97,13 +97,20 @@ class TestLayout:
                 )
                 tokenizer.chat_template = theirs
 
-    def test_only_microsofts_template_is_replaced(self, shared):
+    def test_microsofts_template_is_replaced_silently(self, shared, caplog):
         tokenizer = AutoTokenizer.from_pretrained(shared / "phi3v" / "hub" / "Phi-3-vision-128k-instruct")
-        own = "{{ messages[0]['content'] }}"
-        assert choose_template(None, None) == choose_template(None, tokenizer.chat_template) == CHAT_TEMPLATE
-        assert choose_template(tokenizer.chat_template + "\n", own) == CHAT_TEMPLATE
+        assert choose_template(None, tokenizer.chat_template) == CHAT_TEMPLATE
+        assert choose_template(tokenizer.chat_template + "\n", "{{ part['type'] }}") == CHAT_TEMPLATE
+        assert not caplog.records
+
+    def test_templates_without_parts_are_replaced_and_others_kept(self, caplog):
+        own, blind = "{% for part in m %}{{ part['type'] }}{% endfor %}", "{{ messages[0]['content'] }}"
+        assert choose_template(None, None) == CHAT_TEMPLATE
         assert choose_template(own, None) == choose_template(None, own) == own
         assert choose_template({"default": own}, None) == {"default": own}
+        assert not caplog.records
+        assert choose_template(blind, None) == CHAT_TEMPLATE
+        assert "cannot place images" in caplog.text
 
     def test_images_by_path_url_and_base64_keys(self, processor, photos, tmp_path):
         file = tmp_path / "photo.png"
