@@ -5,10 +5,15 @@ allowed exceptions are named here, each with a test that states what this implem
 in docs/numerics.md.
 """
 
+import json
+
 import pytest
 import torch
+from golden_inputs import draw_image, expand_runs
 from golden_models import FROZEN, GoldenSet, golden_set
 from torch.testing import assert_close
+
+from phi3v.model.processing_phi3_v import Phi3VProcessor
 
 LOGITS, LOSS, GRADIENT = 1e-4, 1e-5, 2e-5  # absolute, absolute, share of the largest element
 NOISE = 1e-4  # norms below this share of the largest one are rounding noise (biases of CLIP's keys)
@@ -165,6 +170,44 @@ def solo(model, batch, row):
     real_tokens = batch["attention_mask"][row].bool()
     with torch.no_grad():
         return model(batch["input_ids"][row][real_tokens][None]).logits[0]
+
+
+# ---- from chat to answer, with the real tokenizer ----
+
+E2E = ("e2e_text", "e2e_img1_c4", "e2e_img1_c16", "e2e_turns_c4", "e2e_img2_c16_over4096")
+
+
+@pytest.fixture(scope="module")
+def real_world(shared):
+    """The tiny model with the real vocabulary, the real processor, the recorded cases and their images."""
+    gold = golden_set(shared / "phi3v" / "golden")
+    cases = {case["name"]: case for case in json.loads((gold.folder / "e2e.json").read_text())}
+    specs = json.loads((gold.folder / "processor.json").read_text())["images"]
+    processor = Phi3VProcessor.from_pretrained(shared / "phi3v" / "hub" / "Phi-3-vision-128k-instruct")
+    return gold, gold.model("e2e_phi3v"), processor, cases, {spec["name"]: spec for spec in specs}
+
+
+@pytest.mark.parametrize("name", E2E)
+def test_from_chat_to_answer(real_world, name):
+    gold, model, processor, cases, specs = real_world
+    assert set(cases) == set(E2E)
+    case = cases[name]
+    images = [draw_image(specs[image]) for image in case["images"]] or None
+    batch = processor(text=case["prompt"], images=images, num_crops=case["num_crops"], return_tensors="pt")
+    expected_ids = torch.tensor([expand_runs(case["input_ids_rle"])])
+    assert torch.equal(batch["input_ids"], expected_ids.masked_fill(expected_ids < 0, processor.image_token_id))
+    with torch.no_grad():
+        logits = model(**batch, use_cache=False).logits[0]
+        with_negative_ids = model(**{**batch, "input_ids": expected_ids}, use_cache=False).logits[0]
+    assert torch.equal(logits, with_negative_ids)
+    rows = gold.outputs[f"{name}.logits_rows"]
+    assert_close(logits[-1], gold.outputs[f"{name}.logits_last"], rtol=0, atol=LOGITS)
+    assert_close(logits[rows][:, ::64], gold.outputs[f"{name}.logits_rows_cols64"], rtol=0, atol=LOGITS)
+    new = model.generate(**batch, do_sample=False, max_new_tokens=12, eos_token_id=32000)[
+        0, batch["input_ids"].shape[1] :
+    ]
+    assert new.tolist() == case["new_tokens"]
+    assert processor.decode(new, skip_special_tokens=True) == case["text"]
 
 
 # ---- the allowed exceptions: what is done instead ----
