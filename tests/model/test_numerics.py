@@ -259,6 +259,22 @@ def test_outputs_on_request():
     assert torch.equal(plain[1], output.logits), "a tuple begins with the loss"
 
 
+@pytest.mark.parametrize("window", [8, 131072])
+def test_a_window_that_bites_hides_keys_and_the_published_one_does_not(window):
+    """As transformers counts: a query sees `window` keys, itself included."""
+    model, one = tiny_model(attn="eager", sliding_window=window), prompt(0, [40])
+    with torch.no_grad():
+        output = model(**one, output_attentions=True, use_cache=False)
+    query, key = torch.arange(40)[:, None], torch.arange(40)[None]
+    seen = (key <= query) & (query - key < window)
+    for attention in output.attentions:
+        assert torch.equal(attention[0].min(0).values > 0, seen)
+    with torch.no_grad():
+        new = model.generate(**without(one, "labels"), max_new_tokens=4, do_sample=False)
+        again = model.generate(**without(one, "labels"), max_new_tokens=4, do_sample=False, use_cache=False)
+    assert torch.equal(new, again)
+
+
 def test_dropout_and_training_mode_follow_the_config():
     """Both checkpoints have no dropout: train() equals eval(). A config with one drops image features as well."""
     one = prompt(0, [4, 9], [(1, 1)])
