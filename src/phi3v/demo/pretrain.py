@@ -1,0 +1,318 @@
+"""Pretraining of the tiny model: from random weights to questions about scenes.
+
+`pretrain(...)` trains the package's own classes on `scenes` and returns model and processor; `score` asks held-out
+scenes. Nothing is specific to the demo's catalogue. A scene's questions follow each other in one sequence, so that
+every encoded picture teaches several answers; only answers are trained on. Half of the sequences end with a few
+random pieces of the vocabulary to repeat, which gives every entry of the tables a meaning. `scripts/pretrain_tiny.py`
+is the command.
+
+Letters: B rows, S positions.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerFast
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from phi3v.demo import tokenizer as tiny_tokenizer
+from phi3v.demo.scenes import scene
+from phi3v.model.configuration_phi3_v import Phi3VConfig
+from phi3v.model.image_processing_phi3_v import Phi3VImageProcessor
+from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
+from phi3v.model.processing_phi3_v import Phi3VProcessor
+from phi3v.model.vision_phi3_v import merge_patches
+
+EXPECTED_SCORE = (0.5, 1.0)
+IMAGE_TOKENS = 313  # a square picture at num_crops=1: (1 + 1) * 144 + 1 + (1 + 1) * 12
+ENDOFTEXT, ASSISTANT, END, IMAGE = (tiny_tokenizer.BASE_SIZE + offset for offset in (0, 1, 7, 44))
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of a pretraining run; the defaults made the weights in the package."""
+
+    scenes: int = 60_000
+    batch: int = 16
+    learning_rate: float = 2e-3
+    warmup_steps: int = 150
+    decay_share: float = 0.35
+    seed: int = 0
+    device: str = "cpu"
+    workers: int = 0
+
+
+def tiny_config() -> Phi3VConfig:
+    """The tiny model's shape: Phi-3-V's layout with a tower of 64 channels and a decoder of 128."""
+    half = 16
+    return Phi3VConfig(
+        vocab_size=tiny_tokenizer.EMBEDDING_ROWS,
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=131072,
+        original_max_position_embeddings=4096,
+        rope_scaling={
+            "type": "su",
+            "short_factor": [1.0] * half,
+            "long_factor": [round(32 ** (i / (half - 1)), 6) for i in range(half)],
+        },
+        sliding_window=131072,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=ENDOFTEXT,
+        tie_word_embeddings=False,
+        image_token_id=IMAGE,
+        vision_config={
+            "hidden_size": 64,
+            "intermediate_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 2,
+            "projection_dim": 64,
+        },
+    )
+
+
+def grid_positions(channels: int, amplitude: float, side: int = 24) -> torch.Tensor:
+    """Sines and cosines of row and column for every patch, `[side * side, channels]`: the start of the position table.
+
+    Wavelengths run from four patches to twice the picture, so that neighbours look alike before anything is learned.
+    """
+    frequencies = torch.logspace(math.log10(math.pi / side), math.log10(math.pi / 2), channels // 4)
+    angles = torch.arange(side).float()[:, None] * frequencies
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)
+    both = torch.cat([line[:, None].expand(side, side, -1), line[None].expand(side, side, -1)], dim=-1)
+    return amplitude * both.reshape(side * side, channels)
+
+
+@torch.no_grad()
+def new_model(seed: int) -> Phi3VForCausalLM:
+    """The tiny model with random weights: variance kept from layer to layer, residual branches damped, positions on a
+    grid."""
+    torch.manual_seed(seed)
+    model = Phi3VForCausalLM(tiny_config())
+    for name, parameter in model.named_parameters():
+        if name.endswith("position_embedding.weight"):
+            parameter[0].zero_()
+            parameter[1:] = grid_positions(parameter.shape[1], amplitude=1.4)
+        elif name.endswith(("class_embedding", "_GN")):
+            parameter.normal_(std=0.02)
+        elif name.endswith("embed_tokens.weight"):
+            parameter.normal_(std=0.3)
+        elif name.endswith("lm_head.weight"):
+            parameter.normal_(std=0.02)
+        elif parameter.ndim >= 2:
+            closes_branch = name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight", "fc2.weight"))
+            parameter.normal_(std=parameter[0].numel() ** -0.5 / (math.sqrt(8) if closes_branch else 1.0))
+        elif name.endswith("bias"):
+            parameter.zero_()
+    return model
+
+
+def new_processor(folder: Path) -> Phi3VProcessor:
+    """The tiny model's processor, one crop an image unless told otherwise; its tokenizer files are written to
+    `folder`."""
+    tiny_tokenizer.write_tokenizer(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    return Phi3VProcessor(image_processor=Phi3VImageProcessor(num_crops=1), tokenizer=tokenizer)
+
+
+def encode_turns(tokenizer: Any, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
+    """Token ids of a picture with its questions, and for each id the number of the turn it answers (-1 elsewhere).
+
+    The ids are those of the chat that asks all questions in turn: `<s> <|user|> ▁ newline`, 313 image tokens, `<s>`,
+    then the text. An answer's turn includes its `<|end|>`; the last one includes the newline and `<|endoftext|>` too.
+
+    Example: with one turn `("digit?", "7")` the ids end with `<|assistant|> ▁ 7 <|end|> ▁ newline <|endoftext|>`, and
+    the last six have turn 0.
+    """
+    text = "<|user|>\n".join(f"{question}<|end|>\n<|assistant|>\n{answer}<|end|>\n" for question, answer in turns)
+    tail = tokenizer("\n" + text + "<|endoftext|>")["input_ids"]
+    owners, turn, inside = [], 0, False
+    for token in tail:
+        owners.append(turn if inside else -1)
+        if token == ASSISTANT:
+            inside = True
+        elif token == END and inside and turn < len(turns) - 1:
+            inside, turn = False, turn + 1
+    head = [*tokenizer("<|user|>\n")["input_ids"], *[IMAGE] * IMAGE_TOKENS]
+    return head + tail, [-1] * len(head) + owners
+
+
+class Scenes(Dataset):
+    """The scenes `0 .. count - 1` of a seed as (ids, owners, image, turns), made when asked for."""
+
+    def __init__(self, tokenizer: Any, seed: int, count: int) -> None:
+        self.tokenizer, self.seed, self.count = tokenizer, seed, count
+
+    def __len__(self) -> int:
+        """How many scenes there are."""
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[list[int], list[int], Any, list[tuple[str, str]]]:
+        """One scene; every second one, drawn by lot, ends with pieces of the vocabulary to repeat."""
+        made = scene(self.seed, index)
+        turns = list(made.turns)
+        rng = random.Random(f"repeat {self.seed} {index}")
+        if rng.random() < 0.5:
+            pieces = [rng.randrange(259, tiny_tokenizer.BASE_SIZE) for _ in range(rng.randint(3, 8))]
+            phrase = self.tokenizer.decode(pieces).strip() or "x"
+            turns.append((f"Repeat: {phrase}", phrase))
+        return *encode_turns(self.tokenizer, turns), made.image, turns
+
+
+def collate(rows: list[tuple]) -> dict[str, Any]:
+    """Rows of `Scenes` as one batch padded on the right.
+
+    Returns `input_ids`, `labels` and `owners` [B, S], `views` [B, 3, 336, 336] and `turns`.
+    """
+    length = max(len(row[0]) for row in rows)
+    ids = torch.full((len(rows), length), ENDOFTEXT)
+    owners = torch.full((len(rows), length), -1)
+    for i, (row_ids, row_owners, _, _) in enumerate(rows):
+        ids[i, : len(row_ids)] = torch.tensor(row_ids)
+        owners[i, : len(row_ids)] = torch.tensor(row_owners)
+    views = torch.stack([torch.from_numpy(np.asarray(row[2], np.float32)) for row in rows]).permute(0, 3, 1, 2) / 255
+    return {
+        "input_ids": ids,
+        "labels": torch.where(owners >= 0, ids, -100),
+        "views": (views - torch.tensor(OPENAI_CLIP_MEAN)[:, None, None]) / torch.tensor(OPENAI_CLIP_STD)[:, None, None],
+        "owners": owners,
+        "turns": [row[3] for row in rows],
+    }
+
+
+def picture_features(model: Phi3VForCausalLM, views: torch.Tensor) -> torch.Tensor:
+    """What `model.get_image_features` returns for square pictures of 336 pixels, at half the price.
+
+    At `num_crops=1` the only crop of such a picture and the view of the whole are the same pixels, so the tower looks
+    once and its features are laid out twice: crop, separator, whole. `[B, 3, 336, 336]` to `[B * 313, hidden size]`.
+    """
+    embedding = model.model.vision_embed_tokens
+    side, count = embedding.side, len(views)
+    grid = merge_patches(embedding.img_processor(views)).view(count, side, side, -1)
+    line_ends = embedding.sub_GN.view(1, 1, 1, -1).expand(count, side, 1, -1)
+    lines = embedding.img_projection(torch.cat([grid, line_ends], dim=2).flatten(1, 2))
+    between = embedding.img_projection(embedding.glb_GN).expand(count, 1, -1)
+    return torch.cat([lines, between, lines], dim=1).flatten(0, 1)
+
+
+def batches(processor: Phi3VProcessor, seed: int, count: int, batch: int, workers: int = 0) -> Iterator[dict[str, Any]]:
+    """The scenes of a seed in order, `batch` at a time."""
+    data = Scenes(processor.tokenizer, seed, count)
+    yield from DataLoader(data, batch, collate_fn=collate, num_workers=workers)
+
+
+def optimisers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for tables, convolution, norms and biases.
+
+    Muon found the way from pixels to words in a fraction of the steps that AdamW took.
+    """
+    tables = ("position_embedding.weight", "embed_tokens.weight", "lm_head.weight")
+    matrices, rest = [], []
+    for name, parameter in model.named_parameters():
+        (matrices if parameter.ndim == 2 and not name.endswith(tables) else rest).append(parameter)
+    return [
+        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01),
+    ]
+
+
+def rate_factor(step: int, steps: int, options: Options) -> float:
+    """Share of the learning rate at a step: warm-up, constant, then a straight line to zero over the last part.
+
+    Example: with 1000 steps, 100 of warm-up and a decay share of 0.5 it is 0.01 at step 0, 1 from 99 to 500, 0.5 at
+    750.
+    """
+    return min(1.0, (step + 1) / options.warmup_steps) * min(1.0, (1 - step / steps) / options.decay_share)
+
+
+def pretrain(
+    options: Options, processor: Phi3VProcessor, log: Callable[[int, int, float], None] | None = None
+) -> Phi3VForCausalLM:
+    """Train a new tiny model; `log` is called after every step with its number, the number of steps and the loss."""
+    model = new_model(options.seed).to(options.device).train()
+    _forget_unread_layers(model)
+    groups = optimisers(model, options.learning_rate)
+    steps = options.scenes // options.batch
+    stream = batches(processor, options.seed, steps * options.batch, options.batch, options.workers)
+    for step, batch in enumerate(stream):
+        for optimiser in groups:
+            for group in optimiser.param_groups:
+                group["lr"] = options.learning_rate * rate_factor(step, steps, options)
+        labels = batch["labels"].to(options.device)
+        loss = model(**_inputs(model, batch), labels=labels, trained_logits_only=True, use_cache=False).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        for optimiser in groups:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        if log is not None:
+            log(step + 1, steps, loss.item())
+    return model.eval().requires_grad_(True)
+
+
+def _forget_unread_layers(model: Phi3VForCausalLM) -> None:
+    """Keep the optimiser off what Phi-3-V never reads: the tower's last layer and its last norm."""
+    for name, parameter in model.named_parameters():
+        if "vision_model.encoder.layers.3." in name or "post_layernorm" in name:
+            parameter.requires_grad_(False)
+
+
+def _inputs(model: Phi3VForCausalLM, batch: dict[str, Any]) -> dict[str, Any]:
+    """Forward's arguments. Rows are padded on the right and causal, so real positions never see padding: no mask is
+    needed."""
+    views = batch["views"].to(model.device, non_blocking=True)
+    return {
+        "input_ids": batch["input_ids"].to(model.device),
+        "image_features": picture_features(model, views),
+        "image_sizes": [[336, 336]] * len(views),
+    }
+
+
+@torch.no_grad()
+def score(
+    model: Phi3VForCausalLM,
+    processor: Phi3VProcessor,
+    count: int = 512,
+    seed: int = 1_000_003,
+    device: str = "cpu",
+    workers: int = 0,
+) -> dict[str, float]:
+    """Share of exactly right answers on held-out scenes, by question, and over all of them as `all`.
+
+    An answer counts when every one of its tokens, `<|end|>` included, is the most likely one after the right tokens
+    before it; that is the case exactly when greedy generation gives the answer.
+    """
+    model.to(device)
+    right: dict[str, list[bool]] = defaultdict(list)
+    for batch in batches(processor, seed, count, 32, workers):
+        best = model(**_inputs(model, batch), use_cache=False).logits[:, :-1].argmax(-1)
+        hits = best.cpu() == batch["labels"][:, 1:]
+        owners = batch["owners"][:, 1:]
+        for row, turns in enumerate(batch["turns"]):
+            for turn, (question, _) in enumerate(turns):
+                is_right = bool(hits[row][owners[row] == turn].all())
+                right["all"].append(is_right)
+                right["Repeat" if question.startswith("Repeat") else question].append(is_right)
+    return {question: sum(values) / len(values) for question, values in sorted(right.items())}
+
+
+def save(model: Phi3VForCausalLM, processor: Phi3VProcessor, folder: Path) -> None:
+    """Write weights (float32), configuration and processor in the layout of Microsoft's checkpoints."""
+    model.cpu().save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)
+    tiny_tokenizer.write_tokenizer(folder)
