@@ -222,7 +222,8 @@ def optimisers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optim
     Muon found the way from pixels to words in a fraction of the steps that AdamW took.
     """
     tables = ("position_embedding.weight", "embed_tokens.weight", "lm_head.weight")
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and not name.endswith(tables) else rest).append(parameter)
     return [

@@ -109,7 +109,8 @@ def tokenizer_json() -> dict:
     """The content of `tokenizer.json`."""
     base = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     characters = ["▁", *CHARACTERS]
-    merges, pieces = [], []
+    merges: list[list[str]] = []
+    pieces: list[str] = []
     known = set(characters)
     for left, right in learn_merges(corpus(), 2 * BASE_SIZE):
         if len(base) + len(characters) + len(pieces) == BASE_SIZE:
