@@ -81,6 +81,13 @@ def test_it_reads_numbers_and_colours_of_scenes_it_never_saw(tiny: tuple[Any, An
     assert sum(blind) <= 6
 
 
+def test_its_score_on_held_out_scenes_is_near_the_stated_band(tiny: tuple[Any, Any]) -> None:
+    low, high = pretrain.EXPECTED_SCORE
+    scores = pretrain.score(*tiny, count=96)
+    assert low - 0.04 <= scores["all"] <= high + 0.04
+    assert scores["background?"] >= 0.9
+
+
 def test_it_takes_more_crops_and_other_shapes(tiny: tuple[Any, Any]) -> None:
     model, processor = tiny
     image = scene(HELD_OUT, 0).image.resize((500, 300))

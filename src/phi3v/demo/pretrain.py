@@ -34,7 +34,7 @@ from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.model.vision_phi3_v import merge_patches
 
-EXPECTED_SCORE = (0.5, 1.0)
+EXPECTED_SCORE = (0.83, 0.93)  # `all` of `score`; the packaged weights have 0.879
 IMAGE_TOKENS = 313  # a square picture at num_crops=1: (1 + 1) * 144 + 1 + (1 + 1) * 12
 ENDOFTEXT, ASSISTANT, END, IMAGE = (tiny_tokenizer.BASE_SIZE + offset for offset in (0, 1, 7, 44))
 
