@@ -6,7 +6,8 @@ with phi3v alone, which adds resuming, scores beside the base and a report.
     python examples/guide.py [FOLDER]
 
 As it stands it runs on the small model that comes with phi3v and generated product photos, in a few minutes on a CPU.
-For the real thing put `microsoft/Phi-3-vision-128k-instruct` in MODEL's place, name your own table, and give it a GPU.
+For the real thing put `microsoft/Phi-3-vision-128k-instruct` in MODEL's place, take out the two `num_crops` (the small
+model's single crop), name your own table, and give it a GPU.
 """
 
 import sys
@@ -22,6 +23,7 @@ import phi3v
 from phi3v.demo import tiny_model_path
 from phi3v.demo.catalogue import write_catalogue
 
+MODEL = str(tiny_model_path())
 QUESTION = "What is shown in this image?"
 ANSWER = "Product: {title}, Category: {category3_code}, Full Price: {full_price}"
 
@@ -101,12 +103,12 @@ def step_7_save_and_ask(trainer: SFTTrainer, processor, photo, folder: Path) -> 
     """Adapter and processor into one folder, loaded from there, asked once; only the new tokens are decoded."""
     trainer.save_model(str(folder))
     processor.save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map="auto")
     processor = AutoProcessor.from_pretrained(folder)
     chat = [{"role": "user", "content": [{"type": "image", "image": photo}, {"type": "text", "text": QUESTION}]}]
     inputs = processor.apply_chat_template(
         chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+    ).to(model.device)
     outputs = model.generate(**inputs, max_new_tokens=60, eos_token_id=processor.stop_token_ids)
     return processor.decode(outputs[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -140,7 +142,8 @@ def the_same_with_phi3v(model_id: str, table: Path, photo, folder: Path, max_ste
     )
     phi3v.train(recipe, on_event=lambda event: print(event.metrics) if event.metrics else None)
     print("exact match on held-out rows:", phi3v.evaluate(folder).tuned.exact_match.value)
-    chat = phi3v.ChatModel.from_target(folder)  # for one question: phi3v.ask(folder, photo, QUESTION)
+    chat = phi3v.ChatModel.from_target(folder)  # stays loaded for many questions
+    assert chat.ask(photo, QUESTION) == phi3v.ask(folder, photo, QUESTION)  # loads, answers once
     return chat.ask(photo, QUESTION)
 
 
@@ -158,4 +161,4 @@ def main(folder: Path, model_id: str, table: Path, max_steps: int = 150) -> None
 
 if __name__ == "__main__":
     target = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/guide")
-    main(target, str(tiny_model_path()), write_catalogue(target / "products")["train"])
+    main(target, MODEL, write_catalogue(target / "products")["train"])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -92,8 +93,11 @@ def load_processor(target: str | Path, *, num_crops: int | None = None, revision
         processor = AutoProcessor.from_pretrained(
             place.processor, revision=place.revision or "main", trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"cannot load the processor of {target}: {first_line(error)}") from error
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"cannot load the processor of {target}: {first_line(error)}; it needs config.json, tokenizer.json, "
+            "tokenizer_config.json and preprocessor_config.json as they were published"
+        ) from error
     if num_crops is not None:
         processor.image_processor.num_crops = num_crops
     return processor
@@ -144,8 +148,10 @@ def load_base(
             )
     except ImportError as error:
         raise MissingPackageError(f"cannot load {name}: {first_line(error)}") from error
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"cannot load {name}: {first_line(error)}") from error
+    except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"cannot load {name}: {first_line(error)}; config.json and weights must belong together"
+        ) from error
     _refuse_incomplete(str(name), info)
     return model.eval()
 

@@ -155,6 +155,8 @@ def trainable_report(model: nn.Module) -> TrainableReport:
     """
     parts = {"language model": [0, 0], "projector": [0, 0], "vision tower": [0, 0]}
     for name, weight in model.named_parameters():
+        if ".original_module." in name:
+            continue  # PEFT keeps what it trains as a whole twice: the base's weights beside the trained copy
         # bitsandbytes stores two 4-bit numbers in a byte
         count = weight.numel() * (2 * weight.element_size() if type(weight).__name__ == "Params4bit" else 1)
         parts[part_of(name)][0] += count if weight.requires_grad else 0

@@ -172,7 +172,10 @@ class Phi3VConfig(Phi3Config):
     def to_diff_dict(self) -> dict[str, Any]:
         """What `save_pretrained` writes: every field of this class, for older readers have other defaults (eos, rope,
         window)."""
-        return {key: value for key, value in self.to_dict().items() if key not in NOT_WRITTEN}
+        output = {key: value for key, value in self.to_dict().items() if key not in NOT_WRITTEN}
+        if "vision_config" in output:
+            output["vision_config"] = {key: output["vision_config"][key] for key in CLIP_VIT_LARGE_336}
+        return output
 
 
 __all__ = ["Phi3VConfig"]

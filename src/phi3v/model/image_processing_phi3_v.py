@@ -71,6 +71,10 @@ class Phi3VImageProcessor(PilBackend):
             settings.pop(unused, None)
         super().__init__(**settings)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings to save, with the `num_img_tokens` (144) that Microsoft's own processor asks for."""
+        return {**super().to_dict(), "num_img_tokens": 144}
+
     def calc_num_image_tokens_from_image_size(self, width: int, height: int) -> int:
         """Image tokens of an image of this size, at this processor's `num_crops`. Example: 601 for 1000 x 300 at 4."""
         return num_image_tokens(width, height, self.num_crops)

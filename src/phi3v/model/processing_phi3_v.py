@@ -9,6 +9,7 @@ by its image tokens and one `<s>`, in the text, gives the same ids: `<|image|>` 
 right, and there stands `<s>`, which swallows nothing.
 """
 
+import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
@@ -309,9 +310,21 @@ class Phi3VProcessor(ProcessorMixin):
         return [image_processor, tokenizer]
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """Writes the processor, its chat template and the tokenizer with its original pipeline."""
+        """Writes the processor, its chat template and the tokenizer with its original pipeline.
+
+        Older readers (transformers 4, vLLM, onnxruntime-genai) find what they look for too: `preprocessor_config.json`,
+        and a tokenizer class that they know and that keeps the ids.
+        """
         files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        restore_normalizer(Path(save_directory) / "tokenizer.json")
+        folder = Path(save_directory)
+        restore_normalizer(folder / "tokenizer.json")
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        settings = {key: value for key, value in settings.items() if key not in ("is_local", "local_files_only")}
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        self.image_processor.save_pretrained(folder)
         return files
 
 

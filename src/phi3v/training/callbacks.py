@@ -103,6 +103,6 @@ class NonFiniteCallback(TrainerCallback):
             value = (logs or {}).get(name)
             if value is not None and not math.isfinite(value):
                 raise TrainingError(
-                    f"{name} is {value} at step {state.global_step}: start again with a smaller learning_rate, "
-                    "or look at the rows of the last steps"
+                    f"{name} is {value} at step {state.global_step}: start again with a smaller learning_rate "
+                    "and another output, or look at the rows of the last steps"
                 )

@@ -71,13 +71,13 @@ class RunResult:
         return {**asdict(self), "folder": str(self.folder)}
 
 
-def train(recipe: Recipe, *, on_event: Watcher | None = None) -> RunResult:
+def train(recipe: Recipe | str | Path, *, on_event: Watcher | None = None) -> RunResult:
     """Tunes a model as the recipe says.
 
     At the end held-out rows are answered by base and tuned model, and the run's report is written.
 
     Args:
-        recipe: everything about the run.
+        recipe: everything about the run, or the path of a recipe file.
         on_event: called with a `TrainingEvent` at the start, after each step, and when losses are known.
 
     Returns:
@@ -88,6 +88,7 @@ def train(recipe: Recipe, *, on_event: Watcher | None = None) -> RunResult:
         TrainingError: there is nothing to train, or a loss is not finite.
     """
     watch = on_event or (lambda event: None)
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     run = RunFolder(recipe.output)
     check_options(recipe.training.options)  # what can be refused at once is refused before a file is written
     if recipe.lora is not None:
@@ -244,6 +245,7 @@ def _save(run: RunFolder, recipe: Recipe, trainer: StepTrainer, processor: Any) 
     def save(folder: Path) -> None:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's form with every field left open
 
     if recipe.lora is None:
         run.write_model(save)
