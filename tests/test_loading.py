@@ -1,6 +1,7 @@
 """Loading: what is strict, what a TARGET may be, and that an adapter comes back tensor by tensor."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 
 from phi3v import loading, targets, tuning
+from phi3v.demo import tiny_model_path
 from phi3v.errors import CheckpointError, ConfigError, DeviceError, MissingPackageError
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
@@ -137,6 +139,30 @@ def test_lora_sits_on_the_language_model_alone(model_folder: Path) -> None:
     assert report.parts["language model"].trainable == 2 * 4 * ((32 + 96) + (32 + 32) + (32 + 128) + (64 + 32))
     assert report.parts["projector"].trainable == report.parts["vision tower"].trainable == 0
     assert report.share == pytest.approx(report.trainable / report.total)
+
+
+def test_whole_parts_trained_under_lora_are_counted_once(model_folder: Path) -> None:
+    base = loading.load_base(model_folder)
+    sizes = {part: count.total for part, count in tuning.trainable_report(base).parts.items()}
+    report = tuning.trainable_report(tuning.attach_lora(base, {"r": 4}, tower="train", projector="train"))
+    for part in ("projector", "vision tower"):
+        assert report.parts[part].total == sizes[part]
+        assert 0 < report.parts[part].trainable < sizes[part]  # separators, and what the tower holds behind its output
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_a_base_in_four_bits_trains_lora() -> None:
+    # the test models' matrices are smaller than a block of the 4-bit kernels; the demo's model is large enough
+    base = loading.load_base(tiny_model_path(), quantization={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
+    tuned = tuning.attach_lora(base, {"r": 4})
+    kinds = {name: type(module).__name__ for name, module in tuned.named_modules()}
+    quantized = {name for name, kind in kinds.items() if "4bit" in kind}
+    assert any("qkv_proj" in name for name in quantized)
+    assert not any("vision_embed_tokens" in name or "lm_head" in name for name in quantized)
+    ids = torch.tensor([[1, 5, 6, 7]])
+    tuned(input_ids=ids, labels=ids).loss.backward()
+    gradients = [weight.grad for name, weight in tuned.named_parameters() if "lora_B" in name]
+    assert gradients and all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ LIBRARIES = {
     "numpy": ("model.*", "data.*", "evaluation.*", "demo.*"),
     "PIL": ("model.*", "data.*", "generate", "evaluation.report", "evaluation.controls", "demo.*"),
     "tokenizers": ("model.*", "demo.*"),
-    "huggingface_hub": ("model.configuration_phi3_v", "targets", "data.sources"),
+    "huggingface_hub": ("model.configuration_phi3_v", "targets", "loading", "data.sources"),
     "safetensors": ("loading", "demo.*"),
     "accelerate": ("training.*",),
     "peft": ("loading", "tuning"),

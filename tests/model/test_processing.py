@@ -280,6 +280,10 @@ class TestFiles:
             assert [tokenizer(text).input_ids for text in PROBES] == expected
         PreTrainedTokenizerFast.from_pretrained(hub).save_pretrained(tmp_path / "plain")
         assert (tmp_path / "tokenizer.json").read_bytes() == (tmp_path / "plain" / "tokenizer.json").read_bytes()
+        saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
+        assert (saved["num_crops"], saved["num_img_tokens"]) == (9, 144)
+        tokenizer_class = json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"]
+        assert tokenizer_class == "PreTrainedTokenizerFast"  # known to transformers 4 and 5, and right in both
         files = " ".join(path.read_text() for path in tmp_path.glob("*.json") if path.name != "tokenizer.json")
         assert "auto_map" not in files and "Llama" not in files
 
