@@ -165,13 +165,18 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
         (b"model: a\nmodel: b\n", "line 2: not valid YAML: the key 'model' stands twice"),
         (b"model: \xff\n", "is not UTF-8 text"),
         (b"- a\n", "a recipe is a mapping of sections"),
-        (b"", "a recipe is a mapping of sections"),
+        (b"", "broken.yaml is empty; write at least model"),
+        (b"model: a\ndata: b\nlearning_rate: 1", "broken.yaml: unknown key learning_rate; did you mean training.lea"),
+        (b"model: a\ndata: b\ntraining: {seed: x}", "broken.yaml: training.seed: given 'x'"),
         (b"a: &x [*x]", "aliases"),
     ]:
         broken.write_bytes(content)
         with pytest.raises(ConfigError) as caught:
             Recipe.load(broken)
         assert words in str(caught.value) and "\n" not in str(caught.value)
+    broken.write_bytes(b"model: a\ndata: b\n")
+    with pytest.raises(ConfigError, match="^unknown key data.trian; did you mean data.train"):
+        Recipe.load(broken, ["data.trian=x"])  # a mistake of the command, not of the file
     with pytest.raises(ConfigError, match="gone.yaml cannot be read: No such file"):
         Recipe.load(tmp_path / "gone.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):

@@ -70,6 +70,24 @@ def test_resuming_with_another_recipe_names_the_keys(tmp_path: Path) -> None:
     assert run.start(recipe("training.seed=1", "output=moved")) == "unfinished"
 
 
+def test_a_run_is_the_same_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shop" / "model").mkdir(parents=True)
+    (tmp_path / "shop" / "rows.csv").write_text("a\n1\n")
+    monkeypatch.chdir(tmp_path / "shop")
+    started = Recipe.from_dict({"model": "model", "data": "rows.csv", "output": "run"}, ["data.validation=some/hub"])
+    RunFolder("run").start(started)
+    assert RunFolder("run").start(started) == "unfinished"
+    RunFolder("run").checkpoints.joinpath("checkpoint-1").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    found = RunFolder("shop/run").read_recipe()
+    assert (found.model.name, found.data.train) == (str(tmp_path / "shop/model"), str(tmp_path / "shop/rows.csv"))
+    assert (found.data.validation, found.data.image_root, found.output) == ("some/hub", None, "run")
+    again = started.with_overrides(["model=shop/model", "data.train=shop/rows.csv"])
+    assert RunFolder("shop/run").start(again) == "unfinished"
+    with pytest.raises(ConfigError, match=r"model.name: 'model' here, '.*/shop/model' there"):
+        RunFolder("shop/run").start(started)
+
+
 def test_a_run_that_has_nothing_to_show_yields_to_a_mended_recipe(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     run.start(recipe("data.answer='{titel}'"))

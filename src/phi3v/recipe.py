@@ -7,6 +7,7 @@ and those libraries check them later. Relative paths in a recipe count from the 
 started. Knows nothing of torch or transformers; every mistake is a `ConfigError` of one line that names the dotted key.
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -264,7 +265,15 @@ class Recipe(_Section):
         except OSError as error:
             reason = error.strerror or str(error)
             raise ConfigError(f"recipe {path} cannot be read: {reason}; give the path of a YAML recipe") from error
-        return cls.from_dict(read_yaml(text, f"recipe {path}"), overrides, name=path.stem)
+        values, overrides = read_yaml(text, f"recipe {path}"), list(overrides)
+        if values is None:
+            raise ConfigError(f"recipe {path} is empty; write at least model, data.train and the templates into it")
+        try:
+            return cls.from_dict(values, overrides, name=path.stem)
+        except ConfigError as error:
+            if any(override.partition("=")[0].strip() in str(error) for override in overrides):
+                raise  # the mistake is in the command, not in the file
+            raise ConfigError(f"recipe {path}: {error}") from error
 
     @classmethod
     def from_dict(cls, values: Any, overrides: Iterable[str] = (), name: str = "run") -> Self:
@@ -296,13 +305,27 @@ class Recipe(_Section):
         """The whole recipe, defaults included, as YAML that `load` reads back to an equal recipe."""
         return write_yaml(self.model_dump())
 
+    def with_places(self) -> Self:
+        """This recipe with absolute paths for files and folders that are here, so that it can be read from any folder.
+
+        Hub ids and what does not exist stay. Example: in /home/me, which holds rows.csv, {"model": "some/name",
+        "data": "rows.csv"} gives data.train "/home/me/rows.csv" and the model as it is.
+        """
+        values = self.model_dump()
+        for section, key in _PLACES:
+            value = values[section][key]
+            if value is not None and (os.path.isdir(value) if section == "model" else os.path.exists(value)):
+                values[section][key] = os.path.abspath(value)
+        return type(self).from_dict(values)
+
     def differences(self, other: "Recipe") -> list[str]:
         """The dotted keys whose values differ, `output` aside (a run may be moved).
 
+        A relative path is equal to the absolute one that it stands for here.
         Example: ["training.seed: 1 here, 2 there"].
         """
         mine, theirs = _flatten(self.model_dump()), _flatten(other.model_dump())
-        changed = [key for key in {**mine, **theirs} if mine.get(key, "nothing") != theirs.get(key, "nothing")]
+        changed = [key for key in {**mine, **theirs} if _meant(key, mine) != _meant(key, theirs)]
         return [
             f"{key}: {mine.get(key, 'nothing')!r} here, {theirs.get(key, 'nothing')!r} there"
             for key in changed
@@ -310,6 +333,7 @@ class Recipe(_Section):
         ]
 
 
+_PLACES = (("model", "name"), ("data", "train"), ("data", "validation"), ("data", "image_root"))
 _SHORTHANDS = {"model": "name", "data": "train"}
 
 
@@ -337,6 +361,12 @@ def _apply(values: Mapping[str, Any], override: str) -> dict[str, Any]:
         inner = inner[part]
     inner[path[-1]] = read_yaml(text, f"override {override!r}")
     return result
+
+
+def _meant(key: str, values: dict[str, Any]) -> Any:
+    """The value to compare of a dotted key: places as absolute paths, "nothing" where there is no value."""
+    value = values.get(key, "nothing")
+    return os.path.abspath(value) if tuple(key.split(".")) in _PLACES and isinstance(value, str) else value
 
 
 def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:

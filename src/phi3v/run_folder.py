@@ -1,6 +1,6 @@
 """A run on disk: who writes and reads which file. Nothing else in the package opens a file of a run.
 
-    recipe.yaml        the resolved recipe
+    recipe.yaml        the resolved recipe, local paths absolute
     versions.json      Python, platform and package versions at the start; with recipe.yaml it makes a folder a run
     metrics.jsonl      one JSON object per logged step, appended
     checkpoints/       what resuming needs, filled by the trainer
@@ -71,7 +71,8 @@ class RunFolder:
     def start(self, recipe: Recipe) -> RunState:
         """Opens the folder for a run of `recipe` and says what was there before.
 
-        A new run gets versions.json and recipe.yaml; an existing one is left as it is. A run that stopped before it had
+        A new run gets versions.json and recipe.yaml, local paths in it made absolute, so that the run can be used from
+        any folder; an existing one is left as it is. A run that stopped before it had
         anything to show, over a slip in its recipe for instance, counts as new for another recipe.
         Raises: ConfigError when the folder holds something else, or a run of a recipe that differs.
         """
@@ -80,7 +81,7 @@ class RunFolder:
         if state == "new":
             self._make_folder(recipe)
         if state == "new" or (bare and recipe.differences(self.read_recipe())):
-            self.write_recipe(recipe)
+            self.write_recipe(recipe.with_places())
             self.write_versions(gather_versions())
             return "new"
         if changed := recipe.differences(self.read_recipe()):
@@ -107,7 +108,7 @@ class RunFolder:
             for leftover in self.path.glob(".recipe.yaml.*.tmp"):
                 leftover.unlink()
             found = sorted(entry.name for entry in self.path.iterdir())
-            cut_off = found == ["recipe.yaml"] and self.recipe.read_text(encoding="utf-8") == recipe.to_yaml()
+            cut_off = found == ["recipe.yaml"] and self.recipe.read_text("utf-8") == recipe.with_places().to_yaml()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"output {self.path} cannot be used ({error}): give another folder") from error
         if found and not cut_off:

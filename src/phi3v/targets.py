@@ -66,9 +66,20 @@ def resolve_target(target: str | Path, *, revision: str | None = None) -> Target
                 "name a folder that holds one of these files, or a hub id"
             )
         return Target(name, "model", name, None, None, name)
+    if _is_missing(name, path):
+        raise CheckpointError(f"{name} does not exist (looked in {Path.cwd()}): name a run, an adapter or a model")
     if path.exists() or not _HUB_ID.fullmatch(name):
         raise CheckpointError(f"{name} is no folder: name a run, an adapter, a model folder or a hub id")
     return Target(name, "hub", name, revision, None, name)
+
+
+def _is_missing(name: str, path: Path) -> bool:
+    """Whether a name that no file has can only be a path: runs/nope, ./nope, /nope, a/b/nope, or one beside runs."""
+    if path.exists():
+        return False
+    if not _HUB_ID.fullmatch(name) or path.parts[0] == "runs":
+        return True
+    return path.parent != Path() and any(RunFolder.is_run(beside) for beside in path.parent.glob("*"))
 
 
 def _resolve_run(name: str, path: Path) -> Target:
