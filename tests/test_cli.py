@@ -149,7 +149,8 @@ def test_wrong_usage_exits_with_2(inside, words):
         (["train", "{folder}/recipe.yaml", "training.warmup_step=1", "output={folder}/new1"], "warmup_steps"),
         (["train", "{folder}/recipe.yaml", "data.answer={no_column}", "output={folder}/new2"], "no_column"),
         (["train", "{folder}/recipe.yaml", "model.name={folder}/nothing", "output={folder}/new3"], "nothing"),
-        (["evaluate", "{folder}/nothing"], "nothing"),
+        (["evaluate", "{folder}/nothing"], "nothing does not exist (looked in "),
+        (["evaluate", "runs/nope"], "runs/nope does not exist (looked in "),
         (["evaluate", "{folder}/model"], "--data"),
         (["ask", "{folder}/nothing", "What is it?"], "nothing"),
         (["ask", "{folder}/model", "{folder}/none.png", "What is it?"], "none.png"),
@@ -221,6 +222,16 @@ def test_train_shows_what_trains_and_writes_a_whole_run(trained, folder):
     assert not [name for name in names if not (folder / "run" / name).exists()]
 
 
+def test_a_run_of_relative_paths_works_from_any_folder(folder, tmp_path):
+    recipe = (folder / "recipe.yaml").read_text().replace(f"{folder}/", "")
+    (folder / "relative.yaml").write_text(recipe)
+    done = phi3v("train", "relative.yaml", "output=relative", "evaluation.rows=2", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    elsewhere = phi3v("evaluate", folder / "relative", "--json", cwd=tmp_path)
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    assert json.loads(elsewhere.stdout)["base"] == str(folder / "model")
+
+
 def test_train_again_says_that_it_is_finished(trained, folder):
     again = phi3v("train", folder / "recipe.yaml", "--json")
     assert again.returncode == 0, again.stderr
@@ -257,6 +268,16 @@ def test_ask_streams_and_answers_the_same_for_machines(trained, folder):
     assert streamed.stdout == result["answer"] + "\n" and result["answer"]
     assert result["images"] == list(map(str, photos)) and result["question"] == "Which colours?"
     assert streamed.stderr == "" and done.stderr == ""
+
+
+def test_libraries_say_nothing_beside_our_line(folder):
+    (folder / "photos" / "broken.jsonl").write_text('{"image": "0.png", "colour": "red"}\n{"image":\n')
+    (folder / "photos" / "broken.csv").write_bytes(b"image,colour\n0.png,\xff\n")
+    for name in ("broken.jsonl", "broken.csv"):
+        data = f"data.train={folder}/photos/{name}"
+        done = phi3v("train", folder / "recipe.yaml", data, f"output={folder}/broken_run")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.count("\n") == 1 and f"{name} cannot be read: line 2 is not" in done.stderr
 
 
 def test_a_reader_that_goes_away_is_no_traceback(trained, folder):

@@ -10,6 +10,7 @@ is missing.
 """
 
 import logging
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ import datasets
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from phi3v.data.columns import ColumnMap, RowOptions, UnusableRecord, check_images, group_keys
+from phi3v.data.faults import find_fault
 from phi3v.data.schema import Row, RowProblem
 from phi3v.data.split import split_rows
 from phi3v.data.templates import Template
@@ -166,7 +168,7 @@ def _read(table: datasets.Dataset, location: str, source: str, options: RowOptio
             table = table.cast_column(columns.images, kind)
     usable: list[int] = []
     problems: list[RowProblem] = []
-    for number, record in enumerate(table):
+    for number, record in enumerate(_records(table, location)):
         try:
             check_images(columns.row(record, number), options.max_pixels)
             usable.append(number)
@@ -252,13 +254,16 @@ def _open_set(source: str, revision: str | None) -> dict[str, datasets.Dataset]:
             if path.is_dir():
                 return _open_folder(path)
         if path.is_absolute() or source.startswith((".", "~")) or path.suffix.lower() in _BUILDERS:
-            raise DataError(f"data set {source} does not exist (looked in {Path.cwd()}); check the path")
+            raise DataError(
+                f"data set {source} does not exist (looked in {Path.cwd()}): relative paths count from the folder in "
+                "which phi3v is started"
+            )
         return dict(datasets.load_dataset(source, revision=revision))
     except DataError:
         raise
     except Exception as error:  # readers of many formats, each with exceptions of its own
         where = "" if path.exists() else "; it is no file or folder here, and was looked for on the hub"
-        raise DataError(f"data set {source} cannot be read: {_reason(error)}{where}") from error
+        raise DataError(f"data set {source} cannot be read: {_fault(path, error)}{where}") from error
 
 
 def _open_folder(path: Path) -> dict[str, datasets.Dataset]:
@@ -296,9 +301,26 @@ def _without_progress_bars() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+def _records(table: datasets.Dataset, location: str) -> Iterator[dict[str, Any]]:
+    """The records of a table. Raises: DataError for bytes that are no UTF-8, which JSON readers find only here."""
+    try:
+        yield from table
+    except UnicodeDecodeError as error:
+        raise DataError(f"data set {location} cannot be read: {_fault(Path(location), error)}") from error
+
+
+def _fault(path: Path, error: BaseException) -> str:
+    """What is wrong: what the lines of the file show, else what the reader said."""
+    return (find_fault(path) if path.is_file() else None) or _reason(error)
+
+
 def _reason(error: BaseException) -> str:
     """The first message in a chain of exceptions that says more than "an error occurred", on one line."""
     while isinstance(error, datasets.exceptions.DatasetGenerationError) and (error.__cause__ or error.__context__):
         error = error.__cause__ or error.__context__
     text = " ".join(str(error).split())[:300] or type(error).__name__
-    return "it has no rows" if text.endswith("corresponds to no data!") else text
+    if text.endswith("corresponds to no data!"):
+        return "it has no rows"
+    if "Error tokenizing data" in text:
+        return f"{text.removesuffix('.')}: put quotes around a cell that holds the separator"
+    return re.sub(r" in row \d+$", "", text)  # a row of the reader's block, not of the file

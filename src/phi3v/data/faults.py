@@ -1,0 +1,93 @@
+"""What is wrong with a text file that `datasets` could not read: the line, the reason, the way out.
+
+In comes the path of a CSV, TSV, JSON or JSONL file after a failure; out comes half a sentence, or None where looking at
+the lines does not show it. Reads line by line and stops at the first fault. Lines count from 1, as editors count them.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_TEXT_FILES = (".csv", ".tsv", ".json", ".jsonl")
+_JSON_KINDS = {
+    dict: "a mapping",
+    list: "a list",
+    str: "text",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+}
+
+
+def find_fault(path: Path) -> str | None:
+    """The first fault of a file.
+
+    Example: a JSONL file with the lines `{"a": 1}` and `{"a":` -> "line 2 is not JSON (Expecting value, column 6):
+    write one JSON object a line".
+    """
+    if path.suffix.lower() not in _TEXT_FILES:
+        return None
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return f"line {number} is not UTF-8 text: save it as UTF-8"
+    if path.suffix.lower() == ".jsonl":
+        return _lines_fault(path)
+    return _json_fault(path) if path.suffix.lower() == ".json" else None
+
+
+def _json_fault(path: Path) -> str | None:
+    """The fault of a JSON file, which holds one list of objects, or one object a line."""
+    first = next((line for _, line in _lines(path)), "")
+    try:
+        json.loads(first)
+    except ValueError:
+        try:
+            json.loads(path.read_text(encoding="utf-8-sig"))
+        except ValueError as error:
+            return f"{_reason(error)}: write a list of objects, or one JSON object a line"
+        return None
+    return _lines_fault(path) if first.startswith("{") else None
+
+
+def _lines_fault(path: Path) -> str | None:
+    """The first line that is no JSON object, or in which a column changes its kind."""
+    kinds: dict[str, str] = {}
+    for number, line in _lines(path):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            return f"{_reason(error, number)}: write one JSON object a line"
+        if not isinstance(value, dict):
+            return f"line {number} holds {_kind(value)}: write one JSON object a line"
+        for column, cell in value.items():
+            kind = kinds.setdefault(column, _kind(cell)) if cell is not None else None
+            if kind is not None and kind != _kind(cell):
+                return (
+                    f"line {number}: column {column!r} holds {_kind(cell)}, and {kind} in lines before: "
+                    "write one kind of value in a column"
+                )
+    return None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of the lines that are not empty."""
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line.strip()
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    return _JSON_KINDS.get(type(value), "null")
+
+
+def _reason(error: ValueError, number: int = 0) -> str:
+    """What the JSON reader says, with the line of the file: the given one, else the reader's own."""
+    if not isinstance(error, json.JSONDecodeError):
+        return f"line {number} is not JSON" if number else "it is not JSON"
+    return f"line {number or error.lineno} is not JSON ({error.msg}, column {error.colno})"
