@@ -29,6 +29,7 @@ help:
 
 demo: .venv/ready-demo
 	.venv/bin/python -m phi3v demo
+	@echo '(the command phi3v is in .venv/bin; ". .venv/bin/activate" puts it on the path)'
 
 test: .venv/ready-test
 	$(ONE_THREAD) $(PYTEST) -m "not slow" -n $(WORKERS) -q $(ARGS)
