@@ -175,6 +175,20 @@ def test_several_images_in_a_row_keep_their_order(tmp_path: Path) -> None:
     assert open_image(row.images[0]).width == 10
 
 
+def test_an_empty_list_is_a_row_without_images(tmp_path: Path) -> None:
+    write_photos(tmp_path)
+    listed = [{"image": ["photos/1.png"], "title": "a", "price": 1}, {"image": [], "title": "b", "price": 2}]
+    for name in ("a.jsonl", "a.parquet"):
+        rows, problems = load_rows(write(tmp_path, name, listed), options=OPTIONS)
+        assert problems == [] and [len(row.images) for row in rows] == [1, 0]
+        assert rows[1].messages[0].parts == (TextPart("What is it?"),)
+    loaded = load_data(write(tmp_path, "b.jsonl", listed), options=OPTIONS, validation_split=1)
+    assert (len(loaded.train), len(loaded.validation or [])) == (1, 1)
+    nothing = [*listed, {"image": None, "title": "c", "price": 3}]
+    with pytest.raises(DataError, match="1 of 3 rows cannot be used .1 image_missing.: row 2: "):
+        load_rows(write(tmp_path, "c.jsonl", nothing), options=OPTIONS)
+
+
 def bad_records() -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
     """60 rows of which three have a problem, and which."""
     rows = records(60)
@@ -203,7 +217,7 @@ def test_rows_with_problems_are_left_out_and_named(kind: str, tmp_path: Path, ca
         ({"title": ""}, "missing_value"),
         ({"price": float("nan")}, "missing_value"),
         ({"title": ["a"]}, "value_type"),
-        ({"image": []}, "image_missing"),
+        ({"image": None}, "image_missing"),
         ({"image": ""}, "image_missing"),
         ({"image": 5}, "image_type"),
         ({"image": "../outside.png"}, "image_path"),
@@ -258,13 +272,17 @@ def test_a_folder_may_have_the_name_of_a_reader(
 
 def test_web_addresses_stop_with_a_way_out(tmp_path: Path) -> None:
     rows = [{**row, "image": f"HTTPS://host/{n}.jpg"} for n, row in enumerate(records())]
-    with pytest.raises(DataError, match=r"row 0: .* web address HTTPS://host/0.jpg, .* not downloaded yet: save them"):
+    with pytest.raises(
+        DataError, match=r"row 0: .* web address HTTPS://host/0.jpg, .* not downloaded yet: download them"
+    ):
         load_rows(write(tmp_path, "a.csv", rows), options=OPTIONS)
 
 
 def test_missing_columns_name_those_that_exist(tmp_path: Path) -> None:
     source = make("csv", tmp_path)
-    with pytest.raises(DataError, match=r"data.answer names the column 'titel'.*its columns are image, title, price"):
+    with pytest.raises(
+        DataError, match=r"the column 'titel'.*\(did you mean 'title'\?\); its columns are image, title, price"
+    ):
         load_rows(source, options=RowOptions(prompt="?", answer="{titel}"))
     with pytest.raises(DataError, match=r"data.images names the column 'photo'.*data.images: null"):
         load_rows(source, options=RowOptions(prompt="?", answer="{title}", images="photo"))

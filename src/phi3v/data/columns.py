@@ -6,7 +6,6 @@ Knows nothing about files, formats or splits. Reason codes: `missing_value` (a t
 and `image_unreadable` (the header is no image that `images` accepts).
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -15,12 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from phi3v.data.images import MAX_PIXELS, image_size, resolve_path
+from phi3v.data.images import MAX_PIXELS, WEB_ADDRESS, image_size, resolve_path
 from phi3v.data.schema import ImagePart, ImageRef, Message, Row, TextPart
-from phi3v.data.templates import Template, cell_text
+from phi3v.data.templates import Template, cell_text, known_columns
 from phi3v.errors import DataError, ImageError
-
-_URL = re.compile(r"(https?|ftp|s3|gs|hf)://", re.IGNORECASE)
 
 
 class UnusableRecord(Exception):
@@ -95,8 +92,8 @@ class ColumnMap:
                 template.check(columns, self.source)
         if self.images is not None and self.images not in columns:
             raise DataError(
-                f"data.images names the column {self.images!r}, which {self.source} does not have; "
-                f"its columns are {', '.join(columns) or 'none'} (data.images: null for text without images)"
+                f"data.images names the column {self.images!r}, which {self.source} does not have"
+                f"{known_columns(self.images, columns)} (data.images: null for text without images)"
             )
 
     def row(self, record: Mapping[str, Any], index: int) -> Row:
@@ -136,13 +133,15 @@ class ColumnMap:
         return text
 
     def _images(self, record: Mapping[str, Any], index: int) -> list[ImageRef]:
-        """The images of a record; a list of several only where the column holds lists."""
+        """The images of a record; a list of several only where the column holds lists.
+
+        An empty list says that the row has no image; an empty cell says nothing and is a problem.
+        Example: ["a.jpg", "b.jpg"] -> two images, [] -> none, None -> UnusableRecord.
+        """
         if self.images is None:
             return []
         value = record[self.images]
         cells = value if isinstance(value, list) else [value]
-        if not cells:
-            raise UnusableRecord("image_missing", f"column {self.images!r} holds no image")
         return [self._image(cell, index) for cell in cells]
 
     def _image(self, cell: Any, index: int) -> ImageRef:
@@ -160,10 +159,10 @@ class ColumnMap:
         if not isinstance(data, bytes | None) or not isinstance(path, str | None):
             kind = type(cell).__name__
             raise UnusableRecord("image_type", f"column {self.images!r} holds a {kind}, which is no path and no image")
-        if data is None and path is not None and _URL.match(path):
+        if data is None and path is not None and WEB_ADDRESS.match(path):
             raise DataError(
                 f"{self.source}, row {index}: column {self.images!r} holds the web address {path[:100]}, and images "
-                "are not downloaded yet: save them as files and name their paths in the column that data.images gives"
+                "are not downloaded yet: download them and name their paths in the column that data.images gives"
             )
         return ImageRef(path, data, self.root, self.confined)
 

@@ -20,6 +20,7 @@ Every failure is an `ImageError` of one line: the file and the reason. Knows not
 """
 
 import io
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,6 +33,8 @@ from phi3v.data.schema import ImageRef
 from phi3v.errors import ImageError
 
 MAX_PIXELS = 20_000_000
+WEB_ADDRESS = re.compile(r"(https?|ftp|s3|gs|hf):/", re.IGNORECASE)
+"""How a web address begins, also one that was taken for a path, which has lost a slash."""
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -88,6 +91,8 @@ def resolve_path(image: ImageRef) -> Path:
     Raises: ImageError when it is not there, is no regular file, or leaves its root although it is confined.
     """
     name = image_name(image)
+    if WEB_ADDRESS.match(image.path or ""):
+        raise ImageError(f"image {name} is a web address, which cannot be read yet: download it and name the file")
     path: Path | None = None
     try:
         root = Path(image.root or ".").resolve()

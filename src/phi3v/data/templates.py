@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from datetime import date, datetime, time
 from decimal import Decimal
+from difflib import get_close_matches
 from typing import Any
 
 from phi3v.errors import DataError
@@ -54,13 +55,24 @@ class Template:
         for column in self.columns:
             if column not in columns:
                 raise DataError(
-                    f"data.{self.name} names the column {column!r}, which {source} does not have; "
-                    f"its columns are {', '.join(columns) or 'none'} (a template takes {{column}} only)"
+                    f"data.{self.name} names the column {column!r}, which {source} does not have"
+                    f"{known_columns(column, columns)} (a template takes {{column}} only)"
                 )
 
     def render(self, values: Mapping[str, str]) -> str:
         """The text with every `{column}` replaced by `values[column]`, which is taken literally."""
         return "".join(values[value] if is_column else value for is_column, value in self.pieces)
+
+
+def known_columns(name: str, columns: list[str]) -> str:
+    """What there is where `name` is not: the column that was meant, when one is close, and all columns.
+
+    Example: "titel" and ["title", "price"] -> " (did you mean 'title'?); its columns are title, price".
+    """
+    lower = {column.lower(): column for column in columns}
+    near = get_close_matches(name.lower(), lower, n=1)
+    hint = f" (did you mean {lower[near[0]]!r}?)" if near else ""
+    return f"{hint}; its columns are {', '.join(columns) or 'none'}"
 
 
 def cell_text(value: Any) -> str | None:
