@@ -105,6 +105,22 @@ def test_help_imports_nothing_heavy(words):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("train", "RECIPE [key=value ...] [OPTIONS]"),
+        ("evaluate", "TARGET [OPTIONS]"),
+        ("ask", 'TARGET IMAGE... "question" [OPTIONS]'),
+        ("demo", "[OPTIONS]"),
+    ],
+)
+def test_usage_is_what_is_typed(inside, command, usage):
+    done = inside(command, "--help")
+    assert re.match(rf"Usage: \S+ {command} {re.escape(usage)}\n", done.stdout), done.stdout
+    arguments = done.stdout.partition("Arguments:")[2].partition("Options:")[0]
+    assert not set("<>{}") & set(arguments) and "--json" in done.stdout
+
+
 def test_help_takes_at_most_twice_a_bare_program(tmp_path):
     bare = tmp_path / "bare.py"
     bare.write_text(BARE)
@@ -133,6 +149,7 @@ def test_version(inside):
         ["evaluate", "run", "--rows", "0"],
         ["evaluate", "run", "--rows", "many"],
         ["ask", "run"],
+        ["ask", "run", __file__, " "],
         ["ask", "run", __file__],  # a file where the question belongs
     ],
 )
@@ -188,7 +205,7 @@ def test_an_interrupt_is_one_line_and_130(inside, monkeypatch):
 
     monkeypatch.setattr("phi3v.recipe.Recipe.load", interrupt)
     done = inside("train", "recipe.yaml")
-    assert (done.exit_code, done.stderr) == (130, "phi3v: interrupted\n")
+    assert (done.exit_code, done.stderr) == (130, "phi3v: interrupted; the same command again goes on with the run\n")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
@@ -210,7 +227,8 @@ def test_ctrl_c_stops_a_training(folder):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert errors.splitlines()[-1] == "phi3v: interrupted" and "Traceback" not in errors
+    assert errors.splitlines()[-1] == "phi3v: interrupted; the same command again goes on with the run"
+    assert "Traceback" not in errors
 
 
 def test_train_shows_what_trains_and_writes_a_whole_run(trained, folder):

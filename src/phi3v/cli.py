@@ -12,9 +12,10 @@ and `--debug` (tracebacks). Nothing heavy is imported before a command needs it,
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from phi3v import __version__
 from phi3v.cli_session import session
@@ -28,6 +29,28 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+class _Command(TyperCommand):
+    """A command whose help shows arguments as they are typed: `phi3v train RECIPE [key=value ...]`."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """What stands behind the name of the command in the usage line."""
+        return [*(words for words, _ in self._arguments(ctx)), "[OPTIONS]"]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Arguments by their names alone, options as typer shows them."""
+        options = [param.get_help_record(ctx) for param in self.get_params(ctx) if param.param_type_name == "option"]
+        for title, lines in (("Arguments", self._arguments(ctx)), ("Options", [line for line in options if line])):
+            if lines:
+                with formatter.section(title):
+                    formatter.write_dl(lines)
+
+    def _arguments(self, ctx: Any) -> list[tuple[str, str]]:
+        """Name and help of each argument."""
+        found: list[Any] = [param for param in self.get_params(ctx) if param.param_type_name == "argument"]
+        return [(str(param.metavar), str(param.help)) for param in found]
+
 
 Target = Annotated[str, typer.Argument(metavar="TARGET", help="A run, an adapter, a model folder or a hub id.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
@@ -51,19 +74,21 @@ def _root(
     context.obj = debug
 
 
-@app.command(short_help="Tune a model as a recipe says, or go on with a run.")
+@app.command(cls=_Command, short_help="Tune a model as a recipe says, or go on with a run.")
 def train(
     context: typer.Context,
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="key=value", help="Replace values, e.g. training.learning_rate=1e-4.")
+        list[str] | None,
+        typer.Argument(metavar="[key=value ...]", help="Replace values, e.g. training.learning_rate=1e-4."),
     ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Tune a model as a recipe says; the same command again resumes, or says that the run is finished."""
     _refuse_options(overrides)
-    with session(debug or context.obj, as_json) as here:
+    hint = "; the same command again goes on with the run"
+    with session(debug or context.obj, as_json, on_interrupt=hint) as here:
         from phi3v.cli_screen import Screen, show_run
         from phi3v.recipe import Recipe
         from phi3v.run_folder import RunFolder
@@ -82,7 +107,7 @@ def train(
         here.result(summary)
 
 
-@app.command(short_help="Score base and tuned answers on held-out rows.")
+@app.command(cls=_Command, short_help="Score base and tuned answers on held-out rows.")
 def evaluate(
     context: typer.Context,
     target: Target,
@@ -105,7 +130,7 @@ def evaluate(
         here.result(evaluation)
 
 
-@app.command(short_help="Ask a question about images.")
+@app.command(cls=_Command, short_help="Ask a question about images.")
 def ask(
     context: typer.Context,
     target: Target,
@@ -118,6 +143,8 @@ def ask(
 ) -> None:
     """Ask a question about images; the answer is printed as it is made."""
     *images, question = images_and_question
+    if not question.strip():
+        raise typer.BadParameter("the question is empty; put it last, in quotes", param_hint="question")
     if not images and Path(question).is_file():
         raise typer.BadParameter(f"{question} is a file; put the question after it, in quotes", param_hint="question")
     with session(debug or context.obj, as_json) as here:
@@ -133,7 +160,7 @@ def ask(
         here.result({"target": target, "images": images, "question": question, "answer": answer})
 
 
-@app.command(short_help="See it learn, on a small model that comes with phi3v.")
+@app.command(cls=_Command, short_help="See it learn, on a small model that comes with phi3v.")
 def demo(
     context: typer.Context,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for all that it writes.")] = Path("runs/demo"),

@@ -51,8 +51,14 @@ class Session:
 
 
 @contextlib.contextmanager
-def session(debug: bool = False, as_json: bool = False) -> Iterator[Session]:
-    """Run a command's body: hush the libraries, and turn what goes wrong into one line and an exit code."""
+def session(debug: bool = False, as_json: bool = False, *, on_interrupt: str = "") -> Iterator[Session]:
+    """Run a command's body: hush the libraries, and turn what goes wrong into one line and an exit code.
+
+    Args:
+        debug: let the libraries talk, and show tracebacks.
+        as_json: keep standard output for one JSON object.
+        on_interrupt: what Ctrl-C prints behind "interrupted".
+    """
     hush(debug, as_json)
     answers = sys.stdout
     try:
@@ -61,7 +67,7 @@ def session(debug: bool = False, as_json: bool = False) -> Iterator[Session]:
     except typer.Exit:
         raise
     except KeyboardInterrupt:
-        _say("interrupted", debug)
+        _say("interrupted" + on_interrupt, debug)
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:  # the reader of our output has gone: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), answers.fileno())
