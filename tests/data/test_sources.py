@@ -290,30 +290,6 @@ def test_missing_columns_name_those_that_exist(tmp_path: Path) -> None:
     assert rows[0].images == () and rows[0].messages[0].parts == (TextPart("?"),)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("a.csv", b"a,b\n1,2\n1,2,3,4\n", "Expected 2 fields in line 3, saw 4"),
-        ("a.csv", b"", "No columns"),
-        ("a.csv", b"a,b\n1,2\n1,2,3,4\n", "in line 3, saw 4: put quotes around a cell"),
-        ("a.csv", b"a\n\xff\xfe\n", "line 2 is not UTF-8 text: save it as UTF-8"),
-        ("a.csv", b"a,b\n", "a.csv cannot be read: it has no rows"),
-        ("a.jsonl", b'{"a": 1}\n\n{"a":\n', "line 3 is not JSON .*: write one JSON object a line"),
-        ("a.jsonl", b'{"a": 1}\n[1]\n', "line 2 holds a list: write one JSON object a line"),
-        ("a.jsonl", b'{"a": "\xe9"}\n', "line 1 is not UTF-8 text: save it as UTF-8"),
-        ("a.json", b'[{"a": 1},\n{"a":}]', "line 2 is not JSON .*: write a list of objects"),
-        ("a.json", b'{"a": 1}\n{"a":\n', "line 2 is not JSON .*: write one JSON object a line"),
-        ("a.parquet", b"xx", "cannot be read"),
-        ("a.xlsx", b"xx", "ends in none of .csv, .tsv, .json"),
-    ],
-)
-def test_broken_files_are_one_line(name: str, content: bytes, words: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=words) as caught:
-        load_rows(str(tmp_path / name), options=RowOptions(images=None, prompt="?", answer="{a}"))
-    assert name in str(caught.value) and "\n" not in str(caught.value) and "error occurred" not in str(caught.value)
-
-
 def test_what_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for missing in ("gone.csv", "./gone", str(tmp_path / "gone"), "data/trian.jsonl"):
         with pytest.raises(DataError, match=r"does not exist \(looked in .*\): relative paths count from the"):

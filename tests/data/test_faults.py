@@ -1,0 +1,64 @@
+"""Files that cannot be read: one line that names the line of the file and the way out."""
+
+from pathlib import Path
+
+import datasets
+import pytest
+
+from phi3v.data.columns import RowOptions
+from phi3v.data.faults import find_fault
+from phi3v.data.sources import load_rows
+from phi3v.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `datasets` prepares goes into a folder of the test run."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", b"a,b\n1,2\n1,2,3,4\n", "Expected 2 fields in line 3, saw 4"),
+        ("a.csv", b"", "No columns"),
+        ("a.csv", b"a,b\n1,2\n1,2,3,4\n", "in line 3, saw 4: put quotes around a cell"),
+        ("a.csv", b"a\n\xff\xfe\n", "line 2 is not UTF-8 text: save it as UTF-8"),
+        ("a.csv", b"a,b\n", "a.csv cannot be read: it has no rows"),
+        ("a.jsonl", b'{"a": 1}\n\n{"a":\n', "line 3 is not JSON .*: write one JSON object a line"),
+        ("a.jsonl", b'{"a": 1}\n[1]\n', "line 2 holds a list: write one JSON object a line"),
+        ("a.jsonl", b'{"a": "\xe9"}\n', "line 1 is not UTF-8 text: save it as UTF-8"),
+        ("a.json", b'[{"a": 1},\n{"a":}]', "line 2 is not JSON .*: write a list of objects"),
+        ("a.json", b'{"a": 1}\n{"a":\n', "line 2 is not JSON .*: write one JSON object a line"),
+        ("a.parquet", b"xx", "cannot be read"),
+        ("a.xlsx", b"xx", "ends in none of .csv, .tsv, .json"),
+    ],
+)
+def test_broken_files_are_one_line(name: str, content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=words) as caught:
+        load_rows(str(tmp_path / name), options=RowOptions(images=None, prompt="?", answer="{a}"))
+    assert name in str(caught.value) and "\n" not in str(caught.value) and "error occurred" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("a.jsonl", '{"a": 1}\n{"a": 2.5}\n{"a": null}\n', None),
+        ("a.jsonl", '\ufeff{"a": "x\u2028y"}\r\n\n{"b": [1]}\n', None),
+        (
+            "a.jsonl",
+            '{"a": null}\n{"a": 1}\n{"a": "x"}\n',
+            "line 3: column 'a' holds text, and a number in lines before: write one kind of value in a column",
+        ),
+        ("a.json", '[\n{"a": 1},\n{"a": "x"}\n]', None),
+        ("a.json", '[{"a": 1}]', None),
+        ("a.json", '{"a": 1}\n{"a": true}\n', "line 2: column 'a' holds true or false, and a number in lines before: "),
+        ("a.csv", "a,b\n1\n", None),
+        ("a.bin", "", None),
+    ],
+)
+def test_faults_are_found_where_they_are(name: str, content: str, fault: str | None, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content.encode())
+    found = find_fault(tmp_path / name)
+    assert found == fault if fault is None else found is not None and found.startswith(fault)
