@@ -16,6 +16,7 @@ from tiny_models import write_tiny_model
 from phi3v.cli_screen import show_demo
 from phi3v.demo.catalogue import write_catalogue
 from phi3v.demo.run import demo_recipe, run_demo, shuffle_answers
+from phi3v.errors import ConfigError
 
 SHORT = ["training.max_steps=2", "evaluation.max_new_tokens=4", "report.samples=2", "evaluation.rows=6"]
 
@@ -25,6 +26,7 @@ def short(tmp_path_factory):
     """A demo of a moment: few products, an untrained model, two steps. What was said, and what came back."""
     folder = tmp_path_factory.mktemp("demo")
     torch.set_num_threads(1)
+    (folder / "demo.json").write_text("{}")  # as a demo that was stopped after painting
     write_catalogue(folder / "products", train=16, test=8)
     overrides = [f"model.name={json.dumps(str(write_tiny_model(folder / 'model')))}", *SHORT]
     said: list[str] = []
@@ -60,6 +62,18 @@ def test_the_same_call_again_trains_nothing(short):
     again = run_demo(folder, overrides=overrides)
     assert {path: path.stat().st_mtime_ns for path in began} == began
     assert again["controls"] == story["controls"] and again["evaluation"] == story["evaluation"]
+
+
+@pytest.mark.parametrize("name", ["photos", "photos/products", "photos/products/test.csv"])
+def test_what_is_no_demo_stays_as_it_is(tmp_path, name):
+    (tmp_path / "photos" / "products").mkdir(parents=True)
+    (tmp_path / "photos" / "products" / "test.csv").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match="is a file: give|is no demo's: give a folder that is new, empty"):
+        run_demo(tmp_path / name)
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(ConfigError, match="cannot be used"):
+        run_demo(tmp_path / "photos/products/test.csv/below")
 
 
 def test_shuffled_answers_are_the_same_answers_on_other_photos(short):

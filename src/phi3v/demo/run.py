@@ -1,8 +1,8 @@
 """The story of `phi3v demo`: products are painted, a small model learns to read them, and controls say whether it does.
 
 In comes a folder, out come figures; every one of them is computed here and now. The folder holds `products/` (photos
-and tables), `tuned/` and `shuffled/` (two runs) and `demo.json` (what this returns). The same call again goes on where
-an earlier one stopped. Everything but the products and the small model is what any recipe goes through.
+and tables), `tuned/` and `shuffled/` (two runs) and `demo.json` (what this returns; `{}` until then). The
+same call again goes on where an earlier one stopped. Everything but the products and the small model is what any recipe goes through.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from random import Random
 from typing import Any
 
 from phi3v.demo.catalogue import write_catalogue
+from phi3v.errors import ConfigError
 from phi3v.evaluation.controls import answer_controls
 from phi3v.evaluation.report_run import write_report
 from phi3v.evaluation.run import held_out_rows
@@ -54,8 +55,12 @@ def run_demo(
         "evaluation" (base and tuned on unseen products, as in evaluation.json), "controls" (name -> exact match as
         a `Share` dict), "samples" (a few questions with all answers), "report", "run", "try" (a command to paste),
         "seconds".
+
+    Raises:
+        ConfigError: `output` is a file, or a folder that holds something else than a demo.
     """
     folder, began = Path(output), time.monotonic()
+    _claim(folder)
     say("painting products")
     tables = _products(folder / "products")
     recipe = demo_recipe(tables["train"], tables["test"], folder / "tuned", overrides)
@@ -123,6 +128,25 @@ def shuffle_answers(table: Path, seed: int = 0) -> Path:
         writer.writeheader()
         writer.writerows(dealt)
     return shuffled
+
+
+def _claim(folder: Path) -> None:
+    """Marks a new or empty folder as a demo's; a demo's folder stays as it is, any other is refused untouched."""
+    marker = folder / "demo.json"
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output {folder} is a file: give a folder that is new, empty or an earlier demo's")
+    if marker.is_file():
+        return
+    found = min((entry.name for entry in folder.iterdir()), default=None) if folder.is_dir() else None
+    if found is not None:
+        raise ConfigError(
+            f"output {folder} holds {found} and is no demo's: give a folder that is new, empty or an earlier demo's"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(marker, "{}\n")
+    except OSError as error:
+        raise ConfigError(f"output {folder} cannot be used ({error}): give another folder") from error
 
 
 def _products(folder: Path) -> dict[str, Path]:
