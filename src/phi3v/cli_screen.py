@@ -7,6 +7,7 @@ and data is printed as it is, never read as markup. Without a terminal there are
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
@@ -22,7 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from phi3v.evaluation.figures import duration, interval, percent, short_number
+from phi3v.evaluation.figures import counted, duration, interval, percent, short_number
 
 if TYPE_CHECKING:
     from phi3v.training.callbacks import TrainingEvent
@@ -118,8 +119,8 @@ def show_trainable(console: Console, report: TrainableReport) -> None:
 def show_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
     """Scores of the base beside those of the tuned model, from `Evaluation.to_dict()`."""
     base, tuned, majority = evaluation["scores"]["base"], evaluation["scores"]["tuned"], evaluation["majority"]
-    table = Table("", title=f"{evaluation['rows']} held-out rows", title_justify="left", box=None)
-    for name in ["base", "tuned"] if base else [evaluation["target"]]:
+    table = Table("", title=counted(evaluation["rows"], "held-out row"), title_justify="left", box=None)
+    for name in ["base", "tuned"] if base else [Path(evaluation["target"]).name or evaluation["target"]]:
         table.add_column(Text(name))
     table.add_column("same answer to all")
 
@@ -143,17 +144,18 @@ def show_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
     for line in evaluation["problems"][:5]:
         console.print(f"left out: {line}", markup=False)
     if len(evaluation["problems"]) > 5:
-        console.print(f"left out: {len(evaluation['problems']) - 5} more rows")
+        console.print(f"left out: {counted(len(evaluation['problems']) - 5, 'more row')}")
 
 
 def show_run(console: Console, summary: Mapping[str, Any]) -> None:
     """The end of `phi3v train`: the scores, the time, and where things lie."""
     if summary["evaluation"]:
         show_evaluation(console, summary["evaluation"])
+    steps = counted(summary["steps"], "step")
     done = {
-        "trained": f"is finished: {summary['steps']} steps in {duration(summary['seconds'])}",
-        "resumed": f"went on from step {summary['resumed_from']} and is finished: {summary['steps']} steps",
-        "finished": f"was finished before: {summary['steps']} steps; give another output to train again",
+        "trained": f"is finished: {steps} in {duration(summary['seconds'])}",
+        "resumed": f"went on from step {summary['resumed_from']} and is finished: {steps}",
+        "finished": f"was finished before: {steps}; give another output to train again",
     }
     console.print(f"run {summary['folder']} {done[summary['status']]}", markup=False, soft_wrap=True)
     if summary["report"]:

@@ -202,6 +202,11 @@ def test_what_is_not_there_is_one_line(world, target, data, error, words):
     assert "\n" not in str(caught.value)
 
 
+def test_what_to_compare_with_is_checked_first(world):
+    with pytest.raises(ConfigError, match="against is 'foo', allowed are 'base' and None"):
+        evaluate(world / "run", against="foo")
+
+
 def test_a_recipe_without_held_out_rows_is_refused(world, tmp_path):
     recipe = make_recipe(world).with_overrides(["data.split=null"])
     (tmp_path / "none.yaml").write_text(recipe.to_yaml())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from phi3v.evaluation.figures import duration, interval, percent, short_number
+from phi3v.evaluation.figures import counted, duration, interval, percent, short_number
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,11 @@ def test_short_number(value, text):
 @pytest.mark.parametrize(("seconds", "text"), [(4.23, "4.2 s"), (75, "1 min 15 s"), (7325, "2 h 2 min"), (0, "0.0 s")])
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 steps"), (1, "1 step"), (2, "2 steps")])
+def test_counted(number, text):
+    assert counted(number, "step") == text
 
 
 def test_interval():

@@ -1,4 +1,4 @@
-"""Figures as people read them: shares, intervals, large and small numbers, times. Numbers in, short texts out."""
+"""Figures as people read them: shares, intervals, large and small numbers, counts, times. Numbers in, texts out."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def short_number(value: float | None) -> str:
     if abs(value) >= 1000 or float(value).is_integer():
         return f"{value:,.0f}"
     return f"{value:.3g}"
+
+
+def counted(number: int, thing: str) -> str:
+    """A number of things: 3, "step" -> "3 steps"; 1, "held-out row" -> "1 held-out row"."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def duration(seconds: float) -> str:

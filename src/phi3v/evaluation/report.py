@@ -21,7 +21,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
-from phi3v.evaluation.figures import duration, interval, percent, short_number
+from phi3v.evaluation.figures import counted, duration, interval, percent, short_number
 
 PHOTO_SIDE = 360  # pixels; sharp enough for two columns on a phone, about 20 kB a photo
 TRAIN_COLOUR, EVALUATION_COLOUR, AXIS_COLOUR = "#3b7dd8", "#d9822b", "#8a8f98"  # readable on white and on black
@@ -67,7 +67,12 @@ def render_report(content: ReportContent) -> str:
     """The whole page as one HTML text."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
-        percent=percent, interval=interval, number=short_number, duration=duration, photo=photo_uri
+        percent=percent,
+        interval=interval,
+        number=short_number,
+        counted=counted,
+        duration=duration,
+        photo=photo_uri,
     )
     source = resources.files("phi3v.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
     points = {name: curve_points(content.metrics, name) for name in ("loss", "eval_loss")}

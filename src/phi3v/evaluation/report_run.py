@@ -24,8 +24,9 @@ def write_report(run: RunFolder, rows: Sequence[Row], controls: Mapping[str, Map
     evaluation = run.read_evaluation()
     summary = run.read_summary() if run.state() == "finished" else {}
     times = {"training": summary["seconds"]} if summary.get("seconds") else {}
+    name = f"Run {run.path.resolve().name}"
     content = ReportContent(
-        title=run.path.name,
+        title=f"{name}: tuned answers beside the base's" if evaluation["base"] else name,
         evaluation=evaluation,
         metrics=run.read_metrics(),
         samples=choose_samples(recipe, run.read_predictions(), rows),

@@ -119,17 +119,19 @@ def evaluate(
 
     Args:
         target: run, adapter, model folder or hub id.
-        data: a recipe file, whose held-out rows are taken, or data read with the templates of the target's run; None
-        for
-            the run's own held-out rows.
+        data: a recipe file, whose held-out rows are taken, or data read with the templates of the target's run;
+            None for the run's own held-out rows.
         against: "base" to answer with the base too, None for the target alone.
         rows: only the first so many rows; None for as many as the recipe says.
         on_progress: called as rows are answered.
 
     Raises:
-        ConfigError: the target is no run and `data` is no recipe, so nothing says which rows and templates.
+        ConfigError: the target is no run and `data` is no recipe, so nothing says which rows and templates; `against`
+            is something else.
         CheckpointError, DataError: the target or the rows cannot be used.
     """
+    if against not in ("base", None):
+        raise ConfigError(f"against is {against!r}, allowed are 'base' and None (the target alone)")
     place = resolve_target(target)
     held_out = held_out_rows(place, data, rows)
     began = time.monotonic()
