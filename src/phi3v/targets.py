@@ -98,6 +98,9 @@ def _resolve_adapter(name: str, folder: Path, kind: Literal["run", "adapter"]) -
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG} does not name its base: set base_model_name_or_path")
+    if not Path(base).is_absolute() and RunFolder.is_run(folder.parent):
+        recipe = RunFolder(folder.parent).read_recipe()  # its places are absolute, where the adapter's base may not be
+        base = recipe.model.name if Path(recipe.model.name).is_absolute() else base
     if not Path(base).is_dir() and not _HUB_ID.fullmatch(base):
         raise CheckpointError(
             f"adapter {folder} was tuned on {base}, which is not here: bring that folder back, "
