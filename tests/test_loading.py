@@ -92,7 +92,7 @@ def test_a_shard_cut_short_and_a_missing_shard_are_one_line(model_folder: Path) 
 
 
 def test_places_that_hold_nothing_to_load(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no folder"):
+    with pytest.raises(CheckpointError, match="does not exist .looked in "):
         targets.resolve_target(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="neither a run"):
         targets.resolve_target(tmp_path)
