@@ -32,10 +32,10 @@ demo: .venv/ready-demo
 	@echo '(the command phi3v is in .venv/bin; ". .venv/bin/activate" puts it on the path)'
 
 test: .venv/ready-test
-	$(ONE_THREAD) $(PYTEST) -m "not slow" -n $(WORKERS) -q $(ARGS)
+	$(ONE_THREAD) $(PYTEST) -m "not slow" -n $(WORKERS) -q -rfEs $(ARGS)
 
 test-slow: .venv/ready-test
-	$(PYTEST) -m slow -q $(ARGS)
+	$(PYTEST) -m slow -q -rfEs $(ARGS)
 
 lint: .venv/ready-dev
 	.venv/bin/ruff format --check .
