@@ -141,6 +141,16 @@ def test_lora_sits_on_the_language_model_alone(model_folder: Path) -> None:
     assert report.share == pytest.approx(report.trainable / report.total)
 
 
+def test_an_adapter_names_its_base_by_a_path_that_holds_anywhere(
+    model_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(model_folder.parent)
+    tuned = tuning.attach_lora(loading.load_base(model_folder.name), {"r": 4})
+    tuned.save_pretrained(tmp_path / "adapter")
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(model_folder.resolve())
+
+
 def test_whole_parts_trained_under_lora_are_counted_once(model_folder: Path) -> None:
     base = loading.load_base(model_folder)
     sizes = {part: count.total for part, count in tuning.trainable_report(base).parts.items()}

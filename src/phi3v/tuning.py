@@ -97,7 +97,9 @@ def attach_lora(
     config.revision = revision
     model.config.name_or_path = config.base_model_name_or_path
     freeze(model, language_model=False, tower="frozen", projector="frozen")
+    place = config.base_model_name_or_path
     tuned = get_peft_model(model, config)
+    tuned.peft_config["default"].base_model_name_or_path = place  # PEFT put the name as it was typed there
     unread = _unread_weights(tuned)
     for name, weight in tuned.named_parameters():
         if name in unread:
