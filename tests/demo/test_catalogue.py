@@ -53,7 +53,7 @@ def test_the_same_call_writes_the_same_bytes(folder: Path, tmp_path: Path) -> No
 
 
 def test_unseen_products_share_no_combination_and_no_price_with_the_training_part() -> None:
-    train, test = catalogue.products("train", 900), catalogue.products("test", 200)
+    train, test = catalogue.products("train", 1200), catalogue.products("test", 200)
     assert len(test) >= 200
     assert not {p.full_price for p in train} & {p.full_price for p in test}
     assert not {(p.title, p.row()["category3_code"], p.full_price) for p in train} & {
