@@ -68,7 +68,6 @@ LIBRARIES = {
     "matplotlib": ("evaluation.report*", "demo.*"),
     "wandb": ("training.trackers",),
     "tensorboard": ("training.trackers",),
-    "sklearn": ("demo.*",),
     "yaml": ("recipe_yaml",),
     "pydantic": ("recipe", "recipe_*"),
     "typer": ("cli", "cli_*"),
