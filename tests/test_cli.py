@@ -219,7 +219,12 @@ def test_ctrl_c_stops_a_training(folder):
         f"output={output}",
     ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "phi3v", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "phi3v", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a test run in the background inherits an ignored SIGINT, and would hand it on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     waited = time.monotonic() + 90
     while not (output / "metrics.jsonl").is_file() and time.monotonic() < waited and process.poll() is None:
