@@ -33,6 +33,7 @@ from phi3v.model.image_processing_phi3_v import Phi3VImageProcessor
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.model.vision_phi3_v import merge_patches
+from phi3v.tuning import freeze
 
 EXPECTED_SCORE = (0.83, 0.93)  # `all` of `score`; the packaged weights have 0.879
 IMAGE_TOKENS = 313  # a square picture at num_crops=1: (1 + 1) * 144 + 1 + (1 + 1) * 12
@@ -246,7 +247,7 @@ def pretrain(
 ) -> Phi3VForCausalLM:
     """Train a new tiny model; `log` is called after every step with its number, the number of steps and the loss."""
     model = new_model(options.seed).to(options.device).train()
-    _forget_unread_layers(model)
+    freeze(model, language_model=True, tower="train", projector="train")
     groups = optimisers(model, options.learning_rate)
     steps = options.scenes // options.batch
     stream = batches(processor, options.seed, steps * options.batch, options.batch, options.workers)
@@ -264,13 +265,6 @@ def pretrain(
         if log is not None:
             log(step + 1, steps, loss.item())
     return model.eval().requires_grad_(True)
-
-
-def _forget_unread_layers(model: Phi3VForCausalLM) -> None:
-    """Keep the optimiser off what Phi-3-V never reads: the tower's last layer and its last norm."""
-    for name, parameter in model.named_parameters():
-        if "vision_model.encoder.layers.3." in name or "post_layernorm" in name:
-            parameter.requires_grad_(False)
 
 
 def _inputs(model: Phi3VForCausalLM, batch: dict[str, Any]) -> dict[str, Any]:
