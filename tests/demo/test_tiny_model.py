@@ -105,6 +105,14 @@ def test_the_short_way_to_picture_features_gives_the_same(tiny: tuple[Any, Any])
     with torch.no_grad():
         expected = model.get_image_features(pixels["pixel_values"], pixels["image_sizes"]).last_hidden_state
         torch.testing.assert_close(pretrain.picture_features(model, batch["views"]), expected, rtol=1e-4, atol=1e-4)
+        last_part = expected.view(3, pretrain.IMAGE_TOKENS, -1)[:, -pretrain.ONE_VIEW_TOKENS :].flatten(0, 1)
+        once = pretrain.picture_features(model, batch["views"], pretrain.ONE_VIEW_TOKENS)
+        torch.testing.assert_close(once, last_part, rtol=1e-4, atol=1e-4)
+
+
+def test_the_first_scenes_show_the_picture_once(tiny: tuple[Any, Any]) -> None:
+    rows = pretrain.Scenes(tiny[1].tokenizer, 0, 3, one_view=2)
+    assert [rows[index][0].count(pretrain.IMAGE) for index in range(3)] == [157, 157, 313]
 
 
 def test_pretraining_sees_the_ids_that_chats_are_asked_with(tiny: tuple[Any, Any]) -> None:
@@ -135,12 +143,16 @@ def test_pretraining_starts_from_the_same_weights_and_moves_them(tmp_path: Path)
     for name, weight in first.state_dict().items():
         assert torch.equal(weight, second.state_dict()[name]), name
     losses: list[float] = []
-    options = pretrain.Options(scenes=6, batch=2, warmup_steps=1, seed=3)
-    trained = pretrain.pretrain(
-        options, pretrain.new_processor(tmp_path), lambda step, steps, loss: losses.append(loss)
-    )
-    assert len(losses) == 3
-    assert losses[-1] < losses[0]
+    options = pretrain.Options(pages=4, echoes=2, scenes=6, batch=2, warmup_steps=1, seed=3)
+    counts: list[tuple[int, int]] = []
+
+    def log(step: int, steps: int, loss: float) -> None:
+        counts.append((step, steps))
+        losses.append(loss)
+
+    trained = pretrain.pretrain(options, pretrain.new_processor(tmp_path), log)
+    assert counts == [(step, 2 + 2 + 3) for step in range(1, 8)]  # pages, echoes, scenes
+    assert losses[1] < losses[0] and losses[3] < losses[2] and losses[6] < losses[4]
     unread = [
         n for n, p in trained.named_parameters() if torch.equal(p, first.state_dict()[n]) and "k_proj.bias" not in n
     ]

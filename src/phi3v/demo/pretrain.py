@@ -1,10 +1,11 @@
 """Pretraining of the tiny model: from random weights to questions about scenes.
 
-`pretrain(...)` trains the package's own classes on `scenes` and returns model and processor; `score` asks held-out
-scenes. Nothing is specific to the demo's catalogue. A scene's questions follow each other in one sequence, so that
-every encoded picture teaches several answers; only answers are trained on. Half of the sequences end with a few
-random pieces of the vocabulary to repeat, which gives every entry of the tables a meaning. `scripts/pretrain_tiny.py`
-is the command.
+`pretrain(...)` trains the package's own classes and returns the model; `score` asks held-out scenes. Nothing is
+specific to the demo's catalogue. There are three parts: `looking` teaches the tower to see digits and shapes, `echoing`
+teaches the decoder to repeat, and `scenes` teach it to answer. A scene's questions follow each other in one sequence,
+so that every encoded picture teaches several answers; only answers are trained on. Half of the sequences end with a
+few random pieces of the vocabulary to repeat, which gives every entry of the tables a meaning.
+`scripts/pretrain_tiny.py` is the command.
 
 Letters: B rows, S positions.
 """
@@ -27,6 +28,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from phi3v.demo import tokenizer as tiny_tokenizer
+from phi3v.demo.echoing import echo
+from phi3v.demo.looking import Page, Pages, looking_loss, word_ids
+from phi3v.demo.muon import Muon
 from phi3v.demo.scenes import scene
 from phi3v.model.configuration_phi3_v import Phi3VConfig
 from phi3v.model.image_processing_phi3_v import Phi3VImageProcessor
@@ -37,16 +41,26 @@ from phi3v.tuning import freeze
 
 EXPECTED_SCORE = (0.83, 0.93)  # `all` of `score`; the packaged weights have 0.879
 IMAGE_TOKENS = 313  # a square picture at num_crops=1: (1 + 1) * 144 + 1 + (1 + 1) * 12
+ONE_VIEW_TOKENS = 157  # its last part, the separator and the view of the whole: 1 + 144 + 12
 ENDOFTEXT, ASSISTANT, END, IMAGE = (tiny_tokenizer.BASE_SIZE + offset for offset in (0, 1, 7, 44))
 
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of a pretraining run; the defaults made the weights in the package."""
+    """Settings of a pretraining run; the defaults made the weights in the package.
 
-    scenes: int = 60_000
-    batch: int = 16
-    learning_rate: float = 2e-3
+    `pages` and `scenes` are pictures, `batch` of them a step; `echoes` are steps of text, at twice the learning rate.
+    The first `one_view_share` of the scenes show the picture once, as the view of the whole. At `num_crops=1` the only
+    crop shows the same pixels again; leaving it out makes a step a third cheaper, and what stands at the same distance
+    before the text stays the same.
+    """
+
+    pages: int = 24_000
+    echoes: int = 600
+    scenes: int = 18_000
+    one_view_share: float = 0.8
+    batch: int = 8
+    learning_rate: float = 1.5e-3
     warmup_steps: int = 150
     decay_share: float = 0.35
     seed: int = 0
@@ -131,10 +145,12 @@ def new_processor(folder: Path) -> Phi3VProcessor:
     return Phi3VProcessor(image_processor=Phi3VImageProcessor(num_crops=1), tokenizer=tokenizer)
 
 
-def encode_turns(tokenizer: Any, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
+def encode_turns(
+    tokenizer: Any, turns: list[tuple[str, str]], image_tokens: int = IMAGE_TOKENS
+) -> tuple[list[int], list[int]]:
     """Token ids of a picture with its questions, and for each id the number of the turn it answers (-1 elsewhere).
 
-    The ids are those of the chat that asks all questions in turn: `<s> <|user|> ▁ newline`, 313 image tokens, `<s>`,
+    The ids are those of the chat that asks all questions in turn: `<s> <|user|> ▁ newline`, the image tokens, `<s>`,
     then the text. An answer's turn includes its `<|end|>`; the last one includes the newline and `<|endoftext|>` too.
 
     Example: with one turn `("digit?", "7")` the ids end with `<|assistant|> ▁ 7 <|end|> ▁ newline <|endoftext|>`, and
@@ -149,15 +165,18 @@ def encode_turns(tokenizer: Any, turns: list[tuple[str, str]]) -> tuple[list[int
             inside = True
         elif token == END and inside and turn < len(turns) - 1:
             inside, turn = False, turn + 1
-    head = [*tokenizer("<|user|>\n")["input_ids"], *[IMAGE] * IMAGE_TOKENS]
+    head = [*tokenizer("<|user|>\n")["input_ids"], *[IMAGE] * image_tokens]
     return head + tail, [-1] * len(head) + owners
 
 
 class Scenes(Dataset):
-    """The scenes `0 .. count - 1` of a seed as (ids, owners, image, turns), made when asked for."""
+    """The scenes `0 .. count - 1` of a seed as (ids, owners, image, turns), made when asked for.
 
-    def __init__(self, tokenizer: Any, seed: int, count: int) -> None:
-        self.tokenizer, self.seed, self.count = tokenizer, seed, count
+    The first `one_view` of them have the tokens of the whole view only.
+    """
+
+    def __init__(self, tokenizer: Any, seed: int, count: int, one_view: int = 0) -> None:
+        self.tokenizer, self.seed, self.count, self.one_view = tokenizer, seed, count, one_view
 
     def __len__(self) -> int:
         """How many scenes there are."""
@@ -172,7 +191,8 @@ class Scenes(Dataset):
             pieces = [rng.randrange(259, tiny_tokenizer.BASE_SIZE) for _ in range(rng.randint(3, 8))]
             phrase = self.tokenizer.decode(pieces).strip() or "x"
             turns.append((f"Repeat: {phrase}", phrase))
-        return *encode_turns(self.tokenizer, turns), made.image, turns
+        tokens = ONE_VIEW_TOKENS if index < self.one_view else IMAGE_TOKENS
+        return *encode_turns(self.tokenizer, turns, tokens), made.image, turns
 
 
 def collate(rows: list[tuple]) -> dict[str, Any]:
@@ -186,21 +206,32 @@ def collate(rows: list[tuple]) -> dict[str, Any]:
     for i, (row_ids, row_owners, _, _) in enumerate(rows):
         ids[i, : len(row_ids)] = torch.tensor(row_ids)
         owners[i, : len(row_ids)] = torch.tensor(row_owners)
-    views = torch.stack([torch.from_numpy(np.asarray(row[2], np.float32)) for row in rows]).permute(0, 3, 1, 2) / 255
     return {
         "input_ids": ids,
         "labels": torch.where(owners >= 0, ids, -100),
-        "views": (views - torch.tensor(OPENAI_CLIP_MEAN)[:, None, None]) / torch.tensor(OPENAI_CLIP_STD)[:, None, None],
+        "views": as_views([row[2] for row in rows]),
         "owners": owners,
         "turns": [row[3] for row in rows],
     }
 
 
-def picture_features(model: Phi3VForCausalLM, views: torch.Tensor) -> torch.Tensor:
+def as_views(images: list[Any]) -> torch.Tensor:
+    """Square pictures as the tower takes them: `[B, 3, 336, 336]`, normalised."""
+    views = torch.stack([torch.from_numpy(np.asarray(image, np.float32)) for image in images]).permute(0, 3, 1, 2) / 255
+    return (views - torch.tensor(OPENAI_CLIP_MEAN)[:, None, None]) / torch.tensor(OPENAI_CLIP_STD)[:, None, None]
+
+
+def collate_pages(rows: list[Page]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of `Pages` as views and cells `[B, 144]`."""
+    return as_views([image for image, _ in rows]), torch.tensor([cells for _, cells in rows])
+
+
+def picture_features(model: Phi3VForCausalLM, views: torch.Tensor, image_tokens: int = IMAGE_TOKENS) -> torch.Tensor:
     """What `model.get_image_features` returns for square pictures of 336 pixels, at half the price.
 
     At `num_crops=1` the only crop of such a picture and the view of the whole are the same pixels, so the tower looks
-    once and its features are laid out twice: crop, separator, whole. `[B, 3, 336, 336]` to `[B * 313, hidden size]`.
+    once and its features are laid out twice: crop, separator, whole. `[B, 3, 336, 336]` to `[B * 313, hidden size]`;
+    with 157 image tokens separator and whole alone.
     """
     embedding = model.model.vision_embed_tokens
     side, count = embedding.side, len(views)
@@ -208,12 +239,15 @@ def picture_features(model: Phi3VForCausalLM, views: torch.Tensor) -> torch.Tens
     line_ends = embedding.sub_GN.view(1, 1, 1, -1).expand(count, side, 1, -1)
     lines = embedding.img_projection(torch.cat([grid, line_ends], dim=2).flatten(1, 2))
     between = embedding.img_projection(embedding.glb_GN).expand(count, 1, -1)
-    return torch.cat([lines, between, lines], dim=1).flatten(0, 1)
+    whole = [between, lines] if image_tokens == ONE_VIEW_TOKENS else [lines, between, lines]
+    return torch.cat(whole, dim=1).flatten(0, 1)
 
 
-def batches(processor: Phi3VProcessor, seed: int, count: int, batch: int, workers: int = 0) -> Iterator[dict[str, Any]]:
-    """The scenes of a seed in order, `batch` at a time."""
-    data = Scenes(processor.tokenizer, seed, count)
+def batches(
+    processor: Phi3VProcessor, seed: int, count: int, batch: int, workers: int = 0, one_view: int = 0
+) -> Iterator[dict[str, Any]]:
+    """The scenes of a seed in order, `batch` at a time; the pictures of the first `one_view` are laid out once."""
+    data = Scenes(processor.tokenizer, seed, count, one_view)
     yield from DataLoader(data, batch, collate_fn=collate, num_workers=workers)
 
 
@@ -228,7 +262,7 @@ def optimisers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optim
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and not name.endswith(tables) else rest).append(parameter)
     return [
-        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=learning_rate, weight_decay=0.01),
         torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01),
     ]
 
@@ -245,35 +279,70 @@ def rate_factor(step: int, steps: int, options: Options) -> float:
 def pretrain(
     options: Options, processor: Phi3VProcessor, log: Callable[[int, int, float], None] | None = None
 ) -> Phi3VForCausalLM:
-    """Train a new tiny model; `log` is called after every step with its number, the number of steps and the loss."""
+    """Train a new tiny model: on pages, then on echoes, then on scenes.
+
+    `log` is called after every step with its number, the number of steps and the loss.
+    """
     model = new_model(options.seed).to(options.device).train()
     freeze(model, language_model=True, tower="train", projector="train")
     groups = optimisers(model, options.learning_rate)
-    steps = options.scenes // options.batch
-    stream = batches(processor, options.seed, steps * options.batch, options.batch, options.workers)
-    for step, batch in enumerate(stream):
-        for optimiser in groups:
-            for group in optimiser.param_groups:
-                group["lr"] = options.learning_rate * rate_factor(step, steps, options)
-        labels = batch["labels"].to(options.device)
-        loss = model(**_inputs(model, batch), labels=labels, trained_logits_only=True, use_cache=False).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        for optimiser in groups:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-        if log is not None:
-            log(step + 1, steps, loss.item())
+    step, steps = 0, sum(_phases(options))
+    for length, factor, losses in zip(
+        _phases(options), (1.0, 2.0, 1.0), _phase_losses(model, processor, options), strict=True
+    ):
+        for place, loss in enumerate(losses):
+            for optimiser in groups:
+                for group in optimiser.param_groups:
+                    group["lr"] = factor * options.learning_rate * rate_factor(place, length, options)
+            loss.backward()
+            nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+            for optimiser in groups:
+                optimiser.step()
+                optimiser.zero_grad(set_to_none=True)
+            step += 1
+            if log is not None:
+                log(step, steps, loss.item())
     return model.eval().requires_grad_(True)
+
+
+def _phases(options: Options) -> tuple[int, int, int]:
+    """Steps of pages, of echoes and of scenes."""
+    return options.pages // options.batch, options.echoes, options.scenes // options.batch
+
+
+def _phase_losses(
+    model: Phi3VForCausalLM, processor: Phi3VProcessor, options: Options
+) -> tuple[Iterator[torch.Tensor], Iterator[torch.Tensor], Iterator[torch.Tensor]]:
+    """The loss of each step of each part; the caller steps between two of them."""
+    looking, echoes, steps = _phases(options)
+
+    def pages() -> Iterator[torch.Tensor]:
+        names, data = word_ids(processor.tokenizer), Pages(options.seed, looking * options.batch)
+        for views, cells in DataLoader(data, options.batch, collate_fn=collate_pages, num_workers=options.workers):
+            yield looking_loss(model, views.to(options.device), cells.to(options.device), names)
+
+    def texts() -> Iterator[torch.Tensor]:
+        for index in range(echoes):
+            ids, labels = (part.to(options.device) for part in echo(processor.tokenizer, options.seed, index))
+            yield model(input_ids=ids, labels=labels, trained_logits_only=True, use_cache=False).loss
+
+    def scenes() -> Iterator[torch.Tensor]:
+        one_view = int(steps * options.one_view_share) * options.batch
+        for batch in batches(processor, options.seed, steps * options.batch, options.batch, options.workers, one_view):
+            labels = batch["labels"].to(options.device)
+            yield model(**_inputs(model, batch), labels=labels, trained_logits_only=True, use_cache=False).loss
+
+    return pages(), texts(), scenes()
 
 
 def _inputs(model: Phi3VForCausalLM, batch: dict[str, Any]) -> dict[str, Any]:
     """Forward's arguments. Rows are padded on the right and causal, so real positions never see padding: no mask is
     needed."""
     views = batch["views"].to(model.device, non_blocking=True)
+    image_tokens = int((batch["input_ids"][0] == IMAGE).sum())
     return {
         "input_ids": batch["input_ids"].to(model.device),
-        "image_features": picture_features(model, views),
+        "image_features": picture_features(model, views, image_tokens),
         "image_sizes": [[336, 336]] * len(views),
     }
 

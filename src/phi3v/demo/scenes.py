@@ -114,7 +114,7 @@ def scene(seed: int, index: int) -> Scene:
     elif kind < 0.88:
         made = _object_with_plates(rng)
     else:
-        made = _large_digit(rng)
+        made = large_digit(rng)
     return made
 
 
@@ -137,7 +137,7 @@ def _ground(rng: Random, avoid: list[str]) -> tuple[Image.Image, str]:
     return Image.new("RGB", (SIDE, SIDE), painting.vary(*COLOURS[word], rng)), word
 
 
-def _put_object(
+def put_object(
     image: Image.Image,
     rng: Random,
     shape: str | Outlines,
@@ -192,7 +192,7 @@ def _object_with_plates(rng: Random) -> Scene:
     numbers = [draw_number(rng, rng.choice((1, 2, 3, 3, 4, 4))) for _ in range(rng.choice((0, 1, 1, 2)))]
     plates_below = rng.random() < 0.5
     middle = (168 + rng.randint(-12, 12), (112 if plates_below else 224) + rng.randint(-8, 8))
-    _put_object(image, rng, outline, colour, surface, rng.randint(176, 206), middle)
+    put_object(image, rng, outline, colour, surface, rng.randint(176, 206), middle)
     first = (8 if plates_below else 1) + (rng.randint(0, 1) if len(numbers) == 1 else 0)
     for i, number in enumerate(numbers):
         _put_plate(image, rng, number, first + 2 * i)
@@ -271,7 +271,7 @@ def _grid_of_objects(rng: Random) -> Scene:
             SIDE * (2 * (place % columns) + 1) // (2 * columns),
             SIDE * (2 * (place // columns) + 1) // (2 * rows),
         )
-        _put_object(image, rng, shape, colour, surface, rng.randint(130, 156), middle)
+        put_object(image, rng, shape, colour, surface, rng.randint(130, 156), middle)
         cells.append((shape, colour, surface))
     turns = [
         (question, ", ".join(cell[i] for cell in cells))
@@ -281,7 +281,7 @@ def _grid_of_objects(rng: Random) -> Scene:
     return Scene(image, turns)
 
 
-def _large_digit(rng: Random) -> Scene:
+def large_digit(rng: Random) -> Scene:
     """One digit that fills most of the picture: clean, blurred, or as coarse as a scan of eight by eight dots."""
     digit = rng.choice("0123456789")
     paper_word = rng.choice(("black", "black", "white", *COLOURS))
