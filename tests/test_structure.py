@@ -58,6 +58,8 @@ LIBRARIES = {
     "PIL": ("model.*", "data.*", "generate", "evaluation.report", "evaluation.controls", "demo.*"),
     "tokenizers": ("model.*", "demo.*"),
     "huggingface_hub": ("model.configuration_phi3_v", "targets", "loading", "data.opening"),
+    "httpx": ("data.address_guard",),
+    "httpcore": ("data.guarded_network", "data.download", "data.fetch"),
     "safetensors": ("loading", "demo.*"),
     "accelerate": ("training.*",),
     "peft": ("loading", "tuning"),

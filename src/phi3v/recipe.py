@@ -317,7 +317,7 @@ def _map_places(key: str, value: Any, here: Callable[[str], bool]) -> Any:
 def _meant(key: str, values: dict[str, Any]) -> Any:
     """The value to compare of a dotted key: places as absolute paths, "nothing" where there is no value."""
     value = values.get(key, "nothing")
-    return _map_places(key, value, lambda place: True) if tuple(key.split(".")) in _PLACES else value
+    return _map_places(key.rpartition(".")[2], value, lambda place: True) if tuple(key.split(".")) in _PLACES else value
 
 
 def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
