@@ -50,7 +50,25 @@ def _json_fault(path: Path) -> str | None:
         except ValueError as error:
             return f"{_reason(error)}: write a list of objects, or one JSON object a line"
         return _list_fault(whole)
-    return _lines_fault(path) if first.startswith("{") else None
+    return _lines_fault(path) if first.startswith("{") else _list_fault(json.loads(first))
+
+
+def holds_one_mapping(path: Path) -> bool:
+    """Whether a .json file is one object over several lines, which is neither a list nor one object a line.
+
+    Example: `{` and `"data": [...]` and `}` on three lines -> True; `{"a": 1}` and `{"a": 2}` on two -> False.
+    """
+    first = next((line for _, line in _lines(path)), "")
+    if path.suffix.lower() != ".json" or not first.startswith("{"):
+        return False
+    try:
+        json.loads(first)
+    except ValueError:
+        try:
+            return isinstance(json.loads(path.read_text(encoding="utf-8-sig")), dict)
+        except ValueError:
+            return False
+    return False
 
 
 def _list_fault(value: Any) -> str | None:

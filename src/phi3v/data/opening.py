@@ -22,7 +22,7 @@ from huggingface_hub import get_token
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from phi3v.data.conversations import is_conversation
-from phi3v.data.faults import find_fault
+from phi3v.data.faults import find_fault, holds_one_mapping
 from phi3v.data.json_table import JsonTable, first_record
 from phi3v.data.tar_table import TarTable
 from phi3v.errors import DataError
@@ -163,6 +163,8 @@ def _open_file(path: Path) -> OpenedTable:
         raise DataError(f"data file {path} ends in none of {', '.join(_BUILDERS)}, .tar; convert it or rename it")
     if builder == "json" and is_conversation(first_record(path)):
         return OpenedTable(JsonTable(path), str(path.parent), {}, frozenset())
+    if builder == "json" and holds_one_mapping(path):
+        raise DataError(f"data set {path} cannot be read: {find_fault(path)}")
     table = datasets.load_dataset(builder, data_files=str(path), split="train", **reader_options(path))
     return _undecoded(table, str(path.parent))
 
