@@ -89,6 +89,11 @@ class VisionSection(Section):
         default=None, description="memory: features of frozen vision parts are kept for all epochs; null: no cache."
     )
 
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing of the parts that see is trained."""
+        return self.tower == self.projector == "frozen"
+
 
 class TrainingSection(BaseModel):
     """How long and in which steps; all other keys (`options`) go to transformers.TrainingArguments."""
@@ -173,6 +178,23 @@ class Recipe(Section):
     evaluation: EvaluationSection = Field(default=EvaluationSection(), description="How answers are scored.")
     report: ReportSection = Field(default=ReportSection(), description="Who is told.")
     output: str = Field(min_length=1, description="Folder of the run; runs/<recipe name> where nothing is said.")
+
+    @model_validator(mode="after")
+    def _check_streaming(self) -> Self:
+        """Refuses what a stream, which has no end, cannot give."""
+        if not self.data.streaming:
+            return self
+        if self.training.max_steps is None:
+            raise ValueError("data.streaming needs training.max_steps: a stream has no end, so no epochs")
+        if self.vision.cache is not None:
+            raise ValueError("vision.cache keeps all rows, and data.streaming is for sets too large for that")
+        split = self.data.split
+        if self.data.validation is None and split is not None and not isinstance(split.validation, int):
+            raise ValueError(
+                "data.split.validation is a share, and a stream has no end to count from: with data.streaming give a "
+                "number of rows, data.validation, or data.split: null"
+            )
+        return self
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:

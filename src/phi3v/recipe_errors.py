@@ -49,7 +49,7 @@ def _explain_one(mistake: dict[str, Any], model: type[BaseModel]) -> str:
         return f"{key} is missing; add it to the recipe"
     if kind == "value_error":
         text = str(context.get("error", mistake["msg"]))
-        return text if text.startswith(f"{key}.") else f"{key}: {text}"
+        return text if not key or text.startswith(f"{key}.") else f"{key}: {text}"
     if kind == "literal_error":
         allowed = context["expected"]
     elif kind == "greater_than":

@@ -30,6 +30,7 @@ from phi3v.errors import DataError
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "test")
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_STREAMED_AT_ONCE = 64
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
 _logger = logging.getLogger(__name__)
 
@@ -42,6 +43,37 @@ class Table(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, number: int) -> dict[str, Any]: ...
     def __iter__(self) -> Iterator[dict[str, Any]]: ...
+
+
+class StreamTable:
+    """Records that can only be gone through; one pass begins at the beginning."""
+
+    def __init__(self, table: datasets.IterableDataset, column_names: list[str] | None = None) -> None:
+        """Keep the records; their first one names the columns where neither types nor the caller do."""
+        self._table = table
+        self.column_names = list(column_names or table.column_names or next(iter(table), {}))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The records in order; in batches, because one by one `datasets` divides them among loader workers."""
+        for batch in self._table.iter(_STREAMED_AT_ONCE):
+            yield from (dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True))
+
+    def __len__(self) -> int:
+        """Not known before the end. Raises: TypeError."""
+        raise TypeError("a stream has no length")
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Raises: TypeError."""
+        raise TypeError("records of a stream have no numbers to ask for")
+
+    def select_columns(self, columns: list[str]) -> "StreamTable":
+        """The same records with these columns alone, where the types of all columns are known."""
+        return StreamTable(self._table.select_columns(columns), columns) if self._table.features else self
+
+    def rename_columns(self, names: dict[str, str]) -> "StreamTable":
+        """The same records with other column names."""
+        columns = [names.get(name, name) for name in self.column_names]
+        return StreamTable(self._table.rename_columns(names), columns)
 
 
 @dataclass(frozen=True)
@@ -61,13 +93,16 @@ class OpenedTable:
     single_floats: frozenset[str]
 
 
-def open_set(source: str, revision: str | None = None, subset: str | None = None) -> dict[str, OpenedTable]:
+def open_set(
+    source: str, revision: str | None = None, subset: str | None = None, *, streaming: bool = False
+) -> dict[str, OpenedTable]:
     """The splits of a set.
 
     Args:
         source: a folder, a file, a pattern such as shards/*.tar, or a hub id, with `:SPLIT` behind it for one split.
         revision: of a hub set.
         subset: the configuration of a hub set that has several.
+        streaming: True gives tables that can only be gone through, of which nothing is kept on the disk.
     Example: "owner/name:train_sft" -> {"train": the split train_sft}.
     Raises: DataError for whatever is wrong, in one line.
     """
@@ -75,20 +110,21 @@ def open_set(source: str, revision: str | None = None, subset: str | None = None
     if (revision or subset) is not None and path.exists():
         _logger.warning("data.revision %s is ignored: %s is a local file or folder", revision or subset, source)
     if name and re.fullmatch(r"[\w.-]+", split) and not path.exists():
-        tables = open_set(name, revision, subset)
+        tables = open_set(name, revision, subset, streaming=streaming)
         if split not in tables:
             raise DataError(f"{name} has no split {split}; its splits are {', '.join(tables)}")
         return {"train": tables[split]}
     try:
         with _without_progress_bars():
-            if (opened := _open_local(path)) is not None:
+            if (opened := _open_local(path, streaming)) is not None:
                 return opened
         if path.is_absolute() or source.startswith((".", "~")) or path.suffix.lower() in (*_BUILDERS, ".tar"):
             raise DataError(
                 f"data set {source} does not exist (looked in {Path.cwd()}): relative paths count from the folder in "
                 "which phi3v is started"
             )
-        found = datasets.load_dataset(source, **({"name": subset} if subset else {}), revision=revision)
+        extra = ({"name": subset} if subset else {}) | _streamed(streaming)
+        found = datasets.load_dataset(source, **extra, revision=revision)
         return {split: _undecoded(table, HF_HUB_CACHE) for split, table in found.items()}
     except DataError:
         raise
@@ -100,18 +136,18 @@ def open_set(source: str, revision: str | None = None, subset: str | None = None
         raise DataError(text) from error
 
 
-def _open_local(path: Path) -> dict[str, OpenedTable] | None:
+def _open_local(path: Path, streaming: bool) -> dict[str, OpenedTable] | None:
     """A file, a folder or a pattern of shards; None when nothing is there."""
     if path.is_file():
-        return {"train": _open_file(path)}
+        return {"train": _open_file(path, streaming)}
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, streaming)
     if path.suffix.lower() == ".tar" and (shards := sorted(Path(name) for name in glob(str(path), recursive=True))):
         return {"train": OpenedTable(TarTable(shards), str(shards[0].parent), {}, frozenset())}
     return None
 
 
-def _open_folder(path: Path) -> dict[str, OpenedTable]:
+def _open_folder(path: Path, streaming: bool) -> dict[str, OpenedTable]:
     """A folder of shards, of photos with their metadata, of data files, or one that `save_to_disk` wrote."""
     if (path / "dataset_dict.json").is_file():
         return _all_undecoded(datasets.DatasetDict.load_from_disk(path), path)
@@ -119,17 +155,17 @@ def _open_folder(path: Path) -> dict[str, OpenedTable]:
         return _all_undecoded({"train": datasets.Dataset.load_from_disk(path)}, path)
     if shards := sorted(path.glob("*.tar")):
         return {"train": OpenedTable(TarTable(shards), str(path), {}, frozenset())}
-    if (table := _open_metadata(path)) is not None:
+    if (table := _open_metadata(path, streaming)) is not None:
         return {"train": table}
-    below = {folder.name: _open_metadata(folder) for folder in sorted(path.iterdir()) if folder.is_dir()}
+    below = {folder.name: _open_metadata(folder, streaming) for folder in sorted(path.iterdir()) if folder.is_dir()}
     splits = {name: table for name, table in below.items() if table is not None}
     if splits and len(splits) == len(below) and set(splits) <= {"train", *VALIDATION_NAMES}:
         return splits
     # a relative "csv" would name a reader instead
-    return _all_undecoded(datasets.load_dataset(str(path.resolve())), path)
+    return _all_undecoded(datasets.load_dataset(str(path.resolve()), **_streamed(streaming)), path)
 
 
-def _open_metadata(folder: Path) -> OpenedTable | None:
+def _open_metadata(folder: Path, streaming: bool) -> OpenedTable | None:
     """The photos of a folder by its metadata file, whose `file_name` becomes the column `image`; None without one.
 
     `file_names` becomes `images`, and `left_file_name` becomes `left`.
@@ -139,7 +175,7 @@ def _open_metadata(folder: Path) -> OpenedTable | None:
         return None
     if len(found) > 1:
         raise DataError(f"{folder} has {' and '.join(path.name for path in found)}: keep one of them")
-    opened = _open_file(found[0])
+    opened = _open_file(found[0], streaming)
     names = {column: _photo_column(column) for column in opened.table.column_names}
     renamed = {old: new for old, new in names.items() if old != new}
     if not renamed:
@@ -154,7 +190,7 @@ def _photo_column(column: str) -> str:
     return (column[: -len("_file_name")] or "image") if column.endswith("file_name") else column
 
 
-def _open_file(path: Path) -> OpenedTable:
+def _open_file(path: Path, streaming: bool) -> OpenedTable:
     """One file."""
     builder = _BUILDERS.get(path.suffix.lower())
     if path.suffix.lower() == ".tar":
@@ -165,8 +201,14 @@ def _open_file(path: Path) -> OpenedTable:
         return OpenedTable(JsonTable(path), str(path.parent), {}, frozenset())
     if builder == "json" and holds_one_mapping(path):
         raise DataError(f"data set {path} cannot be read: {find_fault(path)}")
-    table = datasets.load_dataset(builder, data_files=str(path), split="train", **reader_options(path))
+    extra = reader_options(path) | _streamed(streaming)
+    table = datasets.load_dataset(builder, data_files=str(path), split="train", **extra)
     return _undecoded(table, str(path.parent))
+
+
+def _streamed(streaming: bool) -> dict[str, Any]:
+    """What `datasets` is told for streaming."""
+    return {"streaming": True} if streaming else {}
 
 
 def reader_options(path: Path) -> dict[str, Any]:
@@ -193,7 +235,8 @@ def _undecoded(table: Any, root: str) -> OpenedTable:
                 table = table.cast_column(column, kind)
     labels = {name: kind.names for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
     floats = (name for name, kind in features.items() if getattr(kind, "dtype", None) in ("float32", "float16"))
-    return OpenedTable(table, root, labels, frozenset(floats))
+    opened = StreamTable(table) if isinstance(table, datasets.IterableDataset) else table
+    return OpenedTable(opened, root, labels, frozenset(floats))
 
 
 def undecoded_feature(feature: Any) -> Any:
@@ -210,7 +253,7 @@ def undecoded_feature(feature: Any) -> Any:
 
 def narrowed(table: Table, columns: Sequence[str]) -> Table:
     """The table with these columns alone, where that spares reading the others."""
-    return table.select_columns(list(columns)) if isinstance(table, datasets.Dataset) else table
+    return table.select_columns(list(columns)) if isinstance(table, datasets.Dataset | StreamTable) else table
 
 
 @contextmanager
@@ -226,10 +269,12 @@ def _without_progress_bars() -> Iterator[None]:
 
 
 def records_of(table: Table, location: str) -> Iterator[dict[str, Any]]:
-    """The records of a table. Raises: DataError for bytes that are no UTF-8, which JSON readers find only here."""
+    """The records of a table. Raises: DataError for what readers find only here, such as bytes that are no UTF-8."""
     try:
         yield from table
-    except UnicodeDecodeError as error:
+    except DataError:
+        raise
+    except Exception as error:  # readers of many formats, each with exceptions of its own
         raise DataError(f"data set {location} cannot be read: {fault(Path(location), error)}") from error
 
 

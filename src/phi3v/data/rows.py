@@ -173,7 +173,7 @@ def look_again(look: FirstLook, failures: Mapping[str, FetchFailure]) -> FirstLo
     return FirstLook(records, array("q", (look.usable[place] for place in kept)), keys, problems, array("q"), [])
 
 
-def decodable(rows: Rows, max_pixels: int) -> tuple[Rows, list[RowProblem]]:
+def decodable(rows: Sequence[Row], max_pixels: int) -> tuple[Sequence[Row], list[RowProblem]]:
     """The rows whose images decode to the end, and the problems of the others; every image is opened.
 
     Example: three rows of which the second's image breaks off -> rows 0 and 2, and one problem `image_unreadable`.
@@ -187,7 +187,7 @@ def decodable(rows: Rows, max_pixels: int) -> tuple[Rows, list[RowProblem]]:
             sound.append(position)
         except ImageError as error:
             problems.append(RowProblem(row.index, "image_unreadable", str(error), row.source))
-    return rows.take(sound), problems
+    return rows.take(sound) if isinstance(rows, Rows) else [rows[place] for place in sound], problems
 
 
 def refuse_problems(

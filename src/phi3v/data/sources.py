@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +24,9 @@ from phi3v.data.image_cache import ImageCache
 from phi3v.data.mixing import mix
 from phi3v.data.opening import VALIDATION_NAMES, OpenedTable, open_set
 from phi3v.data.rows import FirstLook, RecordSet, Rows, describe_problems, look_again, read_rows, refuse_problems
-from phi3v.data.schema import RowProblem
+from phi3v.data.schema import Row, RowProblem
 from phi3v.data.split import split_rows
+from phi3v.data.streaming import RowStream
 from phi3v.errors import DataError
 
 _logger = logging.getLogger(__name__)
@@ -141,6 +143,79 @@ def load_data(
         rows_in=sum(len(part.table) for part in [*parts, *held]),
         not_cached=list(dict.fromkeys(url for look in looks for url in look.not_cached)),
     )
+
+
+@dataclass(frozen=True)
+class StreamedData:
+    """What a recipe's section `data` names, for streaming.
+
+    Attributes:
+        train: rows to train on, without an end.
+        validation: rows held out; None when there are none.
+        problems: the rows left out so far: those of the validation set, and those before the last row held out.
+        origin: "validation" (given), "split" (the first rows), or "none".
+    """
+
+    train: RowStream
+    validation: Sequence[Row] | None
+    problems: list[RowProblem]
+    origin: str
+
+
+def stream_data(
+    train: str | Sequence[Mapping[str, Any]],
+    *,
+    options: RowOptions,
+    validation: str | None = None,
+    revision: str | None = None,
+    subset: str | None = None,
+    validation_split: float | None = None,
+    split_seed: int = 0,
+    max_rows: int | None = None,
+    reading: Reading | None = None,
+) -> StreamedData:
+    """Training rows as they come, and validation rows in memory.
+
+    Args:
+        train: as in `load_data`; every set of several needs a weight, which says how often its rows come.
+        options: as in `load_data`.
+        validation: a set that is read whole.
+        revision: of the hub data sets.
+        subset: configuration of the hub data sets.
+        validation_split: where no `validation` is given, so many of the first rows are held out; None for none.
+        split_seed: of the order.
+        max_rows: refused: a stream is stopped by steps.
+        reading: downloads, and how many rows may be left out.
+    Raises: DataError in one line.
+    """
+    how = reading or Reading()
+    wanted = [_SetChoice.of(choice, options, revision, subset) for choice in _as_choices(train)]
+    weights = _weights(wanted) or [1.0]
+    if len(weights) < len(wanted):
+        raise DataError("data.train: with data.streaming each of several sets needs a weight")
+    if max_rows is not None:
+        raise DataError("data.max_rows is for sets that are read whole: with data.streaming set training.max_steps")
+    opened = [open_set(choice.source, choice.revision, choice.subset, streaming=True) for choice in wanted]
+    names = [_train_name(tables, choice.source) for tables, choice in zip(opened, wanted, strict=True)]
+    stream = RowStream(
+        [_records(tables[name], c.source, c, how) for tables, name, c in zip(opened, names, wanted, strict=True)],
+        weights,
+        seed=split_seed,
+        limits=how.limits,
+        download=how.download,
+        max_skipped=how.max_skipped,
+        on_problem=how.on_problem,
+    )
+    problems: list[RowProblem] = []
+    if validation is not None:
+        look = _look([_validation_records(replace(wanted[0], source=validation), how)], how, with_keys=False)[0]
+        return StreamedData(stream.without(look.rows), look.rows, look.problems, "validation")
+    if validation_split is None:
+        return StreamedData(stream, None, problems, "none")
+    first = list(islice(stream.rows(problems.append, shuffled=False), int(validation_split)))
+    if len({(row.source, row.index) for row in first}) < len(first):
+        raise DataError(f"data.split.validation asks for {len(first)} rows, and the sets have fewer: lower it")
+    return StreamedData(stream.without(first), first, problems, "split")
 
 
 def load_rows(

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from phi3v.data.columns import RowOptions
 from phi3v.data.rows import decodable
 from phi3v.data.schema import Row, RowProblem
-from phi3v.data.sources import Reading, load_data, load_rows
+from phi3v.data.sources import LoadedData, Reading, StreamedData, load_data, load_rows, stream_data
 from phi3v.errors import ConfigError
 from phi3v.evaluation.answers import Answers, answer_rows
 from phi3v.evaluation.metrics import AnswerTemplate, Scores, Share, majority_answer, majority_fields, score_answers
@@ -157,12 +157,13 @@ def held_out_rows(place: Target, data: str | Path | None, rows: int | None) -> H
     options = RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels)
     reading = Reading.of(**recipe.data.reading_options)
     if own_data:
-        loaded = load_data(options=options, reading=reading, **recipe.data.load_options)
+        load: Callable[..., LoadedData | StreamedData] = stream_data if recipe.data.streaming else load_data
+        loaded = load(options=options, reading=reading, **recipe.data.load_options)
         if loaded.validation is None:
             raise ConfigError(
                 "the recipe holds out no rows (data.validation and data.split are null): name rows with --data"
             )
-        found = loaded.validation
+        found: Sequence[Row] = loaded.validation
         problems, name = loaded.problems, recipe.data.validation or f"{recipe.data.train_name} ({loaded.origin})"
     else:
         found, problems = load_rows(str(data), options=options, reading=reading)
