@@ -148,6 +148,10 @@ def test_a_broken_photo_among_validation_rows_is_left_out_of_the_scores(world: P
     assert any("row 1: image 7.png does not decode" in line for line in run.read_evaluation()["problems"])
 
 
+def ignore(problem: RowProblem) -> None:
+    """Nobody is told."""
+
+
 def texts(count: int) -> list[str]:
     return [json.dumps({"q": f"q{number}", "a": f"a{number}"}) for number in range(count)]
 
@@ -164,18 +168,18 @@ def first(rows: Iterator[Row], count: int) -> list[int]:
 
 def test_a_stream_gives_every_row_once_a_pass_in_an_order_of_its_seed(tmp_path: Path) -> None:
     data = stream(tmp_path)
-    order = first(data.train.rows(print), 21)
+    order = first(data.train.rows(ignore), 21)
     assert [sorted(order[start : start + 7]) for start in (0, 7, 14)] == [list(range(7))] * 3
-    assert order == first(stream(tmp_path).train.rows(print), 21) and order[:7] != order[7:14]
-    assert order != first(stream(tmp_path, split_seed=1).train.rows(print), 21)
-    assert first(data.train.rows(print, start=9), 12) == order[9:]
-    assert first(data.train.rows(print, shuffled=False), 9) == [*range(7), 0, 1]
+    assert order == first(stream(tmp_path).train.rows(ignore), 21) and order[:7] != order[7:14]
+    assert order != first(stream(tmp_path, split_seed=1).train.rows(ignore), 21)
+    assert first(data.train.rows(ignore, start=9), 12) == order[9:]
+    assert first(data.train.rows(ignore, shuffled=False), 9) == [*range(7), 0, 1]
 
 
 def test_a_streams_first_rows_are_held_out(tmp_path: Path) -> None:
     data = stream(tmp_path, validation_split=3)
     assert [row.index for row in data.validation] == [0, 1, 2] and data.origin == "split"
-    assert set(first(data.train.rows(print), 40)) == {3, 4, 5, 6}
+    assert set(first(data.train.rows(ignore), 40)) == {3, 4, 5, 6}
     with pytest.raises(DataError, match="asks for 9 rows, and the sets have fewer"):
         stream(tmp_path, validation_split=9)
 
@@ -186,7 +190,7 @@ def test_streams_are_mixed_by_weight(tmp_path: Path) -> None:
         (tmp_path / f"{name}.csv").write_text("q,a\n" + "".join(f"{name},{n}\n" for n in range(count)))
         sets.append({"source": str(tmp_path / f"{name}.csv"), "weight": weight})
     options = RowOptions(images=None, prompt="{q}", answer="{a}")
-    rows = stream_data(sets, options=options).train.rows(print)
+    rows = stream_data(sets, options=options).train.rows(ignore)
     assert [next(rows).question for _ in range(9)] == ["a", "b", "a"] * 3
     with pytest.raises(DataError, match="with data.streaming each of several sets needs a weight"):
         stream_data([{"source": one["source"]} for one in sets], options=options)
@@ -205,7 +209,7 @@ def test_a_streams_problems_are_told_once_and_counted(tmp_path: Path) -> None:
     assert {problem.reason_code for problem in told} == {"missing_value"}
     strict = stream_data(str(tmp_path / "t.jsonl"), options=options, reading=Reading(max_skipped=0.09))
     with pytest.raises(DataError, match=r"100 of 1000 rows cannot be used .*at most 9% may be left out"):
-        first(strict.train.rows(print), 1000)
+        first(strict.train.rows(ignore), 1000)
 
 
 @pytest.mark.filterwarnings("ignore:.*worker processes in total")
@@ -221,7 +225,7 @@ def test_loader_workers_change_nothing(workers: int, world: Path, tmp_path: Path
     told: list[RowProblem] = []
     data = stream(tmp_path)
     examples = StreamedExamples(data.train, sample, micro_batch=2, start=5, tell=told.append)
-    order = first(data.train.rows(print), 40)
+    order = first(data.train.rows(ignore), 40)
     expected = [next(n for n in order[place:] if n != 2) for place in range(5, 25)]
     batches = iter(torch.utils.data.DataLoader(examples, batch_size=2, num_workers=workers, collate_fn=list))
     found = [processor.tokenizer.decode(example["input_ids"]) for _ in range(10) for example in next(batches)]

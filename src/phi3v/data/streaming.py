@@ -22,7 +22,7 @@ WINDOW_ROWS = 1000
 WINDOW_BYTES = 256 * 2**20
 _DOWNLOADED_AT_ONCE = 64
 CHECKED_EVERY = 1000
-"""So many records are read before their share of problems is looked at for the first time."""
+"""After so many records of a pass their share of problems is looked at, and at its end."""
 
 Tell = Callable[[RowProblem], None]
 
@@ -98,9 +98,9 @@ class RowStream:
                 if number not in told:
                     told.add(number)
                     tell(problem)
-                self._refuse(problem, problems, skipped, seen, checked=seen % CHECKED_EVERY == 0)
+                self._refuse(problem, problems, skipped, seen, checked=False)
             elif (outcome.source, outcome.index) in self.held_out:
-                continue
+                pass
             elif not self.held_out_keys.isdisjoint(group_keys(outcome) if self.held_out_keys else ()):
                 if number not in told:
                     told.add(number)
@@ -108,6 +108,8 @@ class RowStream:
                     tell(RowProblem(number, "held_out_image", message, records.map.source))
             else:
                 yield outcome
+            if problems and seen % CHECKED_EVERY == 0:
+                self._refuse(problems[0], problems, skipped, seen, checked=True)
         if problems:
             self._refuse(problems[0], problems, skipped, seen, checked=True)
 
