@@ -1,7 +1,10 @@
 """Downloads into the cache: what is asked, how often, when, and what is known afterwards."""
 
 import os
+import runpy
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from image_server import image_server, picture
@@ -10,6 +13,7 @@ from phi3v.data.fetch import FetchLimits, FetchSummary, fetch_images
 from phi3v.data.image_cache import FetchFailure, ImageCache
 from phi3v.errors import ConfigError, DataError
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "fetch_ray.py"
 LIMITS = FetchLimits(seconds=10, backoff=0.01, allow_hosts=("127.0.0.1",))
 
 
@@ -119,6 +123,30 @@ def test_nothing_of_the_environment_and_no_secret_leaves(
     assert b"secret" not in written and "secret" not in caplog.text
 
 
+def test_a_disk_that_is_full_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with (
+        image_server() as server,
+        pytest.raises(DataError, match=r"cannot be written \(No space left on device\): free"),
+    ):
+        fetch_images([server.url("/good/1.png")], ImageCache(tmp_path), LIMITS)
+    assert not list((tmp_path / "tmp").rglob("*"))
+
+
+def test_the_example_for_ray_downloads_as_one_machine_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its batch function alone; Ray is not needed for that."""
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    fetch_batch = runpy.run_path(str(EXAMPLE))["fetch_batch"]
+    with image_server() as server:
+        batch = {"url": [server.url("/good/1.png"), server.url("/404?token=abc")]}
+        answers = fetch_batch(batch, ImageCache(tmp_path), LIMITS)
+    assert answers["reason"] == ["url_not_found"] and "token" not in answers["message"][0]
+    assert ImageCache(tmp_path).path(batch["url"][0]).read_bytes() == picture(1)
+
+
 def test_connections_are_kept(tmp_path: Path) -> None:
     with image_server() as server:
         urls = [server.url(f"/good/{number}.png") for number in range(30)]
@@ -135,16 +163,17 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         fetch_images([server.url("/good/1.png")], ImageCache(tmp_path / "file"), LIMITS)
 
 
-def test_an_error_in_the_progress_bar_ends_the_call(tmp_path: Path) -> None:
-    """What the caller's function raises comes back, and the workers end."""
+@pytest.mark.parametrize("error", [KeyboardInterrupt, BrokenPipeError])
+def test_an_error_in_the_progress_bar_ends_the_call(error: type[BaseException], tmp_path: Path) -> None:
+    """What the caller's function raises comes back as it is, and the workers end."""
 
     def stop(done: int, total: int) -> None:
         if done == 2:
-            raise KeyboardInterrupt
+            raise error
 
     with image_server(delay=0.02) as server:
-        urls = [server.url(f"/good/{number}.png") for number in range(200)]
-        with pytest.raises(KeyboardInterrupt):
+        urls = [server.url(f"/good/{number}.png") for number in range(100)]
+        with pytest.raises(error):
             fetch_images(urls, ImageCache(tmp_path), LIMITS, on_progress=stop)
         assert not (tmp_path / "tmp").exists() or not list((tmp_path / "tmp").iterdir())
         assert fetch_images(urls, ImageCache(tmp_path), LIMITS).failures == {}

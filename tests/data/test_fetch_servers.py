@@ -1,5 +1,6 @@
 """Servers that misbehave: none hangs, none fills the disk, each gets its reason, and the cache stays clean."""
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from image_server import BEHAVIOURS, JPEG, ImageServer, image_server, picture
 from phi3v.data.fetch import FetchLimits, FetchSummary, fetch_images
 from phi3v.data.image_cache import ImageCache
 
+ROOT = Path(__file__).parents[2]
 SECONDS = 3.0
 LIMITS = FetchLimits(seconds=SECONDS, max_bytes=2_000_000, backoff=0.01, workers=32, allow_hosts=("127.0.0.1",))
 EXPECTED = {  # path: (reason, requests)
@@ -68,12 +70,19 @@ def visit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:
     cache = ImageCache(tmp_path_factory.mktemp("cache"))
     with image_server() as server:
         began = time.monotonic()
-        summary = fetch_images([server.url(path) for path in BEHAVIOURS], cache, LIMITS)
+        summary = fetch_images([server.url(path) for path in EXPECTED], cache, LIMITS)
         yield Visit(server, cache, summary, time.monotonic() - began)
 
 
 def test_every_behaviour_of_the_server_is_expected() -> None:
-    assert set(BEHAVIOURS) == set(EXPECTED)
+    assert set(BEHAVIOURS) == {*EXPECTED, "/mutated"}
+
+
+def test_every_reason_is_in_the_documentation() -> None:
+    source = ROOT / "src" / "phi3v" / "data"
+    code = "".join((source / name).read_text(encoding="utf-8") for name in ("download.py", "guarded_network.py"))
+    table = re.findall(r"^\| `(url_\w+)`", (ROOT / "docs" / "data.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(table) == sorted(set(re.findall(r'"(url_\w+)"', code)))
 
 
 @pytest.mark.parametrize("path", EXPECTED)
@@ -88,6 +97,11 @@ def test_each_behaviour_has_its_reason(path: str, visit: Visit) -> None:
 def test_nothing_hangs(visit: Visit) -> None:
     """Each address has its 3 s; the pauses of this server are 1 s; the rest is room for a busy machine."""
     assert visit.seconds < 2 * SECONDS + 4
+
+
+def test_what_is_remembered_would_be_the_same_another_time(visit: Visit) -> None:
+    remembered = {path for path in EXPECTED if visit.cache.failure(visit.server.url(path))}
+    assert remembered == {"/404", "/410", "/html", "/svg", "/cut", "/long"}
 
 
 def test_only_whole_images_are_kept(visit: Visit) -> None:
@@ -117,6 +131,19 @@ def test_only_whole_images_are_kept(visit: Visit) -> None:
 def test_a_message_says_what_and_the_way_out(path: str, words: str, visit: Visit) -> None:
     url = visit.server.url(path)
     assert visit.summary.failures[url].message == f"image {url}{words}"
+
+
+def test_no_answer_is_too_broken_for_a_reason(tmp_path: Path) -> None:
+    """500 answers with bytes changed, put in and left out: each is an image or a failure of one printable line."""
+    limits = FetchLimits(seconds=SECONDS, attempts=1, allow_hosts=("127.0.0.1",))
+    with image_server() as server:
+        urls = [server.url(f"/mutated/{number}") for number in range(500)]
+        summary = fetch_images(urls, ImageCache(tmp_path), limits)
+    assert summary.total == 500 == summary.downloaded + len(summary.failures)
+    assert all(failure.message.isprintable() for failure in summary.failures.values())
+    assert len({failure.reason_code for failure in summary.failures.values()}) >= 5
+    kept = {path.read_bytes() for path in (tmp_path / "objects").rglob("*") if path.is_file()}
+    assert JPEG in kept
 
 
 def test_no_server_and_no_such_name(tmp_path: Path) -> None:

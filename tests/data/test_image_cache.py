@@ -110,13 +110,15 @@ def _write_and_wait(cache: ImageCache, ready: Connection) -> None:
         time.sleep(60)
 
 
-def test_a_folder_without_a_lock_is_removed_after_a_day(tmp_path: Path) -> None:
-    """A folder without a lock, which only file systems without locks should have, goes when it is a day old."""
-    old = tmp_path / "tmp" / "old"
+@pytest.mark.parametrize("files", [["half"], ["half", "lock"]], ids=["without a lock", "of another machine"])
+def test_a_folder_whose_lock_says_nothing_is_removed_after_a_day(files: list[str], tmp_path: Path) -> None:
+    """Some file systems have no locks, some keep them to one machine, and a name that is not ours is another's."""
+    old = tmp_path / "tmp" / "0123456789ab-0"
     old.mkdir(parents=True)
-    (old / "half").write_bytes(b"half an im")
+    for name in files:
+        (old / name).write_bytes(b"half an im")
     keep(ImageCache(tmp_path), URL, CONTENT)
-    assert (old / "half").exists()  # no lock to ask, and not a day old
+    assert sorted(os.listdir(old)) == files
     os.utime(old, (time.time() - 90_000,) * 2)
     keep(ImageCache(tmp_path), URL, CONTENT)
     assert not (tmp_path / "tmp").exists()

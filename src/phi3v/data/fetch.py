@@ -19,7 +19,7 @@ import httpcore
 from phi3v.data.address_guard import AddressError, AllowedHosts, parse_address
 from phi3v.data.download import Downloader, FetchLimits, UrlProblem
 from phi3v.data.image_cache import CacheWriter, FetchFailure, ImageCache, url_digest
-from phi3v.errors import ConfigError, DataError
+from phi3v.errors import ConfigError
 
 _DECODERS = 2
 """Threads that decode: a photo of 20 million pixels takes 160 MB meanwhile, and a thread keeps some of that."""
@@ -86,20 +86,14 @@ def fetch_images(
     progress = on_progress or (lambda done, total: None)
     progress(done, len(mine))
     if wanted:
-        try:
-            with cache.writing() as writer, _Crew(wanted, writer, limits, allowed) as crew:
-                for url, outcome in crew.outcomes():
-                    if isinstance(outcome, FetchFailure):
-                        failures[url] = outcome
-                    else:
-                        size += outcome
-                    done += 1
-                    progress(done, len(mine))
-        except OSError as error:
-            raise DataError(
-                f"image cache {cache.folder} cannot be written ({error.strerror or error}): free space there, or name "
-                "another folder in data.image_cache"
-            ) from error
+        with cache.writing() as writer, _Crew(wanted, writer, limits, allowed) as crew:
+            for url, outcome in crew.outcomes():
+                if isinstance(outcome, FetchFailure):
+                    failures[url] = outcome
+                else:
+                    size += outcome
+                done += 1
+                progress(done, len(mine))
     ordered = {url: failures[url] for url in mine if url in failures}
     return FetchSummary(len(mine), cached, len(mine) - cached - len(ordered), ordered, size)
 
@@ -166,6 +160,8 @@ class _Crew:
         """Each address with the size of its image or with its failure, as they come."""
         for _ in range(self._number):
             result = self._results.get()
+            if isinstance(result, OSError):  # those of the network are failures by now
+                raise self._writer.cache.unwritable(result) from result
             if isinstance(result, Exception):
                 raise result
             yield result
