@@ -11,7 +11,6 @@ renamed. A process that is killed leaves files in tmp/ alone, and the next one r
 urls/ depends on when, where or in which order it was written. Knows nothing of how images are downloaded.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -195,12 +194,14 @@ def _machine() -> str:
 
 
 def _locked(lock: int) -> bool | None:
-    """Takes a lock; False when another holds it, None when the file system has no locks."""
+    """Takes a lock; False when another holds it, None when the file system, or Windows, has no locks of this kind."""
     try:
+        import fcntl
+
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:
+    except (OSError, ImportError):
         return None
     return True
 
