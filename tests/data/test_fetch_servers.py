@@ -1,6 +1,7 @@
 """Servers that misbehave: none hangs, none fills the disk, each gets its reason, and the cache stays clean."""
 
 import re
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,9 +155,13 @@ def test_no_server_and_no_such_name(tmp_path: Path) -> None:
     assert [failures[url].reason_code for url in urls] == ["url_connect", "url_dns"]
 
 
-def test_a_name_server_that_never_answers_ends_at_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: time.sleep(30))
+def test_a_name_server_that_does_not_answer_ends_at_the_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = threading.Event()
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: over.wait(30) and [])
     began = time.monotonic()
     failures = fetch_images(["http://slow.example/a.png"], ImageCache(tmp_path), FetchLimits(seconds=0.5)).failures
+    over.set()
     assert [failure.reason_code for failure in failures.values()] == ["url_dns"]
     assert time.monotonic() - began < 5
