@@ -6,6 +6,7 @@ heads. Bodies that never end stop with the server.
 
 import gzip
 import io
+import random
 import socket
 import socketserver
 import ssl
@@ -79,6 +80,9 @@ class Handler(socketserver.BaseRequestHandler):
             if not received:
                 return False
             head += received
+            if head.startswith(b"\x16\x03"):  # TLS where none is spoken
+                self.send(400)
+                return False
         self.server.seen.append((time.monotonic(), head))
         path = head.split(b" ")[1].decode()
         time.sleep(self.server.delay)
@@ -127,12 +131,12 @@ def slow_head(handler: Handler) -> None:
 
 
 def loop(handler: Handler) -> None:
-    handler.send(302, Location="/loop/1")
+    handler.send(302, Location="/loop")
 
 
 def busy_once(handler: Handler) -> None:
-    """429 with Retry-After: 1 to the first two requests, whatever they ask for."""
-    if sum(b"/busy-once" in head for _, head in handler.server.seen) <= 2:
+    """429 with Retry-After: 1 to the first request."""
+    if sum(b"/busy-once" in head for _, head in handler.server.seen) == 1:
         handler.send(429, Retry_After="1")
     else:
         handler.send(200, JPEG, "image/jpeg")
@@ -145,6 +149,32 @@ def fails_once(handler: Handler) -> None:
         handler.send(200, JPEG, "image/jpeg")
 
 
+def mutated(handler: Handler) -> None:
+    """An answer with a few bytes changed, put in or left out, by the number in the path."""
+    path = handler.server.seen[-1][1].split(b" ")[1]
+    chance = random.Random(path)
+    answer = bytearray(chance.choice(ANSWERS))
+    for _ in range(chance.randint(1, 6)):
+        place = chance.randrange(min(len(answer), 200))
+        odd = [
+            chance.randbytes(5),
+            b"9" * 5000,
+            b"\r\n",
+            b"\0",
+            b"Location: //[::1%lo]:x/\\\r\n",
+            b"Content-Length: -1\r\n",
+        ]
+        answer[place : place + chance.choice([0, 1, 7])] = chance.choice(odd)
+    handler.request.sendall(answer)
+
+
+ANSWERS = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%b" % (len(JPEG), JPEG),
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(JPEG), JPEG),
+    b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/a\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.1 429 Busy\r\nRetry-After: Wed, 21 Oct 2015 07:28:00 GMT\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Encoding: gzip, br\r\nContent-Length: 0\r\n\r\n",
+)
 BOMB = gzip.compress(bytes(50_000_000))
 CUT = picture(1, "JPEG", (200, 150))
 BEHAVIOURS: dict[str, Callable[[Handler], None]] = {
@@ -184,6 +214,7 @@ BEHAVIOURS: dict[str, Callable[[Handler], None]] = {
     "/nothing": lambda handler: None,
     "/busy-once": busy_once,
     "/fails-once": fails_once,
+    "/mutated": mutated,
     "/cookie": lambda handler: handler.send(302, Location="/good/3.png", Set_Cookie="session=secret"),
 }
 

@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import httpcore
@@ -18,10 +19,10 @@ import httpcore
 from phi3v.data.address_guard import AddressError, AllowedHosts, parse_address
 from phi3v.data.download import Downloader, FetchLimits, UrlProblem
 from phi3v.data.image_cache import CacheWriter, FetchFailure, ImageCache, url_digest
-from phi3v.errors import ConfigError, DataError
+from phi3v.errors import ConfigError
 
 _DECODERS = 2
-"""Images that are decoded at once: a photo of 20 million pixels takes about 120 MB meanwhile."""
+"""Threads that decode: a photo of 20 million pixels takes 160 MB meanwhile, and a thread keeps some of that."""
 
 
 @dataclass(frozen=True)
@@ -85,20 +86,14 @@ def fetch_images(
     progress = on_progress or (lambda done, total: None)
     progress(done, len(mine))
     if wanted:
-        try:
-            with cache.writing() as writer, _Crew(wanted, writer, limits, allowed) as crew:
-                for url, outcome in crew.outcomes():
-                    if isinstance(outcome, FetchFailure):
-                        failures[url] = outcome
-                    else:
-                        size += outcome
-                    done += 1
-                    progress(done, len(mine))
-        except OSError as error:
-            raise DataError(
-                f"image cache {cache.folder} cannot be written ({error.strerror or error}): free space there, or name "
-                "another folder in data.image_cache"
-            ) from error
+        with cache.writing() as writer, _Crew(wanted, writer, limits, allowed) as crew:
+            for url, outcome in crew.outcomes():
+                if isinstance(outcome, FetchFailure):
+                    failures[url] = outcome
+                else:
+                    size += outcome
+                done += 1
+                progress(done, len(mine))
     ordered = {url: failures[url] for url in mine if url in failures}
     return FetchSummary(len(mine), cached, len(mine) - cached - len(ordered), ordered, size)
 
@@ -142,7 +137,7 @@ class _Crew:
         self._results: queue.SimpleQueue[tuple[str, int | FetchFailure] | Exception] = queue.SimpleQueue()
         self._number = len(urls)
         self._tls = httpcore.default_ssl_context()
-        self._decoding = threading.Semaphore(_DECODERS)
+        self._decoders = ThreadPoolExecutor(_DECODERS, "decode")
         self._threads = [
             threading.Thread(target=self._work, name=f"fetch-{number}", daemon=True)
             for number in range(max(1, min(limits.workers, len(urls))))
@@ -159,11 +154,14 @@ class _Crew:
         self._turns.stop()
         for thread in self._threads:
             thread.join(timeout=0.2)
+        self._decoders.shutdown(wait=False, cancel_futures=True)
 
     def outcomes(self) -> Iterable[tuple[str, int | FetchFailure]]:
         """Each address with the size of its image or with its failure, as they come."""
         for _ in range(self._number):
             result = self._results.get()
+            if isinstance(result, OSError):  # those of the network are failures by now
+                raise self._writer.cache.unwritable(result) from result
             if isinstance(result, Exception):
                 raise result
             yield result
@@ -171,7 +169,7 @@ class _Crew:
     def _work(self) -> None:
         """What one thread does; an error that is no address's fault goes to the caller."""
         try:
-            with Downloader(self._limits, self._allowed, self._tls, self._decoding) as downloader:
+            with Downloader(self._limits, self._allowed, self._tls, self._decoders) as downloader:
                 while (job := self._turns.take()) is not None:
                     outcome = self._attempt(job, downloader)
                     if outcome is not None:

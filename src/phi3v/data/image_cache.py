@@ -11,10 +11,10 @@ renamed. A process that is killed leaves files in tmp/ alone, and the next one r
 urls/ depends on when, where or in which order it was written. Knows nothing of how images are downloaded.
 """
 
-import fcntl
 import hashlib
 import json
 import os
+import platform
 import time
 import uuid
 from collections.abc import Iterator
@@ -23,8 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phi3v.errors import DataError
+
 _STALE_SECONDS = 24 * 3600.0
-"""Age of a folder in tmp/ that is removed where the file system has no locks to ask."""
+"""How long a folder in tmp/ was not touched that is removed although its lock says nothing: another machine's, because
+file systems keep some locks to one machine, or any on a file system without locks."""
 _LOCK = "lock"
 
 
@@ -70,16 +73,29 @@ class ImageCache:
 
     @contextmanager
     def writing(self) -> Iterator["CacheWriter"]:
-        """A writer with a folder of its own in tmp/, which is gone afterwards; also removes what killed ones left."""
+        """A writer with a folder of its own in tmp/, which is gone afterwards; also removes what killed ones left.
+
+        Raises: DataError when there can be no such folder.
+        """
         temporary = self.folder / "tmp"
-        _remove_abandoned(temporary)
-        own, lock = _own_folder(temporary)
+        try:
+            _remove_abandoned(temporary)
+            own, lock = _own_folder(temporary)
+        except OSError as error:
+            raise self.unwritable(error) from error
         try:
             yield CacheWriter(self, own)
         finally:
             _remove(own)
             os.close(lock)
             _remove_abandoned(temporary)
+
+    def unwritable(self, error: OSError) -> DataError:
+        """What a user is told when a file of the cache cannot be written."""
+        return DataError(
+            f"image cache {self.folder} cannot be written ({error.strerror or error}): free space there, or name "
+            "another folder in data.image_cache"
+        )
 
     def _entry(self, url: str) -> dict[str, Any]:
         """What is known of an address; {} for nothing, or for a file that is no entry."""
@@ -104,7 +120,7 @@ class CacheWriter:
 
     def __init__(self, cache: ImageCache, folder: Path) -> None:
         """Name cache and folder."""
-        self._cache = cache
+        self.cache = cache
         self._folder = folder
 
     def temporary(self) -> Path:
@@ -117,7 +133,7 @@ class CacheWriter:
             digest = hashlib.file_digest(written, "sha256").hexdigest()
             size = written.tell()
             os.fsync(written.fileno())
-        place = self._cache._place("objects", digest)
+        place = self.cache._place("objects", digest)
         if _size(place) != size:
             _move(file, place)
         self._write_entry(url, {"bytes": size, "object": digest})
@@ -134,7 +150,7 @@ class CacheWriter:
             written.write(json.dumps(entry, sort_keys=True) + "\n")
             written.flush()
             os.fsync(written.fileno())
-        _move(file, self._cache._place("urls", url_digest(url)))
+        _move(file, self.cache._place("urls", url_digest(url)))
 
 
 def url_digest(url: str) -> str:
@@ -163,7 +179,7 @@ def _own_folder(temporary: Path) -> tuple[Path, int]:
     making and its locking; then a new one is made.
     """
     while True:
-        own = temporary / uuid.uuid4().hex
+        own = temporary / f"{_machine()}-{uuid.uuid4().hex}"
         with suppress(FileNotFoundError):  # tmp/ or the folder was removed by another process
             own.mkdir(parents=True)
             lock = os.open(own / _LOCK, os.O_CREAT | os.O_RDWR, 0o644)
@@ -172,28 +188,39 @@ def _own_folder(temporary: Path) -> tuple[Path, int]:
             os.close(lock)
 
 
+def _machine() -> str:
+    """What this machine's folders in tmp/ begin with."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:12]
+
+
 def _locked(lock: int) -> bool | None:
-    """Takes a lock; False when another holds it, None when the file system has no locks."""
+    """Takes a lock; False when another holds it, None when the file system, or Windows, has no locks of this kind."""
     try:
+        import fcntl
+
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:
+    except (OSError, ImportError):
         return None
     return True
 
 
 def _remove_abandoned(temporary: Path) -> None:
     """Removes the folders in tmp/ whose process is gone, then tmp/ when it is empty."""
-    for own in list(temporary.iterdir()) if temporary.is_dir() else []:
+    try:
+        names = os.listdir(temporary)
+    except FileNotFoundError:
+        return
+    for name in names:
         with suppress(OSError):  # another process does the same
-            _remove_if_abandoned(own)
+            _remove_if_abandoned(temporary / name)
     with suppress(OSError):
         temporary.rmdir()
 
 
 def _remove_if_abandoned(own: Path) -> None:
-    """Removes a folder in tmp/ unless its lock is held; without locks to ask, when it is a day old."""
+    """Removes a folder in tmp/ whose lock is free; where locks say nothing, one that nobody touched for a day."""
     old = time.time() - own.stat().st_mtime > _STALE_SECONDS
     try:
         lock = os.open(own / _LOCK, os.O_RDWR)
@@ -204,7 +231,7 @@ def _remove_if_abandoned(own: Path) -> None:
         return
     try:
         taken = _locked(lock)
-        if taken or (taken is None and old):
+        if (taken and own.name.startswith(_machine())) or (taken is not False and old):
             _remove(own)
     finally:
         os.close(lock)
