@@ -111,7 +111,7 @@ def _tune(recipe: Recipe, run: RunFolder, watch: Watcher) -> RunResult:
     """Trains from the start or from the newest checkpoint, and writes the tuned weights."""
     device = _training_device(recipe.model.device)
     set_seed(recipe.training.seed)
-    processor = load_processor(recipe.model.name, num_crops=recipe.image.num_crops, revision=recipe.model.revision)
+    processor = load_processor(recipe.model.name, revision=recipe.model.revision, **recipe.image.processor_options)
     options = RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels)
     data = load_data(options=options, **recipe.data.load_options)
     model, autocast = _prepare_model(recipe, device)
@@ -207,9 +207,8 @@ def _datasets(
     """Training and validation examples, with their image features kept where the recipe asks for it."""
     longest = recipe.data.max_length or model.config.max_position_embeddings
     sources: list[Sequence[Row]] = [data.train, data.validation or []]
-    parts: list[Any] = [
-        EncodedRows(rows, processor, max_length=longest, max_pixels=recipe.image.max_pixels) for rows in sources
-    ]
+    options: Any = {"max_pixels": recipe.image.max_pixels, "on_too_long": recipe.data.on_too_long}
+    parts: list[Any] = [EncodedRows(rows, processor, max_length=longest, **options) for rows in sources]
     if not any(label != -100 for label in parts[0][0]["labels"].tolist()):
         raise TrainingError("the first row has no trained token: its answer is empty, see data.answer")
     frozen = recipe.vision.tower == recipe.vision.projector == "frozen"
