@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from phi3v.data.fit import Fitted, Messages, OnTooLong, fit
-from phi3v.data.images import MAX_PIXELS, open_image
+from phi3v.data.images import MAX_PIXELS, open_image, open_pixels
 from phi3v.data.schema import ImagePart, Message, Row, TrainOn
 from phi3v.data.templates import whole_text
 from phi3v.errors import DataError
@@ -55,7 +55,7 @@ def encode(
     tokenizer = processor.tokenizer
     with _named(row):
         images = _open_images(row, row.messages, processor, max_pixels)
-        sizes = [(image.width, image.height) for image in images]
+        sizes = [_size(image) for image in images]
         fitted = Fitted(row.messages, processor.image_processor.num_crops, 0, 0)
         if max_length is not None:
             fitted = fit(
@@ -197,7 +197,13 @@ def _open_images(row: Row, messages: Sequence[Message], processor: Any, max_pixe
         raise DataError(
             f"its messages place the images {places}, but there are {len(row.images)} images: place each once, in order"
         )
-    return [open_image(image, max_pixels=max_pixels) for image in row.images]
+    opener = open_pixels if processor.image_processor.fast else open_image
+    return [opener(image, max_pixels=max_pixels) for image in row.images]
+
+
+def _size(image: Any) -> tuple[int, int]:
+    """Width and height of an opened image, PIL's or an array [height, width, 3]."""
+    return image.size if hasattr(image, "convert") else (image.shape[1], image.shape[0])
 
 
 def _encode_messages(
