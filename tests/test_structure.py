@@ -65,6 +65,7 @@ LIBRARIES = {
     "peft": ("loading", "tuning"),
     "bitsandbytes": ("loading",),
     "datasets": ("data.opening",),
+    "simplejpeg": ("data.fast_jpeg",),
     "jinja2": ("evaluation.report*",),
     "markupsafe": ("evaluation.report*",),
     "matplotlib": ("evaluation.report*", "demo.*"),
@@ -250,7 +251,9 @@ def test_no_drawer_for_everything(name: str) -> None:
 def every_python_file() -> list[Path]:
     """Source, tests and examples; not what tools and environments put into the folder."""
     return [
-        path for folder in ("src", "tests", "examples", "scripts") for path in sorted((ROOT / folder).rglob("*.py"))
+        path
+        for folder in ("src", "tests", "examples", "scripts", "benchmarks")
+        for path in sorted((ROOT / folder).rglob("*.py"))
     ]
 
 

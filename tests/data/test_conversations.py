@@ -199,6 +199,8 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
     "a number": ("conversation_type", {"conversations": 5, "image": "a.png"}),
     "turns that are texts": ("conversation_type", {"conversations": ["a", "b"], "image": "a.png"}),
     "a turn of a number": ("conversation_type", turns(("human", 7), ("gpt", "b"))),
+    "half a character": ("value_type", turns(("human", "<image>a"), ("gpt", "b\ud83d"))),
+    "half a character in a part": ("value_type", turns(("human", parts(None, "\udc00")), ("gpt", "b"))),
     "an unknown part": ("conversation_type", turns(("human", [{"type": "audio"}]), ("gpt", "b"))),
     "an image in an answer": ("image_tags", turns(("human", "a"), ("gpt", parts(None, "b")))),
     "a file that is not there": ("image_path", turns(("human", "<image>a"), ("gpt", "b")) | {"image": "gone.png"}),

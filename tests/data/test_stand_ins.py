@@ -5,7 +5,7 @@ import torch
 
 from phi3v.data.schema import Message, Row, RowProblem, TextPart
 from phi3v.data.stand_ins import StandIns
-from phi3v.errors import DataError, ImageError
+from phi3v.errors import DataError, ImageError, TooLongError
 
 
 class Numbers:
@@ -26,7 +26,10 @@ class Numbers:
 
 def test_the_next_row_stands_in() -> None:
     told: list[RowProblem] = []
-    bad = {1: ImageError("a.csv, row 1: image b.png does not decode"), 2: DataError("a.csv, row 2: 9 tokens")}
+    bad: dict[int, DataError] = {
+        1: ImageError("a.csv, row 1: image b.png does not decode"),
+        2: TooLongError("a.csv, row 2: 9 tokens"),
+    }
     bad[5] = DataError("a.csv, row 5: 8 tokens")
     samples = StandIns(Numbers(6, bad), spare=3, tell=told.append)
     found = [[int(samples[number]["input_ids"]) for number in range(6)] for _ in range(2)]
@@ -34,7 +37,7 @@ def test_the_next_row_stands_in() -> None:
     assert told == [
         RowProblem(1, "image_unreadable", "image b.png does not decode", "a.csv"),
         RowProblem(2, "too_long", "9 tokens", "a.csv"),
-        RowProblem(5, "too_long", "8 tokens", "a.csv"),
+        RowProblem(5, "not_encoded", "8 tokens", "a.csv"),
     ]
     with pytest.raises(DataError, match=r"row 2: 9 tokens; with it 2 rows could not be used when their turn came"):
         StandIns(Numbers(6, bad), spare=1.5)[1]

@@ -16,7 +16,7 @@ from phi3v.data.columns import RowOptions
 from phi3v.data.schema import Row, RowProblem
 from phi3v.data.sources import Reading, load_rows, stream_data
 from phi3v.data.streamed_examples import StreamedExamples
-from phi3v.errors import DataError
+from phi3v.errors import DataError, TooLongError
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +94,7 @@ def test_a_streams_problems_are_told_once_and_counted(tmp_path: Path) -> None:
 def test_loader_workers_change_nothing(workers: int, tmp_path: Path) -> None:
     def sample(row: Row) -> dict[str, torch.Tensor]:
         if row.index == 2:
-            raise DataError("t.jsonl, row 2: too long")
+            raise TooLongError("t.jsonl, row 2: too long")
         return {"input_ids": torch.tensor([row.index])}
 
     told: list[RowProblem] = []

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from phi3v.data.image_cache import FetchFailure, ImageCache
-from phi3v.data.images import image_size, open_image, resolve_path
+from phi3v.data.images import file_ends, image_size, open_image, resolve_path
 from phi3v.data.schema import ImageRef, Row, UnusableRecord
 from phi3v.data.templates import cell_text
 from phi3v.errors import ImageError
@@ -139,25 +139,18 @@ def check_images(row: Row, max_pixels: int) -> None:
             raise UnusableRecord("image_path", str(error)) from error
         try:
             image_size(image, max_pixels=max_pixels)
-            if not _ends_well(image):
+            if not _ends_well(image, max_pixels):
                 open_image(image, max_pixels=max_pixels)
         except ImageError as error:
             raise UnusableRecord("image_unreadable", str(error)) from error
 
 
-def _ends_well(image: ImageRef) -> bool:
+def _ends_well(image: ImageRef, max_pixels: int) -> bool:
     """Whether a file ends as a whole JPEG, PNG, GIF or WebP does; False where its end does not tell.
 
     Example: b"...\\xff\\xd9" of a JPEG -> True; a JPEG without it may be cut off, or carry something behind it.
     """
-    if image.data is not None:
-        head, tail, size = image.data[:12], image.data[-12:], len(image.data)
-    else:
-        with open(resolve_path(image), "rb") as file:
-            head = file.read(12)
-            size = file.seek(0, 2)
-            file.seek(max(0, size - 12))
-            tail = file.read()
+    head, tail, size = file_ends(image, max_pixels=max_pixels)
     if head.startswith(b"\xff\xd8"):
         return tail.endswith(b"\xff\xd9")
     if head.startswith(b"\x89PNG"):

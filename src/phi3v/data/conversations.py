@@ -20,7 +20,7 @@ from typing import Any, Literal
 from phi3v.data.cells import Cells
 from phi3v.data.columns import ColumnMap, Format, RowOptions, check_image_column
 from phi3v.data.schema import ImagePart, ImageRef, Message, Role, Row, TextPart, UnusableRecord
-from phi3v.data.templates import Template, known_columns
+from phi3v.data.templates import Template, known_columns, whole_text
 from phi3v.errors import DataError
 
 Shape = Literal["messages", "prompt_completion", "conversations"]
@@ -153,6 +153,7 @@ class ConversationMap:
             raise UnusableRecord("turn_role", f"a turn is spoken by {str(spelled)[:40]!r}, and not by {_known_roles()}")
         content = turn.get("value") if turn.get("content") is None else turn["content"]
         if isinstance(content, str):
+            _check_text(content)
             tagged = self.shape == "conversations" and role == "user"
             return role, _at_tags(content) if tagged else [content]
         if content is None:
@@ -244,13 +245,21 @@ def _part(part: Any) -> str | None:
     Example: {"type": "text", "text": "What?"} -> "What?"; {"type": "image"} -> None.
     """
     if isinstance(part, str):
-        return part
+        return _check_text(part)
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
-        return part["text"]
+        return _check_text(part["text"])
     if kind in ("image", "image_url"):
         return None
     raise UnusableRecord("conversation_type", "a content part is neither {type: text, text: ...} nor {type: image}")
+
+
+def _check_text(text: str) -> str:
+    """The text itself. Raises: UnusableRecord for text that no tokenizer reads."""
+    try:
+        return whole_text(text)
+    except TypeError as error:
+        raise UnusableRecord("value_type", f"a turn {error}") from error
 
 
 def _part_cells(turn: Any) -> Iterator[Any]:

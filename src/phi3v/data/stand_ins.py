@@ -82,6 +82,6 @@ class StandIns(torch.utils.data.Dataset[Example]):
 
 def row_problem(row: Row, error: DataError) -> RowProblem:
     """An error of encoding as the problem of its row."""
-    code = "image_unreadable" if isinstance(error, ImageError) else "too_long"
+    code = "image_unreadable" if isinstance(error, ImageError) else getattr(error, "reason_code", "not_encoded")
     name = f"{row.source}, row {row.index}: "
     return RowProblem(row.index, code, str(error).removeprefix(name), row.source)

@@ -92,9 +92,7 @@ def _stand_ins(
     longest: int,
 ) -> StandIns:
     """Samples of rows that are all known."""
-    encoded = EncodedRows(
-        rows, processor, train_on=recipe.data.train_on, max_length=longest, max_pixels=recipe.image.max_pixels
-    )
+    encoded = EncodedRows(rows, processor, **_encode_options(recipe, longest))
     known = data.rows_in if isinstance(data, LoadedData) else len(rows)
     return StandIns(
         encoded,
@@ -110,9 +108,7 @@ def _streamed(
     """Samples of a stream."""
     examples = StreamedExamples(
         data.train,
-        partial(
-            _encode, processor=processor, train_on=recipe.data.train_on, longest=longest, pixels=recipe.image.max_pixels
-        ),
+        partial(_encode, processor=processor, options=_encode_options(recipe, longest)),
         micro_batch=recipe.training.micro_batch_size,
         start=steps_done * recipe.training.samples_per_step,
         tell=partial(note_problem, run),
@@ -121,9 +117,14 @@ def _streamed(
     return examples
 
 
-def _encode(row: Row, *, processor: Any, train_on: Any, longest: int, pixels: int) -> Example:
+def _encode_options(recipe: Recipe, longest: int) -> dict[str, Any]:
+    """The arguments of `encode` by name."""
+    return {**recipe.data.encode_options, "max_length": longest, "max_pixels": recipe.image.max_pixels}
+
+
+def _encode(row: Row, *, processor: Any, options: dict[str, Any]) -> Example:
     """A row as a sample; a function of a module, so that loader workers can be given it."""
-    return encode(row, processor, train_on=train_on, max_length=longest, max_pixels=pixels)
+    return encode(row, processor, **options)
 
 
 def _refuse_empty(example: Example) -> None:

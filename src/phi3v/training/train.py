@@ -106,7 +106,7 @@ def _tune(recipe: Recipe, run: RunFolder, watch: Watcher) -> RunResult:
     """Trains from the start or from the newest checkpoint, and writes the tuned weights."""
     device = _training_device(recipe.model.device)
     set_seed(recipe.training.seed)
-    processor = load_processor(recipe.model.name, num_crops=recipe.image.num_crops, revision=recipe.model.revision)
+    processor = load_processor(recipe.model.name, revision=recipe.model.revision, **recipe.image.processor_options)
     data = read_data(recipe, run, lambda done, total: watch(TrainingEvent("downloads", done, total)))
     model, autocast = _prepare_model(recipe, device)
     report = trainable_report(model)
