@@ -248,7 +248,9 @@ def test_no_drawer_for_everything(name: str) -> None:
 def every_python_file() -> list[Path]:
     """Source, tests and examples; not what tools and environments put into the folder."""
     return [
-        path for folder in ("src", "tests", "examples", "scripts") for path in sorted((ROOT / folder).rglob("*.py"))
+        path
+        for folder in ("src", "tests", "examples", "scripts", "benchmarks")
+        for path in sorted((ROOT / folder).rglob("*.py"))
     ]
 
 
