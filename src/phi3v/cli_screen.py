@@ -112,7 +112,7 @@ def show_trainable(console: Console, report: TrainableReport) -> None:
     table.add_row(
         "all", short_number(report.total), short_number(report.trainable), percent(report.share), style="bold"
     )
-    _align(table)
+    align(table)
     console.print(table)
 
 
@@ -139,7 +139,7 @@ def show_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
     add("similarity", [percent(s["similarity"]) for s in scores])
     if tuned["loss"] is not None:
         add("loss per trained token", [short_number(s["loss"]) for s in scores])
-    _align(table)
+    align(table)
     console.print(table)
     for line in evaluation["problems"][:5]:
         console.print(f"left out: {line}", markup=False)
@@ -168,7 +168,7 @@ def show_demo(console: Console, story: Mapping[str, Any]) -> None:
     table = Table("control", "exact match", "95 % interval", title="controls", title_justify="left", box=None)
     for name, share in story["controls"].items():
         table.add_row(Text(name), percent(share["value"]), interval(share))
-    _align(table)
+    align(table)
     console.print(table)
     for sample in story["samples"]:
         console.print(f"\nrow {sample['row']}: {sample['question']}", markup=False)
@@ -179,7 +179,7 @@ def show_demo(console: Console, story: Mapping[str, Any]) -> None:
     console.print(f"  {story['try']}", markup=False, soft_wrap=True)
 
 
-def _align(table: Table) -> None:
+def align(table: Table) -> None:
     """Names to the left, figures to the right."""
     for column in table.columns[1:]:
         column.justify = "right"

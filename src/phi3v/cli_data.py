@@ -1,0 +1,75 @@
+"""`phi3v data`: look at a data set before it is trained on. Parses, calls one function of the library, prints.
+
+phi3v data check RECIPE|DATASET [key=value ...]     counts, problems, lengths, prices, steps and time
+phi3v data show RECIPE|DATASET [key=value ...]      some rows as people and as the model see them
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from phi3v.cli_command import AsJson, Command, Debug, Overrides, refuse_options
+from phi3v.cli_session import FAILED, session
+
+if TYPE_CHECKING:
+    from phi3v.recipe import Recipe
+
+data_app = typer.Typer(
+    name="data",
+    help="Look at a data set before it is trained on.",
+    short_help="Look at a data set before it is trained on.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+)
+
+Source = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE|DATASET", help="A recipe (YAML), or a data set: a file, a folder or a hub id."),
+]
+STAND_IN = "no model"
+
+
+@data_app.command(cls=Command, short_help="Count rows, name every problem, measure lengths.")
+def check(
+    context: typer.Context,
+    source: Source,
+    overrides: Overrides = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Read headers of images and decode none.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a data set holds, what is wrong with it and what training on it takes; exit code 1 if it will not do."""
+    refuse_options(overrides)
+    with session(debug or _debug(context), as_json) as here:
+        from phi3v.cli_data_screen import show_check
+        from phi3v.cli_screen import Screen
+        from phi3v.training.data_check import check_recipe
+
+        recipe = read_source(source, overrides or [])
+        with Screen(here.screen) as screen:
+            report = check_recipe(
+                recipe, model=recipe.model.name != STAND_IN, decode=not quick, on_progress=screen.on_progress
+            )
+        show_check(here.screen, report)
+        here.result(report.to_dict())
+        if not report.passed:
+            raise typer.Exit(FAILED)
+
+
+def read_source(source: str, overrides: list[str]) -> Recipe:
+    """The recipe of a YAML file, or one made for a data set alone, whose model is `model=...` or none."""
+    from phi3v.recipe import Recipe
+
+    if Path(source).suffix.lower() in (".yaml", ".yml"):
+        return Recipe.load(source, overrides)
+    values = {"model": STAND_IN, "data": {"train": source}}
+    return Recipe.from_dict(values, overrides, name=Path(source).stem or "data")
+
+
+def _debug(context: typer.Context) -> bool:
+    """Whether `phi3v --debug` was typed in front of the command."""
+    return bool(context.find_root().obj)
