@@ -60,6 +60,59 @@ def check(
             raise typer.Exit(FAILED)
 
 
+@data_app.command(cls=Command, short_help="See some rows as the model sees them.")
+def show(
+    context: typer.Context,
+    source: Source,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to show, evenly spaced.")] = 8,
+    out: Annotated[
+        Path | None, typer.Option(metavar="PAGE.html", help="The page; NAME-rows.html where nothing is said.")
+    ] = None,
+    text: Annotated[bool, typer.Option("--text", help="Print tokens here and write no page.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write a page with some rows: each image and its crops, each token with its role, trained ones marked."""
+    refuse_options(overrides)
+    with session(debug or _debug(context), as_json) as here:
+        from phi3v.cli_data_screen import show_rows
+        from phi3v.errors import ConfigError
+        from phi3v.run_folder import replace_file
+        from phi3v.training.data_show import show_recipe
+
+        recipe = read_source(source, overrides or [])
+        if recipe.model.name == STAND_IN:
+            raise ConfigError(f"nothing says whose tokens to show {source} with: add model=NAME, a model folder or id")
+        found = show_recipe(recipe, rows=rows)
+        page = None if text else out or Path(f"{Path(source).stem}-rows.html")
+        if page is not None:
+            page.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(page, found.page())
+        opened = page is not None and not as_json and open_page(page)
+        if not opened:
+            show_rows(here.screen, found.shown)
+        if page is not None:
+            here.screen.print(f"page: {page}", markup=False, soft_wrap=True)
+        here.result({**found.to_dict(), "page": page})
+
+
+def open_page(page: Path) -> bool:
+    """Opens a page in the browser where a person sits in front of one; says whether it did."""
+    import os
+    import sys
+    import webbrowser
+
+    if not sys.stdout.isatty():
+        return False
+    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        return False
+    try:
+        return webbrowser.open(page.resolve().as_uri())
+    except webbrowser.Error:
+        return False
+
+
 def read_source(source: str, overrides: list[str]) -> Recipe:
     """The recipe of a YAML file, or one made for a data set alone, whose model is `model=...` or none."""
     from phi3v.recipe import Recipe

@@ -17,9 +17,12 @@ from phi3v.evaluation.figures import counted, duration, percent, short_number
 
 if TYPE_CHECKING:
     from phi3v.data.check import Report
+    from phi3v.data.show import ShownRow
 
 SHOWN_PROBLEMS = 3
 """Rows of each reason that are printed one by one; `--json` has all."""
+
+_STYLES = {"system": "magenta", "user": "blue", "assistant": "green", "control": "dim", "image": "cyan"}
 
 _BAR = 30  # characters of the longest bar
 
@@ -182,6 +185,43 @@ def verdict(report: Report) -> str:
     return (
         f"{share}, {limit}" if report.passed else f"{share}, only {limit}: mend the data, or the columns in the recipe"
     )
+
+
+def show_rows(console: Console, rows: Sequence[ShownRow]) -> None:
+    """Rows token by token: coloured by role, what is trained between ⟦ and ⟧."""
+    legend = Text.assemble(*((f"{role} ", style) for role, style in _STYLES.items()), "⟦trained⟧")
+    console.print(legend)
+    for row in rows:
+        console.print()
+        _say(console, f"{row.source}, row {row.row}", style="bold")
+        if row.problem is not None:
+            _say(console, f"  left out: {row.problem}")
+            continue
+        for image in row.images:
+            size = f"{image.width}x{image.height} pixels, {image.rows} x {image.columns} crops"
+            _say(console, f"  {image.name}: {size}, {short_number(image.tokens)} tokens")
+        images, trained = row.count(role="image"), row.count(trained=True)
+        _say(console, f"  {short_number(row.count())} tokens, {short_number(images)} for images, {trained} trained")
+        console.print(token_text(row), soft_wrap=True)
+
+
+def token_text(row: ShownRow) -> Text:
+    """The tokens of a row as coloured text, a line for each newline in it.
+
+    Example: "<s><|user|> ↵", "Hi?<|end|> ↵", "<|assistant|>⟦ Hi<|end|> ↵", "<|endoftext|>⟧".
+    """
+    from phi3v.data.show_page import visible
+
+    text, trained = Text(), False
+    for token in row.tokens:
+        if token.trained != trained:
+            text.append("⟦" if token.trained else "⟧")
+            trained = token.trained
+        piece = visible(token.text)
+        text.append(piece, style=_STYLES[token.role] + (" underline" if token.trained else ""))
+        if piece == "↵":
+            text.append("\n")
+    return text.append("⟧") if trained else text
 
 
 def _say(console: Console, line: str, style: str = "") -> None:

@@ -1,0 +1,61 @@
+"""`show_recipe(recipe)`: some rows of a recipe's data as people and as the model see them. Loads no weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from phi3v.data.check import listed
+from phi3v.data.show import ShownRow, show_row, spaced
+from phi3v.data.show_page import render_rows
+from phi3v.first_look import open_data
+from phi3v.loading import load_processor
+from phi3v.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Some rows and where they come from.
+
+    Attributes:
+        source: the set.
+        model: whose tokens they are.
+        rows: rows read.
+        usable: rows that can be used, by their headers.
+        problems: rows that are left out, as `data.check.listed` gives them.
+        shown: some of the training rows.
+    """
+
+    source: str
+    model: str
+    rows: int
+    usable: int
+    problems: list[dict[str, Any]]
+    shown: Sequence[ShownRow]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, without pictures."""
+        return {**vars(self), "shown": [row.to_dict() for row in self.shown]}
+
+    def page(self) -> str:
+        """The rows as one HTML page."""
+        return render_rows(self.source, {"rows": self.rows, "usable": self.usable, "model": self.model}, self.shown)
+
+
+def show_recipe(recipe: Recipe, *, rows: int = 8) -> Shown:
+    """Training rows of a recipe, evenly spaced over the set, so that nobody picked the good ones.
+
+    Args:
+        recipe: whose data, images and model.
+        rows: how many.
+    Raises: DataError, CheckpointError: the set or the model's small files cannot be read.
+    """
+    name = recipe.model.name
+    processor = load_processor(name, num_crops=recipe.image.num_crops, revision=recipe.model.revision)
+    data = open_data(recipe)
+    shown = [
+        show_row(data.train[position], processor, max_pixels=recipe.image.max_pixels)
+        for position in spaced(len(data.train), rows)
+    ]
+    usable = len(data.train) + len(data.validation or [])
+    problems = listed(data.problems)
+    return Shown(str(recipe.data.train), name, usable + len(problems), usable, problems, shown)
