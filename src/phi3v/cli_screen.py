@@ -72,6 +72,8 @@ class Screen:
                 self.console.print(f"going on from the checkpoint of step {event.resumed_from}")
         elif event.kind == "features":
             self.on_progress("looking at the images", event.step, event.total)
+        elif event.kind == "downloads":
+            self.on_progress("downloading images", event.step, event.total)
         elif event.kind == "answers":
             self.on_progress(event.stage, event.step, event.total)
         elif event.kind == "metrics":

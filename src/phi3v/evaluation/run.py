@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phi3v.data.columns import RowOptions
+from phi3v.data.rows import decodable
 from phi3v.data.schema import Row, RowProblem
-from phi3v.data.sources import load_data, load_rows
+from phi3v.data.sources import Reading, load_data, load_rows
 from phi3v.errors import ConfigError
 from phi3v.evaluation.answers import Answers, answer_rows
 from phi3v.evaluation.metrics import AnswerTemplate, Scores, Share, majority_answer, majority_fields, score_answers
@@ -154,19 +155,21 @@ def held_out_rows(place: Target, data: str | Path | None, rows: int | None) -> H
     else:
         recipe, own_data = _recipe_of(place), data is None
     options = RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels)
+    reading = Reading.of(**recipe.data.reading_options)
     if own_data:
-        loaded = load_data(options=options, **recipe.data.load_options)
+        loaded = load_data(options=options, reading=reading, **recipe.data.load_options)
         if loaded.validation is None:
             raise ConfigError(
                 "the recipe holds out no rows (data.validation and data.split are null): name rows with --data"
             )
-        found: Sequence[Row] = loaded.validation
-        problems, name = loaded.problems, recipe.data.validation or f"{recipe.data.train} ({loaded.origin})"
+        found = loaded.validation
+        problems, name = loaded.problems, recipe.data.validation or f"{recipe.data.train_name} ({loaded.origin})"
     else:
-        found, problems = load_rows(str(data), options=options)
+        found, problems = load_rows(str(data), options=options, reading=reading)
         name = str(data)
     limit = rows if rows is not None else recipe.evaluation.rows
-    return HeldOut(found if limit is None else found[:limit], problems, name, recipe)
+    sound, broken = decodable(found if limit is None else found[:limit], recipe.image.max_pixels)
+    return HeldOut(sound, [*problems, *broken], name, recipe)
 
 
 def _recipe_of(place: Target) -> Recipe:

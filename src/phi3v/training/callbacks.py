@@ -22,9 +22,11 @@ class TrainingEvent:
 
     Attributes:
         kind: "start" (with `trainable`), "step" (after each optimiser step), "metrics" (losses were logged),
-            "features" (images go through the frozen tower in advance), "end", or "answers" (held-out rows).
+            "downloads" (images behind web addresses), "features" (images go through the frozen tower in advance),
+            "end", or "answers" (held-out rows).
         step: steps done.
-        total: steps of the whole run; for "features" and "answers" `step` and `total` count rows.
+        total: steps of the whole run; for "features" and "answers" `step` and `total` count rows, for "downloads"
+            addresses.
         seconds_left: an estimate, None until there is one.
         metrics: what was logged, `{"loss": 1.2, "learning_rate": 0.0002, "epoch": 0.5}` for instance.
         trainable: what trains, at the start.
@@ -32,7 +34,7 @@ class TrainingEvent:
         stage: whose answers, for "answers": "base answers" or "tuned answers".
     """
 
-    kind: Literal["start", "features", "step", "metrics", "end", "answers"]
+    kind: Literal["start", "downloads", "features", "step", "metrics", "end", "answers"]
     step: int
     total: int
     seconds_left: float | None = None

@@ -9,6 +9,7 @@ import gc
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +19,9 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from phi3v.data.collate import Collator
 from phi3v.data.columns import RowOptions
 from phi3v.data.encode import EncodedRows
-from phi3v.data.schema import Row
-from phi3v.data.sources import LoadedData, load_data
+from phi3v.data.schema import Row, RowProblem
+from phi3v.data.sources import LoadedData, Reading, load_data
+from phi3v.data.stand_ins import StandIns
 from phi3v.errors import DataError, DeviceError, TrainingError
 from phi3v.evaluation.run import evaluate
 from phi3v.loading import load_base, load_processor, resolve_device, resolve_dtype
@@ -113,11 +115,15 @@ def _tune(recipe: Recipe, run: RunFolder, watch: Watcher) -> RunResult:
     set_seed(recipe.training.seed)
     processor = load_processor(recipe.model.name, num_crops=recipe.image.num_crops, revision=recipe.model.revision)
     options = RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels)
-    data = load_data(options=options, **recipe.data.load_options)
+    reading = Reading.of(
+        **recipe.data.reading_options, on_fetch=lambda done, total: watch(TrainingEvent("downloads", done, total))
+    )
+    data = load_data(options=options, reading=reading, **recipe.data.load_options)
+    run.write_problems(asdict(problem) for problem in data.problems)
     model, autocast = _prepare_model(recipe, device)
     report = trainable_report(model)
     _refuse_idle_training(report, data)
-    train_rows, eval_rows = _datasets(recipe, data, processor, model, watch)
+    train_rows, eval_rows = _datasets(recipe, run, data, processor, model, watch)
     trainer = StepTrainer(
         model=model,
         args=training_arguments(recipe, run, device=device, autocast=autocast, validated=bool(data.validation)),
@@ -202,13 +208,25 @@ def _refuse_idle_training(report: TrainableReport, data: LoadedData) -> None:
 
 
 def _datasets(
-    recipe: Recipe, data: LoadedData, processor: Any, model: Any, watch: Watcher
+    recipe: Recipe, run: RunFolder, data: LoadedData, processor: Any, model: Any, watch: Watcher
 ) -> tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]]:
     """Training and validation examples, with their image features kept where the recipe asks for it."""
     longest = recipe.data.max_length or model.config.max_position_embeddings
     sources: list[Sequence[Row]] = [data.train, data.validation or []]
     parts: list[Any] = [
-        EncodedRows(rows, processor, max_length=longest, max_pixels=recipe.image.max_pixels) for rows in sources
+        StandIns(
+            EncodedRows(
+                rows,
+                processor,
+                train_on=recipe.data.train_on,
+                max_length=longest,
+                max_pixels=recipe.image.max_pixels,
+            ),
+            spare=recipe.data.max_skipped * data.rows_in - len(data.problems),
+            on_problem=recipe.data.on_problem,
+            tell=partial(_note_problem, run),
+        )
+        for rows in sources
     ]
     if not any(label != -100 for label in parts[0][0]["labels"].tolist()):
         raise TrainingError("the first row has no trained token: its answer is empty, see data.answer")
@@ -224,6 +242,11 @@ def _datasets(
     train_rows = keep_features(parts[0], base, limit_bytes=FEATURE_BYTES, on_row=tell)
     done = len(parts[0])
     return train_rows, keep_features(parts[1], base, limit_bytes=FEATURE_BYTES, on_row=tell)
+
+
+def _note_problem(run: RunFolder, problem: RowProblem) -> None:
+    """Writes down a row that turned out to be unusable, in whichever process that was seen."""
+    run.append_problem(asdict(problem))
 
 
 def _callbacks(recipe: Recipe, run: RunFolder, report: TrainableReport, watch: Watcher) -> list[TrainerCallback]:
