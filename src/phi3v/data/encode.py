@@ -15,6 +15,7 @@ import torch
 
 from phi3v.data.images import MAX_PIXELS, open_image
 from phi3v.data.schema import ImagePart, Message, Row, TrainOn
+from phi3v.data.templates import whole_text
 from phi3v.errors import DataError
 
 IGNORED = -100
@@ -168,7 +169,7 @@ def _encode_messages(
             add_generation_prompt=add_generation_prompt,
             **({"pad_crops": False} if images else {}),
         )
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         kind = type(error) if isinstance(error, DataError) else DataError
         raise kind(f"{row.source}, row {row.index}: {error}") from error
     example = {"input_ids": batch["input_ids"][0], "attention_mask": batch["attention_mask"][0]}
@@ -185,7 +186,7 @@ def _as_chat(message: Message, images: Sequence[Any]) -> dict[str, Any]:
         "content": [
             {"type": "image", "image": images[part.index]}
             if isinstance(part, ImagePart)
-            else {"type": "text", "text": part.text}
+            else {"type": "text", "text": whole_text(part.text)}
             for part in message.parts
         ],
     }

@@ -5,8 +5,9 @@
 | formats | JPEG (MPO too: its first picture), PNG, WebP, GIF, BMP, TIFF, by content whatever the name says; no others |
 | several frames | the first |
 | pixels | at most 20 million (`max_pixels`), by the header, before anything is decoded |
+| work | a file that would cost a decoder far more than its pixels is refused: the limits are in `image_limits` |
 | cut off or damaged files | refused; what could be decoded of them is not used |
-| EXIF orientation | applied; an EXIF block that cannot be read means upright |
+| EXIF orientation | applied; an EXIF block that cannot be read means upright; XMP's is taken where EXIF has none |
 | alpha, transparent colour | composited over white |
 | palette, 1 bit, grey | expanded to RGB |
 | 16 bit | grey: scaled to 8 bit (value / 257, rounded); RGB: the high byte, by the decoder |
@@ -14,15 +15,17 @@
 | 32-bit floats | refused: nothing says what is white |
 | CMYK, YCbCr, LAB, HSV | converted to RGB by PIL, ICC profiles ignored |
 | size | as it is, no reduced-scale decoding |
-| local paths | regular files only; with `confined`, links followed, not outside the root |
+| local paths | regular files only, checked on the open file; with `confined`, links followed, not outside the root |
 
-Every failure is an `ImageError` of one line: the file and the reason. Knows nothing of rows, crops or models.
+Every failure is an `ImageError` of one line: the file and the reason; PIL's warnings about damaged files are not shown.
+Knows nothing of rows, crops or models.
 """
 
 import io
 import os
 import re
 import stat
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -30,6 +33,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from phi3v.data.image_limits import (
+    MeteredBytes,
+    MeteredFile,
+    begin_header,
+    check_scans,
+    check_size,
+    end_header,
+    late_exif,
+)
 from phi3v.data.schema import ImageRef
 from phi3v.errors import ImageError
 
@@ -60,9 +72,12 @@ def open_image(image: ImageRef | str | Path | bytes, *, max_pixels: int = MAX_PI
     Raises: ImageError in one line; never anything else, whatever the file holds.
     """
     ref = _as_ref(image)
-    with _opened(ref, max_pixels) as opened:
+    with _opened(ref, max_pixels) as (opened, file):
+        orientation = _orientation(opened, file)
+        if opened.format in ("JPEG", "MPO"):
+            check_scans(file, opened.width * opened.height)
+        file.seek(0)
         opened.load()
-        orientation = _orientation(opened)
         rgb = _to_rgb(opened)
         return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
 
@@ -73,10 +88,9 @@ def image_size(image: ImageRef | str | Path | bytes, *, max_pixels: int = MAX_PI
     Example: a 40x30 JPEG with EXIF orientation 6 -> (30, 40).
     Raises: ImageError as `open_image` does, for all that a header shows.
     """
-    with _opened(_as_ref(image), max_pixels) as opened:
-        width, height = opened.size
-        turned = opened.format != "TIFF" and _orientation(opened) >= 5  # PIL gives the upright size of a TIFF by itself
-        return (height, width) if turned else (width, height)
+    with _opened(_as_ref(image), max_pixels) as (opened, file):
+        width, height = opened.size  # of a TIFF it is the upright size already
+        return (height, width) if _orientation(opened, file) >= 5 else (width, height)
 
 
 def image_name(image: ImageRef) -> str:
@@ -124,24 +138,29 @@ def _as_ref(image: ImageRef | str | Path | bytes) -> ImageRef:
 
 
 @contextmanager
-def _opened(image: ImageRef, max_pixels: int) -> Iterator[Image.Image]:
-    """The image with its header read and its limits checked; any failure inside becomes an ImageError."""
+def _opened(image: ImageRef, max_pixels: int) -> Iterator[tuple[Image.Image, MeteredBytes | MeteredFile]]:
+    """The image with its header read and its limits checked, and its file; any failure inside is an ImageError."""
     name = image_name(image)
     try:
         with ExitStack() as stack:
-            raw = (
-                io.BytesIO(image.data)
-                if image.data is not None
-                else stack.enter_context(open(resolve_path(image), "rb"))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            if image.data is not None:
+                check_size(len(image.data), max_pixels)
+            file: MeteredBytes | MeteredFile = (
+                MeteredBytes(image.data) if image.data is not None else _open_file(image, max_pixels)
             )
-            opened = stack.enter_context(Image.open(raw, formats=_FORMATS))
+            stack.enter_context(file)
+            begin_header(file, max_pixels)
+            opened = stack.enter_context(Image.open(file, formats=_FORMATS))
+            end_header(file)
             width, height = opened.size
             if width * height > max_pixels:
                 raise ImageError(
                     f"image {name} has {width}x{height} pixels, more than the limit of {max_pixels}; "
                     "shrink it or raise image.max_pixels"
                 )
-            yield opened
+            yield opened, file
     except ImageError:
         raise
     except Image.UnidentifiedImageError as error:
@@ -151,16 +170,46 @@ def _opened(image: ImageRef, max_pixels: int) -> Iterator[Image.Image]:
         raise ImageError(f"image {name} does not decode: {_reason(error)}; replace it or leave it out") from error
 
 
+def _open_file(image: ImageRef, max_pixels: int) -> MeteredFile:
+    """The file of a reference that holds no bytes, opened for reading.
+
+    Between the look at a path and its opening the file may be changed for a pipe or a link. So the open file itself is
+    looked at: it is a regular one (without O_NONBLOCK opening a pipe would wait for ever), and the one that the path,
+    followed again, leads to.
+    """
+    path = resolve_path(image)
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ImageError(f"image {image_name(image)} is no regular file")
+        if not os.path.samestat(found, os.stat(resolve_path(image))):
+            raise ImageError(f"image {image_name(image)} was changed while it was opened; try again")
+        check_size(found.st_size, max_pixels)
+        return MeteredFile(io.FileIO(descriptor, "rb"))
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
 def _reason(error: BaseException) -> str:
     """An exception as part of a line, at most 200 characters."""
     text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
     return text[:200]
 
 
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 (upright) where there is none or the EXIF block cannot be read."""
+def _orientation(image: Image.Image, file: MeteredBytes | MeteredFile) -> int:
+    """The orientation that is left to apply, 1 to 8; 1 (upright) where nothing readable says another.
+
+    PIL turns TIFFs by itself. Of a PNG it would decode all pixels to look for an EXIF block behind them.
+    """
+    if image.format == "TIFF":
+        return 1
     try:
-        value = image.getexif().get(_ORIENTATION_TAG, 1)
+        if image.format == "PNG" and "exif" not in image.info and (block := late_exif(file)):
+            image.info["exif"] = block
+        value = Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)
     except Exception:  # a damaged EXIF block says nothing about the pixels, which may be sound
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
@@ -177,6 +226,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         flat = Image.new("RGB", image.size, (255, 255, 255))
         flat.paste(rgba, mask=rgba.getchannel("A"))
         return flat
+    if image.mode == "RGB" and not getattr(image, "is_animated", False):
+        return image  # loaded whole: a copy would cost as much as a fifth of decoding
     return image.convert("RGB")
 
 
