@@ -38,12 +38,15 @@ def check(
     context: typer.Context,
     source: Source,
     overrides: Overrides = None,
+    fetch: Annotated[bool, typer.Option("--fetch", help="Download images that are not in the cache.")] = False,
+    shard: Annotated[str, typer.Option(metavar="i/n", help="With --fetch, the i-th of n parts alone, from 0.")] = "0/1",
     quick: Annotated[bool, typer.Option("--quick", help="Read headers of images and decode none.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Say what a data set holds, what is wrong with it and what training on it takes; exit code 1 if it will not do."""
     refuse_options(overrides)
+    part = _read_shard(shard, fetch)
     with session(debug or _debug(context), as_json) as here:
         from phi3v.cli_data_screen import show_check
         from phi3v.cli_screen import Screen
@@ -52,7 +55,12 @@ def check(
         recipe = read_source(source, overrides or [])
         with Screen(here.screen) as screen:
             report = check_recipe(
-                recipe, model=recipe.model.name != STAND_IN, decode=not quick, on_progress=screen.on_progress
+                recipe,
+                model=recipe.model.name != STAND_IN,
+                decode=not quick,
+                fetch=fetch,
+                shard=part,
+                on_progress=screen.on_progress,
             )
         show_check(here.screen, report)
         here.result(report.to_dict())
@@ -77,6 +85,7 @@ def show(
     refuse_options(overrides)
     with session(debug or _debug(context), as_json) as here:
         from phi3v.cli_data_screen import show_rows
+        from phi3v.cli_screen import Screen
         from phi3v.errors import ConfigError
         from phi3v.run_folder import replace_file
         from phi3v.training.data_show import show_recipe
@@ -84,7 +93,8 @@ def show(
         recipe = read_source(source, overrides or [])
         if recipe.model.name == STAND_IN:
             raise ConfigError(f"nothing says whose tokens to show {source} with: add model=NAME, a model folder or id")
-        found = show_recipe(recipe, rows=rows)
+        with Screen(here.screen) as screen:
+            found = show_recipe(recipe, rows=rows, on_progress=screen.on_progress)
         page = None if text else out or Path(f"{Path(source).stem}-rows.html")
         if page is not None:
             page.parent.mkdir(parents=True, exist_ok=True)
@@ -121,6 +131,16 @@ def read_source(source: str, overrides: list[str]) -> Recipe:
         return Recipe.load(source, overrides)
     values = {"model": STAND_IN, "data": {"train": source}}
     return Recipe.from_dict(values, overrides, name=Path(source).stem or "data")
+
+
+def _read_shard(text: str, fetch: bool) -> tuple[int, int]:
+    """The part that --shard names: "2/8" -> (2, 8). Raises: BadParameter."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise typer.BadParameter(f"{text!r} is not i/n with i from 0 to n-1, 0/8 for instance", param_hint="--shard")
+    if int(count) > 1 and not fetch:
+        raise typer.BadParameter("only downloads come in parts: add --fetch", param_hint="--shard")
+    return int(number), int(count)
 
 
 def _debug(context: typer.Context) -> bool:

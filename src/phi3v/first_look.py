@@ -1,19 +1,20 @@
-"""From a recipe to rows that can be used: the look that training, evaluation and `phi3v data check` share.
+"""From a recipe to rows that can be used: the look that training and the commands of `phi3v data` share.
 
-In comes a recipe, and a processor where tokens are counted; out come the rows of its section `data`, looked at closely
-(`data.survey`): every image is decoded once and every row measured before a step is taken, so that none can stop a run
-half way. Loads no model and writes nothing.
+In comes a recipe, and a processor where tokens are counted; out come the rows of its section `data`, each one measured
+before a step is taken (`data.survey`), so that none that is too long or cannot be cut into crops reaches a model. Loads
+no weights and writes nothing.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from phi3v.data.columns import RowOptions
+from phi3v.data.rows import refuse_problems
 from phi3v.data.schema import Row, RowProblem
-from phi3v.data.sources import MAX_PROBLEM_SHARE, LoadedData, describe_problems, load_data
+from phi3v.data.sources import LoadedData, Reading, load_data
 from phi3v.data.survey import RowFacts, SurveyOptions, survey, too_long
-from phi3v.errors import DataError
 from phi3v.recipe import Recipe
 
 Progress = Callable[[str, int, int], None]
@@ -35,18 +36,50 @@ class Surveyed:
     problems: list[RowProblem]
 
 
-def open_data(recipe: Recipe) -> LoadedData:
-    """The rows that a recipe names, by their headers.
+@dataclass(frozen=True)
+class RowUse:
+    """How many rows a run uses, and why others are left out.
 
+    Example: "2736 rows to train on, 304 held out; 12 left out (8 url_gone, 4 missing_value)" are
+    RowUse(train=2736, held_out=304, left_out=12, reasons={"url_gone": 8, "missing_value": 4}).
+    """
+
+    train: int
+    held_out: int
+    left_out: int
+    reasons: dict[str, int]
+
+    @classmethod
+    def of(cls, data: LoadedData) -> Self:
+        """The counts of loaded data."""
+        reasons = dict(Counter(problem.reason_code for problem in data.problems).most_common())
+        return cls(len(data.train), len(data.validation or []), len(data.problems), reasons)
+
+
+def open_data(
+    recipe: Recipe, *, download: bool = True, refuse: bool = True, on_progress: Progress | None = None
+) -> LoadedData:
+    """The rows that a recipe names, by the headers of their images.
+
+    Args:
+        recipe: whose section `data`.
+        download: False downloads no image: addresses that are not cached are listed.
+        refuse: False takes a set however many of its rows cannot be used.
+        on_progress: called as images are downloaded.
     Raises: DataError for a set that cannot be read, or when more rows cannot be used than the recipe allows.
     """
     options = RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels)
-    return load_data(options=options, **recipe.data.load_options)
+    how = recipe.data.reading_options | ({} if refuse else {"max_skipped": 1.0, "on_problem": "skip"})
+    on_fetch = None if on_progress is None else lambda done, total: on_progress("downloading images", done, total)
+    reading = Reading.of(**how, download=download, on_fetch=on_fetch)
+    return load_data(options=options, reading=reading, **recipe.data.load_options)
 
 
-def survey_options(recipe: Recipe, *, decode: bool = True, hashes: bool = False) -> SurveyOptions:
+def survey_options(recipe: Recipe, *, decode: bool, hashes: bool) -> SurveyOptions:
     """How closely a recipe's rows are looked at."""
-    return SurveyOptions(decode=decode, hash_images=hashes, max_pixels=recipe.image.max_pixels)
+    return SurveyOptions(
+        decode=decode, hash_images=hashes, train_on=recipe.data.train_on, max_pixels=recipe.image.max_pixels
+    )
 
 
 def survey_rows(
@@ -60,7 +93,7 @@ def survey_rows(
 ) -> Surveyed:
     """Looks at every row once, even where weights repeat it; more than `max_length` tokens are a problem.
 
-    Example: rows a, b, a of which b is too long -> kept [0, 2], facts of a, the problem of b.
+    Example: rows a, b, a of which b is too long -> kept [0, 2], facts of a and b, the problem of b.
     """
     places: list[int] = []  # for each position a number that equal rows share
     distinct = survey(_first_times(rows, places), processor, options)
@@ -92,10 +125,10 @@ def _first_times(rows: Iterable[Row], places: list[int]) -> Iterator[Row]:
             places.append(known[key])
 
 
-def usable_rows(
+def measured_rows(
     recipe: Recipe, data: LoadedData, processor: Any, context: int, *, on_progress: Progress | None = None
 ) -> LoadedData:
-    """The rows that become samples; the others are problems.
+    """The rows whose samples the model can take, by headers and text; the others are problems.
 
     Args:
         recipe: whose limits apply.
@@ -105,29 +138,17 @@ def usable_rows(
         on_progress: called as rows are looked at.
     Raises: DataError when more rows cannot be used than the recipe allows.
     """
-    options, longest = survey_options(recipe), recipe.data.max_length or context
-    train = survey_rows(data.train, processor, options, max_length=longest, on_progress=on_progress)
-    problems = [*data.problems, *train.problems]
-    validation = data.validation
-    if validation is not None:
-        held_out = survey_rows(
-            validation,
-            processor,
-            options,
-            max_length=longest,
-            stage="looking at the held-out rows",
-            on_progress=on_progress,
-        )
-        problems += held_out.problems
-        validation = validation.take(held_out.kept)
-    refuse_too_many(problems, len(data.train) + len(data.validation or []) + len(data.problems), str(recipe.data.train))
+    options = survey_options(recipe, decode=False, hashes=False)
+    told: dict[str, Any] = {"max_length": recipe.data.max_length or context, "on_progress": on_progress}
+    train = survey_rows(data.train, processor, options, **told)
+    held_out = survey_rows(data.validation or [], processor, options, stage="looking at the held-out rows", **told)
+    problems = [*data.problems, *train.problems, *held_out.problems]
+    refuse_problems(
+        problems,
+        data.rows_in,
+        recipe.data.train_name,
+        max_skipped=recipe.data.max_skipped,
+        on_problem=recipe.data.on_problem,
+    )
+    validation = None if data.validation is None else data.validation.take(held_out.kept)
     return replace(data, train=data.train.take(train.kept), validation=validation, problems=problems)
-
-
-def refuse_too_many(problems: Sequence[RowProblem], total: int, source: str) -> None:
-    """Raises: DataError when more rows are left out than the recipe allows."""
-    if len(problems) > MAX_PROBLEM_SHARE * total:
-        raise DataError(
-            f"{describe_problems(problems, total, source)}; at most {MAX_PROBLEM_SHARE:.0%} may be left out: mend the "
-            "data, or the columns in the recipe"
-        )

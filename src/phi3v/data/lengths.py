@@ -13,6 +13,7 @@ from typing import Any
 from phi3v.data.encode import IGNORED, label_answers
 from phi3v.data.images import MAX_PIXELS, image_size
 from phi3v.data.schema import ImagePart, Message, Row, RowProblem, TrainOn
+from phi3v.data.templates import whole_text
 from phi3v.errors import ImageError
 
 BATCH = 256
@@ -60,7 +61,7 @@ def row_lengths(
         max_pixels: larger images are refused.
     Yields: for a row that `encode` accepts, its exact lengths; else a RowProblem with `image_unreadable`,
         `image_narrow` (no crops for such a thin image), `image_places` (the turns do not place the images in order) or
-        `no_answer` (the last turn is not the assistant's).
+        `no_answer` (the last turn is not the assistant's), `value_type` (text that no tokenizer reads).
     """
     waiting = iter(rows)
     while group := list(islice(waiting, BATCH)):
@@ -97,10 +98,15 @@ def _look(row: Row, processor: Any, max_pixels: int) -> tuple[tuple[tuple[int, i
         )
     places = [part.index for message in row.messages for part in message.parts if isinstance(part, ImagePart)]
     if places != list(range(len(row.images))):
-        message = (
+        wrong = (
             f"its messages place the images {places}, but there are {len(row.images)} images: place each once, in order"
         )
-        return RowProblem(row.index, "image_places", message, row.source)
+        return RowProblem(row.index, "image_places", wrong, row.source)
+    try:
+        for message in row.messages:
+            whole_text(message.text)
+    except TypeError as error:
+        return RowProblem(row.index, "value_type", str(error), row.source)
     try:
         sizes = tuple(image_size(image, max_pixels=max_pixels) for image in row.images)
     except ImageError as error:

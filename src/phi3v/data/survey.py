@@ -34,6 +34,7 @@ class RowFacts:
         images: a hash of each image's content: of its pixels where it was decoded, else of its file, else (it is still
             to be downloaded) of its address.
         text: a hash of all roles and texts.
+        web: a hash of each web address that its images come from.
     """
 
     source: str
@@ -42,6 +43,7 @@ class RowFacts:
     sizes: tuple[tuple[int, int], ...]
     images: tuple[bytes, ...]
     text: bytes
+    web: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,7 @@ def survey(
 
 def is_pending(row: Row) -> bool:
     """Whether an image of the row is still to be downloaded."""
-    return any(getattr(image, "url", None) is not None and image.path is None for image in row.images)
+    return any(image.url is not None and image.path is None for image in row.images)
 
 
 def _look(
@@ -101,7 +103,7 @@ def _look(
     for row in rows:
         text = _text_digest(row)
         if is_pending(row):
-            yield RowFacts(row.source, row.index, None, (), _names(row), text)
+            yield RowFacts(row.source, row.index, None, (), _names(row), text, _web(row))
             continue
         content, length = next(contents), next(lengths)
         if isinstance(length, RowProblem):
@@ -109,9 +111,8 @@ def _look(
         elif isinstance(content, str):
             yield RowProblem(row.index, "image_unreadable", content, row.source)
         else:
-            yield RowFacts(
-                row.source, row.index, length if processor is not None else None, length.sizes, content, text
-            )
+            counted = length if processor is not None else None
+            yield RowFacts(row.source, row.index, counted, length.sizes, content, text, _web(row))
 
 
 def too_long(fact: RowFacts, limit: int | None) -> RowProblem | None:
@@ -150,7 +151,12 @@ def _content(row: Row, options: SurveyOptions) -> tuple[bytes, ...] | str:
 
 def _names(row: Row) -> tuple[bytes, ...]:
     """Hashes of the addresses of images that are not here yet."""
-    return tuple(_digest(f"url:{getattr(image, 'url', None) or image.path}".encode()) for image in row.images)
+    return tuple(_digest(f"url:{image.url or image.path}".encode("utf-8", "surrogatepass")) for image in row.images)
+
+
+def _web(row: Row) -> tuple[bytes, ...]:
+    """Hashes of the addresses that a row's images come from."""
+    return tuple(_digest(image.url.encode("utf-8", "surrogatepass")) for image in row.images if image.url is not None)
 
 
 def _file(image: ImageRef) -> bytes:

@@ -18,7 +18,8 @@ from phi3v.data.check import (
     rows_beyond,
 )
 from phi3v.data.duplicates import find_duplicates
-from phi3v.data.sources import MAX_PROBLEM_SHARE
+from phi3v.data.fetch import FetchSummary, fetch_images
+from phi3v.data.sources import Reading
 from phi3v.first_look import Progress, Surveyed, open_data, survey_options, survey_rows
 from phi3v.loading import load_config, load_processor
 from phi3v.recipe import Recipe
@@ -26,7 +27,13 @@ from phi3v.training.outlook import outlook
 
 
 def check_recipe(
-    recipe: Recipe, *, model: bool = True, decode: bool = True, on_progress: Progress | None = None
+    recipe: Recipe,
+    *,
+    model: bool = True,
+    decode: bool = True,
+    fetch: bool = False,
+    shard: tuple[int, int] = (0, 1),
+    on_progress: Progress | None = None,
 ) -> Report:
     """Looks at every row of a recipe's data.
 
@@ -34,6 +41,8 @@ def check_recipe(
         recipe: whose data, limits and model.
         model: False counts no tokens: the recipe's model is only a stand-in.
         decode: decode every image; False is quicker and takes the header for enough.
+        fetch: download images that are not in the cache.
+        shard: (i, n) downloads the i-th of n parts, from 0, so that n machines share the work and one cache.
         on_progress: called as rows are looked at.
     Raises: DataError, CheckpointError: the set or the model's small files cannot be read at all.
     """
@@ -41,7 +50,10 @@ def check_recipe(
     processor = load_processor(name, num_crops=recipe.image.num_crops, revision=revision) if model else None
     config = load_config(name, revision=revision) if model else None
     context = recipe.data.max_length or (config.max_position_embeddings if config is not None else None)
-    data = open_data(recipe)
+    if fetch and shard != (0, 1):
+        _fetch_part(recipe, shard, on_progress)
+    whole = fetch and shard == (0, 1)
+    data = open_data(recipe, download=whole, refuse=False, on_progress=on_progress)
     options = survey_options(recipe, decode=decode, hashes=True)
     told: dict[str, Any] = {"max_length": context, "on_progress": on_progress}
     train = survey_rows(data.train, processor, options, **told)
@@ -50,22 +62,21 @@ def check_recipe(
         [*data.problems, *train.problems, *held_out.problems], key=lambda problem: (problem.source, problem.row)
     )
     facts = [*train.facts, *held_out.facts]
-    rows = len(data.train) + len(data.validation or []) + len(data.problems)
     crops = recipe.image.num_crops if processor is None else processor.image_processor.num_crops
     rope_limit = config.original_max_position_embeddings if config is not None else None
     return Report(
-        source=str(recipe.data.train),
-        rows=rows,
-        usable=rows - len(problems),
+        source=recipe.data.train_name,
+        rows=data.rows_in,
+        usable=data.rows_in - len(problems),
         train=len(train.kept),
         validation=len(held_out.kept),
         origin=data.origin,
         problems=listed(problems),
         reasons=count_reasons(problems),
-        max_skipped=MAX_PROBLEM_SHARE,
-        on_problem="skip",
+        max_skipped=recipe.data.max_skipped,
+        on_problem=recipe.data.on_problem,
         decoded=decode,
-        images=Images(count_images(facts), 0, []),
+        images=Images(count_images(facts), len({url for fact in facts for url in fact.web}), data.not_cached),
         model=name if model else None,
         num_crops=crops,
         lengths=length_spreads(facts) if model else {},
@@ -77,6 +88,16 @@ def check_recipe(
         crops=crop_prices(facts, num_crops=crops, context=context),
         outlook=_outlook(recipe, train, config, crops) if model else None,
     )
+
+
+def _fetch_part(recipe: Recipe, shard: tuple[int, int], on_progress: Progress | None) -> FetchSummary | None:
+    """Downloads one part of the images that are not in the cache; None when there are none."""
+    missing = open_data(recipe, download=False, refuse=False).not_cached
+    reading = Reading.of(**recipe.data.reading_options)
+    if not missing or reading.cache is None:
+        return None
+    told = None if on_progress is None else lambda done, total: on_progress("downloading images", done, total)
+    return fetch_images(missing, reading.cache, reading.limits, shard=shard, on_progress=told)
 
 
 def _outlook(recipe: Recipe, train: Surveyed, config: Any, num_crops: int | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from phi3v.data.check import listed
 from phi3v.data.show import ShownRow, show_row, spaced
 from phi3v.data.show_page import render_rows
-from phi3v.first_look import open_data
+from phi3v.first_look import Progress, open_data
 from phi3v.loading import load_processor
 from phi3v.recipe import Recipe
 
@@ -41,21 +41,21 @@ class Shown:
         return render_rows(self.source, {"rows": self.rows, "usable": self.usable, "model": self.model}, self.shown)
 
 
-def show_recipe(recipe: Recipe, *, rows: int = 8) -> Shown:
+def show_recipe(recipe: Recipe, *, rows: int = 8, on_progress: Progress | None = None) -> Shown:
     """Training rows of a recipe, evenly spaced over the set, so that nobody picked the good ones.
 
     Args:
         recipe: whose data, images and model.
         rows: how many.
+        on_progress: called as images are downloaded.
     Raises: DataError, CheckpointError: the set or the model's small files cannot be read.
     """
     name = recipe.model.name
     processor = load_processor(name, num_crops=recipe.image.num_crops, revision=recipe.model.revision)
-    data = open_data(recipe)
+    data = open_data(recipe, refuse=False, on_progress=on_progress)
     shown = [
-        show_row(data.train[position], processor, max_pixels=recipe.image.max_pixels)
+        show_row(data.train[position], processor, train_on=recipe.data.train_on, max_pixels=recipe.image.max_pixels)
         for position in spaced(len(data.train), rows)
     ]
-    usable = len(data.train) + len(data.validation or [])
     problems = listed(data.problems)
-    return Shown(str(recipe.data.train), name, usable + len(problems), usable, problems, shown)
+    return Shown(recipe.data.train_name, name, data.rows_in, data.rows_in - len(problems), problems, shown)

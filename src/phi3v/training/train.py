@@ -17,14 +17,14 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from phi3v.data.collate import Collator
-from phi3v.data.columns import RowOptions
 from phi3v.data.encode import EncodedRows
 from phi3v.data.schema import Row, RowProblem
-from phi3v.data.sources import LoadedData, Reading, load_data
+from phi3v.data.sources import LoadedData
 from phi3v.data.stand_ins import StandIns
 from phi3v.errors import DataError, DeviceError, TrainingError
 from phi3v.evaluation.run import evaluate
-from phi3v.loading import load_base, load_processor, resolve_device, resolve_dtype
+from phi3v.first_look import RowUse, measured_rows, open_data
+from phi3v.loading import load_base, load_config, load_processor, resolve_device, resolve_dtype
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.training.arguments import check_options, training_arguments
@@ -114,12 +114,7 @@ def _tune(recipe: Recipe, run: RunFolder, watch: Watcher) -> RunResult:
     device = _training_device(recipe.model.device)
     set_seed(recipe.training.seed)
     processor = load_processor(recipe.model.name, num_crops=recipe.image.num_crops, revision=recipe.model.revision)
-    options = RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels)
-    reading = Reading.of(
-        **recipe.data.reading_options, on_fetch=lambda done, total: watch(TrainingEvent("downloads", done, total))
-    )
-    data = load_data(options=options, reading=reading, **recipe.data.load_options)
-    run.write_problems(asdict(problem) for problem in data.problems)
+    data = _usable_data(recipe, run, processor, watch)
     model, autocast = _prepare_model(recipe, device)
     report = trainable_report(model)
     _refuse_idle_training(report, data)
@@ -148,6 +143,20 @@ def _tune(recipe: Recipe, run: RunFolder, watch: Watcher) -> RunResult:
         held_out=len(data.validation or []),
         resumed_from=checkpoint_step(checkpoint) if checkpoint else None,
     )
+
+
+def _usable_data(recipe: Recipe, run: RunFolder, processor: Any, watch: Watcher) -> LoadedData:
+    """The rows of the run; those that are left out are written down, each with its reason."""
+
+    def tell(stage: str, done: int, total: int) -> None:
+        watch(TrainingEvent("look", done, total, stage=stage))
+
+    data = open_data(recipe, on_progress=tell)
+    context = load_config(recipe.model.name, revision=recipe.model.revision).max_position_embeddings
+    data = measured_rows(recipe, data, processor, context, on_progress=tell)
+    run.write_problems(asdict(problem) for problem in data.problems)
+    watch(TrainingEvent("rows", 0, 0, rows=RowUse.of(data)))
+    return data
 
 
 def _release_memory() -> None:
