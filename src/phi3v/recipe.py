@@ -75,7 +75,16 @@ class ImageSection(Section):
     num_crops: int | None = Field(
         default=None, ge=1, description="Most 336-pixel crops of one image; null takes the model's own (16 or 4)."
     )
+    max_tokens: int | None = Field(
+        default=None, ge=313, description="Most tokens of one image: as many crops as never cost more; null for any."
+    )
     max_pixels: int = Field(default=20_000_000, ge=1, description="Larger images are refused before they are decoded.")
+    fast: bool = Field(default=False, description="true: faster decoding and resizing, within one grey level.")
+
+    @property
+    def processor_options(self) -> dict[str, Any]:
+        """The arguments of loading.load_processor by name."""
+        return {"num_crops": self.num_crops, "max_image_tokens": self.max_tokens, "fast": self.fast}
 
 
 class VisionSection(Section):

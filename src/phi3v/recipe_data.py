@@ -114,6 +114,9 @@ class DataSection(Section):
     max_length: int | None = Field(
         default=None, ge=1, description="Longest row in tokens, images included; null for the model's limit."
     )
+    on_too_long: Literal["skip", "fewer_crops", "cut_text"] = Field(
+        default="skip", description="What happens to a longer row: left out, coarser images, or a shorter question."
+    )
     max_skipped: float = Field(
         default=0.05, ge=0, le=1, description="Share of a set's rows that may be left out; more stops the run."
     )

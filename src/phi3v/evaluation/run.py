@@ -194,7 +194,7 @@ def answer_options(recipe: Recipe) -> dict[str, int]:
 def load_options(recipe: Recipe) -> dict[str, Any]:
     """The arguments of `load_target` that a recipe holds: crops, dtype, device, attention, 4-bit."""
     return {
-        "num_crops": recipe.image.num_crops,
+        **recipe.image.processor_options,
         "dtype": recipe.model.dtype,
         "device": recipe.model.device,
         "attn_implementation": recipe.model.attn_implementation,

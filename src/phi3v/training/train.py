@@ -113,7 +113,7 @@ def _tune(recipe: Recipe, run: RunFolder, watch: Watcher) -> RunResult:
     """Trains from the start or from the newest checkpoint, and writes the tuned weights."""
     device = _training_device(recipe.model.device)
     set_seed(recipe.training.seed)
-    processor = load_processor(recipe.model.name, num_crops=recipe.image.num_crops, revision=recipe.model.revision)
+    processor = load_processor(recipe.model.name, revision=recipe.model.revision, **recipe.image.processor_options)
     data = _usable_data(recipe, run, processor, watch)
     model, autocast = _prepare_model(recipe, device)
     report = trainable_report(model)
@@ -230,6 +230,7 @@ def _datasets(
                 train_on=recipe.data.train_on,
                 max_length=longest,
                 max_pixels=recipe.image.max_pixels,
+                on_too_long=recipe.data.on_too_long,
             ),
             spare=recipe.data.max_skipped * data.rows_in - len(data.problems),
             on_problem=recipe.data.on_problem,
