@@ -20,22 +20,20 @@ from phi3v.data.image_cache import ImageCache
 
 
 def fetch_batch(batch: dict[str, Any], cache: ImageCache, limits: FetchLimits) -> dict[str, list[str]]:
-    """A batch of addresses with the reason for each that is not in the cache now, "" for those that are."""
-    urls = [str(url) for url in batch["url"]]
-    failures = fetch_images(urls, cache, limits).failures
-    return {"url": urls, "reason": [failures[url].reason_code if url in failures else "" for url in urls]}
+    """The addresses of a batch that are not in the cache now: a reason for machines and a line for people each."""
+    failures = fetch_images([str(url) for url in batch["url"]], cache, limits).failures.values()
+    return {"reason": [why.reason_code for why in failures], "message": [why.message for why in failures]}
 
 
 def main(addresses: Path, folder: Path, limits: FetchLimits | None = None) -> Counter[str]:
-    """Downloads all addresses of a file. Returns: how many there were of each reason."""
-    urls = list(dict.fromkeys(addresses.read_text(encoding="utf-8").split("\n")))
-    table = ray.data.from_items([{"url": url} for url in urls if url.strip()])
+    """Downloads all addresses of a file. Returns: how many are cached now, and how many are not for each reason."""
+    urls = list(dict.fromkeys(filter(str.strip, addresses.read_text(encoding="utf-8").split("\n"))))
+    table = ray.data.from_items([{"url": url} for url in urls])
     arguments = {"cache": ImageCache(folder), "limits": limits or FetchLimits()}
-    answers = table.map_batches(fetch_batch, batch_size=256, fn_kwargs=arguments).take_all()
-    for answer in answers:
-        if answer["reason"]:
-            print(f"{answer['reason']}  {answer['url']}")
-    return Counter(answer["reason"] or "cached" for answer in answers)
+    missing = table.map_batches(fetch_batch, batch_size=256, fn_kwargs=arguments).take_all()
+    for row in missing:
+        print(f"{row['reason']}: {row['message']}")
+    return Counter(cached=len(urls) - len(missing)) + Counter(row["reason"] for row in missing)
 
 
 if __name__ == "__main__":

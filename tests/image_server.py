@@ -79,6 +79,9 @@ class Handler(socketserver.BaseRequestHandler):
             if not received:
                 return False
             head += received
+            if head.startswith(b"\x16\x03"):  # TLS where none is spoken
+                self.send(400)
+                return False
         self.server.seen.append((time.monotonic(), head))
         path = head.split(b" ")[1].decode()
         time.sleep(self.server.delay)
@@ -127,12 +130,12 @@ def slow_head(handler: Handler) -> None:
 
 
 def loop(handler: Handler) -> None:
-    handler.send(302, Location="/loop/1")
+    handler.send(302, Location="/loop")
 
 
 def busy_once(handler: Handler) -> None:
-    """429 with Retry-After: 1 to the first two requests, whatever they ask for."""
-    if sum(b"/busy-once" in head for _, head in handler.server.seen) <= 2:
+    """429 with Retry-After: 1 to the first request."""
+    if sum(b"/busy-once" in head for _, head in handler.server.seen) == 1:
         handler.send(429, Retry_After="1")
     else:
         handler.send(200, JPEG, "image/jpeg")

@@ -9,8 +9,8 @@ images. Knows nothing of other attempts, other addresses or the cache.
 """
 
 import ssl
-import threading
 import time
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -94,16 +94,14 @@ class Downloader:
         limits: time, bytes, pixels.
         allowed: hosts that may be private.
         tls: certificates that are trusted.
-        decoding: taken while an image is decoded, so that few are in memory at once.
+        decoders: threads in which images are decoded; few, because a decoded image is large.
     Example: with Downloader(...) as downloader: downloader.download("https://shop.example/a.jpg", Path("a"), 15.0)
     """
 
-    def __init__(
-        self, limits: FetchLimits, allowed: AllowedHosts, tls: ssl.SSLContext, decoding: threading.Semaphore
-    ) -> None:
+    def __init__(self, limits: FetchLimits, allowed: AllowedHosts, tls: ssl.SSLContext, decoders: Executor) -> None:
         """Make the pool; nothing is connected yet."""
         self._limits = limits
-        self._decoding = decoding
+        self._decoders = decoders
         self._backend = GuardedBackend(allowed)
         self._pool = httpcore.ConnectionPool(
             ssl_context=tls,
@@ -156,8 +154,6 @@ class Downloader:
             raise problem(url, "url_timeout", shown + self._too_slow, again=True) from error
         except (httpcore.ProtocolError, httpcore.NetworkError) as error:
             raise _broken(url, shown, error) from error
-        except ValueError as error:  # numbers of any length in headers, for instance
-            raise problem(url, "url_protocol", f"{shown}the answer is no valid HTTP ({str(error)[:100]})") from error
 
     @property
     def _too_slow(self) -> str:
@@ -181,8 +177,8 @@ class Downloader:
             with open(file, "wb") as written:
                 self._receive(response, length, written, url)
         marked = length is not None or "transfer-encoding" in headers
-        with self._decoding:
-            _check_image(url, file, self._limits.max_pixels, headers.get("content-type", ""), end_was_marked=marked)
+        kind = headers.get("content-type", "")
+        self._decoders.submit(_check_image, url, file, self._limits.max_pixels, kind, end_was_marked=marked).result()
         return None
 
     def _receive(self, response: httpcore.Response, length: int | None, written: BinaryIO, url: str) -> None:
@@ -261,7 +257,8 @@ def _broken(url: str, shown: str, error: Exception) -> UrlProblem:
         return problem(url, "url_connect", f"{shown}no connection ({error})", again=True)
     if isinstance(error, httpcore.NetworkError) or "disconnected" in str(error):
         return problem(url, "url_reset", f"{shown}the server broke off the connection", again=True)
-    return problem(url, "url_protocol", f"{shown}the answer is no valid HTTP ({str(error)[:100]})")
+    what = str(error).partition(":")[0][:100]  # behind the colon the server's own bytes are quoted
+    return problem(url, "url_protocol", f"{shown}the answer is no valid HTTP ({what})")
 
 
 def _check_image(url: str, file: Path, max_pixels: int, content_type: str, *, end_was_marked: bool) -> None:

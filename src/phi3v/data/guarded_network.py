@@ -90,10 +90,8 @@ class GuardedBackend(httpcore.NetworkBackend):
             for address in addresses:
                 if not is_public(address):
                     name = host if address == host else f"{host} is {address}, which"
-                    raise NetworkRefusal(
-                        "url_private",
-                        f"{name} is no public address; if the machine is yours, allow it: data.allow_hosts: [{_entry(host, port)}]",
-                    )
+                    way_out = f"if the machine is yours, allow it: data.allow_hosts: [{_entry(host, port)}]"
+                    raise NetworkRefusal("url_private", f"{name} is no public address; {way_out}")
         return addresses
 
 

@@ -1,0 +1,135 @@
+"""Servers that misbehave: none hangs, none fills the disk, each gets its reason, and the cache stays clean."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from image_server import BEHAVIOURS, JPEG, ImageServer, image_server, picture
+
+from phi3v.data.fetch import FetchLimits, FetchSummary, fetch_images
+from phi3v.data.image_cache import ImageCache
+
+SECONDS = 3.0
+LIMITS = FetchLimits(seconds=SECONDS, max_bytes=2_000_000, backoff=0.01, workers=32, allow_hosts=("127.0.0.1",))
+EXPECTED = {  # path: (reason, requests)
+    "/404": ("url_not_found", 1),
+    "/410": ("url_gone", 1),
+    "/403": ("url_refused", 1),
+    "/204": ("url_refused", 1),
+    "/429": ("url_busy", 3),
+    "/429-hour": ("url_busy", 1),
+    "/429-never": ("url_busy", 1),
+    "/500": ("url_server", 3),
+    "/reset": ("url_reset", 3),
+    "/nothing": ("url_reset", 3),
+    "/short": ("url_length", 3),
+    "/long": ("url_damaged", 1),
+    "/endless": ("url_too_large", 1),
+    "/too-large": ("url_too_large", 1),
+    "/drip": ("url_timeout", 1),
+    "/slow-head": ("url_timeout", 1),
+    "/loop": ("url_redirects", 6),
+    "/no-location": ("url_refused", 1),
+    "/to-private": ("url_private", 1),
+    "/to-metadata": ("url_private", 1),
+    "/to-file": ("url_invalid", 1),
+    "/to-secret": ("url_invalid", 1),
+    "/to-odd": ("url_invalid", 1),
+    "/bomb": ("url_encoded", 1),
+    "/html": ("url_html", 1),
+    "/svg": ("url_not_image", 1),
+    "/empty": ("url_empty", 1),
+    "/cut": ("url_damaged", 1),
+    "/cut-unmarked": ("url_damaged", 3),
+    "/no-http": ("url_protocol", 1),
+    "/big-number": ("url_protocol", 1),
+    "/big-head": ("url_protocol", 1),
+    "/to-good": ("", 1),
+    "/cookie": ("", 1),
+    "/unmarked": ("", 1),
+    "/fails-once": ("", 2),
+    "/busy-once": ("", 2),
+}
+
+
+class Visit(NamedTuple):
+    """One call for all behaviours at once."""
+
+    server: ImageServer
+    cache: ImageCache
+    summary: FetchSummary
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def visit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:
+    cache = ImageCache(tmp_path_factory.mktemp("cache"))
+    with image_server() as server:
+        began = time.monotonic()
+        summary = fetch_images([server.url(path) for path in BEHAVIOURS], cache, LIMITS)
+        yield Visit(server, cache, summary, time.monotonic() - began)
+
+
+def test_every_behaviour_of_the_server_is_expected() -> None:
+    assert set(BEHAVIOURS) == set(EXPECTED)
+
+
+@pytest.mark.parametrize("path", EXPECTED)
+def test_each_behaviour_has_its_reason(path: str, visit: Visit) -> None:
+    failure = visit.summary.failures.get(visit.server.url(path))
+    assert (failure.reason_code if failure else "", visit.server.count(path)) == EXPECTED[path]
+    assert (visit.cache.path(visit.server.url(path)) is None) == (failure is not None)
+    if failure:
+        assert failure.message.startswith(f"image {visit.server.url(path)}") and len(failure.message.splitlines()) == 1
+
+
+def test_nothing_hangs(visit: Visit) -> None:
+    """Each address has its 3 s; the pauses of this server are 1 s; the rest is room for a busy machine."""
+    assert visit.seconds < 2 * SECONDS + 4
+
+
+def test_only_whole_images_are_kept(visit: Visit) -> None:
+    kept = {path.read_bytes() for path in (visit.cache.folder / "objects").rglob("*") if path.is_file()}
+    assert kept == {JPEG, picture(7), picture(3)}
+    assert visit.summary.total == visit.summary.downloaded + len(visit.summary.failures)
+    assert visit.summary.bytes == 3 * len(JPEG) + len(picture(7)) + len(picture(3))
+    assert sorted(path.name for path in visit.cache.folder.iterdir()) == ["objects", "urls"]
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("/bomb", ": the server compresses it (gzip) although it was asked not to; save it as a file"),
+        ("/drip", ": it takes longer than the 3 s that one address has; try again later"),
+        ("/endless", ": it has more than 2,000,000 bytes; save a smaller file"),
+        ("/short", f": {len(JPEG) - 40:,} of the {len(JPEG):,} bytes that the server announced arrived"),
+        ("/html", ": a web page, no image; open the address in a browser, and name the image's own address"),
+        (
+            "/to-metadata",
+            ": it is redirected to http://169.254.169.254/latest/meta-data: 169.254.169.254 is no public address; "
+            'if the machine is yours, allow it: data.allow_hosts: ["169.254.169.254:80"]',
+        ),
+        ("/to-secret", ": it is redirected to http://127.0.0.1/: that address holds a user name or password"),
+    ],
+)
+def test_a_message_says_what_and_the_way_out(path: str, words: str, visit: Visit) -> None:
+    url = visit.server.url(path)
+    assert visit.summary.failures[url].message == f"image {url}{words}"
+
+
+def test_no_server_and_no_such_name(tmp_path: Path) -> None:
+    with image_server() as server:
+        gone = server.url("/good/1.png")
+    urls = [gone, "http://no-such-host.invalid/a.png"]
+    failures = fetch_images(urls, ImageCache(tmp_path), LIMITS).failures
+    assert [failures[url].reason_code for url in urls] == ["url_connect", "url_dns"]
+
+
+def test_a_name_server_that_never_answers_ends_at_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: time.sleep(30))
+    began = time.monotonic()
+    failures = fetch_images(["http://slow.example/a.png"], ImageCache(tmp_path), FetchLimits(seconds=0.5)).failures
+    assert [failure.reason_code for failure in failures.values()] == ["url_dns"]
+    assert time.monotonic() - began < 5
