@@ -1,4 +1,4 @@
-"""Records that hold conversations: every spelling becomes the same row, and what is wrong is a problem with its code."""
+"""Records that hold conversations: every spelling becomes the same row, what is wrong is a problem with a code."""
 
 import json
 from pathlib import Path

@@ -104,7 +104,7 @@ class Cells:
         if (path := self.cache.path(url)) is not None:
             return ImageRef(str(path), None, folder, True, url)
         if (failure := self.failures.get(url) or self.cache.failure(url)) is not None:
-            raise UnusableRecord(failure.reason_code, f"{url[:100]}: {failure.message}")
+            raise UnusableRecord(failure.reason_code, failure.message)
         if self.wait_for_download:
             return ImageRef(None, None, folder, True, url)
         raise UnusableRecord("url_not_cached", f"{url[:100]} is not in the image cache: run the command again")

@@ -281,7 +281,7 @@ def prediction_rows(
             {
                 "row": row.index,
                 "source": row.source,
-                "images": [image.path for image in row.images],
+                "images": [image.url or image.path for image in row.images],
                 "question": row.question,
                 **texts,
                 "right": tuned[position].strip() == row.answer.strip(),
