@@ -119,7 +119,9 @@ def _show_lengths(console: Console, report: Report) -> None:
         if (found := report.lengths[name]) is not None and len(found.bars) > 1:
             _show_bars(console, f"{name} tokens", found.bars)
     limits = [f"{report.beyond_rope} beyond the {short_number(report.rope_limit)} that the short rope factors reach"]
-    limits += [f"{report.beyond_context} beyond the limit of {short_number(report.context)}"]
+    made_to_fit = report.beyond_context - report.reasons.get("too_long", 0)
+    how = f" ({made_to_fit} made to fit: {report.on_too_long})" if made_to_fit else ""
+    limits += [f"{report.beyond_context} beyond the limit of {short_number(report.context)}{how}"]
     _say(console, f"rows {', '.join(limits)}")
 
 

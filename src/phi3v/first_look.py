@@ -14,8 +14,11 @@ from phi3v.data.columns import RowOptions
 from phi3v.data.rows import refuse_problems
 from phi3v.data.schema import Row, RowProblem
 from phi3v.data.sources import LoadedData, Reading, load_data
-from phi3v.data.survey import RowFacts, SurveyOptions, survey, too_long
+from phi3v.data.survey import RowFacts, SurveyOptions, survey, too_long_problem
 from phi3v.recipe import Recipe
+
+HELD_OUT = "looking at the held-out rows"
+"""The stage of validation rows."""
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage, the rows done and the rows in all."""
@@ -75,10 +78,15 @@ def open_data(
     return load_data(options=options, reading=reading, **recipe.data.load_options)
 
 
-def survey_options(recipe: Recipe, *, decode: bool, hashes: bool) -> SurveyOptions:
-    """How closely a recipe's rows are looked at."""
+def survey_options(recipe: Recipe, context: int | None, *, decode: bool, hashes: bool) -> SurveyOptions:
+    """How closely a recipe's rows are looked at; `context` is the model's longest row, where that plays a part."""
     return SurveyOptions(
-        decode=decode, hash_images=hashes, train_on=recipe.data.train_on, max_pixels=recipe.image.max_pixels
+        decode=decode,
+        hash_images=hashes,
+        train_on=recipe.data.train_on,
+        max_pixels=recipe.image.max_pixels,
+        max_length=None if context is None else recipe.data.max_length or context,
+        on_too_long=recipe.data.on_too_long,
     )
 
 
@@ -87,11 +95,10 @@ def survey_rows(
     processor: Any | None,
     options: SurveyOptions,
     *,
-    max_length: int | None = None,
     stage: str = "looking at the rows",
     on_progress: Progress | None = None,
 ) -> Surveyed:
-    """Looks at every row once, even where weights repeat it; more than `max_length` tokens are a problem.
+    """Looks at every row once, even where weights repeat it.
 
     Example: rows a, b, a of which b is too long -> kept [0, 2], facts of a and b, the problem of b.
     """
@@ -101,7 +108,7 @@ def survey_rows(
     for number, found in enumerate(distinct):
         if isinstance(found, RowFacts):
             facts.append(found)
-        problem = found if isinstance(found, RowProblem) else too_long(found, max_length)
+        problem = found if isinstance(found, RowProblem) else too_long_problem(found)
         if problem is not None:
             problems.append(problem)
             bad.add(number)
@@ -138,10 +145,9 @@ def measured_rows(
         on_progress: called as rows are looked at.
     Raises: DataError when more rows cannot be used than the recipe allows.
     """
-    options = survey_options(recipe, decode=False, hashes=False)
-    told: dict[str, Any] = {"max_length": recipe.data.max_length or context, "on_progress": on_progress}
-    train = survey_rows(data.train, processor, options, **told)
-    held_out = survey_rows(data.validation or [], processor, options, stage="looking at the held-out rows", **told)
+    options = survey_options(recipe, context, decode=False, hashes=False)
+    train = survey_rows(data.train, processor, options, on_progress=on_progress)
+    held_out = survey_rows(data.validation or [], processor, options, stage=HELD_OUT, on_progress=on_progress)
     problems = [*data.problems, *train.problems, *held_out.problems]
     refuse_problems(
         problems,

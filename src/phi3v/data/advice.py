@@ -5,19 +5,35 @@ The table of docs/data.md says the same at more length; a test holds both agains
 
 ADVICE = {
     "missing_value": "fill the cell, or take the column out of the template",
-    "value_type": "name a column with text or numbers in the template",
+    "value_type": "name a column with text or numbers in the template, and save its text as UTF-8",
+    "conversation_type": "write the turns as docs/data.md shows them: role and content, or from and value",
+    "turn_role": "name the speakers system, user and assistant (or human and gpt)",
+    "turn_order": "let user and assistant alternate, a system turn first if there is one, the answer last",
+    "empty_question": "fill the turn, or take the row out",
+    "empty_answer": "fill the turn, or take the row out",
+    "image_tags": "write one <image> in the questions for each image of the row, or none at all",
     "image_missing": "fill the cell, drop the row, or give an empty list [] for a row without images",
     "image_type": "name the column with the images in data.images",
     "image_path": "mend the path, or set data.image_root",
     "image_unreadable": "save it again as JPEG or PNG, or leave the row out; for its size raise image.max_pixels",
     "image_narrow": "crop the image to a less extreme shape, or raise image.num_crops",
     "image_places": "place each image once, in the order of the list",
+    "data_uri": "write it as data:image/png;base64,... or save the image as a file",
     "no_answer": "end the conversation with a turn of the assistant",
-    "too_long": "lower image.num_crops or image.max_tokens, shorten the text, or raise data.max_length",
+    "too_long": "set data.on_too_long: fewer_crops or cut_text, lower image.num_crops, or raise data.max_length",
+    "url_scheme": "give http or https addresses, or save the image as a file and name it",
+    "url_invalid": "mend the address",
+    "url_private": "give a public address; if the machine is yours, add it to data.allow_hosts",
+    "url_not_cached": "run phi3v data check with --fetch",
+    "url_not_found": "the image is gone: mend the address, or take the row out",
+    "url_gone": "the image is gone: mend the address, or take the row out",
+    "url_html": "the address leads to a page: give the address of the image itself",
+    "url_not_image": "the address leads to something else: give the address of the image itself",
+    "url_too_large": "save a smaller file behind the address",
 }
 """Reason code -> the way out."""
 
-_ADDRESS = "look at the address in a browser; mend or drop the row, then check again with --fetch"
+_ADDRESS = "run phi3v data check --fetch again; if it stays, open the address in a browser and mend it"
 _OTHER = "mend the row, or take it out of the set"
 
 

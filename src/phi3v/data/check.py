@@ -16,7 +16,7 @@ from phi3v.data.duplicates import Duplicates
 from phi3v.data.schema import RowProblem
 from phi3v.data.survey import RowFacts
 from phi3v.errors import ImageError
-from phi3v.image_tokens import num_image_tokens
+from phi3v.image_tokens import crops_within, num_image_tokens
 
 BARS = 8
 """Bars of a histogram at most."""
@@ -51,7 +51,7 @@ class CropPrice:
 
     Attributes:
         num_crops: most crops of an image.
-        max_tokens: token budget of an image; None for no limit.
+        max_tokens: the budget of an image that it comes from; None for none.
         square: tokens of any square image, whatever its pixels.
         mean: image tokens of an image on average.
         total: image tokens of all rows.
@@ -105,19 +105,19 @@ def length_spreads(facts: Sequence[RowFacts]) -> dict[str, Spread | None]:
 def crop_prices(
     facts: Sequence[RowFacts], *, num_crops: int | None, max_tokens: int | None = None, context: int | None = None
 ) -> list[CropPrice]:
-    """What the images cost at 16, 4 and 1 crops, as the recipe says, and with a budget of 1,000 tokens.
+    """What the images cost as the recipe says, at 16, 4 and 1 crops, and with a budget of 1,000 tokens an image.
 
     Args:
         facts: of the rows.
-        num_crops: what the recipe or the model says; None where nobody does.
-        max_tokens: the recipe's token budget of an image; None for no limit.
+        num_crops: most crops of an image by the recipe and the model; None where nobody says.
+        max_tokens: the budget that `num_crops` comes from; None for none.
         context: most tokens of a row.
-    Example: one 64x64 photo costs 2509 at 16 crops, 757 at 4 and 313 at 1, and 973 with a budget of 1000 at 16 crops.
+    Example: one 64x64 photo costs 2509 at 16 crops, 757 at 4, 313 at 1, and 757 with the budget, which allows 5 crops.
     """
     if not any(fact.sizes for fact in facts):
         return []
+    wanted = [(16, None), (4, None), (1, None), (crops_within(1000), 1000)]
     chosen = (num_crops, max_tokens)
-    wanted = [(16, None), (4, None), (1, None), (16, 1000)]
     if num_crops is not None and chosen not in wanted:
         wanted.insert(0, (num_crops, max_tokens))
     return [_price(facts, crops, budget, context, (crops, budget) == chosen) for crops, budget in wanted]
@@ -131,7 +131,7 @@ def _price(
 
     def cost(size: tuple[int, int]) -> int:
         if size not in known:
-            known[size] = budgeted_tokens(*size, num_crops, max_tokens)
+            known[size] = _tokens_or_none(*size, num_crops)
         return known[size]
 
     rows = [(fact, sum(map(cost, fact.sizes))) for fact in facts]
@@ -148,17 +148,6 @@ def _price(
         sum(length > context for length in whole) if whole and context is not None else None,
         chosen,
     )
-
-
-def budgeted_tokens(width: int, height: int, num_crops: int, max_tokens: int | None) -> int:
-    """Tokens of an image at the largest number of crops, up to `num_crops`, whose cost is within `max_tokens`.
-
-    One crop is the least, whatever the budget. Example: budgeted_tokens(64, 64, 16, 1000) -> 757, that of 4 crops.
-    """
-    if max_tokens is None:
-        return _tokens_or_none(width, height, num_crops)
-    costs = [_tokens_or_none(width, height, crops) for crops in range(num_crops, 0, -1)]
-    return next((cost for cost in costs if cost <= max_tokens), costs[-1])
 
 
 def _tokens_or_none(width: int, height: int, num_crops: int) -> int:
@@ -205,7 +194,8 @@ class Report:
         num_crops: most crops of an image.
         lengths: "total", "image", "text", "trained" -> how they are spread over the rows.
         context: the longest row that is allowed, in tokens.
-        beyond_context: rows that are longer; they are among the problems.
+        beyond_context: rows that are longer, those among them that are made to fit.
+        on_too_long: what is done about them, see `fit`; those that still do not fit are among the problems.
         rope_limit: rows beyond it are read with the model's long factors.
         beyond_rope: rows that are longer than that.
         duplicates: rows and images that are there more than once.
@@ -230,6 +220,7 @@ class Report:
     lengths: dict[str, Spread | None]
     context: int | None
     beyond_context: int
+    on_too_long: str
     rope_limit: int | None
     beyond_rope: int
     duplicates: Duplicates

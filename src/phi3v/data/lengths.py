@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from phi3v.data.encode import IGNORED, label_answers
+from phi3v.data.encode import IGNORED, as_chat, label_answers
 from phi3v.data.images import MAX_PIXELS, image_size
-from phi3v.data.schema import ImagePart, Message, Row, RowProblem, TrainOn
+from phi3v.data.schema import ImagePart, Row, RowProblem, TrainOn
 from phi3v.data.templates import whole_text
 from phi3v.errors import ImageError
 
@@ -79,7 +79,7 @@ def token_ids(rows: Sequence[Row], processor: Any) -> list[list[int]]:
     """
     if not rows:
         return []
-    prompts = processor.apply_chat_template([[_as_chat(message) for message in row.messages] for row in rows])
+    prompts = processor.apply_chat_template([[as_chat(message, None) for message in row.messages] for row in rows])
     tokenizer, backend = processor.tokenizer, processor.tokenizer.backend_tokenizer
     image = processor.image_token + tokenizer.bos_token  # the processor puts <s> behind the tokens of an image
     texts = processor.get_text_with_replacements(prompts, [image] * sum(len(row.images) for row in rows))[0]
@@ -133,14 +133,3 @@ def _length(
         places = [place for place, token in enumerate(ids) if token == processor.image_token_id]
         trained += sum(price - 1 for place, price in zip(places, prices, strict=True) if labels[place] != IGNORED)
     return RowLength(sum(prices), len(ids) - len(prices), trained, sizes)
-
-
-def _as_chat(message: Message) -> dict[str, Any]:
-    """A message as chat templates take it, images without pixels."""
-    return {
-        "role": message.role,
-        "content": [
-            {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part.text}
-            for part in message.parts
-        ],
-    }

@@ -13,7 +13,7 @@ from PIL import Image
 
 from phi3v.data.encode import IGNORED, encode
 from phi3v.data.images import MAX_PIXELS, image_name, open_image
-from phi3v.data.schema import Row, TrainOn
+from phi3v.data.schema import Row
 from phi3v.errors import DataError
 from phi3v.image_tokens import CROP_SIZE, grid_tokens
 
@@ -110,12 +110,17 @@ class ShownRow:
         }
 
 
-def show_row(
-    row: Row, processor: Any, *, train_on: TrainOn = "last_assistant", max_pixels: int = MAX_PIXELS
-) -> ShownRow:
-    """A row as the model sees it; one that cannot be encoded is shown with the reason."""
+def show_row(row: Row, processor: Any, *, max_pixels: int = MAX_PIXELS, **options: Any) -> ShownRow:
+    """A row as the model sees it; one that cannot be encoded is shown with the reason.
+
+    Args:
+        row: the row.
+        processor: a Phi3VProcessor.
+        max_pixels: larger images are refused.
+        options: the other options of `encode`.
+    """
     try:
-        sample = encode(row, processor, train_on=train_on, max_pixels=max_pixels)
+        sample = encode(row, processor, max_pixels=max_pixels, **options)
         photos = [open_image(image, max_pixels=max_pixels) for image in row.images]
     except DataError as error:
         return ShownRow(row.source, row.index, [], [], str(error))

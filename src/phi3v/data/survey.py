@@ -13,10 +13,12 @@ from hashlib import blake2b
 from itertools import islice
 from typing import Any
 
+from phi3v.data.encode import text_tokens
+from phi3v.data.fit import OnTooLong, fit
 from phi3v.data.images import MAX_PIXELS, image_size, open_image, resolve_path
 from phi3v.data.lengths import RowLength, row_lengths
 from phi3v.data.schema import ImageRef, Row, RowProblem, TrainOn
-from phi3v.errors import ImageError
+from phi3v.errors import ImageError, TooLongError
 
 _BATCH = 64  # rows that are looked at together
 _DIGEST_BYTES = 16  # enough that two contents of a set never meet by chance
@@ -35,6 +37,8 @@ class RowFacts:
             to be downloaded) of its address.
         text: a hash of all roles and texts.
         web: a hash of each web address that its images come from.
+        too_long: why the row cannot be made to fit the limit; None when it fits, or is made to. `length` is the length
+            before.
     """
 
     source: str
@@ -44,6 +48,7 @@ class RowFacts:
     images: tuple[bytes, ...]
     text: bytes
     web: tuple[bytes, ...] = ()
+    too_long: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,8 @@ class SurveyOptions:
         hash_images: whether contents are hashed; False leaves `RowFacts.images` empty.
         train_on: which turns are trained.
         max_pixels: larger images are refused.
+        max_length: the limit of a row in tokens; None for none.
+        on_too_long: what is done about a longer row, see `fit`.
         threads: that decode at once; None for one a processor core, eight at most.
     """
 
@@ -62,6 +69,8 @@ class SurveyOptions:
     hash_images: bool = True
     train_on: TrainOn = "last_assistant"
     max_pixels: int = MAX_PIXELS
+    max_length: int | None = None
+    on_too_long: OnTooLong = "skip"
     threads: int | None = None
 
 
@@ -76,8 +85,8 @@ def survey(
         rows: the rows.
         processor: a Phi3VProcessor; None counts no tokens.
         options: how closely.
-    Yields: one for each row; problems are those of `row_lengths`, and `image_unreadable` for what does not decode. How
-        long a row may be is not asked here, see `too_long`.
+    Yields: one for each row; problems are those of `row_lengths`, and `image_unreadable` for what does not decode. One
+        that is too long has facts, so that lengths are known of all; `too_long_problem` makes a problem of them.
     """
     waiting = iter(rows)
     with ThreadPoolExecutor(options.threads or min(8, os.cpu_count() or 1)) as pool:
@@ -112,15 +121,31 @@ def _look(
             yield RowProblem(row.index, "image_unreadable", content, row.source)
         else:
             counted = length if processor is not None else None
-            yield RowFacts(row.source, row.index, counted, length.sizes, content, text, _web(row))
+            wrong = _unfit(row, counted, processor, options)
+            yield RowFacts(row.source, row.index, counted, length.sizes, content, text, _web(row), wrong)
 
 
-def too_long(fact: RowFacts, limit: int | None) -> RowProblem | None:
-    """The problem of a row with more tokens than the limit: "2539 tokens (2509 for images), and the limit is 2048"."""
-    if fact.length is None or limit is None or fact.length.total <= limit:
+def too_long_problem(fact: RowFacts) -> RowProblem | None:
+    """The problem of a row that is too long; None for any other."""
+    return None if fact.too_long is None else RowProblem(fact.row, "too_long", fact.too_long, fact.source)
+
+
+def _unfit(row: Row, length: RowLength | None, processor: Any, options: SurveyOptions) -> str | None:
+    """Why a row cannot be made to fit: "2539 tokens (2509 for images), and the limit is 2048: ..."; else None."""
+    if length is None or options.max_length is None or length.total <= options.max_length:
         return None
-    message = f"{fact.length.total} tokens ({fact.length.image} for images), and the limit is {limit}"
-    return RowProblem(fact.row, "too_long", message, fact.source)
+    try:
+        fit(
+            row.messages,
+            length.sizes,
+            count=lambda messages: text_tokens(messages, processor),
+            num_crops=processor.image_processor.num_crops,
+            max_length=options.max_length,
+            on_too_long=options.on_too_long,
+        )
+    except (TooLongError, ImageError) as error:
+        return str(error)
+    return None
 
 
 def _sizes(row: Row, max_pixels: int) -> RowLength | RowProblem:

@@ -20,7 +20,7 @@ from phi3v.data.check import (
 from phi3v.data.duplicates import find_duplicates
 from phi3v.data.fetch import FetchSummary, fetch_images
 from phi3v.data.sources import Reading
-from phi3v.first_look import Progress, Surveyed, open_data, survey_options, survey_rows
+from phi3v.first_look import HELD_OUT, Progress, Surveyed, open_data, survey_options, survey_rows
 from phi3v.loading import load_config, load_processor
 from phi3v.recipe import Recipe
 from phi3v.training.outlook import outlook
@@ -47,17 +47,16 @@ def check_recipe(
     Raises: DataError, CheckpointError: the set or the model's small files cannot be read at all.
     """
     name, revision = recipe.model.name, recipe.model.revision
-    processor = load_processor(name, num_crops=recipe.image.num_crops, revision=revision) if model else None
+    processor = load_processor(name, revision=revision, **recipe.image.processor_options) if model else None
     config = load_config(name, revision=revision) if model else None
     context = recipe.data.max_length or (config.max_position_embeddings if config is not None else None)
     if fetch and shard != (0, 1):
         _fetch_part(recipe, shard, on_progress)
     whole = fetch and shard == (0, 1)
     data = open_data(recipe, download=whole, refuse=False, on_progress=on_progress)
-    options = survey_options(recipe, decode=decode, hashes=True)
-    told: dict[str, Any] = {"max_length": context, "on_progress": on_progress}
-    train = survey_rows(data.train, processor, options, **told)
-    held_out = survey_rows(data.validation or [], processor, options, stage="looking at the held-out rows", **told)
+    options = survey_options(recipe, context, decode=decode, hashes=True)
+    train = survey_rows(data.train, processor, options, on_progress=on_progress)
+    held_out = survey_rows(data.validation or [], processor, options, stage=HELD_OUT, on_progress=on_progress)
     problems = sorted(
         [*data.problems, *train.problems, *held_out.problems], key=lambda problem: (problem.source, problem.row)
     )
@@ -81,11 +80,12 @@ def check_recipe(
         num_crops=crops,
         lengths=length_spreads(facts) if model else {},
         context=context,
-        beyond_context=sum(problem.reason_code == "too_long" for problem in problems),
+        beyond_context=rows_beyond(facts, context),
+        on_too_long=recipe.data.on_too_long,
         rope_limit=rope_limit,
         beyond_rope=rows_beyond(facts, rope_limit),
         duplicates=find_duplicates(train.facts, held_out.facts),
-        crops=crop_prices(facts, num_crops=crops, context=context),
+        crops=crop_prices(facts, num_crops=crops, max_tokens=recipe.image.max_tokens, context=context),
         outlook=_outlook(recipe, train, config, crops) if model else None,
     )
 

@@ -8,7 +8,7 @@ from phi3v.data.check import listed
 from phi3v.data.show import ShownRow, show_row, spaced
 from phi3v.data.show_page import render_rows
 from phi3v.first_look import Progress, open_data
-from phi3v.loading import load_processor
+from phi3v.loading import load_config, load_processor
 from phi3v.recipe import Recipe
 
 
@@ -51,11 +51,15 @@ def show_recipe(recipe: Recipe, *, rows: int = 8, on_progress: Progress | None =
     Raises: DataError, CheckpointError: the set or the model's small files cannot be read.
     """
     name = recipe.model.name
-    processor = load_processor(name, num_crops=recipe.image.num_crops, revision=recipe.model.revision)
+    processor = load_processor(name, revision=recipe.model.revision, **recipe.image.processor_options)
+    context = load_config(name, revision=recipe.model.revision).max_position_embeddings
+    how: dict[str, Any] = {
+        "train_on": recipe.data.train_on,
+        "max_length": recipe.data.max_length or context,
+        "on_too_long": recipe.data.on_too_long,
+        "max_pixels": recipe.image.max_pixels,
+    }
     data = open_data(recipe, refuse=False, on_progress=on_progress)
-    shown = [
-        show_row(data.train[position], processor, train_on=recipe.data.train_on, max_pixels=recipe.image.max_pixels)
-        for position in spaced(len(data.train), rows)
-    ]
+    shown = [show_row(data.train[position], processor, **how) for position in spaced(len(data.train), rows)]
     problems = listed(data.problems)
     return Shown(recipe.data.train_name, name, data.rows_in, data.rows_in - len(problems), problems, shown)
