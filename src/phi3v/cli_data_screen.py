@@ -181,6 +181,8 @@ def outlook_lines(report: Report) -> Iterator[str]:
 def verdict(report: Report) -> str:
     """The last line: whether `phi3v train` would take it."""
     share = f"{percent(report.skipped_share)} of the rows are left out"
+    if report.trouble is not None and len(report.problems) <= report.max_skipped * report.rows:
+        return report.trouble
     if report.on_problem == "stop":
         return "no row is left out" if report.passed else f"{share}, and the recipe says stop at any (data.on_problem)"
     limit = f"{percent(report.max_skipped)} may be"

@@ -1,6 +1,6 @@
 """What to do about a row that is left out: reason code in, one short sentence out.
 
-The table of docs/data.md says the same at more length; a test holds both against the codes that are raised.
+A test holds this against the codes that are raised; docs/data.md says the same at more length.
 """
 
 ADVICE = {

@@ -188,6 +188,7 @@ class Report:
         reasons: reason code -> rows, the most frequent first.
         max_skipped: share of rows that may be left out.
         on_problem: "skip", or "stop" for none.
+        trouble: why the rows cannot be split into training and validation rows; None when they can.
         decoded: whether every image was decoded, or headers were taken for enough.
         images: how many, and which are still to be downloaded.
         model: whose tokens were counted; None where no model was named, and then there are no lengths.
@@ -213,6 +214,7 @@ class Report:
     reasons: dict[str, int]
     max_skipped: float
     on_problem: str
+    trouble: str | None
     decoded: bool
     images: Images
     model: str | None
@@ -236,7 +238,7 @@ class Report:
     def passed(self) -> bool:
         """Whether `phi3v train` would take the set as it is."""
         allowed = 0 if self.on_problem == "stop" else self.max_skipped * self.rows
-        return self.usable > 0 and len(self.problems) <= allowed
+        return self.usable > 0 and self.trouble is None and len(self.problems) <= allowed
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

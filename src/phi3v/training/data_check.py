@@ -19,7 +19,8 @@ from phi3v.data.check import (
 )
 from phi3v.data.duplicates import find_duplicates
 from phi3v.data.fetch import FetchSummary, fetch_images
-from phi3v.data.sources import Reading
+from phi3v.data.sources import LoadedData, Reading
+from phi3v.errors import DataError
 from phi3v.first_look import HELD_OUT, Progress, Surveyed, open_data, survey_options, survey_rows
 from phi3v.loading import load_config, load_processor
 from phi3v.recipe import Recipe
@@ -53,7 +54,7 @@ def check_recipe(
     if fetch and shard != (0, 1):
         _fetch_part(recipe, shard, on_progress)
     whole = fetch and shard == (0, 1)
-    data = open_data(recipe, download=whole, refuse=False, on_progress=on_progress)
+    data, trouble = _open(recipe, download=whole, on_progress=on_progress)
     options = survey_options(recipe, context, decode=decode, hashes=True)
     train = survey_rows(data.train, processor, options, on_progress=on_progress)
     held_out = survey_rows(data.validation or [], processor, options, stage=HELD_OUT, on_progress=on_progress)
@@ -74,6 +75,7 @@ def check_recipe(
         reasons=count_reasons(problems),
         max_skipped=recipe.data.max_skipped,
         on_problem=recipe.data.on_problem,
+        trouble=trouble,
         decoded=decode,
         images=Images(count_images(facts), len({url for fact in facts for url in fact.web}), data.not_cached),
         model=name if model else None,
@@ -88,6 +90,16 @@ def check_recipe(
         crops=crop_prices(facts, num_crops=crops, max_tokens=recipe.image.max_tokens, context=context),
         outlook=_outlook(recipe, train, config, crops) if model else None,
     )
+
+
+def _open(recipe: Recipe, **options: Any) -> tuple[LoadedData, str | None]:
+    """The rows, and why they cannot be split, when that is what is wrong with them."""
+    try:
+        return open_data(recipe, refuse=False, **options), None
+    except DataError as error:
+        if recipe.data.split is None:
+            raise
+        return open_data(recipe.with_overrides(["data.split=null"]), refuse=False, **options), str(error)
 
 
 def _fetch_part(recipe: Recipe, shard: tuple[int, int], on_progress: Progress | None) -> FetchSummary | None:
