@@ -168,13 +168,14 @@ def outlook_lines(report: Report) -> Iterator[str]:
     yield f"steps: {an_epoch} an epoch, {found['steps']} in all"
     if found["operations"] is None:
         return
-    stated = f"{duration(found['operations'] / STATED_RATE)} at {STATED_RATE / 1e12:.0f} TFLOP/s"
     work = f"{short_number(found['tokens'])} tokens, {found['operations']:.2g} floating-point operations"
-    yield f"work: {work} (counted from the model's sizes), {stated}"
+    stated = found["operations"] / STATED_RATE
+    at_that_rate = f": {duration(stated)} at {STATED_RATE / 1e12:.0f} TFLOP/s" if stated >= 60 else ""
+    yield f"work: {work}, counted from the model's sizes{at_that_rate}"
     if found["rate"] is not None:
         yield (
-            f"time: at least {duration(found['operations'] / found['rate'])} on {found['machine']}, which multiplies "
-            f"matrices at {found['rate'] / 1e12:.3g} TFLOP/s; training reaches a part of that"
+            f"time: at least {duration(found['operations'] / found['rate'])} here: {found['machine']} multiplies "
+            f"matrices at {found['rate'] / 1e12:.3g} TFLOP/s, measured just now; training reaches a part of that"
         )
 
 
