@@ -121,12 +121,12 @@ def resolve_path(image: ImageRef) -> Path:
     name = image_name(image)
     if WEB_ADDRESS.match(image.path or ""):
         raise ImageError(f"image {name} is a web address, which cannot be read yet: download it and name the file")
-    path: Path | None = None
+    path: str | None = None
     try:
-        root = Path(image.root or ".").resolve()
-        path = (root / (image.path or "")).resolve()
-        inside = path.is_relative_to(root)
-        mode = path.stat().st_mode if inside or not image.confined else 0
+        root = os.path.realpath(image.root or ".")  # pathlib's resolve takes twice the time, a third of a header
+        path = os.path.realpath(os.path.join(root, image.path or ""))
+        inside = path == root or path.startswith(os.path.join(root, ""))
+        mode = os.stat(path).st_mode if inside or not image.confined else 0
     except FileNotFoundError as error:
         raise ImageError(f"image {name} does not exist (looked for {path})") from error
     except (OSError, ValueError, RuntimeError) as error:
@@ -138,7 +138,7 @@ def resolve_path(image: ImageRef) -> Path:
         )
     if not stat.S_ISREG(mode):
         raise ImageError(f"image {name} is no regular file")
-    return path
+    return Path(path)
 
 
 def _as_ref(image: ImageRef | str | Path | bytes) -> ImageRef:

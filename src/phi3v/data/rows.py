@@ -14,10 +14,9 @@ from phi3v.data.cells import check_images, group_keys
 from phi3v.data.columns import ColumnMap
 from phi3v.data.conversations import ConversationMap
 from phi3v.data.image_cache import FetchFailure
-from phi3v.data.images import open_image
 from phi3v.data.opening import Table, narrowed, records_of
 from phi3v.data.schema import Row, RowProblem, UnusableRecord
-from phi3v.errors import DataError, ImageError
+from phi3v.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -171,23 +170,6 @@ def look_again(look: FirstLook, failures: Mapping[str, FetchFailure]) -> FirstLo
     problems = sorted([*look.problems, *failed.values()], key=lambda problem: problem.row)
     keys = [look.keys[place] for place in kept] if look.keys else []
     return FirstLook(records, array("q", (look.usable[place] for place in kept)), keys, problems, array("q"), [])
-
-
-def decodable(rows: Sequence[Row], max_pixels: int) -> tuple[Sequence[Row], list[RowProblem]]:
-    """The rows whose images decode to the end, and the problems of the others; every image is opened.
-
-    Example: three rows of which the second's image breaks off -> rows 0 and 2, and one problem `image_unreadable`.
-    """
-    sound: list[int] = []
-    problems: list[RowProblem] = []
-    for position, row in enumerate(rows):
-        try:
-            for image in row.images:
-                open_image(image, max_pixels=max_pixels)
-            sound.append(position)
-        except ImageError as error:
-            problems.append(RowProblem(row.index, "image_unreadable", str(error), row.source))
-    return rows.take(sound) if isinstance(rows, Rows) else [rows[place] for place in sound], problems
 
 
 def refuse_problems(

@@ -61,7 +61,7 @@ class Reading:
             allow_hosts: hosts that may be private.
             more: the other attributes.
         """
-        cache = ImageCache(Path(image_cache) if image_cache is not None else default_cache_folder())
+        cache = ImageCache((Path(image_cache) if image_cache is not None else default_cache_folder()).absolute())
         return cls(cache=cache, limits=FetchLimits(allow_hosts=tuple(allow_hosts)), **more)
 
 

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phi3v.data.columns import RowOptions
-from phi3v.data.rows import decodable
+from phi3v.data.rows import Rows
 from phi3v.data.schema import Row, RowProblem
 from phi3v.data.sources import LoadedData, Reading, StreamedData, load_data, load_rows, stream_data
 from phi3v.errors import ConfigError
 from phi3v.evaluation.answers import Answers, answer_rows
 from phi3v.evaluation.metrics import AnswerTemplate, Scores, Share, majority_answer, majority_fields, score_answers
-from phi3v.loading import base_weights, has_adapter, load_target
+from phi3v.first_look import survey_options, survey_rows
+from phi3v.loading import base_weights, has_adapter, load_processor, load_target
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.targets import Target, resolve_target
@@ -156,6 +157,7 @@ def held_out_rows(place: Target, data: str | Path | None, rows: int | None) -> H
         recipe, own_data = _recipe_of(place), data is None
     options = RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels)
     reading = Reading.of(**recipe.data.reading_options)
+    processor = load_processor(place.name, **recipe.image.processor_options)
     if own_data:
         load: Callable[..., LoadedData | StreamedData] = stream_data if recipe.data.streaming else load_data
         loaded = load(options=options, reading=reading, **recipe.data.load_options)
@@ -169,8 +171,10 @@ def held_out_rows(place: Target, data: str | Path | None, rows: int | None) -> H
         found, problems = load_rows(str(data), options=options, reading=reading)
         name = str(data)
     limit = rows if rows is not None else recipe.evaluation.rows
-    sound, broken = decodable(found if limit is None else found[:limit], recipe.image.max_pixels)
-    return HeldOut(sound, [*problems, *broken], name, recipe)
+    chosen = found if limit is None else found[:limit]
+    looked = survey_rows(chosen, processor, survey_options(recipe, None, decode=True, hashes=False))
+    sound = chosen.take(looked.kept) if isinstance(chosen, Rows) else [chosen[place] for place in looked.kept]
+    return HeldOut(sound, [*problems, *looked.problems], name, recipe)
 
 
 def _recipe_of(place: Target) -> Recipe:

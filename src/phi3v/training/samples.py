@@ -12,10 +12,12 @@ from typing import Any
 from phi3v.data.columns import RowOptions
 from phi3v.data.encode import EncodedRows, Example, encode
 from phi3v.data.schema import Row, RowProblem
-from phi3v.data.sources import LoadedData, Reading, StreamedData, load_data, stream_data
+from phi3v.data.sources import LoadedData, Reading, StreamedData, stream_data
 from phi3v.data.stand_ins import StandIns
 from phi3v.data.streamed_examples import StreamedExamples
 from phi3v.errors import TrainingError
+from phi3v.first_look import Progress, measured_rows, open_data
+from phi3v.loading import load_config
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.training.feature_cache import keep_features
@@ -23,21 +25,28 @@ from phi3v.training.feature_cache import keep_features
 FEATURE_BYTES = 4 * 2**30
 
 
-def read_data(recipe: Recipe, run: RunFolder, on_download: Callable[[int, int], None]) -> LoadedData | StreamedData:
+def read_data(recipe: Recipe, run: RunFolder, processor: Any, on_look: Progress) -> LoadedData | StreamedData:
     """Reads what the recipe names, and writes down the rows that are left out.
+
+    Rows that are not streamed are measured too, so that none that is too long reaches a step.
 
     Args:
         recipe: its section data.
         run: where problems.jsonl is written.
-        on_download: told of images behind web addresses, (done, total).
+        processor: the model's processor.
+        on_look: told of what is done, (stage, done, total).
     Raises: DataError in one line.
     """
-    read: Callable[..., LoadedData | StreamedData] = stream_data if recipe.data.streaming else load_data
-    data = read(
-        options=RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels),
-        reading=Reading.of(**recipe.data.reading_options, on_fetch=on_download),
-        **recipe.data.load_options,
-    )
+    data: LoadedData | StreamedData
+    if recipe.data.streaming:
+        data = stream_data(
+            options=RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels),
+            reading=Reading.of(**recipe.data.reading_options),
+            **recipe.data.load_options,
+        )
+    else:
+        context = load_config(recipe.model.name, revision=recipe.model.revision).max_position_embeddings
+        data = measured_rows(recipe, open_data(recipe, on_progress=on_look), processor, context, on_progress=on_look)
     run.write_problems(asdict(problem) for problem in data.problems)
     return data
 

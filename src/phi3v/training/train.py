@@ -18,6 +18,7 @@ from phi3v.data.collate import Collator
 from phi3v.data.sources import LoadedData, StreamedData
 from phi3v.errors import DataError, DeviceError, TrainingError
 from phi3v.evaluation.run import evaluate
+from phi3v.first_look import RowUse
 from phi3v.loading import load_base, load_processor, resolve_device, resolve_dtype
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
@@ -107,7 +108,7 @@ def _tune(recipe: Recipe, run: RunFolder, watch: Watcher) -> RunResult:
     device = _training_device(recipe.model.device)
     set_seed(recipe.training.seed)
     processor = load_processor(recipe.model.name, revision=recipe.model.revision, **recipe.image.processor_options)
-    data = read_data(recipe, run, lambda done, total: watch(TrainingEvent("downloads", done, total)))
+    data = _usable_data(recipe, run, processor, watch)
     model, autocast = _prepare_model(recipe, device)
     report = trainable_report(model)
     _refuse_idle_training(report, data)
@@ -144,6 +145,18 @@ def _tune(recipe: Recipe, run: RunFolder, watch: Watcher) -> RunResult:
         held_out=len(data.validation or []),
         resumed_from=checkpoint_step(checkpoint) if checkpoint else None,
     )
+
+
+def _usable_data(recipe: Recipe, run: RunFolder, processor: Any, watch: Watcher) -> LoadedData | StreamedData:
+    """The rows of the run; those that are left out are written down, each with its reason."""
+
+    def tell(stage: str, done: int, total: int) -> None:
+        watch(TrainingEvent("look", done, total, stage=stage))
+
+    data = read_data(recipe, run, processor, tell)
+    if isinstance(data, LoadedData):
+        watch(TrainingEvent("rows", 0, 0, rows=RowUse.of(data)))
+    return data
 
 
 def _release_memory() -> None:
