@@ -114,6 +114,18 @@ def test_rows_of_which_none_can_be_used_or_split_are_reported_too(run: Any, fold
     assert done.exit_code == 1 and "1 row, 1 usable" in done.stdout and "cannot be split into train and" in done.stdout
 
 
+def test_of_a_stream_the_first_rows_are_looked_at(run: Any, folder: Path) -> None:
+    words = ["data.streaming=true", "data.split.validation=4", "training.max_steps=5"]
+    done = run("check", folder / "recipe.yaml", *words, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["sampled"] and found["rows"] == 40 == found["usable"] + len(found["problems"])
+    assert {problem["reason_code"] for problem in found["problems"]} >= {"missing_value", "image_path"}
+    assert (found["outlook"]["steps_per_epoch"], found["outlook"]["steps"]) == (None, 5)
+    assert "the first 40 rows of a stream" in run("check", folder / "recipe.yaml", *words).stdout
+    assert run("show", folder / "recipe.yaml", *words, "--text", "--rows", 1).exit_code == 0
+
+
 def test_a_data_set_alone_is_counted_without_tokens_and_with_a_model_in_full(
     run: Any, folder: Path, model: Path
 ) -> None:

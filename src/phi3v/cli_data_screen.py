@@ -48,7 +48,9 @@ def headline(report: Report) -> str:
         f", {report.validation} held out ({origins.get(report.origin, report.origin)})" if report.validation else ""
     )
     used = f"{report.train} to train on{held_out or ', none held out'}"
-    return f"{report.source}: {counted(report.rows, 'row')}, {report.usable} usable: {used}"
+    first = "the first " if report.sampled else ""
+    stream = " of a stream" if report.sampled else ""
+    return f"{report.source}: {first}{counted(report.rows, 'row')}{stream}, {report.usable} usable: {used}"
 
 
 def image_line(report: Report) -> str:
@@ -164,8 +166,11 @@ def outlook_lines(report: Report) -> Iterator[str]:
     found: dict[str, Any] | None = report.outlook
     if found is None:
         return
-    an_epoch = f"{counted(found['steps_per_epoch'], 'step')} of {counted(found['samples_per_step'], 'sample')}"
-    yield f"steps: {an_epoch} an epoch, {found['steps']} in all"
+    samples = counted(found["samples_per_step"], "sample")
+    if found["steps_per_epoch"] is None:
+        yield f"steps: {found['steps']} of {samples} in all"
+    else:
+        yield f"steps: {counted(found['steps_per_epoch'], 'step')} of {samples} an epoch, {found['steps']} in all"
     if found["operations"] is None:
         return
     work = f"{short_number(found['tokens'])} tokens, {found['operations']:.2g} floating-point operations"

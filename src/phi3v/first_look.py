@@ -13,7 +13,7 @@ from typing import Any, Self
 from phi3v.data.columns import RowOptions
 from phi3v.data.rows import refuse_problems
 from phi3v.data.schema import Row, RowProblem
-from phi3v.data.sources import LoadedData, Reading, load_data
+from phi3v.data.sources import LoadedData, Reading, load_data, stream_data
 from phi3v.data.survey import RowFacts, SurveyOptions, survey, too_long_problem
 from phi3v.errors import ConfigError
 from phi3v.recipe import Recipe
@@ -80,6 +80,58 @@ def open_data(
     on_fetch = None if on_progress is None else lambda done, total: on_progress("downloading images", done, total)
     reading = Reading.of(**how, download=download, on_fetch=on_fetch)
     return load_data(options=options, reading=reading, **recipe.data.load_options)
+
+
+STREAM_SAMPLE = 1000
+"""Rows of a stream that are looked at."""
+
+
+@dataclass(frozen=True)
+class FoundRows:
+    """Rows to look at, none of which has been refused yet; the attributes are those of `LoadedData`.
+
+    Attributes:
+        sampled: whether these are the first rows of a stream, and not all.
+    """
+
+    train: Sequence[Row]
+    validation: Sequence[Row]
+    problems: list[RowProblem]
+    origin: str
+    rows_in: int
+    not_cached: list[str]
+    sampled: bool = False
+
+
+def find_rows(recipe: Recipe, *, download: bool, on_progress: Progress | None = None) -> FoundRows:
+    """The rows of a recipe, however many of them cannot be used; of a stream the first, one pass at most.
+
+    Args:
+        recipe: whose section `data`.
+        download: whether images are downloaded.
+        on_progress: called as images are downloaded.
+    Raises: DataError for a set that cannot be read at all.
+    """
+    if not recipe.data.streaming:
+        data = open_data(recipe, download=download, refuse=False, on_progress=on_progress)
+        validation: Sequence[Row] = data.validation or []
+        return FoundRows(data.train, validation, data.problems, data.origin, data.rows_in, data.not_cached)
+    how = recipe.data.reading_options | {"max_skipped": 1.0, "on_problem": "skip"}
+    options = RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels)
+    reading = Reading.of(**how, download=download)
+    stream = stream_data(options=options, reading=reading, **recipe.data.load_options)
+    told = list(stream.problems)
+    first: dict[tuple[str, int], Row] = {}
+    for row in stream.train.rows(told.append, shuffled=False):
+        if len(first) == STREAM_SAMPLE or (row.source, row.index) in first:
+            break
+        first[row.source, row.index] = row
+    problems = list({(problem.source, problem.row): problem for problem in told}.values())
+    held_out = stream.validation or []
+    absent = [image.url for row in [*first.values(), *held_out] for image in row.images if image.path is None]
+    not_cached = list(dict.fromkeys(url for url in absent if url is not None))
+    total = len(first) + len(held_out) + len(problems)
+    return FoundRows(list(first.values()), held_out, problems, stream.origin, total, not_cached, sampled=True)
 
 
 def survey_options(recipe: Recipe, context: int | None, *, decode: bool, hashes: bool) -> SurveyOptions:

@@ -21,6 +21,7 @@ ADVICE = {
     "data_uri": "write it as data:image/png;base64,... or save the image as a file",
     "no_answer": "end the conversation with a turn of the assistant",
     "too_long": "set data.on_too_long: fewer_crops or cut_text, lower image.num_crops, or raise data.max_length",
+    "held_out_image": "nothing: a stream keeps such rows out, so that validation stays honest",
     "url_scheme": "give http or https addresses, or save the image as a file and name it",
     "url_invalid": "mend the address",
     "url_private": "give a public address; if the machine is yours, add it to data.allow_hosts",

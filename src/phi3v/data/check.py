@@ -189,6 +189,7 @@ class Report:
         max_skipped: share of rows that may be left out.
         on_problem: "skip", or "stop" for none.
         trouble: why the rows cannot be split into training and validation rows; None when they can.
+        sampled: whether these are the first rows of a stream, and not all.
         decoded: whether every image was decoded, or headers were taken for enough.
         images: how many, and which are still to be downloaded.
         model: whose tokens were counted; None where no model was named, and then there are no lengths.
@@ -215,6 +216,7 @@ class Report:
     max_skipped: float
     on_problem: str
     trouble: str | None
+    sampled: bool
     decoded: bool
     images: Images
     model: str | None

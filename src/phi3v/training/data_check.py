@@ -19,9 +19,9 @@ from phi3v.data.check import (
 )
 from phi3v.data.duplicates import find_duplicates
 from phi3v.data.fetch import FetchSummary, fetch_images
-from phi3v.data.sources import LoadedData, Reading
+from phi3v.data.sources import Reading
 from phi3v.errors import DataError
-from phi3v.first_look import HELD_OUT, Progress, Surveyed, open_data, survey_options, survey_rows
+from phi3v.first_look import HELD_OUT, FoundRows, Progress, Surveyed, find_rows, survey_options, survey_rows
 from phi3v.loading import load_config, load_processor
 from phi3v.recipe import Recipe
 from phi3v.training.outlook import outlook
@@ -57,7 +57,7 @@ def check_recipe(
     data, trouble = _open(recipe, download=whole, on_progress=on_progress)
     options = survey_options(recipe, context, decode=decode, hashes=True)
     train = survey_rows(data.train, processor, options, on_progress=on_progress)
-    held_out = survey_rows(data.validation or [], processor, options, stage=HELD_OUT, on_progress=on_progress)
+    held_out = survey_rows(data.validation, processor, options, stage=HELD_OUT, on_progress=on_progress)
     problems = sorted(
         [*data.problems, *train.problems, *held_out.problems], key=lambda problem: (problem.source, problem.row)
     )
@@ -76,6 +76,7 @@ def check_recipe(
         max_skipped=recipe.data.max_skipped,
         on_problem=recipe.data.on_problem,
         trouble=trouble,
+        sampled=data.sampled,
         decoded=decode,
         images=Images(count_images(facts), len({url for fact in facts for url in fact.web}), data.not_cached),
         model=name if model else None,
@@ -92,19 +93,19 @@ def check_recipe(
     )
 
 
-def _open(recipe: Recipe, **options: Any) -> tuple[LoadedData, str | None]:
+def _open(recipe: Recipe, **options: Any) -> tuple[FoundRows, str | None]:
     """The rows, and why they cannot be split, when that is what is wrong with them."""
     try:
-        return open_data(recipe, refuse=False, **options), None
+        return find_rows(recipe, **options), None
     except DataError as error:
         if recipe.data.split is None:
             raise
-        return open_data(recipe.with_overrides(["data.split=null"]), refuse=False, **options), str(error)
+        return find_rows(recipe.with_overrides(["data.split=null"]), **options), str(error)
 
 
 def _fetch_part(recipe: Recipe, shard: tuple[int, int], on_progress: Progress | None) -> FetchSummary | None:
     """Downloads one part of the images that are not in the cache; None when there are none."""
-    missing = open_data(recipe, download=False, refuse=False).not_cached
+    missing = find_rows(recipe, download=False).not_cached
     reading = Reading.of(**recipe.data.reading_options)
     if not missing or reading.cache is None:
         return None

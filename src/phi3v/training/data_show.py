@@ -7,7 +7,7 @@ from typing import Any
 from phi3v.data.check import listed
 from phi3v.data.show import ShownRow, show_row, spaced
 from phi3v.data.show_page import render_rows
-from phi3v.first_look import Progress, open_data
+from phi3v.first_look import Progress, find_rows
 from phi3v.loading import load_config, load_processor
 from phi3v.recipe import Recipe
 
@@ -59,7 +59,7 @@ def show_recipe(recipe: Recipe, *, rows: int = 8, on_progress: Progress | None =
         "on_too_long": recipe.data.on_too_long,
         "max_pixels": recipe.image.max_pixels,
     }
-    data = open_data(recipe, refuse=False, on_progress=on_progress)
+    data = find_rows(recipe, download=True, on_progress=on_progress)
     shown = [show_row(data.train[position], processor, **how) for position in spaced(len(data.train), rows)]
     problems = listed(data.problems)
     return Shown(recipe.data.train_name, name, data.rows_in, data.rows_in - len(problems), problems, shown)

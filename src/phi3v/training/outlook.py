@@ -29,7 +29,7 @@ class Outlook:
     Attributes:
         rows: training rows.
         samples_per_step: samples of an optimiser step.
-        steps_per_epoch: optimiser steps of one pass.
+        steps_per_epoch: optimiser steps of one pass; None for a stream, which has no end.
         steps: optimiser steps of the run.
         tokens: tokens of the run; None where they were not counted.
         operations: floating-point operations of the run, checkpointing's second forward pass included; None without
@@ -40,7 +40,7 @@ class Outlook:
 
     rows: int
     samples_per_step: int
-    steps_per_epoch: int
+    steps_per_epoch: int | None
     steps: int
     tokens: int | None
     operations: float | None
@@ -60,8 +60,9 @@ def outlook(recipe: Recipe, rows: int, facts: Sequence[RowFacts], config: Any, n
     Example: 2736 rows in steps of 16 for 3 epochs are 171 steps an epoch and 513 in all.
     """
     training = recipe.training
-    per_epoch = -(-rows // training.samples_per_step)
-    steps = training.max_steps or int(-(-per_epoch * training.epochs // 1))
+    whole = -(-rows // training.samples_per_step)
+    per_epoch = None if recipe.data.streaming else whole
+    steps = training.max_steps or int(-(-whole * training.epochs // 1))
     samples = steps * training.samples_per_step
     known = [fact for fact in facts if fact.length is not None]
     if config is None or num_crops is None or not known or not rows:
