@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
@@ -125,6 +126,18 @@ def load_processor(
     if fast is not None:
         images.fast = fast
     return processor
+
+
+def load_config(name: str | Path, *, revision: str | None = None) -> Any:
+    """Loads the config of a model folder or hub id, and nothing else of it. Raises: CheckpointError."""
+    register()
+    place = resolve_target(name, revision=revision)
+    try:
+        return AutoConfig.from_pretrained(place.base, revision=place.revision or "main", trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"cannot load the config of {name}: {first_line(error)}; it needs config.json as it was published"
+        ) from error
 
 
 def load_base(

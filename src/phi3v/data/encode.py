@@ -105,7 +105,7 @@ def text_tokens(messages: Messages, processor: Any) -> int:
         <|endoftext|>: 17.
     """
     images = sum(isinstance(part, ImagePart) for message in messages for part in message.parts)
-    prompt = processor.apply_chat_template([_as_chat(message, None) for message in messages])
+    prompt = processor.apply_chat_template([as_chat(message, None) for message in messages])
     image = processor.image_token + processor.tokenizer.bos_token
     (prompt,), _ = processor.get_text_with_replacements([prompt], [image] * images)
     return len(processor.tokenizer(prompt)["input_ids"]) - images + 1
@@ -217,7 +217,7 @@ def _encode_messages(
     """Messages through the processor, as one unbatched example without labels."""
     settings = {"pad_crops": False, "num_crops": num_crops or processor.image_processor.num_crops}
     batch = processor.apply_chat_template(
-        [_as_chat(message, images) for message in messages],
+        [as_chat(message, images) for message in messages],
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
@@ -231,7 +231,7 @@ def _encode_messages(
     return example
 
 
-def _as_chat(message: Message, images: Sequence[Any] | None) -> dict[str, Any]:
+def as_chat(message: Message, images: Sequence[Any] | None) -> dict[str, Any]:
     """A message as chat templates take it: text and image parts, the latter empty where no images are given."""
     return {
         "role": message.role,

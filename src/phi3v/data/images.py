@@ -121,12 +121,12 @@ def resolve_path(image: ImageRef) -> Path:
     name = image_name(image)
     if WEB_ADDRESS.match(image.path or ""):
         raise ImageError(f"image {name} is a web address, which cannot be read yet: download it and name the file")
-    path: Path | None = None
+    path: str | None = None
     try:
-        root = Path(image.root or ".").resolve()
-        path = (root / (image.path or "")).resolve()
-        inside = path.is_relative_to(root)
-        mode = path.stat().st_mode if inside or not image.confined else 0
+        root = os.path.realpath(image.root or ".")  # pathlib's resolve takes twice the time, a third of a header
+        path = os.path.realpath(os.path.join(root, image.path or ""))
+        inside = path == root or path.startswith(os.path.join(root, ""))
+        mode = os.stat(path).st_mode if inside or not image.confined else 0
     except FileNotFoundError as error:
         raise ImageError(f"image {name} does not exist (looked for {path})") from error
     except (OSError, ValueError, RuntimeError) as error:
@@ -138,7 +138,7 @@ def resolve_path(image: ImageRef) -> Path:
         )
     if not stat.S_ISREG(mode):
         raise ImageError(f"image {name} is no regular file")
-    return path
+    return Path(path)
 
 
 def _as_ref(image: ImageRef | str | Path | bytes) -> ImageRef:
@@ -181,6 +181,23 @@ def _opened(image: ImageRef, max_pixels: int) -> Iterator[tuple[Image.Image, Met
         raise ImageError(f"image {name} is not a readable {known}; convert it or leave it out") from error
     except Exception as error:  # decoders raise SyntaxError, struct.error, MemoryError and what not
         raise ImageError(f"image {name} does not decode: {_reason(error)}; replace it or leave it out") from error
+
+
+def file_ends(image: ImageRef, *, max_pixels: int = MAX_PIXELS) -> tuple[bytes, bytes, int]:
+    """The first and the last twelve bytes of an image file, and its length; nothing is decoded.
+
+    Example: a PNG of 70 bytes -> (b"\\x89PNG...", b"...IEND\\xaeB`\\x82", 70).
+    Raises: ImageError when it cannot be opened or read.
+    """
+    if image.data is not None:
+        return image.data[:12], image.data[-12:], len(image.data)
+    try:
+        with _open_file(image, max_pixels) as file:
+            head, size = file.read(12), file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 12))
+            return head, file.read(12), size
+    except OSError as error:
+        raise ImageError(f"image {image_name(image)} cannot be read: {_reason(error)}") from error
 
 
 def _open_file(image: ImageRef, max_pixels: int) -> MeteredFile:
