@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from tiny_tokenizer import build_tokenizer
 
-from phi3v.data.columns import check_images
+from phi3v.data.cells import check_images
 from phi3v.data.encode import encode
 from phi3v.data.schema import ImagePart, ImageRef, Message, Row, TextPart
 from phi3v.model.image_processing_phi3_v import Phi3VImageProcessor
