@@ -2,8 +2,9 @@
 
 `python benchmarks/preprocess.py --out preprocess` writes preprocess.json and preprocess.png and prints a table. The
 images are generated, 1200x1600 JPEGs of smooth noise and grain as photos have, and read from files that the system has
-in its cache. The ways take turns image by image, so a machine that is slow for a while is slow for all; what counts is
-the ratio of medians. The floor of each way is its JPEG decoder alone.
+in its cache. Seconds are the processor's, so other programs on the machine take little part; the ways take turns image
+by image, so a machine that is slow for a while is slow for all. What counts is the ratio of medians. The floor of each
+way is its JPEG decoder alone.
 
 The plain way is what the model's original code does, step by step: Pillow decodes, portrait images are transposed,
 resized, padded with white, transposed back, made floats, normalised; torch's bicubic makes the view of the whole; the
@@ -112,10 +113,10 @@ def measure(paths: list[Path], num_crops: int, rounds: int) -> dict[str, list[fl
     for turn in range(rounds + 1):
         for path in paths:
             for name, make in ready.items():
-                began = time.perf_counter()
+                began = time.process_time()
                 make(path)
                 if turn:  # the first round warms up
-                    seconds[name].append(time.perf_counter() - began)
+                    seconds[name].append(time.process_time() - began)
     return seconds
 
 
@@ -150,6 +151,7 @@ def draw(result: dict, file: Path) -> None:
     bars = axes.barh(names, list(result["images_per_second"].values()), color=["0.6", "C0", "C1", "0.85", "0.85"])
     axes.bar_label(bars, fmt="%.1f", padding=3)
     axes.invert_yaxis()
+    axes.margins(x=0.12)
     axes.set_xlabel(f"images/s on one core, {WIDTH}x{HEIGHT} JPEG, num_crops {result['num_crops']}")
     figure.savefig(file, dpi=120)
 

@@ -22,6 +22,7 @@ _ALLOWED = {
     "dict_type": "a mapping (key: value lines)",
     "model_type": "a mapping (key: value lines)",
     "string_too_short": "text that is not empty",
+    "too_short": "a list that is not empty",
 }
 _MOST = 3
 """So many mistakes are spelled out; the others are counted."""
@@ -56,6 +57,8 @@ def _explain_one(mistake: dict[str, Any], model: type[BaseModel]) -> str:
         allowed = f"a number above {context['gt']:g}"
     elif kind == "greater_than_equal":
         allowed = f"a number from {context['ge']:g} on"
+    elif kind == "less_than_equal":
+        allowed = f"a number up to {context['le']:g}"
     else:
         allowed = _ALLOWED.get(kind, mistake["msg"])
     hint = ""

@@ -1,6 +1,8 @@
 """Rows that turn out to be unusable in training: named, replaced, and without an effect on steps and resumed runs."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -11,8 +13,10 @@ from tiny_models import write_photos, write_tiny_model
 
 import phi3v
 from phi3v.errors import ConfigError, DataError
+from phi3v.loading import load_processor
 from phi3v.run_folder import RunFolder
 from phi3v.training.callbacks import TrainingEvent
+from phi3v.training.samples import make_samples, read_data
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +105,34 @@ def test_a_broken_photo_among_validation_rows_is_left_out_of_the_scores(world: P
     run = RunFolder(recipe.output)
     assert result.held_out == 3 and [line["row"] for line in run.read_predictions()] == [0, 2]
     assert any("row 1: image 7.png does not decode" in line for line in run.read_evaluation()["problems"])
+
+
+def test_the_recipe_says_which_answers_are_trained(world: Path, tmp_path: Path) -> None:
+    """Two turns a row: with all answers trained the loss is over the tokens of both."""
+    turns = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "red"}]
+    rows = [{"image": "0.png", "conversations": [*turns, {**turns[0], "value": "Sure?"}, {**turns[1], "value": "yes"}]}]
+    (world / "photos" / "talk.json").write_text(json.dumps(rows * 4))
+    trained = {}
+    for train_on in ("last_assistant", "all_assistant"):
+        data = {"train": str(world / "photos" / "talk.json"), "train_on": train_on}
+        recipe = make(world, tmp_path / train_on, {"max_steps": 1}, data)
+        values = recipe.model_dump()
+        values["data"] |= {"prompt": "{prompt}", "answer": "{answer}"}
+        recipe = phi3v.Recipe.from_dict(values)
+        processor = load_processor(str(world / "model"))
+        samples, _ = make_samples(
+            recipe,
+            RunFolder(tmp_path),
+            read_data(recipe, RunFolder(tmp_path), processor, lambda *told: None),
+            processor,
+            SimpleNamespace(config=SimpleNamespace(max_position_embeddings=8192)),
+            steps_done=0,
+            on_features=lambda done, total: None,
+        )
+        labels = samples[0]["labels"]
+        trained[train_on] = processor.tokenizer.decode(labels[labels != -100])
+    assert trained["last_assistant"].startswith("yes<|end|>") and "red" not in trained["last_assistant"]
+    assert trained["all_assistant"].startswith("red<|end|>") and "yes<|end|>" in trained["all_assistant"]
 
 
 @pytest.mark.parametrize(

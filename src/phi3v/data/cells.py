@@ -162,12 +162,13 @@ def _ends_well(image: ImageRef, max_pixels: int) -> bool:
 
 def group_keys(row: Row) -> list[str]:
     """What ties a row to other rows: its images, by content where it holds them, by address or by path below the root
-    where it names them; for a row without images its text.
+    where it names them; for a row without images a hash of its text.
 
     Example: ImageRef("/photos/a.jpg", root="/photos") and ImageRef("a.jpg", root="/photos") both give "path:a.jpg".
     """
     if not row.images:
-        return ["text:" + "\0".join(message.text for message in row.messages)]
+        texts = "\0".join(message.text for message in row.messages)
+        return ["text:" + sha256(texts.encode("utf-8", "surrogatepass")).hexdigest()]
     return [_image_key(image) for image in row.images]
 
 

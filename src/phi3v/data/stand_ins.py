@@ -45,6 +45,7 @@ class StandIns(torch.utils.data.Dataset[Example]):
         self.on_problem = on_problem
         self.tell = tell
         self._failed: set[int] = set()
+        self._told: set[tuple[str, int]] = set()  # fewer, where weights repeat rows
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -71,11 +72,14 @@ class StandIns(torch.utils.data.Dataset[Example]):
             raise error
         self._failed.add(number)
         problem = row_problem(self.encoded.rows[number], error)
+        if (problem.source, problem.row) in self._told:
+            return
+        self._told.add((problem.source, problem.row))
         self.tell(problem)
         _logger.warning("%s; the next row stands in for it", problem)
-        if len(self._failed) > self.spare:
+        if len(self._told) > self.spare:
             raise DataError(
-                f"{problem}; with it {len(self._failed)} rows could not be used when their turn came, more than "
+                f"{problem}; with it {len(self._told)} rows could not be used when their turn came, more than "
                 "data.max_skipped leaves: mend the data, or raise it"
             ) from error
 

@@ -1,8 +1,8 @@
 """Pixels for Phi-3-V: one image becomes a view of the whole and up to `num_crops` crops of 336 x 336.
 
 In: PIL images, arrays, paths or URLs, as transformers takes them. Out: `pixel_values`, `image_sizes`, `num_img_tokens`.
-Resizing is PIL's, bit for bit what the original did, unless `fast` is set (see `pixels_phi3_v`). No torchvision. What an
-image file means (EXIF rotation, alpha, depth) is decided where images are opened: a PIL image is taken as it is,
+Resizing is PIL's, bit for bit what the original did, unless `fast` is set (see `pixels_phi3_v`). No torchvision. What
+an image file means (EXIF rotation, alpha, depth) is decided where images are opened: a PIL image is taken as it is,
 `convert("RGB")` and nothing else.
 
 Shape letters: N images, K crop slots (1 + crops), C 3 channels, H and W 336 unless a line says canvas.

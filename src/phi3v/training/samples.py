@@ -122,7 +122,8 @@ def _streamed(
         start=steps_done * recipe.training.samples_per_step,
         tell=partial(note_problem, run),
     )
-    _refuse_empty(next(iter(examples)))
+    if not steps_done:
+        _refuse_empty(next(iter(examples)))
     return examples
 
 
