@@ -158,7 +158,7 @@ def test_prices_are_what_the_counts_say(processor: Phi3VProcessor) -> None:
     assert crop_prices(facts_of([row(0)]), num_crops=4) == []
 
 
-def test_every_reason_has_a_way_out() -> None:
+def test_every_reason_has_a_way_out_and_a_line_in_the_documents() -> None:
     raised: set[str] = set()
     for path in (SOURCE / "data").glob("*.py"):
         text = path.read_text(encoding="utf-8")
@@ -168,4 +168,6 @@ def test_every_reason_has_a_way_out() -> None:
             raised |= set(re.findall(r'"(url_[a-z_]+)"', text))
     assert {"missing_value", "too_long", "image_narrow", "turn_order", "url_not_found"} <= raised
     assert [code for code in sorted(raised) if code not in ADVICE and not code.startswith("url_")] == []
+    document = (SOURCE.parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    assert [code for code in sorted(raised) if f"`{code}`" not in document] == []
     assert advice("url_timeout") != advice("never_heard_of") and advice("too_long") == ADVICE["too_long"]
