@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from phi3v.data.address_guard import shorten
 from phi3v.data.image_cache import FetchFailure, ImageCache
-from phi3v.data.images import may_be_cut_off, open_image, resolve_path
+from phi3v.data.images import image_name, may_be_cut_off, open_image, resolve_path
 from phi3v.data.schema import ImageRef, Row, UnusableRecord
 from phi3v.data.templates import cell_text
 from phi3v.errors import ImageError
@@ -98,7 +99,7 @@ class Cells:
         """An image behind a web address: its file in the cache."""
         if scheme not in ("http", "https") or self.cache is None:
             raise UnusableRecord(
-                "url_scheme", f"{place} holds {url[:100]}: only http and https addresses are downloaded"
+                "url_scheme", f"{place} holds {shorten(url)}: only http and https addresses are downloaded"
             )
         folder = str(self.cache.folder)
         if (path := self.cache.path(url)) is not None:
@@ -107,7 +108,7 @@ class Cells:
             raise UnusableRecord(failure.reason_code, failure.message)
         if self.wait_for_download:
             return ImageRef(None, None, folder, True, url)
-        raise UnusableRecord("url_not_cached", f"{url[:100]} is not in the image cache: run the command again")
+        raise UnusableRecord("url_not_cached", f"{shorten(url)} is not in the image cache: run the command again")
 
 
 def _embedded(text: str, place: str) -> bytes:
@@ -141,7 +142,8 @@ def check_images(row: Row, max_pixels: int) -> None:
             if may_be_cut_off(image, max_pixels=max_pixels):
                 open_image(image, max_pixels=max_pixels)
         except ImageError as error:
-            raise UnusableRecord("image_unreadable", str(error)) from error
+            told = str(error) if image.url is None else str(error).replace(image_name(image), shorten(image.url), 1)
+            raise UnusableRecord("image_unreadable", told) from error
 
 
 def group_keys(row: Row) -> list[str]:
