@@ -199,3 +199,18 @@ def test_files_that_break_off_are_found_before_training(tmp_path: Path) -> None:
     assert {images[problem.row]: problem.reason_code for problem in data.problems} == {
         name: "image_unreadable" for name in images if name.endswith("-cut")
     }
+
+
+def test_messages_leave_out_what_stands_behind_an_address(tmp_path: Path) -> None:
+    """A signed address is a secret; and a problem is named by its address, not by its file in the cache."""
+    with image_server() as server:
+        urls = [server.url(f"/{kind}/1.png?signature=s3cret") for kind in ("good", "404")]
+        source = jsonl(tmp_path, [*urls, "ftp://host/a.png?signature=s3cret"])
+        options = RowOptions(prompt="?", answer="{title}", max_pixels=100)
+        data = load_data(source, options=options, validation_split=None, reading=reading(tmp_path, max_skipped=1.0))
+        known = reading(tmp_path, max_skipped=1.0, download=False)
+        assert load_data(source, options=options, validation_split=None, reading=known).problems == data.problems
+    codes = ["image_unreadable", "url_not_found", "url_scheme"]
+    assert [problem.reason_code for problem in data.problems] == codes
+    assert data.problems[0].message.startswith(f"image {server.url('/good/1.png')}?... has 16x12 pixels")
+    assert not [problem for problem in data.problems if "s3cret" in problem.message]

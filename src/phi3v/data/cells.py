@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from phi3v.data.address_guard import shorten
 from phi3v.data.image_cache import FetchFailure, ImageCache
-from phi3v.data.images import file_ends, image_size, open_image, resolve_path
+from phi3v.data.images import image_name, may_be_cut_off, open_image, resolve_path
 from phi3v.data.schema import ImageRef, Row, UnusableRecord
 from phi3v.data.templates import cell_text
 from phi3v.errors import ImageError
@@ -98,7 +99,7 @@ class Cells:
         """An image behind a web address: its file in the cache."""
         if scheme not in ("http", "https") or self.cache is None:
             raise UnusableRecord(
-                "url_scheme", f"{place} holds {url[:100]}: only http and https addresses are downloaded"
+                "url_scheme", f"{place} holds {shorten(url)}: only http and https addresses are downloaded"
             )
         folder = str(self.cache.folder)
         if (path := self.cache.path(url)) is not None:
@@ -107,7 +108,7 @@ class Cells:
             raise UnusableRecord(failure.reason_code, failure.message)
         if self.wait_for_download:
             return ImageRef(None, None, folder, True, url)
-        raise UnusableRecord("url_not_cached", f"{url[:100]} is not in the image cache: run the command again")
+        raise UnusableRecord("url_not_cached", f"{shorten(url)} is not in the image cache: run the command again")
 
 
 def _embedded(text: str, place: str) -> bytes:
@@ -138,26 +139,11 @@ def check_images(row: Row, max_pixels: int) -> None:
         except ImageError as error:
             raise UnusableRecord("image_path", str(error)) from error
         try:
-            image_size(image, max_pixels=max_pixels)
-            if not _ends_well(image, max_pixels):
+            if may_be_cut_off(image, max_pixels=max_pixels):
                 open_image(image, max_pixels=max_pixels)
         except ImageError as error:
-            raise UnusableRecord("image_unreadable", str(error)) from error
-
-
-def _ends_well(image: ImageRef, max_pixels: int) -> bool:
-    """Whether a file ends as a whole JPEG, PNG, GIF or WebP does; False where its end does not tell.
-
-    Example: b"...\\xff\\xd9" of a JPEG -> True; a JPEG without it may be cut off, or carry something behind it.
-    """
-    head, tail, size = file_ends(image, max_pixels=max_pixels)
-    if head.startswith(b"\xff\xd8"):
-        return tail.endswith(b"\xff\xd9")
-    if head.startswith(b"\x89PNG"):
-        return tail == b"\0\0\0\0IEND\xaeB`\x82"
-    if head.startswith(b"GIF8"):
-        return tail.endswith(b";")
-    return head[:4] == b"RIFF" and int.from_bytes(head[4:8], "little") + 8 <= size
+            told = str(error) if image.url is None else str(error).replace(image_name(image), shorten(image.url), 1)
+            raise UnusableRecord("image_unreadable", told) from error
 
 
 def group_keys(row: Row) -> list[str]:

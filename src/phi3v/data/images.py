@@ -106,6 +106,27 @@ def image_size(image: ImageRef | str | Path | bytes, *, max_pixels: int = MAX_PI
         return (height, width) if _orientation(opened, file) >= 5 else (width, height)
 
 
+def may_be_cut_off(image: ImageRef, *, max_pixels: int = MAX_PIXELS) -> bool:
+    """Whether a file does not end as a whole JPEG, PNG, GIF or WebP does, or its format has no end that tells.
+
+    Nothing is decoded. Example: a JPEG that ends with b"\\xff\\xd9" -> False; one that breaks off, or carries something
+    behind its end -> True.
+    Raises: ImageError as `image_size` does.
+    """
+    with _opened(image, max_pixels) as (_, file):
+        file.seek(0)
+        head, size = file.read(12), file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 12))
+        tail = file.read(12)
+    if head.startswith(b"\xff\xd8"):
+        return not tail.endswith(b"\xff\xd9")
+    if head.startswith(b"\x89PNG"):
+        return tail != b"\0\0\0\0IEND\xaeB`\x82"
+    if head.startswith(b"GIF8"):
+        return not tail.endswith(b";")
+    return head[:4] != b"RIFF" or int.from_bytes(head[4:8], "little") + 8 > size
+
+
 def image_name(image: ImageRef) -> str:
     """What errors call an image: its path, or that it has none; at most 120 characters."""
     name = image.path or "embedded image"
@@ -181,23 +202,6 @@ def _opened(image: ImageRef, max_pixels: int) -> Iterator[tuple[Image.Image, Met
         raise ImageError(f"image {name} is not a readable {known}; convert it or leave it out") from error
     except Exception as error:  # decoders raise SyntaxError, struct.error, MemoryError and what not
         raise ImageError(f"image {name} does not decode: {_reason(error)}; replace it or leave it out") from error
-
-
-def file_ends(image: ImageRef, *, max_pixels: int = MAX_PIXELS) -> tuple[bytes, bytes, int]:
-    """The first and the last twelve bytes of an image file, and its length; nothing is decoded.
-
-    Example: a PNG of 70 bytes -> (b"\\x89PNG...", b"...IEND\\xaeB`\\x82", 70).
-    Raises: ImageError when it cannot be opened or read.
-    """
-    if image.data is not None:
-        return image.data[:12], image.data[-12:], len(image.data)
-    try:
-        with _open_file(image, max_pixels) as file:
-            head, size = file.read(12), file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 12))
-            return head, file.read(12), size
-    except OSError as error:
-        raise ImageError(f"image {image_name(image)} cannot be read: {_reason(error)}") from error
 
 
 def _open_file(image: ImageRef, max_pixels: int) -> MeteredFile:

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from phi3v.data.address_guard import shorten
 from phi3v.data.columns import RowOptions
 from phi3v.data.rows import Rows
 from phi3v.data.schema import Row, RowProblem
@@ -286,7 +287,7 @@ def prediction_rows(
             {
                 "row": row.index,
                 "source": row.source,
-                "images": [image.url or image.path for image in row.images],
+                "images": [shorten(image.url) if image.url else image.path for image in row.images],
                 "question": row.question,
                 **texts,
                 "right": tuned[position].strip() == row.answer.strip(),
