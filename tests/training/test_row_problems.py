@@ -1,5 +1,6 @@
 """Rows that turn out to be unusable in training: named, replaced, and without an effect on steps and resumed runs."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
