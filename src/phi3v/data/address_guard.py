@@ -1,7 +1,7 @@
 """Which web addresses may be asked, and which machines may be connected to.
 
 In comes the text of an address; out comes a `WebAddress`, whose host is a name or an IP address in its one spelling,
-or an `AddressError`. httpx's parser reads the text once, and what it read is what is checked, resolved and connected
+or an `AddressError`. httpx2's parser reads the text once, and what it read is what is checked, resolved and connected
 to: no second parser sees the text. Opens no connection and asks no name server; `guarded_network` does, with these
 rules.
 
@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 
-import httpx
+import httpx2
 
 from phi3v.errors import ConfigError
 
@@ -101,8 +101,8 @@ class WebAddress:
         if _FORBIDDEN.search(location):
             raise AddressError("holds a control character or a backslash")
         try:
-            joined = str(httpx.URL(self.text.strip(" ")).join(location.strip(" ")))
-        except (httpx.InvalidURL, ValueError) as error:
+            joined = str(httpx2.URL(self.text.strip(" ")).join(location.strip(" ")))
+        except (httpx2.InvalidURL, ValueError) as error:
             raise AddressError(f"is no valid web address ({_words(error)})") from error
         return parse_address(joined)
 
@@ -118,8 +118,8 @@ def parse_address(text: str) -> WebAddress:
     if _FORBIDDEN.search(text):
         raise AddressError("holds a control character or a backslash")
     try:
-        url = httpx.URL(text.strip(" "))
-    except (httpx.InvalidURL, ValueError) as error:
+        url = httpx2.URL(text.strip(" "))
+    except (httpx2.InvalidURL, ValueError) as error:
         raise AddressError(f"is no valid web address ({_words(error)})") from error
     if url.scheme not in _DEFAULT_PORTS:
         raise AddressError(f"begins with {url.scheme[:20] or 'no scheme'}, and only http and https are asked")

@@ -1,6 +1,6 @@
 """One web address, asked once: its redirects, the answer, the body as a file, and whether that is an image.
 
-In come an address and a file to write; the file then holds a complete image, or a `UrlProblem` says why not. httpcore
+In come an address and a file to write; the file then holds a complete image, or a `UrlProblem` says why not. httpcore2
 is used directly: no cookies, no authorisation, no proxies and no decompression exist at its level. Every body is taken
 as it comes over the wire and counted there; one that is compressed on top is refused, so nothing is ever unpacked but
 images. Knows nothing of other attempts, other addresses or the cache.
@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-import httpcore
+import httpcore2
 
 from phi3v import __version__
 from phi3v.data.address_guard import AddressError, AllowedHosts, WebAddress, parse_address, shorten
@@ -103,7 +103,7 @@ class Downloader:
         self._limits = limits
         self._decoders = decoders
         self._backend = GuardedBackend(allowed)
-        self._pool = httpcore.ConnectionPool(
+        self._pool = httpcore2.ConnectionPool(
             ssl_context=tls,
             max_connections=4,
             max_keepalive_connections=2,
@@ -150,9 +150,9 @@ class Downloader:
         except NetworkRefusal as error:
             code, words = error.reason_code, self._too_slow if error.reason_code == "url_timeout" else str(error)
             raise problem(url, code, shown + words, again=code in _TRY_AGAIN) from error
-        except httpcore.TimeoutException as error:
+        except httpcore2.TimeoutException as error:
             raise problem(url, "url_timeout", shown + self._too_slow, again=True) from error
-        except (httpcore.ProtocolError, httpcore.NetworkError) as error:
+        except (httpcore2.ProtocolError, httpcore2.NetworkError) as error:
             raise _broken(url, shown, error) from error
 
     @property
@@ -162,7 +162,7 @@ class Downloader:
 
     def _ask(self, address: WebAddress, file: Path, url: str) -> str | None:
         """One request. Returns: the Location of a redirect; None when the file holds an image."""
-        where = httpcore.URL(scheme=address.scheme, host=address.host, port=address.port, target=address.target)
+        where = httpcore2.URL(scheme=address.scheme, host=address.host, port=address.port, target=address.target)
         with self._pool.stream("GET", where, headers=[("Host", address.host_header), *_HEADERS]) as response:
             headers = _headers(response)
             if response.status in _REDIRECTS and "location" in headers:
@@ -181,7 +181,7 @@ class Downloader:
         self._decoders.submit(_check_image, url, file, self._limits.max_pixels, kind, end_was_marked=marked).result()
         return None
 
-    def _receive(self, response: httpcore.Response, length: int | None, written: BinaryIO, url: str) -> None:
+    def _receive(self, response: httpcore2.Response, length: int | None, written: BinaryIO, url: str) -> None:
         """The body into a file, up to the limit."""
         most = self._limits.max_bytes
         received = 0
@@ -194,7 +194,7 @@ class Downloader:
                 if received > most:
                     raise too_large
                 written.write(chunk)
-        except httpcore.RemoteProtocolError as error:
+        except httpcore2.RemoteProtocolError as error:
             if length is None:
                 raise problem(url, "url_reset", f"it broke off after {received:,} bytes", again=True) from error
             words = f"{received:,} of the {length:,} bytes that the server announced arrived"
@@ -211,7 +211,7 @@ def problem(
     return UrlProblem(FetchFailure(code, line), again=again, lasting=lasting, pause=pause)
 
 
-def _headers(response: httpcore.Response) -> dict[str, str]:
+def _headers(response: httpcore2.Response) -> dict[str, str]:
     """Headers by lower-case name; values of the same name joined by commas."""
     found: dict[str, str] = {}
     for name, value in response.headers:
@@ -253,9 +253,9 @@ def _retry_after(value: str) -> float | None:
 
 def _broken(url: str, shown: str, error: Exception) -> UrlProblem:
     """What a connection that broke or an answer that is no HTTP means."""
-    if isinstance(error, httpcore.ConnectError):
+    if isinstance(error, httpcore2.ConnectError):
         return problem(url, "url_connect", f"{shown}no connection ({error})", again=True)
-    if isinstance(error, httpcore.NetworkError) or "disconnected" in str(error):
+    if isinstance(error, httpcore2.NetworkError) or "disconnected" in str(error):
         return problem(url, "url_reset", f"{shown}the server broke off the connection", again=True)
     what = str(error).partition(":")[0][:100]  # behind the colon the server's own bytes are quoted
     return problem(url, "url_protocol", f"{shown}the answer is no valid HTTP ({what})")

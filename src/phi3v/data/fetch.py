@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import httpcore
+import httpcore2
 
 from phi3v.data.address_guard import AddressError, AllowedHosts, parse_address
 from phi3v.data.download import Downloader, FetchLimits, UrlProblem
@@ -136,7 +136,7 @@ class _Crew:
         self._turns = _Turns([_Job(url, _host(url), limits.seconds) for url in urls])
         self._results: queue.SimpleQueue[tuple[str, int | FetchFailure] | Exception] = queue.SimpleQueue()
         self._number = len(urls)
-        self._tls = httpcore.default_ssl_context()
+        self._tls = httpcore2.default_ssl_context()
         self._decoders = ThreadPoolExecutor(_DECODERS, "decode")
         self._threads = [
             threading.Thread(target=self._work, name=f"fetch-{number}", daemon=True)

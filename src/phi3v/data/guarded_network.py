@@ -1,9 +1,9 @@
 """The network under the HTTP client: every connection is resolved, checked and made here, and ends at a deadline.
 
-httpcore asks this backend for each connection, those of redirects included. The host is resolved once, all answers are
+httpcore2 asks this backend for each connection, those of redirects included. The host is resolved once, all answers are
 checked by `address_guard`, and the connection goes to an address that was checked: a name server that answers
-differently the next time changes nothing. TLS is httpcore's; it keeps the host's name. httpcore itself reads no proxy,
-cookie, password or netrc from the environment and writes no address to a log above DEBUG.
+differently the next time changes nothing. TLS is httpcore2's; it keeps the host's name. httpcore2 itself reads no
+proxy, cookie, password or netrc from the environment and writes no address to a log above DEBUG.
 
 A deadline holds for all that happens on a connection, the look-up and the handshake included, so a server that sends
 one byte a second ends as one that sends none. Knows nothing of images or files.
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from ipaddress import ip_address
 from typing import Any
 
-import httpcore
+import httpcore2
 
 from phi3v.data.address_guard import AllowedHosts, is_public
 
@@ -39,12 +39,12 @@ class NetworkRefusal(Exception):
         self.reason_code = reason_code
 
 
-class GuardedBackend(httpcore.NetworkBackend):
+class GuardedBackend(httpcore2.NetworkBackend):
     """Connections of one worker, one request at a time.
 
     Args:
         allowed: hosts that may be private.
-    Example: httpcore.ConnectionPool(network_backend=GuardedBackend(AllowedHosts.parse(["images.intern"])))
+    Example: httpcore2.ConnectionPool(network_backend=GuardedBackend(AllowedHosts.parse(["images.intern"])))
     """
 
     def __init__(self, allowed: AllowedHosts) -> None:
@@ -69,16 +69,16 @@ class GuardedBackend(httpcore.NetworkBackend):
         port: int,
         timeout: float | None = None,
         local_address: str | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.NetworkStream:
+        socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
+    ) -> httpcore2.NetworkStream:
         """A connection to a checked address of a host; `timeout` is the deadline's business."""
         last: Exception | None = None
         for address in self._addresses(host, port):
             try:
                 seconds = min(self.left(), _SECONDS_A_ADDRESS)
-                inner = httpcore.SyncBackend().connect_tcp(address, port, seconds, local_address, socket_options)
+                inner = httpcore2.SyncBackend().connect_tcp(address, port, seconds, local_address, socket_options)
                 return _DeadlineStream(inner, self.left)
-            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+            except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                 last = error
         self.left()  # a deadline that has passed is the reason, whatever the last address said
         raise NetworkRefusal("url_connect", f"no connection to {host}:{port} ({_words(last)})") from last
@@ -95,7 +95,7 @@ class GuardedBackend(httpcore.NetworkBackend):
         return addresses
 
 
-class _DeadlineStream(httpcore.NetworkStream):
+class _DeadlineStream(httpcore2.NetworkStream):
     """A connection whose every operation ends at the deadline of its worker.
 
     Args:
@@ -103,7 +103,7 @@ class _DeadlineStream(httpcore.NetworkStream):
         left: gives the seconds until the deadline, or raises.
     """
 
-    def __init__(self, inner: httpcore.NetworkStream, left: Callable[[], float]) -> None:
+    def __init__(self, inner: httpcore2.NetworkStream, left: Callable[[], float]) -> None:
         """Wrap a connection."""
         self._inner = inner
         self._left = left
@@ -122,11 +122,11 @@ class _DeadlineStream(httpcore.NetworkStream):
 
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> httpcore.NetworkStream:
+    ) -> httpcore2.NetworkStream:
         """The connection with TLS. Raises: NetworkRefusal url_tls for a certificate or a handshake that is wrong."""
         try:
             return _DeadlineStream(self._inner.start_tls(ssl_context, server_hostname, self._left()), self._left)
-        except httpcore.ConnectError as error:
+        except httpcore2.ConnectError as error:
             cause = error.__cause__
             if isinstance(cause, ssl.SSLCertVerificationError):
                 raise NetworkRefusal("url_tls", f"its certificate is refused: {cause.verify_message}") from error
@@ -135,7 +135,7 @@ class _DeadlineStream(httpcore.NetworkStream):
             raise
 
     def get_extra_info(self, info: str) -> Any:
-        """What httpcore asks of the connection: the TLS object, whether there is something to read."""
+        """What httpcore2 asks of the connection: the TLS object, whether there is something to read."""
         return self._inner.get_extra_info(info)
 
 
