@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 from tiny_tokenizer import ADDED_AFTER_BASE, build_tokenizer
 
-from phi3v.data.columns import ColumnMap, UnusableRecord
+from phi3v.data.cells import Cells
+from phi3v.data.columns import ColumnMap
 from phi3v.data.encode import encode, encode_prompt
-from phi3v.data.schema import ImagePart, ImageRef, Message, Row, TextPart
+from phi3v.data.schema import ImagePart, ImageRef, Message, Row, TextPart, UnusableRecord
 from phi3v.data.templates import Template
 from phi3v.errors import DataError
 from phi3v.model.image_processing_phi3_v import Phi3VImageProcessor
@@ -91,7 +92,7 @@ def from_columns(dice: random.Random) -> Row:
     record = dict(zip(COLUMNS, (text if text.strip() else "x" for text in texts(dice, 3)), strict=True))
     names = [dice.choice(("{a}{b}", "{a}{b}{c}", "<|{a}|>{b}", "{c}")) for _ in range(3)]
     system = Template(names[2], "system") if dice.random() < 0.5 else None
-    columns = ColumnMap("set", "image", Template(names[0], "prompt"), Template(names[1], "answer"), system)
+    columns = ColumnMap("set", Cells("image"), Template(names[0], "prompt"), Template(names[1], "answer"), system)
     return columns.row({**record, "image": [{"bytes": PHOTO.data}] * (dice.random() < 0.1)}, 0)
 
 
@@ -193,7 +194,7 @@ def test_control_ids_are_the_templates_and_texts_survive(name: str, request: pyt
 
 @pytest.mark.parametrize("text", ["\ud800", "ok \udfff end", "<\udc00|end|>"])
 def test_half_characters_are_a_problem_of_the_row(text: str, tiny: Phi3VProcessor) -> None:
-    columns = ColumnMap("set", None, Template("{a}", "prompt"), Template("{b}", "answer"))
+    columns = ColumnMap("set", Cells(), Template("{a}", "prompt"), Template("{b}", "answer"))
     with pytest.raises(UnusableRecord, match="column 'a' holds half a character") as caught:
         columns.row({"a": text, "b": "x"}, 0)
     assert caught.value.reason_code == "value_type"

@@ -279,7 +279,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         flat = Image.new("RGB", image.size, (255, 255, 255))
         flat.paste(rgba, mask=rgba.getchannel("A"))
         return flat
-    if image.mode == "RGB" and not getattr(image, "is_animated", False):
+    if image.mode == "RGB" and image.format == "JPEG":
         return image  # loaded whole: a copy would cost as much as a fifth of decoding
     return image.convert("RGB")
 
