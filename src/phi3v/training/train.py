@@ -211,7 +211,7 @@ def _refuse_idle_training(report: TrainableReport, data: LoadedData | StreamedDa
     """TrainingError or DataError when there is nothing to train, or nothing to train on."""
     if report.trainable == 0:
         raise TrainingError("nothing trains: the recipe's lora and vision sections leave no weight to tune")
-    if isinstance(data, LoadedData) and not len(data.train):
+    if not isinstance(data, StreamedData) and not len(data.train):
         first = f"; the first problem is {data.problems[0]}" if data.problems else ""
         raise DataError(f"data.train has no usable row{first}")
 
