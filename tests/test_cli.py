@@ -83,17 +83,23 @@ def inside(monkeypatch):
 def test_commands_and_flags_are_frozen():
     """A new flag needs a reason: nearly everything belongs into a recipe."""
     root = typer.main.get_command(app)
-    found = {name: [option for p in command.params for option in p.opts] for name, command in root.commands.items()}
+    commands = {**root.commands, **{f"data {name}": one for name, one in root.commands["data"].commands.items()}}
+    found = {name: [option for p in command.params for option in p.opts] for name, command in commands.items()}
     assert [option for p in root.params for option in p.opts] == ["--version", "--debug"]
     assert found == {
         "train": ["recipe", "overrides", "--json", "--debug"],
         "evaluate": ["target", "--data", "--rows", "--json", "--debug"],
         "ask": ["target", "images_and_question", "--json", "--debug"],
         "demo": ["--output", "--json", "--debug"],
+        "data": [],
+        "data check": ["source", "overrides", "--fetch", "--shard", "--quick", "--json", "--debug"],
+        "data show": ["source", "overrides", "--rows", "--out", "--text", "--json", "--debug"],
     }
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["train", "--help"], ["demo", "-h"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["train", "--help"], ["demo", "-h"], ["data", "check", "-h"]]
+)
 def test_help_imports_nothing_heavy(words):
     program = (
         "import sys\nfrom phi3v.cli import app\n"
@@ -112,10 +118,12 @@ def test_help_imports_nothing_heavy(words):
         ("evaluate", "TARGET [OPTIONS]"),
         ("ask", 'TARGET IMAGE... "question" [OPTIONS]'),
         ("demo", "[OPTIONS]"),
+        ("data check", "RECIPE|DATASET [key=value ...] [OPTIONS]"),
+        ("data show", "RECIPE|DATASET [key=value ...] [OPTIONS]"),
     ],
 )
 def test_usage_is_what_is_typed(inside, command, usage):
-    done = inside(command, "--help")
+    done = inside(*command.split(), "--help")
     assert re.match(rf"Usage: \S+ {command} {re.escape(usage)}\n", done.stdout), done.stdout
     arguments = done.stdout.partition("Arguments:")[2].partition("Options:")[0]
     assert not set("<>{}") & set(arguments) and "--json" in done.stdout

@@ -275,3 +275,24 @@ def test_a_run_resolves_to_what_it_holds(model_folder: Path, tmp_path: Path) -> 
     run.write_adapter(tuned.save_pretrained)
     place = targets.resolve_target(run.path)
     assert (place.kind, place.adapter, place.base) == ("run", run.adapter, str(model_folder.resolve()))
+
+
+def test_a_budget_of_tokens_lowers_the_number_of_crops(model_folder: Path) -> None:
+    def crops(**options: object) -> int:
+        return loading.load_processor(model_folder, **options).image_processor.num_crops
+
+    assert crops(num_crops=16, max_image_tokens=781) == 4 and crops(num_crops=16, max_image_tokens=780) == 3
+    assert crops(num_crops=2, max_image_tokens=2653) == 2 and crops(num_crops=16, max_image_tokens=5000) == 16
+    with pytest.raises(ConfigError, match="image.max_tokens is 312, and no image costs less than 313 tokens"):
+        crops(max_image_tokens=312)
+
+
+def test_fast_is_kept_with_the_processor_until_it_is_replaced(model_folder: Path) -> None:
+    options = Recipe.from_dict({"model": "m", "data": "d", "image": {"fast": True}}).image.processor_options
+    assert options == {"num_crops": None, "max_image_tokens": None, "fast": True}
+    processor = loading.load_processor(model_folder, **options)
+    assert processor.image_processor.fast is True
+    processor.save_pretrained(model_folder)
+    assert json.loads((model_folder / "preprocessor_config.json").read_text())["fast"] is True
+    assert loading.load_processor(model_folder).image_processor.fast is True
+    assert loading.load_processor(model_folder, fast=False).image_processor.fast is False

@@ -106,7 +106,7 @@ def test_the_wheel_holds_the_code_and_its_data(wheel: zipfile.ZipFile) -> None:
     source = ROOT / "src"
     wanted = [
         *source.rglob("*.py"),
-        *(source / "phi3v/evaluation").glob("*.j2"),
+        *source.rglob("*.j2"),
         *(source / "phi3v/demo/tiny").glob("*"),
     ]
     missing = [

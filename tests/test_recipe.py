@@ -229,3 +229,39 @@ def test_recipes_import_neither_torch_nor_transformers() -> None:
         env={**os.environ, "PYTHONPATH": source},
     )
     assert answer.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ({"train": []}, "data.train: given [], allowed is a list that is not empty"),
+        ({"train": 5}, "data.train: given 5, allowed is text; put it in quotes"),
+        ({"train": [5]}, "data.train.0: given 5, allowed is a mapping (key: value lines)"),
+        ({"train": [{"weight": 1.0}]}, "data.train.0.source is missing; add it to the recipe"),
+        ({"train": ["a", {"source": "b", "weight": 0}]}, "data.train.1.weight: given 0, allowed is a number above 0"),
+        ({"train": [{"source": "b", "wieght": 1}]}, "unknown key data.train.0.wieght; did you mean data.train.weight?"),
+        ({"train": "a", "promt": "b"}, "unknown key data.promt; did you mean data.prompt?"),
+        ({"train": "a", "max_skipped": 2.0}, "data.max_skipped: given 2.0, allowed is a number up to 1"),
+    ],
+)
+def test_mistakes_in_a_list_of_sets_are_named_by_their_place(data: dict, line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Recipe.from_dict({"model": "a/b", "data": data})
+    assert str(caught.value) == line
+
+
+def test_several_sets_keep_what_they_say_and_their_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a set does not say stays open, so that the section's value holds for it; null is something that is said."""
+    (tmp_path / "a.csv").write_text("")
+    (tmp_path / "00000.tar").write_text("")
+    monkeypatch.chdir(tmp_path)
+    sets = ["a.csv", {"source": "*.tar", "weight": 2, "images": None}, "some/hub"]
+    recipe = Recipe.from_dict({"model": "a/b", "data": {"train": sets}})
+    said = [{"source": "a.csv"}, {"source": "*.tar", "weight": 2.0, "images": None}, {"source": "some/hub"}]
+    assert recipe.data.load_options["train"] == said
+    assert recipe.data.train_name == "a.csv, *.tar, some/hub"
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert Recipe.load(tmp_path / "recipe.yaml").data == recipe.data
+    placed = recipe.with_places()
+    assert [one.source for one in placed.data.train] == [f"{tmp_path}/a.csv", f"{tmp_path}/*.tar", "some/hub"]
+    assert recipe.differences(placed) == []

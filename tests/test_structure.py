@@ -22,6 +22,7 @@ LAYERS = (
     ("demo.*", 6),
     ("training", 5),
     ("training.*", 5),
+    ("first_look", 4),
     ("evaluation", 4),
     ("evaluation.*", 4),
     ("loading", 3),
@@ -57,13 +58,16 @@ LIBRARIES = {
     "numpy": ("model.*", "data.*", "evaluation.*", "demo.*"),
     "PIL": ("model.*", "data.*", "generate", "evaluation.report", "evaluation.controls", "demo.*"),
     "tokenizers": ("model.*", "demo.*"),
-    "huggingface_hub": ("model.configuration_phi3_v", "targets", "loading", "data.sources"),
+    "huggingface_hub": ("model.configuration_phi3_v", "targets", "loading", "data.opening"),
+    "httpx2": ("data.address_guard",),
+    "httpcore2": ("data.guarded_network", "data.download", "data.fetch"),
     "safetensors": ("loading", "demo.*"),
     "accelerate": ("training.*",),
     "peft": ("loading", "tuning"),
     "bitsandbytes": ("loading",),
-    "datasets": ("data.sources",),
-    "jinja2": ("evaluation.report*",),
+    "datasets": ("data.opening",),
+    "simplejpeg": ("data.fast_jpeg",),
+    "jinja2": ("evaluation.report*", "data.show_page"),
     "markupsafe": ("evaluation.report*",),
     "matplotlib": ("evaluation.report*", "demo.*"),
     "wandb": ("training.trackers",),
@@ -248,7 +252,9 @@ def test_no_drawer_for_everything(name: str) -> None:
 def every_python_file() -> list[Path]:
     """Source, tests and examples; not what tools and environments put into the folder."""
     return [
-        path for folder in ("src", "tests", "examples", "scripts") for path in sorted((ROOT / folder).rglob("*.py"))
+        path
+        for folder in ("src", "tests", "examples", "scripts", "benchmarks")
+        for path in sorted((ROOT / folder).rglob("*.py"))
     ]
 
 

@@ -3,6 +3,8 @@
     phi3v train RECIPE [key=value ...]      data -> LoRA -> training with evaluation -> adapter and report
     phi3v evaluate TARGET [--data ...]      base beside tuned on held-out rows
     phi3v ask TARGET IMAGE... "question"    the answer, streamed
+    phi3v data check RECIPE|DATASET         what is in a data set, what is wrong with it, what it costs
+    phi3v data show RECIPE                  some rows as the model sees them
     phi3v demo                              all of it on the model and the products that come with the package
 
 TARGET is a run, an adapter, a model folder or a hub id. Every command takes `--json` (one object on standard output)
@@ -12,12 +14,13 @@ and `--debug` (tracebacks). Nothing heavy is imported before a command needs it,
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from phi3v import __version__
+from phi3v.cli_command import AsJson, Command, Debug, Overrides, refuse_options
+from phi3v.cli_data import data_app
 from phi3v.cli_session import session
 
 app = typer.Typer(
@@ -31,30 +34,9 @@ app = typer.Typer(
 )
 
 
-class _Command(TyperCommand):
-    """A command whose help shows arguments as they are typed: `phi3v train RECIPE [key=value ...]`."""
-
-    def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """What stands behind the name of the command in the usage line."""
-        return [*(words for words, _ in self._arguments(ctx)), "[OPTIONS]"]
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Arguments by their names alone, options as typer shows them."""
-        options = [param.get_help_record(ctx) for param in self.get_params(ctx) if param.param_type_name == "option"]
-        for title, lines in (("Arguments", self._arguments(ctx)), ("Options", [line for line in options if line])):
-            if lines:
-                with formatter.section(title):
-                    formatter.write_dl(lines)
-
-    def _arguments(self, ctx: Any) -> list[tuple[str, str]]:
-        """Name and help of each argument."""
-        found: list[Any] = [param for param in self.get_params(ctx) if param.param_type_name == "argument"]
-        return [(str(param.metavar), str(param.help)) for param in found]
-
+app.add_typer(data_app)
 
 Target = Annotated[str, typer.Argument(metavar="TARGET", help="A run, an adapter, a model folder or a hub id.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error and what the libraries say.")]
 
 
 def _version(wanted: bool) -> None:
@@ -74,19 +56,16 @@ def _root(
     context.obj = debug
 
 
-@app.command(cls=_Command, short_help="Tune a model as a recipe says, or go on with a run.")
+@app.command(cls=Command, short_help="Tune a model as a recipe says, or go on with a run.")
 def train(
     context: typer.Context,
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[key=value ...]", help="Replace values, e.g. training.learning_rate=1e-4."),
-    ] = None,
+    overrides: Overrides = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Tune a model as a recipe says; the same command again resumes, or says that the run is finished."""
-    _refuse_options(overrides)
+    refuse_options(overrides)
     hint = "; the same command again goes on with the run"
     with session(debug or context.obj, as_json, on_interrupt=hint) as here:
         from phi3v.cli_screen import Screen, show_run
@@ -107,7 +86,7 @@ def train(
         here.result(summary)
 
 
-@app.command(cls=_Command, short_help="Score base and tuned answers on held-out rows.")
+@app.command(cls=Command, short_help="Score base and tuned answers on held-out rows.")
 def evaluate(
     context: typer.Context,
     target: Target,
@@ -130,7 +109,7 @@ def evaluate(
         here.result(evaluation)
 
 
-@app.command(cls=_Command, short_help="Ask a question about images.")
+@app.command(cls=Command, short_help="Ask a question about images.")
 def ask(
     context: typer.Context,
     target: Target,
@@ -160,7 +139,7 @@ def ask(
         here.result({"target": target, "images": images, "question": question, "answer": answer})
 
 
-@app.command(cls=_Command, short_help="See it learn, on a small model that comes with phi3v.")
+@app.command(cls=Command, short_help="See it learn, on a small model that comes with phi3v.")
 def demo(
     context: typer.Context,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for all that it writes.")] = Path("runs/demo"),
@@ -176,13 +155,6 @@ def demo(
             story = run_demo(output, on_event=screen.on_event, on_progress=screen.on_progress, say=screen.say)
         show_demo(here.screen, story)
         here.result(story)
-
-
-def _refuse_options(overrides: list[str] | None) -> None:
-    """Words after the recipe are key=value; anything else is a slip that must not be taken for a value."""
-    for word in overrides or []:
-        if "=" not in word:
-            raise typer.BadParameter(f"{word!r} is not key=value, e.g. training.epochs=1", param_hint="key=value")
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from rich.text import Text
 from phi3v.evaluation.figures import counted, duration, interval, percent, short_number
 
 if TYPE_CHECKING:
+    from phi3v.first_look import RowUse
     from phi3v.training.callbacks import TrainingEvent
     from phi3v.tuning import TrainableReport
 
@@ -72,7 +73,9 @@ class Screen:
                 self.console.print(f"going on from the checkpoint of step {event.resumed_from}")
         elif event.kind == "features":
             self.on_progress("looking at the images", event.step, event.total)
-        elif event.kind == "answers":
+        elif event.kind == "rows" and event.rows is not None:
+            self.console.print(rows_line(event.rows), markup=False, soft_wrap=True)
+        elif event.kind in ("look", "answers"):
             self.on_progress(event.stage, event.step, event.total)
         elif event.kind == "metrics":
             self._losses.update({name: event.metrics[name] for name in ("loss", "eval_loss") if name in event.metrics})
@@ -103,6 +106,16 @@ class Screen:
         return ", ".join(f"{names[name]} {short_number(value)}" for name, value in self._losses.items())
 
 
+def rows_line(rows: RowUse) -> str:
+    """What a run trains on: "38 rows to train on, 4 held out; 2 rows are left out (2 missing_value): ..."."""
+    line = f"{counted(rows.train, 'row')} to train on, {rows.held_out} held out"
+    if not rows.left_out:
+        return line
+    reasons = ", ".join(f"{count} {code}" for code, count in rows.reasons.items())
+    left_out = f"{counted(rows.left_out, 'row')} {'is' if rows.left_out == 1 else 'are'} left out ({reasons})"
+    return f"{line}; {left_out}: problems.jsonl in the run names each, phi3v data check RECIPE says what to do"
+
+
 def show_trainable(console: Console, report: TrainableReport) -> None:
     """What trains: weights and share per part of the model."""
     table = Table("part", "weights", "trained", "share", title="what trains", title_justify="left", box=None)
@@ -112,7 +125,7 @@ def show_trainable(console: Console, report: TrainableReport) -> None:
     table.add_row(
         "all", short_number(report.total), short_number(report.trainable), percent(report.share), style="bold"
     )
-    _align(table)
+    align(table)
     console.print(table)
 
 
@@ -139,7 +152,7 @@ def show_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
     add("similarity", [percent(s["similarity"]) for s in scores])
     if tuned["loss"] is not None:
         add("loss per trained token", [short_number(s["loss"]) for s in scores])
-    _align(table)
+    align(table)
     console.print(table)
     for line in evaluation["problems"][:5]:
         console.print(f"left out: {line}", markup=False)
@@ -168,7 +181,7 @@ def show_demo(console: Console, story: Mapping[str, Any]) -> None:
     table = Table("control", "exact match", "95 % interval", title="controls", title_justify="left", box=None)
     for name, share in story["controls"].items():
         table.add_row(Text(name), percent(share["value"]), interval(share))
-    _align(table)
+    align(table)
     console.print(table)
     for sample in story["samples"]:
         console.print(f"\nrow {sample['row']}: {sample['question']}", markup=False)
@@ -179,7 +192,7 @@ def show_demo(console: Console, story: Mapping[str, Any]) -> None:
     console.print(f"  {story['try']}", markup=False, soft_wrap=True)
 
 
-def _align(table: Table) -> None:
+def align(table: Table) -> None:
     """Names to the left, figures to the right."""
     for column in table.columns[1:]:
         column.justify = "right"

@@ -103,6 +103,7 @@ def hush(debug: bool, as_json: bool) -> None:
         return
     warnings.simplefilter("ignore")
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it says of a broken image is in the row's problem
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # it logs as errors what it raises, and we say, as well
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

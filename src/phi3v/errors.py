@@ -22,6 +22,16 @@ class ImageError(DataError):
     """An image cannot be read, decoded or is refused by a limit."""
 
 
+class TooLongError(DataError):
+    """A row has more tokens than the limit, and what may be done about it is not enough.
+
+    Attributes:
+        reason_code: what the row's problem is called.
+    """
+
+    reason_code = "too_long"
+
+
 class CheckpointError(Phi3VError, ValueError):
     """A model folder, an adapter or a run does not hold what it should."""
 

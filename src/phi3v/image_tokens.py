@@ -101,3 +101,22 @@ def num_image_tokens(width: int, height: int, num_crops: int) -> int:
         ImageError: As `resized_size`.
     """
     return grid_tokens(*crop_grid(width, height, num_crops))
+
+
+def most_image_tokens(num_crops: int) -> int:
+    """What the dearest image costs at `num_crops`: a portrait so narrow that its crops are one column.
+
+    Example: 313 at 1 crop, 781 at 4 (a square image costs 757), 2653 at 16 (a square image costs 2509).
+    """
+    return grid_tokens(num_crops, 1)
+
+
+def crops_within(max_tokens: int) -> int:
+    """The largest `num_crops` at which no image costs more than `max_tokens`; 0 when one crop is too many already.
+
+    Example: `crops_within(781) == 4`, `crops_within(780) == 3`, `crops_within(312) == 0`.
+    """
+    num_crops = 0
+    while most_image_tokens(num_crops + 1) <= max_tokens:
+        num_crops += 1
+    return num_crops

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
@@ -26,6 +27,7 @@ from transformers import (
 )
 
 from phi3v.errors import CheckpointError, ConfigError, DeviceError, MissingPackageError
+from phi3v.image_tokens import crops_within, most_image_tokens
 from phi3v.model.register import register
 from phi3v.passthrough import check_names, first_line
 from phi3v.targets import ADAPTER_WEIGHTS, Target, check_model_folder, check_model_type, resolve_target, tensor_shapes
@@ -85,8 +87,23 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def load_processor(target: str | Path, *, num_crops: int | None = None, revision: str | None = None) -> Any:
-    """Loads the processor of a TARGET; `num_crops` replaces the number of crops that it was saved with."""
+def load_processor(
+    target: str | Path,
+    *,
+    num_crops: int | None = None,
+    max_image_tokens: int | None = None,
+    fast: bool | None = None,
+    revision: str | None = None,
+) -> Any:
+    """Loads the processor of a TARGET.
+
+    Args:
+        target: run, adapter, model folder or hub id.
+        num_crops: replaces the number of crops that it was saved with.
+        max_image_tokens: lowers the number of crops until no image costs more tokens than that; 781 allows 4 crops.
+        fast: replaces what it was saved with: True resizes within one grey level of the exact way, and faster.
+        revision: revision of a hub id.
+    """
     register()
     place = resolve_target(target, revision=revision)
     try:
@@ -98,9 +115,29 @@ def load_processor(target: str | Path, *, num_crops: int | None = None, revision
             f"cannot load the processor of {target}: {first_line(error)}; it needs config.json, tokenizer.json, "
             "tokenizer_config.json and preprocessor_config.json as they were published"
         ) from error
+    images = processor.image_processor
     if num_crops is not None:
-        processor.image_processor.num_crops = num_crops
+        images.num_crops = num_crops
+    if max_image_tokens is not None:
+        images.num_crops = min(images.num_crops, crops_within(max_image_tokens))
+        if images.num_crops < 1:
+            least = most_image_tokens(1)
+            raise ConfigError(f"image.max_tokens is {max_image_tokens}, and no image costs less than {least} tokens")
+    if fast is not None:
+        images.fast = fast
     return processor
+
+
+def load_config(name: str | Path, *, revision: str | None = None) -> Any:
+    """Loads the config of a model folder or hub id, and nothing else of it. Raises: CheckpointError."""
+    register()
+    place = resolve_target(name, revision=revision)
+    try:
+        return AutoConfig.from_pretrained(place.base, revision=place.revision or "main", trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"cannot load the config of {name}: {first_line(error)}; it needs config.json as it was published"
+        ) from error
 
 
 def load_base(
@@ -193,6 +230,8 @@ def load_target(
     *,
     base_only: bool = False,
     num_crops: int | None = None,
+    max_image_tokens: int | None = None,
+    fast: bool | None = None,
     revision: str | None = None,
     trainable: bool = False,
     **options: Any,
@@ -203,12 +242,16 @@ def load_target(
         target: what to load, see `phi3v.targets`.
         base_only: leave the adapter off. (`base_weights` shows the base of a loaded adapter without a second load.)
         num_crops: crops of an image at most, None for what the processor was saved with.
+        max_image_tokens: see `load_processor`.
+        fast: see `load_processor`.
         revision: revision of a hub id.
         trainable: load the adapter for more training.
         **options: dtype, device, attn_implementation and quantization of `load_base`.
     """
     place = resolve_target(target, revision=revision)
-    processor = load_processor(target, num_crops=num_crops, revision=revision)
+    processor = load_processor(
+        target, num_crops=num_crops, max_image_tokens=max_image_tokens, fast=fast, revision=revision
+    )
     model: Any = load_base(place.base, revision=place.revision, **options)
     if place.adapter is not None and not base_only:
         model = load_adapter(model, place, trainable=trainable)

@@ -8,14 +8,16 @@ started. Knows nothing of torch or transformers; every mistake is a `ConfigError
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from glob import glob
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from phi3v.errors import ConfigError
+from phi3v.recipe_data import DataSection, Section, shorthand
 from phi3v.recipe_errors import explain
 from phi3v.recipe_yaml import read_yaml, write_yaml
 
@@ -41,30 +43,6 @@ COMPUTED_TRAINING_KEYS: dict[str, str] = {
 """TrainingArguments' fields that follow from another key of the recipe -> that key."""
 
 
-class _Section(BaseModel):
-    """What all sections share: frozen, nothing unknown, no silent conversion of types."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-def _shorthand(key: str) -> BeforeValidator:
-    """Lets a section be written as one plain text: `model: some/name` for `model: {name: some/name}`."""
-    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
-
-
-def _share_or_rows(value: Any) -> Any:
-    """A share of the rows (a float between 0 and 1) or a number of rows (a positive int)."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not (value >= 1 if isinstance(value, int) else 0 < value < 1)
-    ):
-        raise ValueError(
-            f"given {value!r}, allowed is a whole number of rows (1 or more) or a share between 0.0 and 1.0"
-        )
-    return value
-
-
 def _fill_lora(value: Any) -> Any:
     """`lora` with the defaults of the keys that are not given; null stays null."""
     return {**deepcopy(LORA_DEFAULTS), **value} if isinstance(value, dict) else value
@@ -77,7 +55,7 @@ def _trackers(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """Which weights are tuned, and where they are put."""
 
     name: str = Field(min_length=1, description="Hub id or folder of the model in Microsoft's layout.")
@@ -91,68 +69,25 @@ class ModelSection(_Section):
     device: str = Field(default="auto", description="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
 
 
-class SplitSection(_Section):
-    """How validation rows are taken from `data.train` when there are no others."""
-
-    validation: Annotated[int | float, BeforeValidator(_share_or_rows)] = Field(
-        default=0.1, description="Validation rows: a number of rows, or a share between 0.0 and 1.0."
-    )
-    seed: int = Field(default=0, ge=0, description="Another seed gives another choice of rows.")
-
-
-class DataSection(_Section):
-    """Where rows come from and how a row becomes a question and an answer."""
-
-    train: str = Field(
-        min_length=1, description="Folder, CSV, JSON, JSONL or Parquet file, or hub id of the rows to train on."
-    )
-    validation: str | None = Field(
-        default=None, description="The same for validation; null takes the set's own split, else `split`."
-    )
-    revision: str | None = Field(default=None, description="Commit, tag or branch of a hub data set.")
-    split: SplitSection | None = Field(
-        default=SplitSection(), description="Used where there is only train; null for no validation."
-    )
-    images: str | None = Field(
-        default="image", description="Column with the image or a list of images; null for text only."
-    )
-    image_root: str | None = Field(
-        default=None, description="Folder that image paths count from; null for the data file's own folder."
-    )
-    allow_outside_root: bool = Field(default=False, description="true lets image paths leave that folder.")
-    system: str | None = Field(default=None, description="Template of the system message; null for none.")
-    prompt: str = Field(default="{prompt}", min_length=1, description="Template of the question; {column} is replaced.")
-    answer: str = Field(default="{answer}", min_length=1, description="Template of the answer; {column} is replaced.")
-    max_rows: int | None = Field(default=None, ge=1, description="Train on the first rows only; null for all.")
-    max_length: int | None = Field(
-        default=None, ge=1, description="Longest row in tokens, images included; null for the model's limit."
-    )
-
-    @property
-    def row_options(self) -> dict[str, Any]:
-        """The arguments of data.RowOptions by name, `max_pixels` aside, which is in the section `image`."""
-        return self.model_dump(include={"prompt", "answer", "images", "system", "image_root", "allow_outside_root"})
-
-    @property
-    def load_options(self) -> dict[str, Any]:
-        """The arguments of data.load_data by name, `options` aside."""
-        return {
-            **self.model_dump(include={"train", "validation", "revision", "max_rows"}),
-            "validation_split": self.split.validation if self.split else None,
-            "split_seed": self.split.seed if self.split else 0,
-        }
-
-
-class ImageSection(_Section):
+class ImageSection(Section):
     """How images are seen."""
 
     num_crops: int | None = Field(
         default=None, ge=1, description="Most 336-pixel crops of one image; null takes the model's own (16 or 4)."
     )
+    max_tokens: int | None = Field(
+        default=None, ge=313, description="Most tokens of one image: as many crops as never cost more; null for any."
+    )
     max_pixels: int = Field(default=20_000_000, ge=1, description="Larger images are refused before they are decoded.")
+    fast: bool = Field(default=False, description="true: faster decoding and resizing, within one grey level.")
+
+    @property
+    def processor_options(self) -> dict[str, Any]:
+        """The arguments of loading.load_processor by name."""
+        return {"num_crops": self.num_crops, "max_image_tokens": self.max_tokens, "fast": self.fast}
 
 
-class VisionSection(_Section):
+class VisionSection(Section):
     """What happens to the parts that see."""
 
     tower: Literal["frozen", "train"] = Field(default="frozen", description="The CLIP tower.")
@@ -162,6 +97,11 @@ class VisionSection(_Section):
     cache: Literal["memory"] | None = Field(
         default=None, description="memory: features of frozen vision parts are kept for all epochs; null: no cache."
     )
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing of the parts that see is trained."""
+        return self.tower == self.projector == "frozen"
 
 
 class TrainingSection(BaseModel):
@@ -201,7 +141,7 @@ class TrainingSection(BaseModel):
         return self
 
 
-class EvaluationSection(_Section):
+class EvaluationSection(Section):
     """How answers are made and scored."""
 
     rows: int | None = Field(default=None, ge=1, description="Validation rows to answer, the first ones; null for all.")
@@ -212,7 +152,7 @@ class EvaluationSection(_Section):
     )
 
 
-class ReportSection(_Section):
+class ReportSection(Section):
     """Who is told about the run."""
 
     to: Annotated[list[Literal["wandb", "tensorboard"]], BeforeValidator(_trackers)] = Field(
@@ -225,14 +165,14 @@ class ReportSection(_Section):
     samples: int = Field(default=12, ge=0, description="Photos with their answers in report.html.")
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """Everything about one run, read only.
 
     Example: Recipe.from_dict({"model": "some/name", "data": "rows.csv"}, name="shop").output -> "runs/shop".
     """
 
-    model: Annotated[ModelSection, _shorthand("name")] = Field(description="Which weights.")
-    data: Annotated[DataSection, _shorthand("train")] = Field(description="Which rows.")
+    model: Annotated[ModelSection, shorthand("name")] = Field(description="Which weights.")
+    data: Annotated[DataSection, shorthand("train")] = Field(description="Which rows.")
     image: ImageSection = Field(default=ImageSection(), description="How images are seen.")
     vision: VisionSection = Field(default=VisionSection(), description="What happens to tower and projector.")
     lora: Annotated[dict[str, Any] | None, BeforeValidator(_fill_lora)] = Field(
@@ -247,6 +187,23 @@ class Recipe(_Section):
     evaluation: EvaluationSection = Field(default=EvaluationSection(), description="How answers are scored.")
     report: ReportSection = Field(default=ReportSection(), description="Who is told.")
     output: str = Field(min_length=1, description="Folder of the run; runs/<recipe name> where nothing is said.")
+
+    @model_validator(mode="after")
+    def _check_streaming(self) -> Self:
+        """Refuses what a stream, which has no end, cannot give."""
+        if not self.data.streaming:
+            return self
+        if self.training.max_steps is None:
+            raise ValueError("data.streaming needs training.max_steps: a stream has no end, so no epochs")
+        if self.vision.cache is not None:
+            raise ValueError("vision.cache keeps all rows, and data.streaming is for sets too large for that")
+        split = self.data.split
+        if self.data.validation is None and split is not None and not isinstance(split.validation, int):
+            raise ValueError(
+                "data.split.validation is a share, and a stream has no end to count from: with data.streaming give a "
+                "number of rows, data.validation, or data.split: null"
+            )
+        return self
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
@@ -313,9 +270,9 @@ class Recipe(_Section):
         """
         values = self.model_dump()
         for section, key in _PLACES:
-            value = values[section][key]
-            if value is not None and (os.path.isdir(value) if section == "model" else os.path.exists(value)):
-                values[section][key] = os.path.abspath(value)
+            values[section][key] = _map_places(
+                key, values[section][key], os.path.isdir if section == "model" else _there
+            )
         return type(self).from_dict(values)
 
     def differences(self, other: "Recipe") -> list[str]:
@@ -333,7 +290,14 @@ class Recipe(_Section):
         ]
 
 
-_PLACES = (("model", "name"), ("data", "train"), ("data", "validation"), ("data", "image_root"))
+_PLACES = (
+    ("model", "name"),
+    ("data", "train"),
+    ("data", "validation"),
+    ("data", "image_root"),
+    ("data", "image_cache"),
+)
+_PLACE_KEYS = {*(key for _, key in _PLACES), "source"}
 _SHORTHANDS = {"model": "name", "data": "train"}
 
 
@@ -363,10 +327,28 @@ def _apply(values: Mapping[str, Any], override: str) -> dict[str, Any]:
     return result
 
 
+def _there(place: str) -> bool:
+    """Whether a file, a folder, or a file of a pattern such as shards/*.tar is here."""
+    return os.path.exists(place) or (place.endswith(".tar") and bool(glob(place, recursive=True)))
+
+
+def _map_places(key: str, value: Any, here: Callable[[str], bool]) -> Any:
+    """A place as an absolute path when it is here, in every set of a list.
+
+    Example, in /home/me: "rows.csv" -> "/home/me/rows.csv"; [{"source": "rows.csv", "weight": 2.0}] ->
+    [{"source": "/home/me/rows.csv", "weight": 2.0}].
+    """
+    if isinstance(value, list):
+        return [{name: _map_places(name, inner, here) for name, inner in one.items()} for one in value]
+    if key not in _PLACE_KEYS or not isinstance(value, str) or not here(value):
+        return value
+    return os.path.abspath(value)
+
+
 def _meant(key: str, values: dict[str, Any]) -> Any:
     """The value to compare of a dotted key: places as absolute paths, "nothing" where there is no value."""
     value = values.get(key, "nothing")
-    return os.path.abspath(value) if tuple(key.split(".")) in _PLACES and isinstance(value, str) else value
+    return _map_places(key.rpartition(".")[2], value, lambda place: True) if tuple(key.split(".")) in _PLACES else value
 
 
 def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -4,6 +4,7 @@ In come a ValidationError and the model class; out comes one line: the dotted ke
 for an unknown key the nearest valid one. Knows pydantic's error types and nothing of any single section.
 """
 
+import re
 from collections.abc import Iterator
 from difflib import get_close_matches
 from types import UnionType
@@ -21,6 +22,7 @@ _ALLOWED = {
     "dict_type": "a mapping (key: value lines)",
     "model_type": "a mapping (key: value lines)",
     "string_too_short": "text that is not empty",
+    "too_short": "a list that is not empty",
 }
 _MOST = 3
 """So many mistakes are spelled out; the others are counted."""
@@ -40,7 +42,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 def _explain_one(mistake: dict[str, Any], model: type[BaseModel]) -> str:
     """One mistake as half a line."""
-    key = ".".join(str(part) for part in mistake["loc"])
+    key = ".".join(str(part) for part in mistake["loc"] if not str(part).startswith("("))  # (tags of unions)
     kind, given, context = mistake["type"], mistake["input"], mistake.get("ctx", {})
     if kind == "extra_forbidden":
         return _unknown(key, model)
@@ -48,13 +50,15 @@ def _explain_one(mistake: dict[str, Any], model: type[BaseModel]) -> str:
         return f"{key} is missing; add it to the recipe"
     if kind == "value_error":
         text = str(context.get("error", mistake["msg"]))
-        return text if text.startswith(f"{key}.") else f"{key}: {text}"
+        return text if not key or text.startswith(f"{key}.") else f"{key}: {text}"
     if kind == "literal_error":
         allowed = context["expected"]
     elif kind == "greater_than":
         allowed = f"a number above {context['gt']:g}"
     elif kind == "greater_than_equal":
         allowed = f"a number from {context['ge']:g} on"
+    elif kind == "less_than_equal":
+        allowed = f"a number up to {context['le']:g}"
     else:
         allowed = _ALLOWED.get(kind, mistake["msg"])
     hint = ""
@@ -77,8 +81,8 @@ def _unknown(key: str, model: type[BaseModel]) -> str:
 
     The same name in another section comes first: `data.num_crops` -> `image.num_crops`.
     """
-    known = list(_keys(model))
-    section, _, name = key.rpartition(".")
+    known = sorted(_keys(model), key=lambda candidate: candidate.count("."))
+    section, _, name = re.sub(r"\.\d+", "", key).rpartition(".")
     namesakes = [candidate for candidate in known if candidate.rpartition(".")[2] == name]
     if namesakes:
         return f"unknown key {key}; did you mean {namesakes[0]}?"
@@ -101,9 +105,9 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The model class in an annotation: X, X | None or Annotated[X, ...]."""
+    """The model class in an annotation: X, X | None, list[X] or Annotated[X, ...]."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if get_origin(annotation) in (Union, UnionType, Annotated):
+    if get_origin(annotation) in (Union, UnionType, Annotated, list):
         return next((model for part in get_args(annotation) if (model := _model_in(part)) is not None), None)
     return None

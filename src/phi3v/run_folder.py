@@ -2,6 +2,7 @@
 
     recipe.yaml        the resolved recipe, local paths absolute
     versions.json      Python, platform and package versions at the start; with recipe.yaml it makes a folder a run
+    problems.jsonl     one JSON object per row that is left out, with its reason
     metrics.jsonl      one JSON object per logged step, appended
     checkpoints/       what resuming needs, filled by the trainer
     adapter/           the tuned adapter with the processor, or
@@ -48,6 +49,7 @@ class RunFolder:
         self.path = Path(path)
         self.recipe = self.path / "recipe.yaml"
         self.versions = self.path / "versions.json"
+        self.problems = self.path / "problems.jsonl"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
@@ -95,7 +97,7 @@ class RunFolder:
     def _is_bare(self) -> bool:
         """Whether the folder holds nothing but what `start` writes, and empty folders."""
         return all(
-            entry in (self.recipe, self.versions) or (entry.is_dir() and not any(entry.iterdir()))
+            entry in (self.recipe, self.versions, self.problems) or (entry.is_dir() and not any(entry.iterdir()))
             for entry in self.path.iterdir()
         )
 
@@ -135,6 +137,27 @@ class RunFolder:
     def read_versions(self) -> dict[str, str | None]:
         """What `write_versions` wrote."""
         return self._read_json(self.versions)
+
+    def write_problems(self, problems: Iterable[dict[str, Any]]) -> None:
+        """Writes problems.jsonl with what reading the rows found; what training found in an earlier session stays.
+
+        Example: {"source": "shop.csv", "row": 3, "reason_code": "missing_value", "message": "column 'title' is empty"}
+        -> the same line with "found": "reading".
+        """
+        found = [{**problem, "found": "reading"} for problem in problems]
+        kept = [line for line in self.read_problems() if line.get("found") != "reading"]
+        if found or kept or self.problems.is_file():
+            replace_file(self.problems, "".join(to_json(line) + "\n" for line in [*found, *kept]))
+
+    def append_problem(self, problem: dict[str, Any]) -> None:
+        """Adds a row that turned out to be unusable in training; loader processes may do so at once."""
+        with open(self.problems, "ab", buffering=0) as file:
+            file.write((to_json({**problem, "found": "training"}) + "\n").encode())
+
+    def read_problems(self) -> list[dict[str, Any]]:
+        """The rows that were left out, each once, [] when there are none."""
+        lines = self._read_lines(self.problems) if self.problems.is_file() else []
+        return list({(line.get("source"), line.get("row")): line for line in reversed(lines)}.values())[::-1]
 
     def append_metrics(self, values: dict[str, Any]) -> None:
         """Adds one line to metrics.jsonl and sees it onto the disk.

@@ -14,8 +14,9 @@ from PIL import Image
 
 from phi3v.data.columns import RowOptions
 from phi3v.data.images import open_image
+from phi3v.data.rows import Rows, describe_problems
 from phi3v.data.schema import ImagePart, Message, TextPart
-from phi3v.data.sources import Rows, describe_problems, load_data, load_rows
+from phi3v.data.sources import load_data, load_rows
 from phi3v.errors import DataError
 
 OPTIONS = RowOptions(prompt="What is it?", answer="Product: {title}, Price: {price}")
@@ -270,12 +271,11 @@ def test_a_folder_may_have_the_name_of_a_reader(
     assert "data.revision abc is ignored" in caplog.text
 
 
-def test_web_addresses_stop_with_a_way_out(tmp_path: Path) -> None:
-    rows = [{**row, "image": f"HTTPS://host/{n}.jpg"} for n, row in enumerate(records())]
-    with pytest.raises(
-        DataError, match=r"row 0: .* web address HTTPS://host/0.jpg, .* not downloaded yet: download them"
-    ):
-        load_rows(write(tmp_path, "a.csv", rows), options=OPTIONS)
+def test_addresses_that_are_not_of_the_web_are_problems(tmp_path: Path) -> None:
+    for scheme in ("file", "ftp", "s3", "hf"):
+        rows = [{**row, "image": f"{scheme}://host/{n}.jpg"} for n, row in enumerate(records())]
+        with pytest.raises(DataError, match="5 url_scheme.*only http and https addresses are downloaded"):
+            load_rows(write(tmp_path, f"{scheme}.csv", rows), options=OPTIONS)
 
 
 def test_missing_columns_name_those_that_exist(tmp_path: Path) -> None:

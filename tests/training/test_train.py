@@ -89,8 +89,10 @@ def test_a_run_has_all_its_files_and_the_second_call_says_finished(make: MakeRec
     assert result.metrics["eval_loss"] == lines[-2]["eval_loss"]
 
     kinds = [event.kind for event in events]
-    assert kinds[0] == "start" and kinds.count("step") == 4 and kinds[-1] == "answers"
-    assert events[0].trainable is not None and events[0].trainable.parts["projector"].trainable == 0
+    assert kinds[0] == "look" and kinds.count("start") == 1
+    assert kinds.count("step") == 4 and kinds[-1] == "answers"
+    started = events[kinds.index("start")]
+    assert started.trainable is not None and started.trainable.parts["projector"].trainable == 0
     left = [event.seconds_left for event in events if event.kind == "step"]
     assert left[-1] == 0.0 and all(seconds > 0 for seconds in left[:-1])
 
@@ -170,7 +172,8 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(make: MakeRecipe, stop_after: 
     events: list[TrainingEvent] = []
     result = phi3v.train(recipe, on_event=events.append)
     expected = 2 * ((stop_after - 1) // 2)
-    assert (result.status, result.resumed_from, events[0].resumed_from) == ("resumed", expected, expected)
+    started = next(event for event in events if event.kind == "start")
+    assert (result.status, result.resumed_from, started.resumed_from) == ("resumed", expected, expected)
     assert_same(adapter(recipe), adapter(undisturbed))
 
     def losses(of: phi3v.Recipe) -> list[tuple[int, float]]:

@@ -5,16 +5,19 @@ opened here and not kept. One rendering, the processor's, serves training and an
 its answer are the ids of the question. Knows no file formats, templates, batches or models.
 
 Trained are the answer and what ends it, as Microsoft trained it: `<|end|>`, a newline, `<|endoftext|>` (32007, 29871,
-13, 32000). Prompt and image positions carry -100. A row that is too long is refused and never cut.
+13, 32000). Prompt and image positions carry -100. What is done about a row that is too long is in `fit`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from phi3v.data.images import MAX_PIXELS, open_image
+from phi3v.data.fit import Fitted, Messages, OnTooLong, fit
+from phi3v.data.images import MAX_PIXELS, open_image, open_pixels
 from phi3v.data.schema import ImagePart, Message, Row, TrainOn
+from phi3v.data.templates import whole_text
 from phi3v.errors import DataError
 
 IGNORED = -100
@@ -31,6 +34,7 @@ def encode(
     *,
     train_on: TrainOn = "last_assistant",
     max_length: int | None = None,
+    on_too_long: OnTooLong = "skip",
     max_pixels: int = MAX_PIXELS,
 ) -> Example:
     """A row as a training sample.
@@ -39,23 +43,31 @@ def encode(
         row: the conversation; its last turn is the assistant's.
         processor: a Phi3VProcessor.
         train_on: the last answer, or every turn of the assistant.
-        max_length: more tokens than that are refused; None for no limit.
+        max_length: the limit in tokens, images included; None for none.
+        on_too_long: "skip" refuses a longer row, "fewer_crops" and "cut_text" make it fit where they can; see `fit`.
         max_pixels: larger images are refused.
     Returns: input_ids, attention_mask, labels, and with images pixel_values (no crops beyond the largest grid's) and
         image_sizes.
-    Raises: DataError in one line that names the row: an image, the last turn, or the length.
+    Raises: DataError in one line that names the row: an image, the last turn, or the length (TooLongError).
     """
     if not row.messages or row.messages[-1].role != "assistant":
         raise DataError(f"{row.source}, row {row.index}: the last turn is no answer, so there is nothing to train")
     tokenizer = processor.tokenizer
-    example = _encode_messages(row, row.messages, processor, max_pixels, add_generation_prompt=False)
+    with _named(row):
+        images = _open_images(row, row.messages, processor, max_pixels)
+        sizes = [_size(image) for image in images]
+        fitted = Fitted(row.messages, processor.image_processor.num_crops, 0, 0)
+        if max_length is not None:
+            fitted = fit(
+                row.messages,
+                sizes,
+                count=lambda messages: text_tokens(messages, processor),
+                num_crops=fitted.num_crops,
+                max_length=max_length,
+                on_too_long=on_too_long,
+            )
+        example = _encode_messages(fitted.messages, images, processor, fitted.num_crops)
     ids = [*example["input_ids"].tolist(), tokenizer.convert_tokens_to_ids("<|endoftext|>")]
-    if max_length is not None and len(ids) > max_length:
-        spent = ids.count(processor.image_token_id)
-        raise DataError(
-            f"{row.source}, row {row.index}: {len(ids)} tokens ({spent} for images), and the limit is {max_length}: "
-            "lower image.num_crops, shorten the text, or raise data.max_length"
-        )
     labels = label_answers(
         ids,
         assistant_id=tokenizer.convert_tokens_to_ids("<|assistant|>"),
@@ -79,7 +91,24 @@ def encode_prompt(row: Row, processor: Any, *, max_pixels: int = MAX_PIXELS) -> 
     Raises: DataError in one line that names the row.
     """
     messages = row.messages[:-1] if row.messages and row.messages[-1].role == "assistant" else row.messages
-    return _encode_messages(row, messages, processor, max_pixels, add_generation_prompt=True)
+    with _named(row):
+        images = _open_images(row, messages, processor, max_pixels)
+        return _encode_messages(messages, images, processor, None, add_generation_prompt=True)
+
+
+def text_tokens(messages: Messages, processor: Any) -> int:
+    """Length of a training sample of these messages without its image tokens; no image is opened.
+
+    Example: `<s><|user|>\\n<|image_1|>\\nHi<|end|>\\n<|assistant|>\\nHo<|end|>\\n<|endoftext|>` with the real tokenizer
+        is <s>, <|user|>, two for the newline; for the image only the <s> behind it; two for the newline, Hi, <|end|>,
+        two for the newline, <|assistant|> (which swallows its newline), Ho, <|end|>, two for the newline,
+        <|endoftext|>: 17.
+    """
+    images = sum(isinstance(part, ImagePart) for message in messages for part in message.parts)
+    prompt = processor.apply_chat_template([as_chat(message, None) for message in messages])
+    image = processor.image_token + processor.tokenizer.bos_token
+    (prompt,), _ = processor.get_text_with_replacements([prompt], [image] * images)
+    return len(processor.tokenizer(prompt)["input_ids"]) - images + 1
 
 
 def label_answers(ids: Sequence[int], *, assistant_id: int, end_id: int, train_on: TrainOn) -> list[int]:
@@ -124,6 +153,7 @@ class EncodedRows(torch.utils.data.Dataset[Example]):
         *,
         train_on: TrainOn = "last_assistant",
         max_length: int | None = None,
+        on_too_long: OnTooLong = "skip",
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         """Keep rows, processor and the arguments of `encode`."""
@@ -131,6 +161,7 @@ class EncodedRows(torch.utils.data.Dataset[Example]):
         self.processor = processor
         self.train_on: TrainOn = train_on
         self.max_length = max_length
+        self.on_too_long: OnTooLong = on_too_long
         self.max_pixels = max_pixels
 
     def __len__(self) -> int:
@@ -144,33 +175,55 @@ class EncodedRows(torch.utils.data.Dataset[Example]):
             self.processor,
             train_on=self.train_on,
             max_length=self.max_length,
+            on_too_long=self.on_too_long,
             max_pixels=self.max_pixels,
         )
 
 
-def _encode_messages(
-    row: Row, messages: Sequence[Message], processor: Any, max_pixels: int, *, add_generation_prompt: bool
-) -> Example:
-    """Messages through the processor, as one unbatched example without labels."""
+@contextmanager
+def _named(row: Row) -> Iterator[None]:
+    """Whatever is wrong inside with the row's text or images becomes a DataError that names the row."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        kind = type(error) if isinstance(error, DataError) else DataError
+        raise kind(f"{row.source}, row {row.index}: {error}") from error
+
+
+def _open_images(row: Row, messages: Sequence[Message], processor: Any, max_pixels: int) -> list[Any]:
+    """The images of a row, opened, after a look at their places in the messages."""
     places = [part.index for message in messages for part in message.parts if isinstance(part, ImagePart)]
     if places != list(range(len(row.images))):
         raise DataError(
-            f"{row.source}, row {row.index}: its messages place the images {places}, but there are {len(row.images)} "
-            "images: place each once, in order"
+            f"its messages place the images {places}, but there are {len(row.images)} images: place each once, in order"
         )
-    try:
-        images = [open_image(image, max_pixels=max_pixels) for image in row.images]
-        batch = processor.apply_chat_template(
-            [_as_chat(message, images) for message in messages],
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=add_generation_prompt,
-            **({"pad_crops": False} if images else {}),
-        )
-    except ValueError as error:
-        kind = type(error) if isinstance(error, DataError) else DataError
-        raise kind(f"{row.source}, row {row.index}: {error}") from error
+    opener = open_pixels if processor.image_processor.fast else open_image
+    return [opener(image, max_pixels=max_pixels) for image in row.images]
+
+
+def _size(image: Any) -> tuple[int, int]:
+    """Width and height of an opened image, PIL's or an array [height, width, 3]."""
+    return image.size if hasattr(image, "convert") else (image.shape[1], image.shape[0])
+
+
+def _encode_messages(
+    messages: Sequence[Message],
+    images: Sequence[Any],
+    processor: Any,
+    num_crops: int | None,
+    *,
+    add_generation_prompt: bool = False,
+) -> Example:
+    """Messages through the processor, as one unbatched example without labels."""
+    settings = {"pad_crops": False, "num_crops": num_crops or processor.image_processor.num_crops}
+    batch = processor.apply_chat_template(
+        [as_chat(message, images) for message in messages],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=add_generation_prompt,
+        **(settings if images else {}),
+    )
     example = {"input_ids": batch["input_ids"][0], "attention_mask": batch["attention_mask"][0]}
     if images:
         example["pixel_values"] = batch["pixel_values"]
@@ -178,14 +231,14 @@ def _encode_messages(
     return example
 
 
-def _as_chat(message: Message, images: Sequence[Any]) -> dict[str, Any]:
-    """A message as chat templates take it: text and image parts."""
+def as_chat(message: Message, images: Sequence[Any] | None) -> dict[str, Any]:
+    """A message as chat templates take it: text and image parts, the latter empty where no images are given."""
     return {
         "role": message.role,
         "content": [
-            {"type": "image", "image": images[part.index]}
+            ({"type": "image"} if images is None else {"type": "image", "image": images[part.index]})
             if isinstance(part, ImagePart)
-            else {"type": "text", "text": part.text}
+            else {"type": "text", "text": whole_text(part.text)}
             for part in message.parts
         ],
     }

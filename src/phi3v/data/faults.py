@@ -46,11 +46,40 @@ def _json_fault(path: Path) -> str | None:
         json.loads(first)
     except ValueError:
         try:
-            json.loads(path.read_text(encoding="utf-8-sig"))
+            whole = json.loads(path.read_text(encoding="utf-8-sig"))
         except ValueError as error:
             return f"{_reason(error)}: write a list of objects, or one JSON object a line"
-        return None
-    return _lines_fault(path) if first.startswith("{") else None
+        return _list_fault(whole)
+    return _lines_fault(path) if first.startswith("{") else _list_fault(json.loads(first))
+
+
+def holds_one_mapping(path: Path) -> bool:
+    """Whether a .json file is one object over several lines, which is neither a list nor one object a line.
+
+    Example: `{` and `"data": [...]` and `}` on three lines -> True; `{"a": 1}` and `{"a": 2}` on two -> False.
+    """
+    first = next((line for _, line in _lines(path)), "")
+    if path.suffix.lower() != ".json" or not first.startswith("{"):
+        return False
+    try:
+        json.loads(first)
+    except ValueError:
+        try:
+            return isinstance(json.loads(path.read_text(encoding="utf-8-sig")), dict)
+        except ValueError:
+            return False
+    return False
+
+
+def _list_fault(value: Any) -> str | None:
+    """The fault of a JSON file's one value, unless it is a list of objects.
+
+    Example: {"data": [...]} -> "it holds a mapping: write a list of objects, or one JSON object a line".
+    """
+    if not isinstance(value, list):
+        return f"it holds {_kind(value)}: write a list of objects, or one JSON object a line"
+    wrong = next((number for number, record in enumerate(value) if not isinstance(record, dict)), None)
+    return None if wrong is None else f"record {wrong} is {_kind(value[wrong])}: write a list of objects"
 
 
 def _lines_fault(path: Path) -> str | None:

@@ -5,8 +5,9 @@
 | formats | JPEG (MPO too: its first picture), PNG, WebP, GIF, BMP, TIFF, by content whatever the name says; no others |
 | several frames | the first |
 | pixels | at most 20 million (`max_pixels`), by the header, before anything is decoded |
+| work | a file that would cost a decoder far more than its pixels is refused: the limits are in `image_limits` |
 | cut off or damaged files | refused; what could be decoded of them is not used |
-| EXIF orientation | applied; an EXIF block that cannot be read means upright |
+| EXIF orientation | applied; an EXIF block that cannot be read means upright; XMP's is taken where EXIF has none |
 | alpha, transparent colour | composited over white |
 | palette, 1 bit, grey | expanded to RGB |
 | 16 bit | grey: scaled to 8 bit (value / 257, rounded); RGB: the high byte, by the decoder |
@@ -14,14 +15,17 @@
 | 32-bit floats | refused: nothing says what is white |
 | CMYK, YCbCr, LAB, HSV | converted to RGB by PIL, ICC profiles ignored |
 | size | as it is, no reduced-scale decoding |
-| local paths | regular files only; with `confined`, links followed, not outside the root |
+| local paths | regular files only, checked on the open file; with `confined`, links followed, not outside the root |
 
-Every failure is an `ImageError` of one line: the file and the reason. Knows nothing of rows, crops or models.
+Every failure is an `ImageError` of one line: the file and the reason; PIL's warnings about damaged files are not shown.
+Knows nothing of rows, crops or models.
 """
 
 import io
+import os
 import re
 import stat
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -29,6 +33,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from phi3v.data.fast_jpeg import decode_jpeg
+from phi3v.data.image_limits import (
+    MeteredBytes,
+    MeteredFile,
+    begin_header,
+    check_scans,
+    check_size,
+    end_header,
+    late_exif,
+)
 from phi3v.data.schema import ImageRef
 from phi3v.errors import ImageError
 
@@ -58,12 +72,27 @@ def open_image(image: ImageRef | str | Path | bytes, *, max_pixels: int = MAX_PI
     Returns: an upright RGB image of its full size that holds no open file.
     Raises: ImageError in one line; never anything else, whatever the file holds.
     """
-    ref = _as_ref(image)
-    with _opened(ref, max_pixels) as opened:
-        opened.load()
-        orientation = _orientation(opened)
-        rgb = _to_rgb(opened)
-        return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+    with _opened(_as_ref(image), max_pixels) as (opened, file):
+        orientation = _orientation(opened, file)
+        return _decode(opened, file, orientation)
+
+
+def open_pixels(image: ImageRef | str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image | np.ndarray:
+    """As `open_image`, with JPEGs decoded by simplejpeg where it is installed.
+
+    Returns: of a grey or RGB JPEG without faults an array uint8 [height, width, 3] of the pixels that `open_image`
+        gives; of everything else what `open_image` returns.
+    Raises: ImageError as `open_image` does.
+    """
+    with _opened(_as_ref(image), max_pixels) as (opened, file):
+        orientation = _orientation(opened, file)
+        if opened.format in ("JPEG", "MPO") and opened.mode in ("L", "RGB"):
+            check_scans(file, opened.width * opened.height)
+            file.seek(0)
+            pixels_HWC = decode_jpeg(file.read())
+            if pixels_HWC is not None and pixels_HWC.shape == (opened.height, opened.width, 3):
+                return _turned(pixels_HWC, orientation)
+        return _decode(opened, file, orientation)
 
 
 def image_size(image: ImageRef | str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -72,10 +101,30 @@ def image_size(image: ImageRef | str | Path | bytes, *, max_pixels: int = MAX_PI
     Example: a 40x30 JPEG with EXIF orientation 6 -> (30, 40).
     Raises: ImageError as `open_image` does, for all that a header shows.
     """
-    with _opened(_as_ref(image), max_pixels) as opened:
-        width, height = opened.size
-        turned = opened.format != "TIFF" and _orientation(opened) >= 5  # PIL gives the upright size of a TIFF by itself
-        return (height, width) if turned else (width, height)
+    with _opened(_as_ref(image), max_pixels) as (opened, file):
+        width, height = opened.size  # of a TIFF it is the upright size already
+        return (height, width) if _orientation(opened, file) >= 5 else (width, height)
+
+
+def may_be_cut_off(image: ImageRef, *, max_pixels: int = MAX_PIXELS) -> bool:
+    """Whether a file does not end as a whole JPEG, PNG, GIF or WebP does, or its format has no end that tells.
+
+    Nothing is decoded. Example: a JPEG that ends with b"\\xff\\xd9" -> False; one that breaks off, or carries something
+    behind its end -> True.
+    Raises: ImageError as `image_size` does.
+    """
+    with _opened(image, max_pixels) as (_, file):
+        file.seek(0)
+        head, size = file.read(12), file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 12))
+        tail = file.read(12)
+    if head.startswith(b"\xff\xd8"):
+        return not tail.endswith(b"\xff\xd9")
+    if head.startswith(b"\x89PNG"):
+        return tail != b"\0\0\0\0IEND\xaeB`\x82"
+    if head.startswith(b"GIF8"):
+        return not tail.endswith(b";")
+    return head[:4] != b"RIFF" or int.from_bytes(head[4:8], "little") + 8 > size
 
 
 def image_name(image: ImageRef) -> str:
@@ -93,12 +142,12 @@ def resolve_path(image: ImageRef) -> Path:
     name = image_name(image)
     if WEB_ADDRESS.match(image.path or ""):
         raise ImageError(f"image {name} is a web address, which cannot be read yet: download it and name the file")
-    path: Path | None = None
+    path: str | None = None
     try:
-        root = Path(image.root or ".").resolve()
-        path = (root / (image.path or "")).resolve()
-        inside = path.is_relative_to(root)
-        mode = path.stat().st_mode if inside or not image.confined else 0
+        root = os.path.realpath(image.root or ".")  # pathlib's resolve takes twice the time, a third of a header
+        path = os.path.realpath(os.path.join(root, image.path or ""))
+        inside = path == root or path.startswith(os.path.join(root, ""))
+        mode = os.stat(path).st_mode if inside or not image.confined else 0
     except FileNotFoundError as error:
         raise ImageError(f"image {name} does not exist (looked for {path})") from error
     except (OSError, ValueError, RuntimeError) as error:
@@ -110,7 +159,7 @@ def resolve_path(image: ImageRef) -> Path:
         )
     if not stat.S_ISREG(mode):
         raise ImageError(f"image {name} is no regular file")
-    return path
+    return Path(path)
 
 
 def _as_ref(image: ImageRef | str | Path | bytes) -> ImageRef:
@@ -123,24 +172,29 @@ def _as_ref(image: ImageRef | str | Path | bytes) -> ImageRef:
 
 
 @contextmanager
-def _opened(image: ImageRef, max_pixels: int) -> Iterator[Image.Image]:
-    """The image with its header read and its limits checked; any failure inside becomes an ImageError."""
+def _opened(image: ImageRef, max_pixels: int) -> Iterator[tuple[Image.Image, MeteredBytes | MeteredFile]]:
+    """The image with its header read and its limits checked, and its file; any failure inside is an ImageError."""
     name = image_name(image)
     try:
         with ExitStack() as stack:
-            raw = (
-                io.BytesIO(image.data)
-                if image.data is not None
-                else stack.enter_context(open(resolve_path(image), "rb"))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            if image.data is not None:
+                check_size(len(image.data), max_pixels)
+            file: MeteredBytes | MeteredFile = (
+                MeteredBytes(image.data) if image.data is not None else _open_file(image, max_pixels)
             )
-            opened = stack.enter_context(Image.open(raw, formats=_FORMATS))
+            stack.enter_context(file)
+            begin_header(file, max_pixels)
+            opened = stack.enter_context(Image.open(file, formats=_FORMATS))
+            end_header(file)
             width, height = opened.size
             if width * height > max_pixels:
                 raise ImageError(
                     f"image {name} has {width}x{height} pixels, more than the limit of {max_pixels}; "
                     "shrink it or raise image.max_pixels"
                 )
-            yield opened
+            yield opened, file
     except ImageError:
         raise
     except Image.UnidentifiedImageError as error:
@@ -150,19 +204,68 @@ def _opened(image: ImageRef, max_pixels: int) -> Iterator[Image.Image]:
         raise ImageError(f"image {name} does not decode: {_reason(error)}; replace it or leave it out") from error
 
 
+def _open_file(image: ImageRef, max_pixels: int) -> MeteredFile:
+    """The file of a reference that holds no bytes, opened for reading.
+
+    Between the look at a path and its opening the file may be changed for a pipe or a link. So the open file itself is
+    looked at: it is a regular one (without O_NONBLOCK opening a pipe would wait for ever), and the one that the path,
+    followed again, leads to.
+    """
+    path = resolve_path(image)
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ImageError(f"image {image_name(image)} is no regular file")
+        if not os.path.samestat(found, os.stat(resolve_path(image))):
+            raise ImageError(f"image {image_name(image)} was changed while it was opened; try again")
+        check_size(found.st_size, max_pixels)
+        return MeteredFile(io.FileIO(descriptor, "rb"))
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
 def _reason(error: BaseException) -> str:
     """An exception as part of a line, at most 200 characters."""
     text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
     return text[:200]
 
 
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 (upright) where there is none or the EXIF block cannot be read."""
+def _orientation(image: Image.Image, file: MeteredBytes | MeteredFile) -> int:
+    """The orientation that is left to apply, 1 to 8; 1 (upright) where nothing readable says another.
+
+    PIL turns TIFFs by itself. Of a PNG it would decode all pixels to look for an EXIF block behind them.
+    """
+    if image.format == "TIFF":
+        return 1
     try:
-        value = image.getexif().get(_ORIENTATION_TAG, 1)
+        if image.format == "PNG" and "exif" not in image.info and (block := late_exif(file)):
+            image.info["exif"] = block
+        value = Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)
     except Exception:  # a damaged EXIF block says nothing about the pixels, which may be sound
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _decode(opened: Image.Image, file: MeteredBytes | MeteredFile, orientation: int) -> Image.Image:
+    """The upright RGB image of a file whose header was read."""
+    if opened.format in ("JPEG", "MPO"):
+        check_scans(file, opened.width * opened.height)
+    file.seek(0)
+    opened.load()
+    rgb = _to_rgb(opened)
+    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+
+
+def _turned(pixels_HWC: np.ndarray, orientation: int) -> np.ndarray:
+    """Pixels made upright, as a view: 3 is both sides mirrored, 6 is transposed and then mirrored left to right."""
+    if orientation >= 5:
+        pixels_HWC = pixels_HWC.swapaxes(0, 1)
+    down = -1 if orientation in (3, 4, 7, 8) else 1
+    across = -1 if orientation in (2, 3, 6, 7) else 1
+    return pixels_HWC[::down, ::across]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -176,6 +279,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         flat = Image.new("RGB", image.size, (255, 255, 255))
         flat.paste(rgba, mask=rgba.getchannel("A"))
         return flat
+    if image.mode == "RGB" and image.format == "JPEG":
+        return image  # loaded whole: a copy would cost as much as a fifth of decoding
     return image.convert("RGB")
 
 

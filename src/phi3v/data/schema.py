@@ -21,12 +21,15 @@ class ImageRef:
         data: the encoded file itself, None when it lies at `path`.
         root: folder that a relative path counts from, None for the current directory.
         confined: True refuses a path that leads out of `root`.
+        url: the web address that the file was downloaded from; `path` is then the file in the image cache, None while
+            it is not there.
     """
 
     path: str | None = None
     data: bytes | None = None
     root: str | None = None
     confined: bool = False
+    url: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,15 @@ class Row:
     def answer(self) -> str:
         """The text of the last turn when the assistant speaks it, else ""."""
         return self.messages[-1].text if self.messages and self.messages[-1].role == "assistant" else ""
+
+
+class UnusableRecord(Exception):
+    """A record that cannot become a row; `reason_code` is for machines, the text for people."""
+
+    def __init__(self, reason_code: str, message: str) -> None:
+        """Keep code and text."""
+        super().__init__(message)
+        self.reason_code = reason_code
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,78 +1,73 @@
-"""From the name of a data set to rows: the only module that uses `datasets`.
+"""From the names of data sets to rows: training and validation rows, and the problems of what is left out.
 
-In come a folder, a CSV, JSON, JSONL or Parquet file, or a hub id, and options named as in the recipe's section `data`;
-out come `Rows` and the problems of the rows that are left out. Formats are left to `datasets`; images stay undecoded.
-Rows count from 0 in the order of the source.
+In come sources and options named as in the recipe's section `data`; out come `Rows`. Sets are opened by `opening`,
+images behind web addresses downloaded once by `fetch`, records read by `rows`. Rows count from 0 in the order of their
+source.
 
-Validation rows: `validation` where it is given; else the set's own `validation`, `valid`, `val`, `dev` or `test`; else
-rows split off `train`. CSV cells are read as the text in the file: 007 and 19.90 stay, NA is text, only an empty cell
-is missing.
+Validation rows: `validation` where it is given; else the sets' own `validation`, `valid`, `val`, `dev` or `test`, when
+each set has one; else rows split off `train`.
 """
 
 import logging
-import re
-from array import array
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal
 
-import datasets
-from huggingface_hub.constants import HF_HUB_CACHE
-
-from phi3v.data.columns import ColumnMap, RowOptions, UnusableRecord, check_images, group_keys
-from phi3v.data.faults import find_fault
+from phi3v.data.cells import Cells
+from phi3v.data.columns import RowOptions
+from phi3v.data.conversations import record_map
+from phi3v.data.fetch import FetchLimits, fetch_images
+from phi3v.data.image_cache import ImageCache
+from phi3v.data.mixing import mix
+from phi3v.data.opening import VALIDATION_NAMES, OpenedTable, open_set
+from phi3v.data.rows import FirstLook, RecordSet, Rows, describe_problems, look_again, read_rows, refuse_problems
 from phi3v.data.schema import Row, RowProblem
 from phi3v.data.split import split_rows
-from phi3v.data.templates import Template
+from phi3v.data.streaming import RowStream
 from phi3v.errors import DataError
 
-MAX_PROBLEM_SHARE = 0.05
-"""A set with a larger share of unusable rows is refused."""
-
-_BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-_VALIDATION_NAMES = ("validation", "valid", "val", "dev", "test")
 _logger = logging.getLogger(__name__)
 
 
-class Rows(Sequence[Row]):
-    """Rows of a set, made from its records when they are asked for: nothing but row numbers is kept in memory.
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How sets are read, beside how their records become rows.
 
-    `rows[3]` is a Row, `rows[:10]` are Rows. Can be pickled for loader workers.
+    Attributes:
+        cache: where downloaded images lie; None refuses images behind web addresses.
+        limits: of the downloads.
+        download: False downloads nothing: what is not cached is listed, and is no problem.
+        max_skipped: share of a set's rows that may be left out; 1.0 allows all.
+        on_problem: "stop" allows none.
+        on_fetch: told of the downloads' progress, (done, total).
     """
 
-    def __init__(self, table: datasets.Dataset, columns: ColumnMap, numbers: Sequence[int]) -> None:
-        """Name the records.
+    cache: ImageCache | None = None
+    limits: FetchLimits = field(default_factory=FetchLimits)
+    download: bool = True
+    max_skipped: float = 0.05
+    on_problem: Literal["skip", "stop"] = "skip"
+    on_fetch: Callable[[int, int], None] | None = None
+
+    @classmethod
+    def of(cls, *, image_cache: str | None = None, allow_hosts: Sequence[str] = (), **more: Any) -> "Reading":
+        """From plain values as a recipe holds them.
 
         Args:
-            table: the records, with the columns of `columns` at least.
-            columns: how a record becomes a row.
-            numbers: the records that are rows here, in their order.
+            image_cache: folder of the cache; None for phi3v/images in the user's cache folder.
+            allow_hosts: hosts that may be private.
+            more: the other attributes.
         """
-        self._table = table
-        self._columns = columns
-        self._numbers = array("q", numbers)
+        cache = ImageCache((Path(image_cache) if image_cache is not None else default_cache_folder()).absolute())
+        return cls(cache=cache, limits=FetchLimits(allow_hosts=tuple(allow_hosts)), **more)
 
-    def __len__(self) -> int:
-        """Number of rows."""
-        return len(self._numbers)
 
-    def take(self, positions: Sequence[int]) -> "Rows":
-        """The rows at these positions, in that order: rows.take([2, 0])[0] is rows[2]."""
-        return Rows(self._table, self._columns, [self._numbers[position] for position in positions])
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Rows": ...
-    def __getitem__(self, index: int | slice) -> "Row | Rows":
-        """A row, or for a slice the rows in it."""
-        if isinstance(index, slice):
-            return Rows(self._table, self._columns, self._numbers[index])
-        number = self._numbers[index]
-        return self._columns.row(self._table[number], number)
+def default_cache_folder() -> Path:
+    """Where downloaded images go when nobody says: $XDG_CACHE_HOME/phi3v/images, else ~/.cache/phi3v/images."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phi3v" / "images"
 
 
 @dataclass(frozen=True)
@@ -80,247 +75,295 @@ class LoadedData:
     """What a recipe's section `data` names.
 
     Attributes:
-        train: rows to train on.
+        train: rows to train on; with weights as often as an epoch has them.
         validation: rows held out; None when there are none.
         problems: the rows of both that were left out.
         origin: where the validation rows come from: "validation" (given, or the set's own), "test" or another own
             split, "split" (held out of train), or "none".
+        rows_in: rows read, of all sets. Without weights and max_rows it is the number of training rows, validation
+            rows and problems together.
+        not_cached: web addresses of images that are still to be downloaded, each once.
     """
 
     train: Rows
     validation: Rows | None
     problems: list[RowProblem]
     origin: str
+    rows_in: int = 0
+    not_cached: list[str] = field(default_factory=list)
 
 
 def load_data(
-    train: str,
+    train: str | Sequence[Mapping[str, Any]],
     *,
     options: RowOptions,
     validation: str | None = None,
     revision: str | None = None,
+    subset: str | None = None,
     validation_split: float | None = 0.1,
     split_seed: int = 0,
     max_rows: int | None = None,
+    reading: Reading | None = None,
 ) -> LoadedData:
     """Training and validation rows.
 
     Args:
-        train: folder, CSV, JSON, JSONL or Parquet file, or hub id.
-        options: columns, templates and limits, for both.
-        validation: the same as `train` for validation rows; None to look for a split of `train`'s own.
+        train: folder, file, pattern of shards or hub id; or several as mappings {"source": ...} with, as they need it,
+            a "weight", "revision", "subset" and any field of RowOptions, which then hold for that set.
+        options: shape, columns, templates and limits, where a set has none of its own.
+        validation: the same as a source of `train` for validation rows; None to look for a split of `train`'s own.
         revision: of the hub data sets.
+        subset: configuration of the hub data sets.
         validation_split: number of rows (int) or share (float) to hold out of train when there are no other validation
             rows; None to hold out none. `split.split_rows` says which.
-        split_seed: another seed holds out other rows.
+        split_seed: another seed holds out other rows, and repeats others where weights do.
         max_rows: train on the first so many rows only.
+        reading: downloads, and how many rows may be left out.
     Raises: DataError in one line.
     """
-    tables = _open_set(train, revision)
-    name = _train_name(tables, train)
-    rows, problems = _read(tables[name], train, train, options)
-    own = next((split for split in _VALIDATION_NAMES if split in tables and split != name), None)
+    how = reading or Reading()
+    wanted = [_SetChoice.of(choice, options, revision, subset) for choice in _as_choices(train)]
+    weights = _weights(wanted)
+    parts, held, origin = _open_sets(wanted, validation, how)
+    splitting = not held and validation_split is not None
+    looks = _look([*parts, *held], how, with_keys=splitting)
+    rows = _joined(looks[: len(parts)])
+    held_out = _joined(looks[len(parts) :]) if held else None
+    if splitting and validation_split is not None:
+        keys = [key for look in looks for key in look.keys]
+        kept, chosen = split_rows(keys, validation_split, split_seed)
+        rows, held_out, origin = rows.take(kept), rows.take(chosen), "split"
+    if weights is not None:
+        rows = rows.take(mix(rows.set_numbers, len(parts), weights, split_seed))
+    return LoadedData(
+        train=rows[:max_rows],
+        validation=held_out,
+        problems=[problem for look in looks for problem in look.problems],
+        origin=origin,
+        rows_in=sum(len(part.table) for part in [*parts, *held]),
+        not_cached=list(dict.fromkeys(url for look in looks for url in look.not_cached)),
+    )
+
+
+@dataclass(frozen=True)
+class StreamedData:
+    """What a recipe's section `data` names, for streaming.
+
+    Attributes:
+        train: rows to train on, without an end.
+        validation: rows held out; None when there are none.
+        problems: the rows left out so far: those of the validation set, and those before the last row held out.
+        origin: "validation" (given), "split" (the first rows), or "none".
+    """
+
+    train: RowStream
+    validation: Sequence[Row] | None
+    problems: list[RowProblem]
+    origin: str
+
+
+def stream_data(
+    train: str | Sequence[Mapping[str, Any]],
+    *,
+    options: RowOptions,
+    validation: str | None = None,
+    revision: str | None = None,
+    subset: str | None = None,
+    validation_split: float | None = None,
+    split_seed: int = 0,
+    max_rows: int | None = None,
+    reading: Reading | None = None,
+) -> StreamedData:
+    """Training rows as they come, and validation rows in memory.
+
+    Args:
+        train: as in `load_data`; every set of several needs a weight, which says how often its rows come.
+        options: as in `load_data`.
+        validation: a set that is read whole.
+        revision: of the hub data sets.
+        subset: configuration of the hub data sets.
+        validation_split: where no `validation` is given, so many of the first rows are held out; None for none.
+        split_seed: of the order.
+        max_rows: refused: a stream is stopped by steps.
+        reading: downloads, and how many rows may be left out.
+    Raises: DataError in one line.
+    """
+    how = reading or Reading()
+    wanted = [_SetChoice.of(choice, options, revision, subset) for choice in _as_choices(train)]
+    weights = _weights(wanted) or [1.0]
+    if len(weights) < len(wanted):
+        raise DataError("data.train: with data.streaming each of several sets needs a weight")
+    if max_rows is not None:
+        raise DataError("data.max_rows is for sets that are read whole: with data.streaming set training.max_steps")
+    opened = [open_set(choice.source, choice.revision, choice.subset, streaming=True) for choice in wanted]
+    names = [_train_name(tables, choice.source) for tables, choice in zip(opened, wanted, strict=True)]
+    stream = RowStream(
+        [_records(tables[name], c.source, c, how) for tables, name, c in zip(opened, names, wanted, strict=True)],
+        weights,
+        seed=split_seed,
+        limits=how.limits,
+        download=how.download,
+        max_skipped=how.max_skipped,
+        on_problem=how.on_problem,
+    )
+    problems: list[RowProblem] = []
     if validation is not None:
-        held_out, more = load_rows(validation, options=options, revision=revision)
-        return LoadedData(rows[:max_rows], held_out, problems + more, "validation")
-    if own is not None:
-        held_out, more = _read(tables[own], train, f"{train} ({own})", options)
-        return LoadedData(rows[:max_rows], held_out, problems + more, own)
+        look = _look([_validation_records(replace(wanted[0], source=validation), how)], how, with_keys=False)[0]
+        return StreamedData(stream.without(look.rows), look.rows, look.problems, "validation")
     if validation_split is None:
-        return LoadedData(rows[:max_rows], None, problems, "none")
-    kept, chosen = split_rows([group_keys(row) for row in rows], validation_split, split_seed)
-    return LoadedData(rows.take(kept)[:max_rows], rows.take(chosen), problems, "split")
+        return StreamedData(stream, None, problems, "none")
+    first = list(islice(stream.rows(problems.append, shuffled=False), int(validation_split)))
+    if len({(row.source, row.index) for row in first}) < len(first):
+        raise DataError(f"data.split.validation asks for {len(first)} rows, and the sets have fewer: lower it")
+    return StreamedData(stream.without(first), first, problems, "split")
 
 
-def load_rows(source: str, *, options: RowOptions, revision: str | None = None) -> tuple[Rows, list[RowProblem]]:
+def load_rows(
+    source: str,
+    *,
+    options: RowOptions,
+    revision: str | None = None,
+    subset: str | None = None,
+    reading: Reading | None = None,
+) -> tuple[Rows, list[RowProblem]]:
     """All rows of one set: of its only split, else of its own validation or test split.
 
     Args:
-        source: folder, CSV, JSON, JSONL or Parquet file, or hub id.
-        options: columns, templates and limits.
+        source: folder, file, pattern of shards or hub id.
+        options: shape, columns, templates and limits.
         revision: of a hub data set.
+        subset: configuration of a hub data set.
+        reading: downloads, and how many rows may be left out.
     Raises: DataError in one line.
     """
-    tables = _open_set(source, revision)
-    names = [name for name in _VALIDATION_NAMES if name in tables] if len(tables) > 1 else list(tables)
+    how = reading or Reading()
+    choice = _SetChoice(source, options, None, revision, subset)
+    look = _look([_validation_records(choice, how)], how, with_keys=False)[0]
+    return look.rows, look.problems
+
+
+@dataclass(frozen=True)
+class _SetChoice:
+    """One set of `train`: a source and what holds for it."""
+
+    source: str
+    options: RowOptions
+    weight: float | None
+    revision: str | None
+    subset: str | None
+
+    @classmethod
+    def of(
+        cls, choice: Mapping[str, Any], options: RowOptions, revision: str | None, subset: str | None
+    ) -> "_SetChoice":
+        """A mapping of a recipe with the section's values where it has none of its own."""
+        own = {key: value for key, value in choice.items() if key not in ("source", "weight", "revision", "subset")}
+        return cls(
+            choice["source"],
+            replace(options, **own),
+            choice.get("weight"),
+            choice.get("revision", revision),
+            choice.get("subset", subset),
+        )
+
+
+def _as_choices(train: str | Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """One name as a list of one set."""
+    return [{"source": train}] if isinstance(train, str) else train
+
+
+def _weights(choices: Sequence[_SetChoice]) -> list[float] | None:
+    """The weights of the sets, None when no set has one. Raises: DataError when only some have."""
+    given = [choice.weight for choice in choices if choice.weight is not None]
+    if given and len(given) < len(choices):
+        bare = next(choice.source for choice in choices if choice.weight is None)
+        raise DataError(f"data.train: {bare} has no weight and another set has: give every set a weight, or none")
+    return given or None
+
+
+def _open_sets(
+    wanted: Sequence[_SetChoice], validation: str | None, how: Reading
+) -> tuple[list[RecordSet], list[RecordSet], str]:
+    """The sets to train on, those of validation rows, and where the latter come from.
+
+    There are none of the latter when rows have to be split off, or are not wanted.
+    """
+    opened = [open_set(choice.source, choice.revision, choice.subset) for choice in wanted]
+    names = [_train_name(tables, choice.source) for tables, choice in zip(opened, wanted, strict=True)]
+    parts = [_records(tables[name], c.source, c, how) for tables, name, c in zip(opened, names, wanted, strict=True)]
+    if validation is not None:
+        return parts, [_validation_records(replace(wanted[0], source=validation), how)], "validation"
+    held: list[RecordSet] = []
+    origin = "none"
+    for tables, name, choice in zip(opened, names, wanted, strict=True):
+        own = next((split for split in VALIDATION_NAMES if split in tables and split != name), None)
+        if own is None:
+            return parts, [], "none"
+        origin = own if not held else origin
+        held.append(_records(tables[own], f"{choice.source} ({own})", choice, how))
+    return parts, held, origin
+
+
+def _validation_records(choice: _SetChoice, how: Reading) -> RecordSet:
+    """The only split of a set, else its own validation or test split."""
+    tables = open_set(choice.source, choice.revision, choice.subset)
+    names = [name for name in VALIDATION_NAMES if name in tables] if len(tables) > 1 else list(tables)
     if not names:
         raise DataError(
-            f"{source} has the splits {', '.join(tables)} and none for validation; name a single file instead"
+            f"{choice.source} has the splits {', '.join(tables)} and none for validation; name a single file, or one "
+            f"split: {choice.source}:{next(iter(tables))}"
         )
-    return _read(tables[names[0]], source, source, options)
+    return _records(tables[names[0]], choice.source, choice, how)
 
 
-def _read(table: datasets.Dataset, location: str, source: str, options: RowOptions) -> tuple[Rows, list[RowProblem]]:
-    """Goes through all records once: rows that can be used, problems of those that cannot.
-
-    Args:
-        table: the records.
-        location: what the user named, for image paths.
-        source: what errors and rows call the set.
-        options: columns, templates and limits.
-    Raises: DataError for a column that is missing, no usable row, or more problems than `MAX_PROBLEM_SHARE`.
-    """
-    columns = _column_map(table, location, source, options)
-    columns.check(table.column_names)
-    table = table.select_columns(list(columns.columns))
-    if columns.images is not None and (kind := _undecoded(table.features[columns.images])) is not None:
-        with _without_progress_bars():
-            table = table.cast_column(columns.images, kind)
-    usable: list[int] = []
-    problems: list[RowProblem] = []
-    for number, record in enumerate(_records(table, location)):
-        try:
-            check_images(columns.row(record, number), options.max_pixels)
-            usable.append(number)
-        except UnusableRecord as error:
-            problems.append(RowProblem(number, error.reason_code, str(error), source))
-    if not usable or len(problems) > MAX_PROBLEM_SHARE * len(table):
-        raise DataError(describe_problems(problems, len(table), source) + _advice(len(table)))
-    if problems:
-        _logger.warning("%s", describe_problems(problems, len(table), source))
-    return Rows(table, columns, usable), problems
-
-
-def describe_problems(problems: Sequence[RowProblem], total: int, source: str) -> str:
-    """One line: how many rows are left out, why, and the first three.
-
-    Example: "shop.csv: 2 of 40 rows cannot be used (2 missing_value): row 3: column 'title' is empty; row 9: ...".
-    """
-    if not total:
-        return f"{source} has no rows"
-    reasons = ", ".join(f"{count} {code}" for code, count in Counter(p.reason_code for p in problems).most_common())
-    first = "; ".join(f"row {problem.row}: {problem.message}" for problem in problems[:3])
-    return f"{source}: {len(problems)} of {total} rows cannot be used ({reasons}): {first}"
-
-
-def _advice(total: int) -> str:
-    """The way out of too many problems."""
-    return (
-        f"; at most {MAX_PROBLEM_SHARE:.0%} may be left out: mend the data, or the columns in the recipe"
-        if total
-        else ""
-    )
-
-
-def _column_map(table: datasets.Dataset, location: str, source: str, options: RowOptions) -> ColumnMap:
-    """The options as a column map, with what the types of the columns say."""
-    root, features = options.image_root, table.features
-    if root is None:
-        place = Path(location)
-        root = str(place if place.is_dir() else place.parent) if place.exists() else HF_HUB_CACHE
-    return ColumnMap(
-        source=source,
-        images=options.images,
-        prompt=Template(options.prompt, "prompt"),
-        answer=Template(options.answer, "answer"),
-        system=None if options.system is None else Template(options.system, "system"),
-        root=root,
-        confined=not options.allow_outside_root,
-        labels={name: kind.names for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)},
-        single_floats=frozenset(
-            name for name, kind in features.items() if getattr(kind, "dtype", None) in ("float32", "float16")
-        ),
-    )
-
-
-def _undecoded(feature: Any) -> Any:
-    """A column type whose images stay files or bytes, also inside lists; None for a type that decodes nothing.
-
-    Example: Image() -> Image(decode=False), List(Image()) -> List(Image(decode=False)), Value("string") -> None.
-    """
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(decode=False)
-    if isinstance(feature, datasets.List) and (inner := _undecoded(feature.feature)) is not None:
-        return datasets.List(inner, length=feature.length)
-    return None
-
-
-def _train_name(tables: dict[str, datasets.Dataset], source: str) -> str:
+def _train_name(tables: Mapping[str, OpenedTable], source: str) -> str:
     """The split to train on: `train`, or the only one."""
     if "train" in tables or len(tables) == 1:
         return "train" if "train" in tables else next(iter(tables))
-    raise DataError(f"{source} has the splits {', '.join(tables)} and no train; name a single file instead")
+    raise DataError(
+        f"{source} has the splits {', '.join(tables)} and no train; name one: {source}:{next(iter(tables))}"
+    )
 
 
-def _open_set(source: str, revision: str | None) -> dict[str, datasets.Dataset]:
-    """The splits of a set, through `datasets`. Raises: DataError for whatever `datasets` raises."""
-    path = Path(source)
-    if revision is not None and path.exists():
-        _logger.warning("data.revision %s is ignored: %s is a local file or folder", revision, source)
-    try:
-        with _without_progress_bars():
-            if path.is_file():
-                return _open_file(path)
-            if path.is_dir():
-                return _open_folder(path)
-        if path.is_absolute() or source.startswith((".", "~")) or path.suffix.lower() in _BUILDERS:
-            raise DataError(
-                f"data set {source} does not exist (looked in {Path.cwd()}): relative paths count from the folder in "
-                "which phi3v is started"
-            )
-        return dict(datasets.load_dataset(source, revision=revision))
-    except DataError:
-        raise
-    except Exception as error:  # readers of many formats, each with exceptions of its own
-        where = "" if path.exists() else "; it is no file or folder here, and was looked for on the hub"
-        raise DataError(f"data set {source} cannot be read: {_fault(path, error)}{where}") from error
+def _records(opened: OpenedTable, source: str, choice: _SetChoice, how: Reading) -> RecordSet:
+    """A split with the map that makes rows of it. Raises: DataError for columns that are not there."""
+    options = choice.options
+    cells = Cells(
+        images=options.images,
+        root=opened.root if options.image_root is None else options.image_root,
+        confined=not options.allow_outside_root,
+        labels=opened.labels,
+        single_floats=opened.single_floats,
+        cache=how.cache,
+    )
+    columns = record_map(opened.table.column_names, options, source, cells)
+    columns.check(opened.table.column_names)
+    return RecordSet(opened.table, columns, choice.source, options.max_pixels)
 
 
-def _open_folder(path: Path) -> dict[str, datasets.Dataset]:
-    """A folder of images or data files, or one that `save_to_disk` of `datasets` wrote."""
-    if (path / "dataset_dict.json").is_file():
-        return dict(datasets.DatasetDict.load_from_disk(path))
-    if (path / "state.json").is_file():
-        return {"train": datasets.Dataset.load_from_disk(path)}
-    return dict(datasets.load_dataset(str(path.resolve())))  # a relative "csv" would name a reader instead
+def _look(parts: Sequence[RecordSet], how: Reading, *, with_keys: bool) -> list[FirstLook]:
+    """The first look at some sets, after the download of their images.
+
+    Raises: DataError when too many rows of a set are left out.
+    """
+    looks = [read_rows(part, with_keys=with_keys) for part in parts]
+    missing = list(dict.fromkeys(url for look in looks for url in look.not_cached))
+    if missing and how.cache is not None and how.download:
+        summary = fetch_images(missing, how.cache, how.limits, on_progress=how.on_fetch)
+        looks = [look_again(look, summary.failures) for look in looks]
+    elif missing:
+        looks = [replace(look, records=look.records.waiting_for_downloads()) for look in looks]
+    for look in looks:
+        source, total = look.records.map.source, len(look.records.table)
+        refuse_problems(look.problems, total, source, max_skipped=how.max_skipped, on_problem=how.on_problem)
+        if look.problems:
+            _logger.warning("%s", describe_problems(look.problems, total, source))
+    return looks
 
 
-def _open_file(path: Path) -> dict[str, datasets.Dataset]:
-    """One file as the split `train`."""
-    builder = _BUILDERS.get(path.suffix.lower())
-    if builder is None:
-        raise DataError(f"data file {path} ends in none of {', '.join(_BUILDERS)}; convert it or rename it")
-    extra: dict[str, Any] = {}
-    if builder == "csv":
-        extra = {"sep": "\t" if path.suffix.lower() == ".tsv" else ","}
-        header = datasets.load_dataset(builder, data_files=str(path), split="train", nrows=1, **extra)
-        texts = datasets.Features({column: datasets.Value("string") for column in header.column_names})
-        extra |= {"features": texts, "keep_default_na": False, "na_values": [""]}
-    return {"train": datasets.load_dataset(builder, data_files=str(path), split="train", **extra)}
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """No bars of `datasets` for what takes a moment, local files; hub downloads keep theirs."""
-    were_on = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if were_on:
-            datasets.enable_progress_bars()
-
-
-def _records(table: datasets.Dataset, location: str) -> Iterator[dict[str, Any]]:
-    """The records of a table. Raises: DataError for bytes that are no UTF-8, which JSON readers find only here."""
-    try:
-        yield from table
-    except UnicodeDecodeError as error:
-        raise DataError(f"data set {location} cannot be read: {_fault(Path(location), error)}") from error
-
-
-def _fault(path: Path, error: BaseException) -> str:
-    """What is wrong: what the lines of the file show, else what the reader said."""
-    return (find_fault(path) if path.is_file() else None) or _reason(error)
-
-
-def _reason(error: BaseException) -> str:
-    """The first message in a chain of exceptions that says more than "an error occurred", on one line."""
-    while isinstance(error, datasets.exceptions.DatasetGenerationError) and (error.__cause__ or error.__context__):
-        error = error.__cause__ or error.__context__
-    text = " ".join(str(error).split())[:300] or type(error).__name__
-    if text.endswith("corresponds to no data!"):
-        return "it has no rows"
-    if "Error tokenizing data" in text:
-        return f"{text.removesuffix('.')}: put quotes around a cell that holds the separator"
-    return re.sub(r" in row \d+$", "", text)  # a row of the reader's block, not of the file
+def _joined(looks: Sequence[FirstLook]) -> Rows:
+    """The rows of several sets, one after the other."""
+    rows = looks[0].rows
+    for look in looks[1:]:
+        rows = rows + look.rows
+    return rows

@@ -89,10 +89,10 @@ def cell_text(value: Any) -> str | None:
 
     A whole float loses its ".0" because one empty cell turns a column of ints into floats, which must not change the
     other rows. CSV cells arrive here as the text of the file: 007, 19.90 and NA stay.
-    Raises: TypeError for lists, mappings and bytes, which no template can show.
+    Raises: TypeError for lists, mappings and bytes, which no template can show, and for text that is no text.
     """
     if value is None or isinstance(value, str):
-        return value if value and value.strip() else None
+        return whole_text(value) if value and value.strip() else None
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int):
@@ -102,6 +102,21 @@ def cell_text(value: Any) -> str | None:
     if isinstance(value, date | datetime | time | Decimal):
         return str(value)
     raise TypeError(f"holds a {type(value).__name__}, which a template cannot show")
+
+
+def whole_text(text: str) -> str:
+    """The text itself, when it can be written as UTF-8.
+
+    Example: JSON's "\\ud83d" is the first half of an emoji whose second half was cut off: a lone surrogate.
+    Raises: TypeError for one that holds a lone surrogate, which no tokenizer reads.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TypeError(
+            f"holds half a character, a lone surrogate, at place {error.start}: the text was cut or escaped wrongly"
+        ) from error
+    return text
 
 
 def _number(value: float) -> str | None:

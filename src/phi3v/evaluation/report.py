@@ -7,7 +7,6 @@ where its files lie is not known here: `run_folder` writes the text that `render
 
 from __future__ import annotations
 
-import base64
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,9 +20,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
+from phi3v.data.data_uri import photo_uri
 from phi3v.evaluation.figures import counted, duration, interval, percent, short_number
 
-PHOTO_SIDE = 360  # pixels; sharp enough for two columns on a phone, about 20 kB a photo
 TRAIN_COLOUR, EVALUATION_COLOUR, AXIS_COLOUR = "#3b7dd8", "#d9822b", "#8a8f98"  # readable on white and on black
 
 
@@ -126,12 +125,3 @@ def loss_curve_svg(train: Sequence[tuple[float, float]], evaluation: Sequence[tu
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     return svg.replace("<svg", '<svg role="img" aria-label="loss over the optimiser steps"', 1)
-
-
-def photo_uri(photo: Image.Image, side: int = PHOTO_SIDE) -> str:
-    """A photo as a JPEG data URI, its longer side at most `side` pixels; the photo itself is not changed."""
-    small = photo.convert("RGB")
-    small.thumbnail((side, side))
-    buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -15,13 +15,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from phi3v.data.address_guard import shorten
 from phi3v.data.columns import RowOptions
+from phi3v.data.rows import Rows
 from phi3v.data.schema import Row, RowProblem
-from phi3v.data.sources import load_data, load_rows
+from phi3v.data.sources import LoadedData, Reading, StreamedData, load_data, load_rows, stream_data
 from phi3v.errors import ConfigError
 from phi3v.evaluation.answers import Answers, answer_rows
 from phi3v.evaluation.metrics import AnswerTemplate, Scores, Share, majority_answer, majority_fields, score_answers
-from phi3v.loading import base_weights, has_adapter, load_target
+from phi3v.first_look import survey_options, survey_rows
+from phi3v.loading import base_weights, has_adapter, load_processor, load_target
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.targets import Target, resolve_target
@@ -154,19 +157,25 @@ def held_out_rows(place: Target, data: str | Path | None, rows: int | None) -> H
     else:
         recipe, own_data = _recipe_of(place), data is None
     options = RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels)
+    reading = Reading.of(**recipe.data.reading_options)
+    processor = load_processor(place.name, **recipe.image.processor_options)
     if own_data:
-        loaded = load_data(options=options, **recipe.data.load_options)
+        load: Callable[..., LoadedData | StreamedData] = stream_data if recipe.data.streaming else load_data
+        loaded = load(options=options, reading=reading, **recipe.data.load_options)
         if loaded.validation is None:
             raise ConfigError(
                 "the recipe holds out no rows (data.validation and data.split are null): name rows with --data"
             )
         found: Sequence[Row] = loaded.validation
-        problems, name = loaded.problems, recipe.data.validation or f"{recipe.data.train} ({loaded.origin})"
+        problems, name = loaded.problems, recipe.data.validation or f"{recipe.data.train_name} ({loaded.origin})"
     else:
-        found, problems = load_rows(str(data), options=options)
+        found, problems = load_rows(str(data), options=options, reading=reading)
         name = str(data)
     limit = rows if rows is not None else recipe.evaluation.rows
-    return HeldOut(found if limit is None else found[:limit], problems, name, recipe)
+    chosen = found if limit is None else found[:limit]
+    looked = survey_rows(chosen, processor, survey_options(recipe, None, decode=True, hashes=False))
+    sound = chosen.take(looked.kept) if isinstance(chosen, Rows) else [chosen[place] for place in looked.kept]
+    return HeldOut(sound, [*problems, *looked.problems], name, recipe)
 
 
 def _recipe_of(place: Target) -> Recipe:
@@ -191,7 +200,7 @@ def answer_options(recipe: Recipe) -> dict[str, int]:
 def load_options(recipe: Recipe) -> dict[str, Any]:
     """The arguments of `load_target` that a recipe holds: crops, dtype, device, attention, 4-bit."""
     return {
-        "num_crops": recipe.image.num_crops,
+        **recipe.image.processor_options,
         "dtype": recipe.model.dtype,
         "device": recipe.model.device,
         "attn_implementation": recipe.model.attn_implementation,
@@ -278,7 +287,7 @@ def prediction_rows(
             {
                 "row": row.index,
                 "source": row.source,
-                "images": [image.path for image in row.images],
+                "images": [shorten(image.url) if image.url else image.path for image in row.images],
                 "question": row.question,
                 **texts,
                 "right": tuned[position].strip() == row.answer.strip(),

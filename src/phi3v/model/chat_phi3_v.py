@@ -143,6 +143,18 @@ def drop_guards(tokenizer: Tokenizer) -> None:
     tokenizer.normalizer = step if normalizer is None else normalizers.Sequence([step, normalizer])
 
 
+def forget_texts(tokenizer: Tokenizer) -> None:
+    """Lets a tokenizer remember 100 pieces of text instead of 10,000.
+
+    Phi-3's cuts a prompt at control tokens alone, so the pieces are whole messages, which never come again: remembering
+    them costs a third of the time and 3 kB for each new row.
+    """
+    resize = getattr(tokenizer.model, "_resize_cache", None)
+    if resize is not None:
+        resize(100)
+        tokenizer.model._clear_cache()
+
+
 def restore_normalizer(file: Path) -> None:
     """Takes the step of `drop_guards` out of a saved `tokenizer.json`: other programs find the original pipeline."""
     saved = json.loads(file.read_text(encoding="utf-8"))

@@ -1,9 +1,9 @@
 """Pixels for Phi-3-V: one image becomes a view of the whole and up to `num_crops` crops of 336 x 336.
 
 In: PIL images, arrays, paths or URLs, as transformers takes them. Out: `pixel_values`, `image_sizes`, `num_img_tokens`.
-Decoding and resizing are PIL's, bit for bit what the original did; the whole view is torch's bicubic on the normalised
-canvas. No torchvision. What an image file means (EXIF rotation, alpha, depth) is decided where images are opened: a PIL
-image is taken as it is, `convert("RGB")` and nothing else.
+Resizing is PIL's, bit for bit what the original did, unless `fast` is set (see `pixels_phi3_v`). No torchvision. What
+an image file means (EXIF rotation, alpha, depth) is decided where images are opened: a PIL image is taken as it is,
+`convert("RGB")` and nothing else.
 
 Shape letters: N images, K crop slots (1 + crops), C 3 channels, H and W 336 unless a line says canvas.
 """
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn.functional import interpolate
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
@@ -28,7 +27,9 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
 from phi3v.errors import ImageError
-from phi3v.image_tokens import CROP_SIZE, crop_grid, grid_tokens, num_image_tokens, resized_size
+from phi3v.image_tokens import CROP_SIZE, crop_grid, grid_tokens, num_image_tokens
+
+from .pixels_phi3_v import draw_canvas, fill_crops, image_size
 
 
 class Phi3VImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -38,10 +39,12 @@ class Phi3VImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call
         num_crops: The most crops an image is cut into: 16 for Phi-3-vision, 4 for Phi-3.5-vision, 1 when not said.
         pad_crops: True pads every image to `num_crops` + 1 crop slots with zeros, as the original; False only to the
             largest grid of the call, which is all the model needs.
+        fast: True resizes with torch, in a third of the time; crops then differ by at most one grey level.
     """
 
     num_crops: int | None
     pad_crops: bool | None
+    fast: bool | None
 
 
 class Phi3VImageProcessor(PilBackend):
@@ -60,6 +63,7 @@ class Phi3VImageProcessor(PilBackend):
     image_std = OPENAI_CLIP_STD
     num_crops = 1
     pad_crops = True
+    fast = False
 
     def __init__(self, **kwargs: Unpack[Phi3VImageProcessorKwargs]) -> None:
         """Takes the keys of Microsoft's `preprocessor_config.json` too.
@@ -82,15 +86,18 @@ class Phi3VImageProcessor(PilBackend):
     def calc_num_image_tokens(self, images: ImageInput) -> list[int]:
         """Image tokens of each image, at this processor's `num_crops`, without making pixels."""
         prepared = self._prepare_image_like_inputs(images)
-        return [num_image_tokens(image.width, image.height, self.num_crops) for image in prepared]
+        return [num_image_tokens(*image_size(image), self.num_crops) for image in prepared]
 
     def process_image(
         self, image: ImageInput, input_data_format: str | ChannelDimension | None = None, **kwargs: Any
-    ) -> Image.Image:
-        """One PIL image, array or tensor as an RGB PIL image; PIL's own rules decide about modes.
+    ) -> Image.Image | np.ndarray:
+        """One PIL image, array or tensor as an RGB image; PIL's own rules decide about modes.
 
         Arrays and tensors are uint8, [height, width], [height, width, channels] or [channels, height, width] with 1, 3
         or 4 channels; the layout is inferred when `input_data_format` does not say it.
+
+        Returns:
+            A PIL image, or what was an RGB array as [height, width, 3].
 
         Raises:
             ImageError: The array is not uint8 or has another shape.
@@ -107,6 +114,8 @@ class Phi3VImageProcessor(PilBackend):
                 raise ImageError(f"an image array of shape {list(pixels.shape)} has no axis of 1, 3 or 4 channels")
             layout = input_data_format or infer_channel_dimension_format(pixels, num_channels=(1, 3, 4))
             pixels = np.moveaxis(pixels, 0, -1) if ChannelDimension(layout) is ChannelDimension.FIRST else pixels
+            if pixels.shape[-1] == 3:
+                return pixels
             pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
         elif pixels.ndim != 2:
             raise ImageError(f"an image array must have 2 or 3 axes, not shape {list(pixels.shape)}")
@@ -150,9 +159,10 @@ class Phi3VImageProcessor(PilBackend):
 
     def _preprocess(
         self,
-        images: list[Image.Image],
+        images: list[Image.Image | np.ndarray],
         num_crops: int,
         pad_crops: bool,
+        fast: bool,
         image_mean: tuple[float, ...],
         image_std: tuple[float, ...],
         return_tensors: str | TensorType | None = None,
@@ -164,47 +174,20 @@ class Phi3VImageProcessor(PilBackend):
             `pixel_values` float32 [N, K, 3, 336, 336]: view of the whole, crops row by row, then zeros. `image_sizes`
             int64 [N, 2]: height and width of the canvas in pixels. `num_img_tokens` int64 [N].
         """
-        grids = [crop_grid(*image.size, num_crops) for image in images]
+        grids = [crop_grid(*image_size(image), num_crops) for image in images]
         slots = 1 + (num_crops if pad_crops else max(rows * columns for rows, columns in grids))
         mean = torch.tensor(image_mean, dtype=torch.float32).view(3, 1, 1)
         std = torch.tensor(image_std, dtype=torch.float32).view(3, 1, 1)
-        pixel_values_NKCHW = torch.zeros(len(images), slots, 3, CROP_SIZE, CROP_SIZE)
+        pixel_values_NKCHW = torch.empty(len(images), slots, 3, CROP_SIZE, CROP_SIZE)
         for image, (rows, columns), crops_KCHW in zip(images, grids, pixel_values_NKCHW, strict=True):
-            canvas_HWC = torch.from_numpy(draw_canvas(image, num_crops))
-            canvas_CHW = torch.empty(3, *canvas_HWC.shape[:2]).copy_(canvas_HWC.permute(2, 0, 1))
-            # In this order and in place: the original's arithmetic, to the last bit.
-            canvas_CHW.div_(255).sub_(mean).div_(std)
-            crops_KCHW[:1] = interpolate(canvas_CHW[None], size=CROP_SIZE, mode="bicubic", align_corners=False)
-            tiles = canvas_CHW.view(3, rows, CROP_SIZE, columns, CROP_SIZE).permute(1, 3, 0, 2, 4)
-            crops_KCHW[1 : 1 + rows * columns].view(rows, columns, 3, CROP_SIZE, CROP_SIZE).copy_(tiles)
+            fill_crops(crops_KCHW, draw_canvas(image, num_crops, fast).transpose(2, 0, 1), mean, std)
+            crops_KCHW[1 + rows * columns :].zero_()
         data = {
             "pixel_values": pixel_values_NKCHW.numpy(),
             "image_sizes": np.array(grids, dtype=np.int64) * CROP_SIZE,
             "num_img_tokens": np.array([grid_tokens(*grid) for grid in grids], dtype=np.int64),
         }
         return BatchFeature(data=data, tensor_type=return_tensors)
-
-
-def draw_canvas(image: Image.Image, num_crops: int) -> np.ndarray:
-    """Resizes an RGB image and centres it on white: uint8 [canvas height, canvas width, 3], both multiples of 336.
-
-    Example: 1000 x 300 pixels at 16 crops are resized to 2016 x 604 and drawn at rows 34..637 of a [672, 2016, 3]
-    canvas; of an odd number of white rows the bottom (for portrait images the right side) gets one more.
-    """
-    width, height = image.size
-    longer, shorter = resized_size(width, height, num_crops)
-    rows, columns = crop_grid(width, height, num_crops)
-    canvas = np.full((rows * CROP_SIZE, columns * CROP_SIZE, 3), 255, dtype=np.uint8)
-    if width < height:
-        # The original transposes portrait images before and after. PIL filters along the width first and rounds to 8
-        # bits in between, so filtering along the height first gives the same bytes without moving the image around.
-        tall = image.resize((width, longer), Image.Resampling.BILINEAR)
-        left = (canvas.shape[1] - shorter) // 2
-        canvas[:, left : left + shorter] = np.asarray(tall.resize((shorter, longer), Image.Resampling.BILINEAR))
-    else:
-        top = (canvas.shape[0] - shorter) // 2
-        canvas[top : top + shorter] = np.asarray(image.resize((longer, shorter), Image.Resampling.BILINEAR))
-    return canvas
 
 
 def _leaves(images: Any) -> Iterator[Any]:

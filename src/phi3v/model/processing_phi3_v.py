@@ -28,6 +28,7 @@ from .chat_phi3_v import (
     TextGuard,
     choose_template,
     drop_guards,
+    forget_texts,
     prepare_conversation,
     restore_normalizer,
 )
@@ -79,6 +80,7 @@ class Phi3VProcessor(ProcessorMixin):
         if tokenizer.convert_ids_to_tokens(self.image_token_id) != image_token:
             raise ValueError(f"the tokenizer has no token {image_token}: this is not a tokenizer of Phi-3-V")
         drop_guards(tokenizer.backend_tokenizer)
+        forget_texts(tokenizer.backend_tokenizer)
 
     @property
     def stop_token_ids(self) -> list[int]:

@@ -48,6 +48,7 @@ def training_arguments(
         "save_strategy": "steps" if "save_steps" in options else "epoch",
         "save_total_limit": 2,
         "eval_strategy": ("steps" if "eval_steps" in options else "epoch") if validated else "no",
+        **(_of_streams(training.max_steps or 1, validated) if recipe.data.streaming else {}),
         # re-entrant checkpointing below a frozen embedding gives no gradient at all
         **_today({"gradient_checkpointing_kwargs": {"use_reentrant": False}}),
     }
@@ -76,6 +77,22 @@ def training_arguments(
         raise ConfigError(f"training: {first_line(error)}") from error
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs in one process would be torch's DataParallel
     return arguments
+
+
+def _of_streams(steps: int, validated: bool) -> dict[str, Any]:
+    """Defaults for an endless stream: there are no epochs to save after, and a resumed run skips for itself.
+
+    Example: 200 steps -> saved and validated every 20.
+    """
+    tenth = max(1, steps // 10)
+    return {
+        "save_strategy": "steps",
+        "save_steps": tenth,
+        "eval_strategy": "steps" if validated else "no",
+        "eval_steps": tenth,
+        "ignore_data_skip": True,
+        "accelerator_config": {"dispatch_batches": False},
+    }
 
 
 def _today(options: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from transformers import TrainerCallback
 
 from phi3v.errors import TrainingError
+from phi3v.first_look import RowUse
 from phi3v.run_folder import RunFolder
 from phi3v.tuning import TrainableReport
 
@@ -22,17 +23,19 @@ class TrainingEvent:
 
     Attributes:
         kind: "start" (with `trainable`), "step" (after each optimiser step), "metrics" (losses were logged),
-            "features" (images go through the frozen tower in advance), "end", or "answers" (held-out rows).
+            "look" (images are downloaded, rows are looked at), "rows" (with `rows`), "features" (images go through the
+            frozen tower in advance), "end", or "answers" (held-out rows).
         step: steps done.
-        total: steps of the whole run; for "features" and "answers" `step` and `total` count rows.
+        total: steps of the whole run; for "look", "features" and "answers" `step` and `total` count rows or addresses.
         seconds_left: an estimate, None until there is one.
         metrics: what was logged, `{"loss": 1.2, "learning_rate": 0.0002, "epoch": 0.5}` for instance.
         trainable: what trains, at the start.
         resumed_from: step of the checkpoint that the run goes on from, at the start.
-        stage: whose answers, for "answers": "base answers" or "tuned answers".
+        stage: whose answers, for "answers": "base answers" or "tuned answers"; which rows, for "look".
+        rows: how many rows the run uses, for "rows".
     """
 
-    kind: Literal["start", "features", "step", "metrics", "end", "answers"]
+    kind: Literal["start", "look", "rows", "features", "step", "metrics", "end", "answers"]
     step: int
     total: int
     seconds_left: float | None = None
@@ -40,6 +43,7 @@ class TrainingEvent:
     trainable: TrainableReport | None = None
     resumed_from: int | None = None
     stage: str = ""
+    rows: RowUse | None = None
 
 
 Watcher = Callable[[TrainingEvent], None]

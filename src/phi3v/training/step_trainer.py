@@ -28,6 +28,17 @@ class StepTrainer(Trainer):
         samples = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         return WholeSteps(len(dataset), samples, self.args.seed)
 
+    def get_train_dataloader(self) -> Any:
+        """The Trainer's loader; that of a stream draws its seed apart from the random state that a checkpoint keeps.
+
+        A resumed run sets that state first and makes its loader then, which would draw from it once more.
+        """
+        loader = super().get_train_dataloader()
+        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+            inner = getattr(loader, "base_dataloader", loader)  # accelerate puts its own around torch's
+            inner.generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of one step and the number of their trained tokens.
 

@@ -7,7 +7,6 @@ newest complete checkpoint, or says that the run is finished. It prints nothing:
 
 import gc
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +15,10 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from phi3v.data.collate import Collator
-from phi3v.data.columns import RowOptions
-from phi3v.data.encode import EncodedRows
-from phi3v.data.schema import Row
-from phi3v.data.sources import LoadedData, load_data
+from phi3v.data.sources import LoadedData, StreamedData
 from phi3v.errors import DataError, DeviceError, TrainingError
 from phi3v.evaluation.run import evaluate
+from phi3v.first_look import RowUse
 from phi3v.loading import load_base, load_processor, resolve_device, resolve_dtype
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
@@ -34,12 +31,11 @@ from phi3v.training.callbacks import (
     Watcher,
 )
 from phi3v.training.checkpoints import checkpoint_step, newest_checkpoint
-from phi3v.training.feature_cache import CollateFeatures, keep_features
+from phi3v.training.feature_cache import CollateFeatures
+from phi3v.training.samples import make_samples, read_data
 from phi3v.training.step_trainer import StepTrainer
 from phi3v.training.trackers import tracker_callbacks
 from phi3v.tuning import TrainableReport, attach_lora, freeze, lora_config, trainable_report
-
-FEATURE_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -111,23 +107,30 @@ def _tune(recipe: Recipe, run: RunFolder, watch: Watcher) -> RunResult:
     """Trains from the start or from the newest checkpoint, and writes the tuned weights."""
     device = _training_device(recipe.model.device)
     set_seed(recipe.training.seed)
-    processor = load_processor(recipe.model.name, num_crops=recipe.image.num_crops, revision=recipe.model.revision)
-    options = RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels)
-    data = load_data(options=options, **recipe.data.load_options)
+    processor = load_processor(recipe.model.name, revision=recipe.model.revision, **recipe.image.processor_options)
+    data = _usable_data(recipe, run, processor, watch)
     model, autocast = _prepare_model(recipe, device)
     report = trainable_report(model)
     _refuse_idle_training(report, data)
-    train_rows, eval_rows = _datasets(recipe, data, processor, model, watch)
+    checkpoint = newest_checkpoint(run.checkpoints)
+    train_samples, eval_samples = make_samples(
+        recipe,
+        run,
+        data,
+        processor,
+        model,
+        steps_done=checkpoint_step(checkpoint) if checkpoint else 0,
+        on_features=lambda done, total: watch(TrainingEvent("features", done, total)),
+    )
     trainer = StepTrainer(
         model=model,
         args=training_arguments(recipe, run, device=device, autocast=autocast, validated=bool(data.validation)),
         data_collator=CollateFeatures(Collator(processor.tokenizer.pad_token_id, padding_side="right")),
-        train_dataset=train_rows,
-        eval_dataset=eval_rows if data.validation else None,
+        train_dataset=train_samples,
+        eval_dataset=eval_samples if data.validation else None,
         callbacks=_callbacks(recipe, run, report, watch),
     )
     trainer.remove_callback(PrinterCallback)
-    checkpoint = newest_checkpoint(run.checkpoints)
     run.keep_metrics(checkpoint_step(checkpoint) if checkpoint else -1)
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -142,6 +145,18 @@ def _tune(recipe: Recipe, run: RunFolder, watch: Watcher) -> RunResult:
         held_out=len(data.validation or []),
         resumed_from=checkpoint_step(checkpoint) if checkpoint else None,
     )
+
+
+def _usable_data(recipe: Recipe, run: RunFolder, processor: Any, watch: Watcher) -> LoadedData | StreamedData:
+    """The rows of the run; those that are left out are written down, each with its reason."""
+
+    def tell(stage: str, done: int, total: int) -> None:
+        watch(TrainingEvent("look", done, total, stage=stage))
+
+    data = read_data(recipe, run, processor, tell)
+    if isinstance(data, LoadedData):
+        watch(TrainingEvent("rows", 0, 0, rows=RowUse.of(data)))
+    return data
 
 
 def _release_memory() -> None:
@@ -192,38 +207,13 @@ def _prepare_model(recipe: Recipe, device: torch.device) -> tuple[Any, torch.dty
     return model, None if compute == torch.float32 else compute
 
 
-def _refuse_idle_training(report: TrainableReport, data: LoadedData) -> None:
+def _refuse_idle_training(report: TrainableReport, data: LoadedData | StreamedData) -> None:
     """TrainingError or DataError when there is nothing to train, or nothing to train on."""
     if report.trainable == 0:
         raise TrainingError("nothing trains: the recipe's lora and vision sections leave no weight to tune")
-    if not len(data.train):
+    if not isinstance(data, StreamedData) and not len(data.train):
         first = f"; the first problem is {data.problems[0]}" if data.problems else ""
         raise DataError(f"data.train has no usable row{first}")
-
-
-def _datasets(
-    recipe: Recipe, data: LoadedData, processor: Any, model: Any, watch: Watcher
-) -> tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]]:
-    """Training and validation examples, with their image features kept where the recipe asks for it."""
-    longest = recipe.data.max_length or model.config.max_position_embeddings
-    sources: list[Sequence[Row]] = [data.train, data.validation or []]
-    parts: list[Any] = [
-        EncodedRows(rows, processor, max_length=longest, max_pixels=recipe.image.max_pixels) for rows in sources
-    ]
-    if not any(label != -100 for label in parts[0][0]["labels"].tolist()):
-        raise TrainingError("the first row has no trained token: its answer is empty, see data.answer")
-    frozen = recipe.vision.tower == recipe.vision.projector == "frozen"
-    if recipe.vision.cache is None or not frozen:
-        return parts[0], parts[1]
-    total, base = sum(map(len, parts)), model.get_base_model() if recipe.lora is not None else model
-    done = 0
-
-    def tell(row: int) -> None:
-        watch(TrainingEvent("features", done + row, total))
-
-    train_rows = keep_features(parts[0], base, limit_bytes=FEATURE_BYTES, on_row=tell)
-    done = len(parts[0])
-    return train_rows, keep_features(parts[1], base, limit_bytes=FEATURE_BYTES, on_row=tell)
 
 
 def _callbacks(recipe: Recipe, run: RunFolder, report: TrainableReport, watch: Watcher) -> list[TrainerCallback]:

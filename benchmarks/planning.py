@@ -1,0 +1,59 @@
+"""How many rows a second are planned: image, text and trained tokens from JPEG headers and text, nothing decoded.
+
+    python benchmarks/planning.py [--rows 2000] [--model FOLDER]
+
+Paints JPEGs of many sizes into a temporary folder, plans them five times on one thread and prints the fastest.
+"""
+
+import argparse
+import os
+import random
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from PIL import Image
+
+from phi3v.data.lengths import row_lengths
+from phi3v.data.schema import ImagePart, ImageRef, Message, Row, TextPart
+from phi3v.loading import load_processor
+
+TINY = Path(__file__).resolve().parents[1] / "src" / "phi3v" / "demo" / "tiny"
+
+
+def make_rows(folder: Path, count: int) -> list[Row]:
+    """Product photos with a question and an answer each, as a recipe's templates make them."""
+    dice, rows = random.Random(0), []
+    for index in range(count):
+        size = (dice.randrange(300, 1600), dice.randrange(300, 1600))
+        Image.new("RGB", size, (index % 256, 90, 120)).save(folder / f"{index}.jpg")
+        question = Message("user", (ImagePart(0), TextPart("What is shown in this image?")))
+        answer = f"Product: Check Wool Scarf {index}, Category: SCARF, Full Price: {dice.randrange(1000)}"
+        image = ImageRef(f"{index}.jpg", root=str(folder), confined=True)
+        rows.append(Row((question, Message("assistant", (TextPart(answer),))), (image,), {}, "shop.csv", index))
+    return rows
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--model", default=str(TINY))
+    chosen = parser.parse_args()
+    processor = load_processor(chosen.model)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = make_rows(Path(folder), chosen.rows)
+        seconds, cpu_seconds, tokens = [], [], 0
+        for _ in range(5):
+            began, cpu_began = time.perf_counter(), time.process_time()
+            tokens = sum(length.total for length in row_lengths(rows, processor))
+            seconds.append(time.perf_counter() - began)
+            cpu_seconds.append(time.process_time() - cpu_began)
+    print(f"{chosen.rows} rows, {tokens:,} tokens, one thread, the fastest of five:")
+    print(f"{chosen.rows / min(seconds):,.0f} rows/s, {chosen.rows / min(cpu_seconds):,.0f} rows a second of CPU time")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""What the commands share as typed: how their help looks, the options that all of them take, words of key=value."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+
+class Command(TyperCommand):
+    """A command whose help shows arguments as they are typed: `phi3v train RECIPE [key=value ...]`."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """What stands behind the name of the command in the usage line."""
+        return [*(words for words, _ in self._arguments(ctx)), "[OPTIONS]"]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Arguments by their names alone, options as typer shows them."""
+        options = [param.get_help_record(ctx) for param in self.get_params(ctx) if param.param_type_name == "option"]
+        for title, lines in (("Arguments", self._arguments(ctx)), ("Options", [line for line in options if line])):
+            if lines:
+                with formatter.section(title):
+                    formatter.write_dl(lines)
+
+    def _arguments(self, ctx: Any) -> list[tuple[str, str]]:
+        """Name and help of each argument."""
+        found: list[Any] = [param for param in self.get_params(ctx) if param.param_type_name == "argument"]
+        return [(str(param.metavar), str(param.help)) for param in found]
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error and what the libraries say.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key=value ...]", help="Replace values, e.g. training.learning_rate=1e-4."),
+]
+
+
+def refuse_options(overrides: list[str] | None) -> None:
+    """Words after the recipe are key=value; anything else is a slip that must not be taken for a value."""
+    for word in overrides or []:
+        if "=" not in word:
+            raise typer.BadParameter(f"{word!r} is not key=value, e.g. training.epochs=1", param_hint="key=value")

@@ -1,0 +1,240 @@
+"""What a person sees of a checked data set: counts, problems, lengths, prices, steps. Draws with rich, decides nothing.
+
+Text of a data set is printed as it is, never read as markup, and control characters in it are made visible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from phi3v.cli_screen import align
+from phi3v.evaluation.figures import counted, duration, percent, short_number
+
+if TYPE_CHECKING:
+    from phi3v.data.check import Report
+    from phi3v.data.show import ShownRow
+
+SHOWN_PROBLEMS = 3
+"""Rows of each reason that are printed one by one; `--json` has all."""
+
+_STYLES = {"system": "magenta", "user": "blue", "assistant": "green", "control": "dim", "image": "cyan"}
+
+_BAR = 30  # characters of the longest bar
+
+
+def show_check(console: Console, report: Report) -> None:
+    """The whole report."""
+    _say(console, headline(report), style="bold")
+    _say(console, image_line(report))
+    _show_problems(console, report)
+    for line in duplicate_lines(report):
+        _say(console, line)
+    _show_lengths(console, report)
+    _show_prices(console, report)
+    for line in outlook_lines(report):
+        _say(console, line)
+    _say(console, verdict(report), style="bold")
+
+
+def headline(report: Report) -> str:
+    """The counts: "shop.csv: 40 rows, 38 usable: 34 to train on, 4 held out (split off)"."""
+    origins = {"split": "split off", "validation": "a set of their own", "none": ""}
+    held_out = (
+        f", {report.validation} held out ({origins.get(report.origin, report.origin)})" if report.validation else ""
+    )
+    used = f"{report.train} to train on{held_out or ', none held out'}"
+    first = "the first " if report.sampled else ""
+    stream = " of a stream" if report.sampled else ""
+    return f"{report.source}: {first}{counted(report.rows, 'row')}{stream}, {report.usable} usable: {used}"
+
+
+def image_line(report: Report) -> str:
+    """Images, and how closely they were looked at."""
+    images = report.images
+    looked = "each decoded" if report.decoded else "headers read, none decoded"
+    line = f"{counted(images.count, 'image')} of different content, {looked}"
+    if images.from_web:
+        missing = len(images.not_cached)
+        line += f"; {images.from_web} from the web, {images.from_web - missing} in the cache, {missing} not yet"
+        line += " (--fetch downloads them)" if missing else ""
+    return line
+
+
+def _show_problems(console: Console, report: Report) -> None:
+    """The reasons with their counts and ways out, then the first rows one by one."""
+    if not report.problems:
+        return
+    fixes = {problem["reason_code"]: problem["fix"] for problem in report.problems}
+    table = Table("rows", "reason", "what to do", title="left out", title_justify="left", box=None)
+    for code, count in report.reasons.items():
+        table.add_row(str(count), Text(code), Text(fixes[code]))
+    console.print(table)
+    for code, count in report.reasons.items():
+        named = [problem for problem in report.problems if problem["reason_code"] == code][:SHOWN_PROBLEMS]
+        for problem in named:
+            _say(console, f"  {problem['source']}, row {problem['row']}: {problem['message']}")
+        if count > len(named):
+            _say(console, f"  and {counted(count - len(named), 'more row')} with {code}; --json names all of them")
+
+
+def duplicate_lines(report: Report) -> Iterator[str]:
+    """What is there twice, with the first places."""
+    found = report.duplicates
+    counts = {
+        "held-out row is in the training rows as well, so its score says nothing": found.rows_in_both,
+        "held-out row has an image of a training row": found.images_in_both - found.rows_in_both,
+        "training row repeats another": found.rows_in_train,
+        "training row has the images of another": found.images_in_train - found.rows_in_train,
+    }
+    several = {"row is": "rows are", "its score says": "their scores say", "row has": "rows have"}
+    several |= {"row repeats": "rows repeat"}
+    for words, count in counts.items():
+        if count > 0:
+            for one, many in several.items() if count > 1 else ():
+                words = words.replace(one, many)
+            yield f"{count} {words}"
+    for kind, places in found.examples[:5]:
+        named = ", ".join(f"{source} row {row}" for source, row in places[:4])
+        yield f"  the same {kind}: {named}" + (f" and {len(places) - 4} more" if len(places) > 4 else "")
+
+
+def _show_lengths(console: Console, report: Report) -> None:
+    """The spreads as a table, and the total as a histogram."""
+    if report.model is None:
+        _say(console, "tokens of texts are not counted: no model is named (model=microsoft/Phi-3.5-vision-instruct)")
+        return
+    table = Table("tokens", title="length of a row", title_justify="left", box=None)
+    for name in ("least", "median", "95 % below", "most", "all rows"):
+        table.add_column(name)
+    for name, found in report.lengths.items():
+        if found is not None:
+            figures = (found.least, found.median, found.p95, found.most, found.total)
+            table.add_row({"total": "all"}.get(name, name), *map(short_number, figures))
+    align(table)
+    console.print(table)
+    for name in ("image", "text", "trained"):
+        if (found := report.lengths[name]) is not None and len(found.bars) > 1:
+            _show_bars(console, f"{name} tokens", found.bars)
+    limits = [f"{report.beyond_rope} beyond the {short_number(report.rope_limit)} that the short rope factors reach"]
+    made_to_fit = report.beyond_context - report.reasons.get("too_long", 0)
+    how = f" ({made_to_fit} made to fit: {report.on_too_long})" if made_to_fit else ""
+    limits += [f"{report.beyond_context} beyond the limit of {short_number(report.context)}{how}"]
+    _say(console, f"rows {', '.join(limits)}")
+
+
+def _show_bars(console: Console, name: str, bars: Sequence[tuple[int, int, int]]) -> None:
+    """A histogram with a bar for each range."""
+    table = Table(name, "rows", "", box=None)
+    most = max(count for _, _, count in bars)
+    for low, high, count in bars:
+        bar = "█" * round(_BAR * count / most) or ("▏" if count else "")
+        table.add_row(f"{low:,} to {high:,}" if high > low else f"{low:,}", str(count), bar)
+    table.columns[0].justify = table.columns[1].justify = "right"
+    console.print(table)
+
+
+def _show_prices(console: Console, report: Report) -> None:
+    """What images cost at other numbers of crops."""
+    if not report.crops:
+        return
+    table = Table("num_crops", "max_tokens", "square image", "mean", "all rows", title="what images cost", box=None)
+    counted_texts = report.crops[0].longest_row is not None
+    if counted_texts:
+        table.add_column("longest row")
+        table.add_column("too long")
+    table.title_justify = "left"
+    for price in report.crops:
+        cells = [short_number(value) for value in (price.square, round(price.mean), price.total)]
+        if counted_texts:
+            cells += [short_number(price.longest_row), str(price.beyond_context)]
+        name = f"{price.num_crops} (chosen)" if price.chosen else str(price.num_crops)
+        table.add_row(name, short_number(price.max_tokens), *cells, style="bold" if price.chosen else "")
+    align(table)
+    console.print(table)
+    _say(console, "the grid of crops decides, not the pixels: a square image costs the same at 64x64 and at 2000x2000")
+
+
+def outlook_lines(report: Report) -> Iterator[str]:
+    """Steps, arithmetic and time, and what they rest on."""
+    from phi3v.training.outlook import STATED_RATE
+
+    found: dict[str, Any] | None = report.outlook
+    if found is None:
+        return
+    samples = counted(found["samples_per_step"], "sample")
+    if found["steps_per_epoch"] is None:
+        yield f"steps: {found['steps']} of {samples} in all"
+    else:
+        yield f"steps: {counted(found['steps_per_epoch'], 'step')} of {samples} an epoch, {found['steps']} in all"
+    if found["operations"] is None:
+        return
+    work = f"{short_number(found['tokens'])} tokens, {found['operations']:.2g} floating-point operations"
+    stated = found["operations"] / STATED_RATE
+    at_that_rate = f": {duration(stated)} at {STATED_RATE / 1e12:.0f} TFLOP/s" if stated >= 60 else ""
+    yield f"work: {work}, counted from the model's sizes{at_that_rate}"
+    if found["rate"] is not None:
+        yield (
+            f"time: at least {duration(found['operations'] / found['rate'])} here: {found['machine']} multiplies "
+            f"matrices at {found['rate'] / 1e12:.3g} TFLOP/s, measured just now; training reaches a part of that"
+        )
+
+
+def verdict(report: Report) -> str:
+    """The last line: whether `phi3v train` would take it."""
+    share = f"{percent(report.skipped_share)} of the rows are left out"
+    if report.trouble is not None and len(report.problems) <= report.max_skipped * report.rows:
+        return report.trouble
+    if report.on_problem == "stop":
+        return "no row is left out" if report.passed else f"{share}, and the recipe says stop at any (data.on_problem)"
+    limit = f"{percent(report.max_skipped)} may be"
+    return (
+        f"{share}, {limit}" if report.passed else f"{share}, only {limit}: mend the data, or the columns in the recipe"
+    )
+
+
+def show_rows(console: Console, rows: Sequence[ShownRow]) -> None:
+    """Rows token by token: coloured by role, what is trained between ⟦ and ⟧."""
+    legend = Text.assemble(*((f"{role} ", style) for role, style in _STYLES.items()), "⟦trained⟧")
+    console.print(legend)
+    for row in rows:
+        console.print()
+        _say(console, f"{row.source}, row {row.row}", style="bold")
+        if row.problem is not None:
+            _say(console, f"  left out: {row.problem}")
+            continue
+        for image in row.images:
+            size = f"{image.width}x{image.height} pixels, {image.rows} x {image.columns} crops"
+            _say(console, f"  {image.name}: {size}, {short_number(image.tokens)} tokens")
+        images, trained = row.count(role="image"), row.count(trained=True)
+        _say(console, f"  {short_number(row.count())} tokens, {short_number(images)} for images, {trained} trained")
+        console.print(token_text(row), soft_wrap=True)
+
+
+def token_text(row: ShownRow) -> Text:
+    """The tokens of a row as coloured text, a line for each newline in it.
+
+    Example: "<s><|user|> ↵", "Hi?<|end|> ↵", "<|assistant|>⟦ Hi<|end|> ↵", "<|endoftext|>⟧".
+    """
+    from phi3v.data.show_page import visible
+
+    text, trained = Text(), False
+    for token in row.tokens:
+        if token.trained != trained:
+            text.append("⟦" if token.trained else "⟧")
+            trained = token.trained
+        piece = visible(token.text)
+        text.append(piece, style=_STYLES[token.role] + (" underline" if token.trained else ""))
+        if piece == "↵":
+            text.append("\n")
+    return text.append("⟧") if trained else text
+
+
+def _say(console: Console, line: str, style: str = "") -> None:
+    """A line as it is; what would steer a terminal is shown as an escape."""
+    safe = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+    console.print(Text(safe, style=style), soft_wrap=True)

@@ -1,0 +1,169 @@
+"""From the cells of a record to text and images: what may stand in a column, whatever the shape of the record.
+
+In come single values as files and data sets hold them; out come texts and `ImageRef`s, unopened, or `UnusableRecord`
+with a reason code: `missing_value`, `value_type`, `image_missing`, `image_type`, `image_path` (not there, no file,
+outside the root), `image_unreadable`, `data_uri`, `url_scheme`, `url_not_cached`, and the codes of failed downloads,
+which begin with `url_` too. Downloads nothing: a web address is looked up in the cache.
+"""
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phi3v.data.address_guard import shorten
+from phi3v.data.image_cache import FetchFailure, ImageCache
+from phi3v.data.images import image_name, may_be_cut_off, open_image, resolve_path
+from phi3v.data.schema import ImageRef, Row, UnusableRecord
+from phi3v.data.templates import cell_text
+from phi3v.errors import ImageError
+
+MAX_EMBEDDED_BYTES = 20_000_000
+"""The longest file in a data URI."""
+
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)
+"""How an address begins; one letter is a drive. What takes an address for a path leaves one slash of two."""
+_DATA_URI = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """How the cells of one set are read.
+
+    Attributes:
+        images: column of the image or of a list of images (frames of a video are one); None for text only.
+        root: folder that image paths count from; None for the current directory.
+        confined: True refuses image paths that leave `root`.
+        labels: column -> names of its numbers, for columns of class labels.
+        single_floats: columns of 32-bit floats, whose values are shown with their own few digits.
+        cache: where downloaded images lie; None refuses web addresses.
+        wait_for_download: True takes a web address that is not cached as an image that is still to come.
+        failures: web address -> why it could not be downloaded just now, beside what the cache remembers.
+    """
+
+    images: str | None = None
+    root: str | None = None
+    confined: bool = True
+    labels: Mapping[str, list[str]] = field(default_factory=dict)
+    single_floats: frozenset[str] = frozenset()
+    cache: ImageCache | None = None
+    wait_for_download: bool = False
+    failures: Mapping[str, FetchFailure] = field(default_factory=dict)
+
+    def text(self, column: str, value: Any) -> str:
+        """A cell as text. Raises: UnusableRecord."""
+        if column in self.labels and isinstance(value, int):
+            value = self.labels[column][value] if 0 <= value < len(self.labels[column]) else None
+        if column in self.single_floats and isinstance(value, float):
+            value = float(str(np.float32(value)))
+        try:
+            text = cell_text(value)
+        except TypeError as error:
+            raise UnusableRecord("value_type", f"column {column!r} {error}") from error
+        if text is None:
+            raise UnusableRecord("missing_value", f"column {column!r} is empty")
+        return text
+
+    def image(self, cell: Any, column: str | None = None) -> ImageRef:
+        """One image cell: a path, a web address, a data URI, bytes, or a mapping {bytes, path}.
+
+        Example: {"bytes": None, "path": "a.jpg"} -> ImageRef("a.jpg", root=self.root, confined=self.confined);
+        "https://shop.example/a.jpg" -> ImageRef("ab/ab12", root=<cache>, confined=True, url=<the address>).
+        Raises: UnusableRecord.
+        """
+        place = f"column {column or self.images!r}"
+        path, data = cell, None
+        if isinstance(cell, Mapping):
+            path, data = cell.get("path"), cell.get("bytes")
+        elif isinstance(cell, bytes):
+            path, data = None, cell
+        if data is None and (path is None or path == ""):
+            raise UnusableRecord("image_missing", f"{place} is empty")
+        if not isinstance(data, bytes | None) or not isinstance(path, str | None):
+            raise UnusableRecord("image_type", f"{place} holds a {type(cell).__name__}, which is no path and no image")
+        if data is not None or path is None:
+            return ImageRef(path, data, self.root, self.confined)
+        if path[:5].lower() == "data:":
+            return ImageRef(None, _embedded(path, place), self.root, self.confined)
+        if scheme := _SCHEME.match(path):
+            return self._from_web(path, scheme[1].lower(), place)
+        return ImageRef(path, None, self.root, self.confined)
+
+    def _from_web(self, url: str, scheme: str, place: str) -> ImageRef:
+        """An image behind a web address: its file in the cache."""
+        if scheme not in ("http", "https") or self.cache is None:
+            raise UnusableRecord(
+                "url_scheme", f"{place} holds {shorten(url)}: only http and https addresses are downloaded"
+            )
+        folder = str(self.cache.folder)
+        if (path := self.cache.path(url)) is not None:
+            return ImageRef(str(path), None, folder, True, url)
+        if (failure := self.failures.get(url) or self.cache.failure(url)) is not None:
+            raise UnusableRecord(failure.reason_code, failure.message)
+        if self.wait_for_download:
+            return ImageRef(None, None, folder, True, url)
+        raise UnusableRecord("url_not_cached", f"{shorten(url)} is not in the image cache: run the command again")
+
+
+def _embedded(text: str, place: str) -> bytes:
+    """The file in a data URI: "data:image/png;base64,iVBORw0..." -> its bytes. Raises: UnusableRecord."""
+    head = _DATA_URI.match(text)
+    if head is None:
+        raise UnusableRecord("data_uri", f"{place} holds a data URI that is not of the form data:image/png;base64,...")
+    if (len(text) - head.end()) * 3 // 4 > MAX_EMBEDDED_BYTES:
+        raise UnusableRecord("data_uri", f"{place} holds a data URI of more than {MAX_EMBEDDED_BYTES:,} bytes")
+    try:
+        return base64.b64decode("".join(text[head.end() :].split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise UnusableRecord("data_uri", f"{place} holds a data URI that is no base64 ({error})") from error
+
+
+def check_images(row: Row, max_pixels: int) -> None:
+    """Looks at the path, the header and the end of every image of a row.
+
+    A file that does not end as its format ends may be cut off, so it is decoded here; a sound one is not. Images that
+    are still to be downloaded are passed over. Raises: UnusableRecord.
+    """
+    for image in row.images:
+        if image.url is not None and image.path is None:
+            continue
+        try:
+            if image.data is None:
+                resolve_path(image)
+        except ImageError as error:
+            raise UnusableRecord("image_path", str(error)) from error
+        try:
+            if may_be_cut_off(image, max_pixels=max_pixels):
+                open_image(image, max_pixels=max_pixels)
+        except ImageError as error:
+            told = str(error) if image.url is None else str(error).replace(image_name(image), shorten(image.url), 1)
+            raise UnusableRecord("image_unreadable", told) from error
+
+
+def group_keys(row: Row) -> list[str]:
+    """What ties a row to other rows: its images, by content where it holds them, by address or by path below the root
+    where it names them; for a row without images a hash of its text.
+
+    Example: ImageRef("/photos/a.jpg", root="/photos") and ImageRef("a.jpg", root="/photos") both give "path:a.jpg".
+    """
+    if not row.images:
+        texts = "\0".join(message.text for message in row.messages)
+        return ["text:" + sha256(texts.encode("utf-8", "surrogatepass")).hexdigest()]
+    return [_image_key(image) for image in row.images]
+
+
+def _image_key(image: ImageRef) -> str:
+    """The key of one image."""
+    if image.url is not None:
+        return "url:" + image.url
+    if image.data is not None:
+        return "bytes:" + sha256(image.data).hexdigest()
+    root = Path(image.root or ".").resolve()
+    path = resolve_path(replace(image, confined=False))
+    return "path:" + (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()

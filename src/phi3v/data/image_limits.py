@@ -1,0 +1,156 @@
+"""What a decoder would spend out of all proportion on a file, seen before it does.
+
+In come open files and headers, out come files that stop a decoder, and ValueError with the reason. A pixel cap alone
+leaves ways to make a small picture cost minutes or gigabytes; the limits here close those that PIL leaves open:
+
+| what a file may hold | limit |
+|---|---|
+| bytes | 8 for each allowed pixel, and 16 MB for everything else (176 MB at 20 million pixels) |
+| pieces: chunks, segments, blocks, all that a decoder reads one by one | 200,000 reads |
+| bytes in front of a JPEG's pixels | 8 MB |
+| scans of a JPEG | 1,000, and scans x pixels up to a thousand million (50 scans of 20 million pixels) |
+| strips or tiles of a TIFF | 100,000 |
+| pixels of one TIFF tile | the pixel cap |
+
+PIL's own limits hold beside them: 1 MB for a compressed text or profile of a PNG, 64 MB for all its texts, tags of EXIF
+and TIFF no larger than the file, bands and strips of a TIFF. Knows nothing of pixels, rows or paths.
+"""
+
+import io
+import re
+import struct
+
+MAX_READS = 200_000
+MAX_JPEG_HEADER = 8_000_000
+MAX_SCANS = 1_000
+MAX_SCANNED_PIXELS = 1_000_000_000
+MAX_STRIPS = 100_000
+_OTHER_BYTES = 16_000_000
+_BYTES_A_PIXEL = 8  # four channels of 16 bits
+
+_STRIPS_AND_TILES = (273, 279, 324, 325)  # StripOffsets, StripByteCounts, TileOffsets, TileByteCounts
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
+_WHOLE_NUMBERS = {3: "H", 4: "L", 16: "Q"}  # TIFF's SHORT, LONG, LONG8
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+"""A JPEG marker that ends entropy-coded data: neither a stuffed byte, nor a restart, nor a fill byte."""
+
+
+class _Metered:
+    """Counts the reads of a file, and the bytes read while there is an allowance."""
+
+    reads = 0
+    allowance: int | None = None
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As the file's own. Raises: ValueError beyond the limits."""
+        data: bytes = super().read(size)  # type: ignore[misc]
+        self.reads += 1
+        if self.reads > MAX_READS:
+            raise ValueError(f"it is made of so many pieces that reading them takes over {MAX_READS} steps")
+        if self.allowance is not None:
+            self.allowance -= len(data)
+            if self.allowance < 0:
+                raise ValueError(f"it holds more than {MAX_JPEG_HEADER} bytes in front of its pixels")
+        return data
+
+
+class MeteredBytes(_Metered, io.BytesIO):
+    """The bytes of an encoded image as a file whose reads are counted."""
+
+
+class MeteredFile(_Metered, io.BufferedReader):
+    """An open image file whose reads are counted."""
+
+
+def check_size(size: int, max_pixels: int) -> None:
+    """Raises: ValueError for an empty file, and for one of more bytes than images of `max_pixels` need.
+
+    Example: with 20,000,000 pixels up to 176,000,000 bytes are read.
+    """
+    limit = max_pixels * _BYTES_A_PIXEL + _OTHER_BYTES
+    if size == 0:
+        raise ValueError("it is empty")
+    if size > limit:
+        raise ValueError(f"its {size} bytes are more than the {limit} that image.max_pixels: {max_pixels} allows")
+
+
+def begin_header(file: MeteredBytes | MeteredFile, max_pixels: int) -> None:
+    """Looks at the first bytes of a file before a decoder does, and limits what the decoder may read of the header.
+
+    Raises: ValueError for a TIFF with too many strips or too large tiles.
+    """
+    start = file.read(16)
+    if start.startswith(b"\xff\xd8"):
+        file.allowance = MAX_JPEG_HEADER
+    elif start[:2] in (b"II", b"MM"):
+        _check_tiff(file, start, max_pixels)
+    file.seek(0)
+
+
+def end_header(file: MeteredBytes | MeteredFile) -> None:
+    """Lifts the limit on bytes that holds for the header."""
+    file.allowance = None
+
+
+def check_scans(file: MeteredBytes | MeteredFile, pixels: int) -> None:
+    """Raises: ValueError for a JPEG whose scans, each of which goes over the whole picture, are too many.
+
+    Example: the 10 scans of an ordinary progressive JPEG are few; 1,000 empty ones in 150 kB take 20 seconds.
+    """
+    file.seek(0)
+    data, place, scans, components = file.read(), 2, 0, 0
+    while (match := _MARKER.search(data, place)) is not None:
+        marker, place = data[match.start() + 1], match.end()
+        if marker == 0xD9:  # end of image; what follows is another picture or none
+            return
+        if marker in (0xC0, 0xC1):  # a sequential frame: length, precision, height, width, number of components
+            components = int.from_bytes(data[place + 7 : place + 8], "big")
+        if marker == 0xDA:  # a scan: length, number of components
+            scans += 1
+            if scans == 1 and components and data[place + 2 : place + 3] == bytes([components]):
+                return  # all components in one scan: the decoder stops behind it
+            if scans > MAX_SCANS or scans * pixels > MAX_SCANNED_PIXELS:
+                raise ValueError(f"its pixels are spread over {scans} scans or more")
+        if marker != 0x01:  # all but TEM have a length
+            place += int.from_bytes(data[place : place + 2], "big")
+
+
+def late_exif(file: MeteredBytes | MeteredFile) -> bytes | None:
+    """The EXIF block of a PNG wherever it stands, its pixels passed over; None when there is none.
+
+    A PNG may hold it behind the pixels, where PIL finds it only by decoding them.
+    """
+    file.seek(8)
+    while len(head := file.read(8)) == 8:
+        length, kind = int.from_bytes(head[:4], "big"), head[4:]
+        if kind == b"eXIf":
+            return file.read(length)
+        if kind == b"IEND":
+            break
+        file.seek(length + 4, io.SEEK_CUR)  # its check sum too
+    return None
+
+
+def _check_tiff(file: MeteredBytes | MeteredFile, start: bytes, max_pixels: int) -> None:
+    """Looks at the first directory of a TIFF, as PIL finds it. A broken one is left to PIL, which refuses it."""
+    order = "<" if start[:2] == b"II" else ">"
+    big = start[2:3] == b"\x2b"
+    place, count, entry = ("8Q", "Q", "HHQ8s") if big else ("4L", "H", "HHL4s")
+    try:
+        (offset,) = struct.unpack_from(order + place[1], start, int(place[0]))
+        file.seek(offset)
+        (entries,) = struct.unpack(order + count, file.read(struct.calcsize(order + count)))
+        size = struct.calcsize(order + entry)
+        directory = file.read(size * min(entries, 65536))
+    except (struct.error, ValueError, OverflowError):
+        return
+    tile = {_TILE_WIDTH: 1, _TILE_LENGTH: 1}
+    for tag, kind, number, value in struct.iter_unpack(order + entry, directory[: len(directory) // size * size]):
+        if tag in _STRIPS_AND_TILES and number > MAX_STRIPS:
+            raise ValueError(f"it is cut into {number} strips or tiles, more than {MAX_STRIPS}")
+        if tag in tile and kind in _WHOLE_NUMBERS:
+            tile[tag] = max(tile[tag], struct.unpack_from(order + _WHOLE_NUMBERS[kind], value)[0])
+    if tile[_TILE_WIDTH] * tile[_TILE_LENGTH] > max_pixels:
+        raise ValueError(
+            f"its tiles have {tile[_TILE_WIDTH]}x{tile[_TILE_LENGTH]} pixels, more than the limit of {max_pixels}"
+        )

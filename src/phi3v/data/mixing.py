@@ -1,0 +1,55 @@
+"""How many rows of each set an epoch has, and which: several sets mixed by weight.
+
+In come the numbers of rows and weights; out come positions. The choice depends on these and on the seed alone. Knows
+nothing about rows.
+"""
+
+from collections.abc import Sequence
+from random import Random
+
+
+def shares(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """Rows of each set in an epoch, which has as many rows as all sets together, divided as the weights say.
+
+    The largest remainders are rounded up, the first of equal ones before others.
+    Example: sizes [100, 20] with weights [1, 1] -> [60, 60]; sizes [5, 5] with weights [2, 1] -> [7, 3].
+    """
+    total = sum(sizes)
+    exact = [total * weight / sum(weights) for weight in weights]
+    whole = [int(share) for share in exact]
+    order = sorted(range(len(sizes)), key=lambda place: (whole[place] - exact[place], place))
+    for place in order[: total - sum(whole)]:
+        whole[place] += 1
+    return whole
+
+
+def choose(size: int, wanted: int, seed: int, name: str) -> list[int]:
+    """Positions of `wanted` rows out of `size`: every row equally often, but for a remainder drawn by the seed.
+
+    Example: size 3, wanted 7 -> [0, 1, 2, 0, 1, 2] and one of 0, 1, 2; size 5, wanted 2 -> two of them, ascending.
+    """
+    if not size:
+        return []
+    drawn = sorted(Random(f"mix {seed} {name}").sample(range(size), wanted % size))
+    return list(range(size)) * (wanted // size) + drawn
+
+
+def mix(set_numbers: Sequence[int], sets: int, weights: Sequence[float], seed: int) -> list[int]:
+    """Positions of an epoch's rows among all rows.
+
+    Args:
+        set_numbers: for each row the number of its set.
+        sets: how many sets there are.
+        weights: one for each.
+        seed: decides which rows of a set stand in an epoch once more, or at all.
+    Example: set_numbers [0, 0, 0, 1] with weights [1, 1] -> two positions of 0, 1, 2, then 3 and 3.
+    """
+    members: list[list[int]] = [[] for _ in range(sets)]
+    for position, number in enumerate(set_numbers):
+        members[number].append(position)
+    wanted = shares([len(found) for found in members], weights)
+    return [
+        found[place]
+        for number, found in enumerate(members)
+        for place in choose(len(found), wanted[number], seed, str(number))
+    ]

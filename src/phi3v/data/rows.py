@@ -1,0 +1,208 @@
+"""Rows of one or several opened sets: records become rows when they are asked for.
+
+In come tables with their maps; out come `Rows`, and from a first look at every record the problems of those that cannot
+be used. Every record is either a row or a problem. Knows nothing about recipes, splits or weights.
+"""
+
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, overload
+
+from phi3v.data.cells import check_images, group_keys
+from phi3v.data.columns import ColumnMap
+from phi3v.data.conversations import ConversationMap
+from phi3v.data.image_cache import FetchFailure
+from phi3v.data.opening import Table, narrowed, records_of
+from phi3v.data.schema import Row, RowProblem, UnusableRecord
+from phi3v.errors import DataError
+
+
+@dataclass(frozen=True)
+class RecordSet:
+    """Records and how they become rows.
+
+    Attributes:
+        table: the records, with the columns of `map` at least.
+        map: how a record becomes a row.
+        location: what the user named.
+        max_pixels: images with more pixels are unusable.
+    """
+
+    table: Table
+    map: ColumnMap | ConversationMap
+    location: str
+    max_pixels: int
+
+    def row(self, number: int) -> Row:
+        """The row of a record. Raises: UnusableRecord."""
+        return self.map.row(self.table[number], number)
+
+    def waiting_for_downloads(self) -> "RecordSet":
+        """The same records, with images that are not in the cache yet as images to come."""
+        cells = replace(self.map.cells, wait_for_download=True)
+        return replace(self, map=replace(self.map, cells=cells))
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """All records in order, read for the map's columns alone."""
+        return records_of(narrowed(self.table, self.map.columns), self.location)
+
+
+class Rows(Sequence[Row]):
+    """Rows of sets: nothing but the numbers of set and record is kept in memory.
+
+    `rows[3]` is a Row, `rows[:10]` are Rows. Can be pickled for loader workers.
+    """
+
+    def __init__(self, sets: Sequence[RecordSet], set_numbers: Sequence[int], numbers: Sequence[int]) -> None:
+        """Name the records.
+
+        Args:
+            sets: where they come from.
+            set_numbers: for each row its place in `sets`.
+            numbers: for each row its record there.
+        """
+        self._sets = tuple(sets)
+        self._set_numbers = array("I", set_numbers)
+        self._numbers = array("q", numbers)
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self._numbers)
+
+    def take(self, positions: Sequence[int]) -> "Rows":
+        """The rows at these positions, in that order: rows.take([2, 0])[0] is rows[2]."""
+        set_numbers = [self._set_numbers[position] for position in positions]
+        return Rows(self._sets, set_numbers, [self._numbers[position] for position in positions])
+
+    def __add__(self, other: "Rows") -> "Rows":
+        """These rows, then the others."""
+        behind = [number + len(self._sets) for number in other._set_numbers]
+        return Rows([*self._sets, *other._sets], [*self._set_numbers, *behind], [*self._numbers, *other._numbers])
+
+    @property
+    def set_numbers(self) -> Sequence[int]:
+        """For each row the number of its set: rows of two sets, added -> [0, 0, 1, 1, 1]."""
+        return self._set_numbers
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Rows": ...
+    def __getitem__(self, index: int | slice) -> "Row | Rows":
+        """A row, or for a slice the rows in it."""
+        if isinstance(index, slice):
+            return Rows(self._sets, self._set_numbers[index], self._numbers[index])
+        return self._sets[self._set_numbers[index]].row(self._numbers[index])
+
+
+@dataclass(frozen=True)
+class FirstLook:
+    """What reading every record of a set once showed.
+
+    Attributes:
+        records: the set.
+        usable: the records that can be used, those among them that wait for a download.
+        keys: for each of them what ties it to others, see `cells.group_keys`; empty where nobody asked.
+        problems: those that cannot.
+        waiting: the records with images that are still to be downloaded.
+        not_cached: the web addresses of these images, each once.
+    """
+
+    records: RecordSet
+    usable: Sequence[int]
+    keys: list[list[str]]
+    problems: list[RowProblem]
+    waiting: Sequence[int]
+    not_cached: list[str]
+
+    @property
+    def rows(self) -> Rows:
+        """The records that can be used, as rows."""
+        return Rows([self.records], [0] * len(self.usable), self.usable)
+
+
+def read_rows(records: RecordSet, *, with_keys: bool) -> FirstLook:
+    """Goes through all records once; an image that is not in the cache yet is no problem here.
+
+    Args:
+        records: the set; its columns have been checked.
+        with_keys: whether keys are wanted, which means a hash of every embedded image.
+    """
+    patient = records.waiting_for_downloads()
+    usable, waiting = array("q"), array("q")
+    keys: list[list[str]] = []
+    problems: list[RowProblem] = []
+    missing: dict[str, None] = {}
+    for number, record in enumerate(records.records()):
+        try:
+            row = patient.map.row(record, number)
+            check_images(row, records.max_pixels)
+        except UnusableRecord as error:
+            problems.append(RowProblem(number, error.reason_code, str(error), records.map.source))
+            continue
+        usable.append(number)
+        if absent := [image.url for image in row.images if image.url is not None and image.path is None]:
+            waiting.append(number)
+            missing |= dict.fromkeys(absent)
+        if with_keys:
+            keys.append(group_keys(row))
+    return FirstLook(records, usable, keys, problems, waiting, list(missing))
+
+
+def look_again(look: FirstLook, failures: Mapping[str, FetchFailure]) -> FirstLook:
+    """The first look once more, at the records that waited for a download: now a missing image is a problem.
+
+    Args:
+        look: the first look.
+        failures: web address -> why it could not be downloaded.
+    Example: usable 0, 1, 2 with 1 waiting, and its address answered 404 -> usable 0, 2 and the problem of 1.
+    """
+    records, failed = look.records, {}
+    told = replace(records, map=replace(records.map, cells=replace(records.map.cells, failures=failures)))
+    for number in look.waiting:
+        try:
+            check_images(told.row(number), records.max_pixels)
+        except UnusableRecord as error:
+            failed[number] = RowProblem(number, error.reason_code, str(error), records.map.source)
+    kept = [place for place, number in enumerate(look.usable) if number not in failed]
+    problems = sorted([*look.problems, *failed.values()], key=lambda problem: problem.row)
+    keys = [look.keys[place] for place in kept] if look.keys else []
+    return FirstLook(records, array("q", (look.usable[place] for place in kept)), keys, problems, array("q"), [])
+
+
+def refuse_problems(
+    problems: Sequence[RowProblem], total: int, source: str, *, max_skipped: float, on_problem: str
+) -> None:
+    """Raises: DataError when more rows are left out than the recipe allows, none is usable, or there is none.
+
+    Args:
+        problems: rows that were left out.
+        total: rows of the set.
+        source: what the set is called.
+        max_skipped: share that may be left out; 1.0 allows all.
+        on_problem: "stop" allows none.
+    """
+    if not total:
+        raise DataError(f"{source} has no rows")
+    line = describe_problems(problems, total, source)
+    if on_problem == "stop" and problems:
+        raise DataError(f"{line}; data.on_problem is stop: mend them, or set it to skip")
+    if max_skipped < 1.0 and (len(problems) == total or len(problems) > max_skipped * total):
+        raise DataError(
+            f"{line}; at most {100 * max_skipped:.3g}% may be left out (data.max_skipped): mend the data, or the "
+            "columns in the recipe"
+        )
+
+
+def describe_problems(problems: Sequence[RowProblem], total: int, source: str) -> str:
+    """One line: how many rows are left out, why, and the first three.
+
+    Example: "shop.csv: 2 of 40 rows cannot be used (2 missing_value): row 3: column 'title' is empty; row 9: ...".
+    """
+    if not total:
+        return f"{source} has no rows"
+    reasons = ", ".join(f"{count} {code}" for code, count in Counter(p.reason_code for p in problems).most_common())
+    first = "; ".join(f"row {problem.row}: {problem.message}" for problem in problems[:3])
+    return f"{source}: {len(problems)} of {total} rows cannot be used ({reasons}): {first}"

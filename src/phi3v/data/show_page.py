@@ -1,0 +1,51 @@
+"""Shown rows as one HTML page that needs no network, no script and no other file.
+
+The page is `show_page.html.j2` filled by jinja2 with auto-escaping on, so no text of a data set can become markup. It
+is written by whoever called.
+"""
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from phi3v.data.data_uri import photo_uri
+from phi3v.data.show import ShownRow, ShownToken
+
+CANVAS_SIDE = 720  # pixels of the longer side; two crops of a 4 x 4 grid then still show what a letter is
+
+
+def render_rows(title: str, summary: Mapping[str, Any], shown: Sequence[ShownRow]) -> str:
+    """The whole page as one HTML text.
+
+    Args:
+        title: what the page is about, the recipe's name for instance.
+        summary: "rows", "usable" (numbers) and "model" (a name).
+        shown: the rows, in the order in which they are to stand.
+    """
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(photo=photo_uri, number=_number, visible=visible, hint=hint)
+    source = resources.files("phi3v.data").joinpath("show_page.html.j2").read_text(encoding="utf-8")
+    template = environment.from_string(source)
+    return template.render(title=title, summary=summary, shown=shown, canvas_side=CANVAS_SIDE)
+
+
+def visible(text: str) -> str:
+    """A token's text with what cannot be seen made visible.
+
+    Example: "<0x0A>" -> "↵", "\\u202e" (which turns the text that follows) -> "\\\\u202e", " a" -> " a".
+    """
+    if text in ("<0x0A>", "\n"):
+        return "↵"
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def hint(token: ShownToken) -> str:
+    """What a pointer on a token says: "27 · user", "32007 · control, trained"."""
+    return f"{token.id} · {token.role}" + (", trained" if token.trained else "")
+
+
+def _number(value: int) -> str:
+    """2509 -> "2,509"."""
+    return f"{value:,}"

@@ -1,0 +1,204 @@
+"""Rows as they come, for sets that are larger than the disk: an endless, repeatable order of rows.
+
+In come opened sets; out come rows, one made at a time, in an order that sets, weights and seed decide alone: a pass
+over a set gives every usable row once, shuffled within a window of 1,000 rows or 256 MiB of embedded images. Every
+record is a row or a problem, which is told when it comes by. Knows no models and no batches.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count, islice
+from random import Random
+from typing import Literal
+
+from phi3v.data.cells import check_images, group_keys
+from phi3v.data.fetch import FetchLimits, fetch_images
+from phi3v.data.image_cache import FetchFailure
+from phi3v.data.rows import RecordSet, describe_problems
+from phi3v.data.schema import Row, RowProblem, UnusableRecord
+from phi3v.errors import DataError
+
+WINDOW_ROWS = 1000
+WINDOW_BYTES = 256 * 2**20
+_DOWNLOADED_AT_ONCE = 64
+CHECKED_EVERY = 1000
+"""After so many records of a pass their share of problems is looked at, and at its end."""
+
+Tell = Callable[[RowProblem], None]
+
+
+@dataclass(frozen=True)
+class RowStream:
+    """Rows of sets without an end.
+
+    Attributes:
+        sets: where they come from; opened for streaming.
+        weights: how often a row of each set comes, beside the others.
+        seed: another seed gives another order.
+        limits: of downloads, which are made as their rows come by.
+        download: False downloads nothing.
+        max_skipped: share of the records of a set that may be problems.
+        on_problem: "stop" allows none.
+        held_out: (source, number) of rows that are not to come, because they are validation rows.
+        held_out_keys: what ties a row to them, see `cells.group_keys`; such rows do not come either.
+    """
+
+    sets: Sequence[RecordSet]
+    weights: Sequence[float]
+    seed: int = 0
+    limits: FetchLimits | None = None
+    download: bool = True
+    max_skipped: float = 0.05
+    on_problem: Literal["skip", "stop"] = "skip"
+    held_out: frozenset[tuple[str, int]] = frozenset()
+    held_out_keys: frozenset[str] = frozenset()
+
+    def rows(self, tell: Tell, *, start: int = 0, shuffled: bool = True) -> Iterator[Row]:
+        """Rows from position `start` on.
+
+        Args:
+            tell: called with each problem, once.
+            start: so many rows are passed over.
+            shuffled: False gives the order of the sets.
+        Example: sets a (rows 0, 1) and b (row 0), weights 2 and 1, not shuffled -> a0, b0, a1, a0, b0, a1, ...
+        Raises: DataError when a set has too many problems, or no row at all.
+        """
+        sources = [self._endless(number, tell, shuffled) for number in range(len(self.sets))]
+        return islice(_interleaved(sources, self.weights), start, None)
+
+    def without(self, rows: Sequence[Row]) -> "RowStream":
+        """The same stream without some rows and without rows that share an image with them."""
+        keys = frozenset(key for row in rows for key in group_keys(row))
+        return replace(self, held_out=frozenset((row.source, row.index) for row in rows), held_out_keys=keys)
+
+    def _endless(self, number: int, tell: Tell, shuffled: bool) -> Iterator[Row]:
+        """One set again and again."""
+        told: set[int] = set()
+        for turn in count():
+            rows = self._one_pass(self.sets[number], tell, told)
+            if shuffled:
+                rows = _shuffled(rows, Random(f"stream {self.seed} {number} {turn}"))
+            found = False
+            for row in rows:
+                found = True
+                yield row
+            if not found:
+                raise DataError(f"{self.sets[number].map.source} has no usable row")
+
+    def _one_pass(self, records: RecordSet, tell: Tell, told: set[int]) -> Iterator[Row]:
+        """The usable rows of a set in order, its problems told the first time."""
+        problems: list[RowProblem] = []
+        seen = skipped = 0
+        for number, outcome in self._outcomes(records):
+            seen += 1
+            if isinstance(outcome, UnusableRecord):
+                skipped += 1
+                problem = RowProblem(number, outcome.reason_code, str(outcome), records.map.source)
+                problems = [*problems, problem][:3]
+                if number not in told:
+                    told.add(number)
+                    tell(problem)
+                self._refuse(problem, problems, skipped, seen, checked=False)
+            elif (outcome.source, outcome.index) in self.held_out:
+                pass
+            elif not self.held_out_keys.isdisjoint(group_keys(outcome) if self.held_out_keys else ()):
+                if number not in told:
+                    told.add(number)
+                    message = "it shares an image with a validation row"
+                    tell(RowProblem(number, "held_out_image", message, records.map.source))
+            else:
+                yield outcome
+            if problems and seen % CHECKED_EVERY == 0:
+                self._refuse(problems[0], problems, skipped, seen, checked=True)
+        if problems:
+            self._refuse(problems[0], problems, skipped, seen, checked=True)
+
+    def _refuse(
+        self, problem: RowProblem, first: Sequence[RowProblem], skipped: int, seen: int, *, checked: bool
+    ) -> None:
+        """Raises: DataError when there are more problems than allowed."""
+        if self.on_problem == "stop":
+            raise DataError(f"{problem}; data.on_problem is stop: mend the row, or set it to skip")
+        if checked and skipped > self.max_skipped * seen:
+            line = describe_problems([*first, *[first[-1]] * (skipped - len(first))], seen, problem.source)
+            raise DataError(
+                f"{line}; at most {100 * self.max_skipped:.3g}% may be left out (data.max_skipped): mend the data, or "
+                "the columns in the recipe"
+            )
+
+    def _outcomes(self, records: RecordSet) -> Iterator[tuple[int, Row | UnusableRecord]]:
+        """Each record's number with its row or with what is wrong with it, downloads made for some at a time."""
+        patient, waiting = records.waiting_for_downloads(), []
+        for number, record in enumerate(records.records()):
+            waiting.append((number, record, _attempt(patient, record, number)))
+            if len(waiting) == _DOWNLOADED_AT_ONCE or not self.download:
+                yield from self._downloaded(records, waiting)
+                waiting = []
+        yield from self._downloaded(records, waiting)
+
+    def _downloaded(
+        self, records: RecordSet, waiting: Sequence[tuple[int, Mapping, Row | UnusableRecord]]
+    ) -> Iterator[tuple[int, Row | UnusableRecord]]:
+        """Outcomes whose missing images were downloaded first."""
+        rows = [outcome for _, _, outcome in waiting if isinstance(outcome, Row)]
+        missing = dict.fromkeys(image.url for row in rows for image in row.images if image.url and image.path is None)
+        if not missing or not self.download or records.map.cells.cache is None:
+            yield from ((number, outcome) for number, _, outcome in waiting)
+            return
+        failures: Mapping[str, FetchFailure] = fetch_images(missing, records.map.cells.cache, self.limits).failures
+        told = replace(records, map=replace(records.map, cells=replace(records.map.cells, failures=failures)))
+        for number, record, outcome in waiting:
+            absent = isinstance(outcome, Row) and any(image.url in missing for image in outcome.images)
+            yield number, _attempt(told, record, number) if absent else outcome
+
+
+def _attempt(records: RecordSet, record: Mapping, number: int) -> Row | UnusableRecord:
+    """The row of a record whose images have been looked at, or what is wrong with it."""
+    try:
+        row = records.map.row(record, number)
+        check_images(row, records.max_pixels)
+        return row
+    except UnusableRecord as problem:
+        return problem
+
+
+def _shuffled(rows: Iterator[Row], random: Random) -> Iterator[Row]:
+    """All rows once, each drawn from a window that moves over them."""
+    window: list[Row] = []
+    held = 0
+    for row in rows:
+        window.append(row)
+        held += _embedded_bytes(row)
+        while len(window) >= WINDOW_ROWS or held > WINDOW_BYTES:
+            drawn = _draw(window, random)
+            held -= _embedded_bytes(drawn)
+            yield drawn
+    while window:
+        yield _draw(window, random)
+
+
+def _draw(window: list[Row], random: Random) -> Row:
+    """Takes a row out of a window; the last one comes to its place."""
+    place = random.randrange(len(window))
+    window[place], window[-1] = window[-1], window[place]
+    return window.pop()
+
+
+def _embedded_bytes(row: Row) -> int:
+    """Size of the images that a row holds."""
+    return sum(len(image.data) for image in row.images if image.data is not None)
+
+
+def _interleaved(sources: Sequence[Iterator[Row]], weights: Sequence[float]) -> Iterator[Row]:
+    """Rows of several sources; at any time each has given its share, to within one row.
+
+    Example: weights 2 and 1 -> a, b, a, a, b, a, ...: the source that is furthest behind its share comes next.
+    """
+    given = [0] * len(sources)
+    total = sum(weights)
+    while True:
+        rows = sum(given) + 1
+        behind = [rows * weight / total - done for weight, done in zip(weights, given, strict=True)]
+        chosen = max(range(len(sources)), key=lambda number: behind[number])
+        given[chosen] += 1
+        yield next(sources[chosen])

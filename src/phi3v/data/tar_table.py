@@ -1,0 +1,128 @@
+"""Webdataset shards as a table: the members of a sample, files that share a name up to its first dot, are its columns.
+
+In come paths of .tar files; out come records by number, read where they lie: nothing is unpacked or copied, so member
+names lead nowhere, and links, devices and sparse files are passed over. An image member is the column `image` (a list
+where a sample has several), a text member its ending (`txt`), and the keys of a JSON member are `json.KEY`. What
+img2dataset writes is of this form.
+
+Example: a shard with 000.jpg, 000.txt and 000.json, which holds {"url": "https://a.example/x.jpg", "width": 640} -> the
+record {"__key__": "000", "image": {"bytes": ..., "path": "shard.tar/000.jpg"}, "txt": "a scarf", "json.url":
+"https://a.example/x.jpg", "json.width": 640}.
+"""
+
+import json
+import sys
+import tarfile
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from phi3v.errors import DataError
+
+_IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+_MAX_MEMBER_BYTES = 256 * 2**20
+_SAMPLES_FOR_COLUMNS = 100
+_BLOCK = 512
+
+
+class TarTable:
+    """Records of some shards; about 100 bytes a sample are kept in memory."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Reads the headers of all members. Raises: DataError in one line for a shard that is cut off or no tar."""
+        self._paths = [str(path) for path in paths]
+        self._shards = array("I")
+        self._first = array("Q")  # of each sample: its first entry in the arrays below
+        self._offsets = array("Q")
+        self._sizes = array("Q")
+        self._endings: list[str] = []
+        self._names: list[str] = []
+        for shard, path in enumerate(paths):
+            self._index(shard, path)
+        self._first.append(len(self._offsets))
+        self.column_names = self._columns()
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self._shards)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """All records in the order of the shards."""
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """The record of a sample; a text member that is not UTF-8, or JSON that is none, is an empty cell."""
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        record: dict[str, Any] = {"__key__": self._names[number]}
+        images: list[dict[str, Any]] = []
+        path = self._paths[self._shards[number]]
+        with open(path, "rb") as file:
+            for entry in range(self._first[number], self._first[number + 1]):
+                ending, size = self._endings[entry], self._sizes[entry]
+                file.seek(self._offsets[entry])
+                data = file.read(size) if size <= _MAX_MEMBER_BYTES else b""
+                if ending.rpartition(".")[2] in _IMAGES:
+                    name = f"{Path(path).name}/{self._names[number]}.{ending}"
+                    images.append({"bytes": data, "path": name})
+                elif ending.rpartition(".")[2] == "json":
+                    record |= {f"{ending}.{key}": value for key, value in _json(data).items()}
+                else:
+                    record[ending] = _text(data)
+        record["image"] = images if len(images) > 1 else images[0] if images else None
+        return record
+
+    def _index(self, shard: int, path: Path) -> None:
+        """Notes where the members of one shard lie."""
+        before = ""
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    folder, _, name = member.name.rpartition("/")
+                    key, dot, ending = name.partition(".")
+                    if not member.isreg() or member.issparse() or not dot or not key:
+                        continue
+                    key = f"{folder}/{key}" if folder else key
+                    if key != before or not self._names:
+                        before = key
+                        self._shards.append(shard)
+                        self._first.append(len(self._offsets))
+                        self._names.append(key)
+                    self._offsets.append(member.offset_data)
+                    self._sizes.append(member.size)
+                    self._endings.append(sys.intern(ending.lower()))
+                end = tar.offset
+            self._check_end(path, end)
+        except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
+            last = f" after {before}" if before else ""
+            raise DataError(f"shard {path} is damaged{last} ({error}): copy it again") from error
+
+    def _check_end(self, path: Path, end: int) -> None:
+        """A header that is none ends the reading without an error: then no empty block stands there."""
+        with open(path, "rb") as file:
+            file.seek(end)
+            if any(file.read(_BLOCK)):
+                raise tarfile.ReadError(f"no header at byte {end}")
+
+    def _columns(self) -> list[str]:
+        """The columns of the first hundred samples."""
+        names = {name: None for number in range(min(len(self), _SAMPLES_FOR_COLUMNS)) for name in self[number]}
+        return list(names)
+
+
+def _text(data: bytes) -> str | None:
+    """A text member."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def _json(data: bytes) -> dict[str, Any]:
+    """A JSON member; one that holds no mapping has no keys."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

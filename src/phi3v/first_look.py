@@ -1,0 +1,216 @@
+"""From a recipe to rows that can be used: the look that training and the commands of `phi3v data` share.
+
+In comes a recipe, and a processor where tokens are counted; out come the rows of its section `data`, each one measured
+before a step is taken (`data.survey`), so that none that is too long or cannot be cut into crops reaches a model. Loads
+no weights and writes nothing.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from phi3v.data.columns import RowOptions
+from phi3v.data.rows import refuse_problems
+from phi3v.data.schema import Row, RowProblem
+from phi3v.data.sources import LoadedData, Reading, load_data, stream_data
+from phi3v.data.survey import RowFacts, SurveyOptions, survey, too_long_problem
+from phi3v.errors import ConfigError
+from phi3v.recipe import Recipe
+
+HELD_OUT = "looking at the held-out rows"
+"""The stage of validation rows."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage, the rows done and the rows in all."""
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """Rows that were looked at closely.
+
+    Attributes:
+        kept: positions of the rows that can be used.
+        facts: what is known of each row, too long ones among them; every row once however often it is repeated.
+        problems: the rows that cannot be used, every row once.
+    """
+
+    kept: list[int]
+    facts: list[RowFacts]
+    problems: list[RowProblem]
+
+
+@dataclass(frozen=True)
+class RowUse:
+    """How many rows a run uses, and why others are left out.
+
+    Example: "2736 rows to train on, 304 held out; 12 left out (8 url_gone, 4 missing_value)" are
+    RowUse(train=2736, held_out=304, left_out=12, reasons={"url_gone": 8, "missing_value": 4}).
+    """
+
+    train: int
+    held_out: int
+    left_out: int
+    reasons: dict[str, int]
+
+    @classmethod
+    def of(cls, data: LoadedData) -> Self:
+        """The counts of loaded data."""
+        reasons = dict(Counter(problem.reason_code for problem in data.problems).most_common())
+        return cls(len(data.train), len(data.validation or []), len(data.problems), reasons)
+
+
+def open_data(
+    recipe: Recipe, *, download: bool = True, refuse: bool = True, on_progress: Progress | None = None
+) -> LoadedData:
+    """The rows that a recipe names, by the headers of their images.
+
+    Args:
+        recipe: whose section `data`.
+        download: False downloads no image: addresses that are not cached are listed.
+        refuse: False takes a set however many of its rows cannot be used.
+        on_progress: called as images are downloaded.
+    Raises: DataError for a set that cannot be read, or when more rows cannot be used than the recipe allows;
+        ConfigError for a recipe that streams.
+    """
+    if recipe.data.streaming:
+        raise ConfigError("data.streaming reads rows as they come, and here all are looked at: set it to false")
+    options = RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels)
+    how = recipe.data.reading_options | ({} if refuse else {"max_skipped": 1.0, "on_problem": "skip"})
+    on_fetch = None if on_progress is None else lambda done, total: on_progress("downloading images", done, total)
+    reading = Reading.of(**how, download=download, on_fetch=on_fetch)
+    return load_data(options=options, reading=reading, **recipe.data.load_options)
+
+
+STREAM_SAMPLE = 1000
+"""Rows of a stream that are looked at."""
+
+
+@dataclass(frozen=True)
+class FoundRows:
+    """Rows to look at, none of which has been refused yet; the attributes are those of `LoadedData`.
+
+    Attributes:
+        sampled: whether these are the first rows of a stream, and not all.
+    """
+
+    train: Sequence[Row]
+    validation: Sequence[Row]
+    problems: list[RowProblem]
+    origin: str
+    rows_in: int
+    not_cached: list[str]
+    sampled: bool = False
+
+
+def find_rows(recipe: Recipe, *, download: bool, on_progress: Progress | None = None) -> FoundRows:
+    """The rows of a recipe, however many of them cannot be used; of a stream the first, one pass at most.
+
+    Args:
+        recipe: whose section `data`.
+        download: whether images are downloaded.
+        on_progress: called as images are downloaded.
+    Raises: DataError for a set that cannot be read at all.
+    """
+    if not recipe.data.streaming:
+        data = open_data(recipe, download=download, refuse=False, on_progress=on_progress)
+        validation: Sequence[Row] = data.validation or []
+        return FoundRows(data.train, validation, data.problems, data.origin, data.rows_in, data.not_cached)
+    how = recipe.data.reading_options | {"max_skipped": 1.0, "on_problem": "skip"}
+    options = RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels)
+    reading = Reading.of(**how, download=download)
+    stream = stream_data(options=options, reading=reading, **recipe.data.load_options)
+    told = list(stream.problems)
+    first: dict[tuple[str, int], Row] = {}
+    for row in stream.train.rows(told.append, shuffled=False):
+        if len(first) == STREAM_SAMPLE or (row.source, row.index) in first:
+            break
+        first[row.source, row.index] = row
+    problems = list({(problem.source, problem.row): problem for problem in told}.values())
+    held_out = stream.validation or []
+    absent = [image.url for row in [*first.values(), *held_out] for image in row.images if image.path is None]
+    not_cached = list(dict.fromkeys(url for url in absent if url is not None))
+    total = len(first) + len(held_out) + len(problems)
+    return FoundRows(list(first.values()), held_out, problems, stream.origin, total, not_cached, sampled=True)
+
+
+def survey_options(recipe: Recipe, context: int | None, *, decode: bool, hashes: bool) -> SurveyOptions:
+    """How closely a recipe's rows are looked at; `context` is the model's longest row, where that plays a part."""
+    return SurveyOptions(
+        decode=decode,
+        hash_images=hashes,
+        train_on=recipe.data.train_on,
+        max_pixels=recipe.image.max_pixels,
+        max_length=None if context is None else recipe.data.max_length or context,
+        on_too_long=recipe.data.on_too_long,
+    )
+
+
+def survey_rows(
+    rows: Sequence[Row],
+    processor: Any | None,
+    options: SurveyOptions,
+    *,
+    stage: str = "looking at the rows",
+    on_progress: Progress | None = None,
+) -> Surveyed:
+    """Looks at every row once, even where weights repeat it.
+
+    Example: rows a, b, a of which b is too long -> kept [0, 2], facts of a and b, the problem of b.
+    """
+    places: list[int] = []  # for each position a number that equal rows share
+    distinct = survey(_first_times(rows, places), processor, options)
+    facts, problems, bad = [], [], set()
+    for number, found in enumerate(distinct):
+        if isinstance(found, RowFacts):
+            facts.append(found)
+        problem = found if isinstance(found, RowProblem) else too_long_problem(found)
+        if problem is not None:
+            problems.append(problem)
+            bad.add(number)
+        if on_progress is not None and number % 64 == 0:
+            on_progress(stage, len(places), len(rows))
+    if on_progress is not None and len(rows):
+        on_progress(stage, len(rows), len(rows))
+    return Surveyed([position for position, number in enumerate(places) if number not in bad], facts, problems)
+
+
+def _first_times(rows: Iterable[Row], places: list[int]) -> Iterator[Row]:
+    """The rows that were not there before; `places` gets the number of the distinct row of each."""
+    known: dict[int, int] = {}
+    for row in rows:
+        key = hash((row.source, row.index, row.messages, row.images))
+        if key not in known:
+            known[key] = len(known)
+            places.append(known[key])
+            yield row
+        else:
+            places.append(known[key])
+
+
+def measured_rows(
+    recipe: Recipe, data: LoadedData, processor: Any, context: int, *, on_progress: Progress | None = None
+) -> LoadedData:
+    """The rows whose samples the model can take, by headers and text; the others are problems.
+
+    Args:
+        recipe: whose limits apply.
+        data: what `open_data` found.
+        processor: a Phi3VProcessor.
+        context: the longest row that the model takes, in tokens.
+        on_progress: called as rows are looked at.
+    Raises: DataError when more rows cannot be used than the recipe allows.
+    """
+    options = survey_options(recipe, context, decode=False, hashes=False)
+    train = survey_rows(data.train, processor, options, on_progress=on_progress)
+    held_out = survey_rows(data.validation or [], processor, options, stage=HELD_OUT, on_progress=on_progress)
+    problems = [*data.problems, *train.problems, *held_out.problems]
+    refuse_problems(
+        problems,
+        data.rows_in,
+        recipe.data.train_name,
+        max_skipped=recipe.data.max_skipped,
+        on_problem=recipe.data.on_problem,
+    )
+    validation = None if data.validation is None else data.validation.take(held_out.kept)
+    return replace(data, train=data.train.take(train.kept), validation=validation, problems=problems)

@@ -1,0 +1,118 @@
+"""`check_recipe(recipe)`: everything about a recipe's data that can be known before a GPU is rented.
+
+In comes a recipe, out comes a `data.check.Report`. Reads the model's config, tokenizer and preprocessor and never its
+weights; prints nothing.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+from phi3v.data.check import (
+    Images,
+    Report,
+    count_images,
+    count_reasons,
+    crop_prices,
+    length_spreads,
+    listed,
+    rows_beyond,
+)
+from phi3v.data.duplicates import find_duplicates
+from phi3v.data.fetch import FetchSummary, fetch_images
+from phi3v.data.sources import Reading
+from phi3v.errors import DataError
+from phi3v.first_look import HELD_OUT, FoundRows, Progress, Surveyed, find_rows, survey_options, survey_rows
+from phi3v.loading import load_config, load_processor
+from phi3v.recipe import Recipe
+from phi3v.training.outlook import outlook
+
+
+def check_recipe(
+    recipe: Recipe,
+    *,
+    model: bool = True,
+    decode: bool = True,
+    fetch: bool = False,
+    shard: tuple[int, int] = (0, 1),
+    on_progress: Progress | None = None,
+) -> Report:
+    """Looks at every row of a recipe's data.
+
+    Args:
+        recipe: whose data, limits and model.
+        model: False counts no tokens: the recipe's model is only a stand-in.
+        decode: decode every image; False is quicker and takes the header for enough.
+        fetch: download images that are not in the cache.
+        shard: (i, n) downloads the i-th of n parts, from 0, so that n machines share the work and one cache.
+        on_progress: called as rows are looked at.
+    Raises: DataError, CheckpointError: the set or the model's small files cannot be read at all.
+    """
+    name, revision = recipe.model.name, recipe.model.revision
+    processor = load_processor(name, revision=revision, **recipe.image.processor_options) if model else None
+    config = load_config(name, revision=revision) if model else None
+    context = recipe.data.max_length or (config.max_position_embeddings if config is not None else None)
+    if fetch and shard != (0, 1):
+        _fetch_part(recipe, shard, on_progress)
+    whole = fetch and shard == (0, 1)
+    data, trouble = _open(recipe, download=whole, on_progress=on_progress)
+    options = survey_options(recipe, context, decode=decode, hashes=True)
+    train = survey_rows(data.train, processor, options, on_progress=on_progress)
+    held_out = survey_rows(data.validation, processor, options, stage=HELD_OUT, on_progress=on_progress)
+    problems = sorted(
+        [*data.problems, *train.problems, *held_out.problems], key=lambda problem: (problem.source, problem.row)
+    )
+    facts = [*train.facts, *held_out.facts]
+    crops = recipe.image.num_crops if processor is None else processor.image_processor.num_crops
+    rope_limit = config.original_max_position_embeddings if config is not None else None
+    return Report(
+        source=recipe.data.train_name,
+        rows=data.rows_in,
+        usable=data.rows_in - len(problems),
+        train=len(train.kept),
+        validation=len(held_out.kept),
+        origin=data.origin,
+        problems=listed(problems),
+        reasons=count_reasons(problems),
+        max_skipped=recipe.data.max_skipped,
+        on_problem=recipe.data.on_problem,
+        trouble=trouble,
+        sampled=data.sampled,
+        decoded=decode,
+        images=Images(count_images(facts), len({url for fact in facts for url in fact.web}), data.not_cached),
+        model=name if model else None,
+        num_crops=crops,
+        lengths=length_spreads(facts) if model else {},
+        context=context,
+        beyond_context=rows_beyond(facts, context),
+        on_too_long=recipe.data.on_too_long,
+        rope_limit=rope_limit,
+        beyond_rope=rows_beyond(facts, rope_limit),
+        duplicates=find_duplicates(train.facts, held_out.facts),
+        crops=crop_prices(facts, num_crops=crops, max_tokens=recipe.image.max_tokens, context=context),
+        outlook=_outlook(recipe, train, config, crops) if model else None,
+    )
+
+
+def _open(recipe: Recipe, **options: Any) -> tuple[FoundRows, str | None]:
+    """The rows, and why they cannot be split, when that is what is wrong with them."""
+    try:
+        return find_rows(recipe, **options), None
+    except DataError as error:
+        if recipe.data.split is None:
+            raise
+        return find_rows(recipe.with_overrides(["data.split=null"]), **options), str(error)
+
+
+def _fetch_part(recipe: Recipe, shard: tuple[int, int], on_progress: Progress | None) -> FetchSummary | None:
+    """Downloads one part of the images that are not in the cache; None when there are none."""
+    missing = find_rows(recipe, download=False).not_cached
+    reading = Reading.of(**recipe.data.reading_options)
+    if not missing or reading.cache is None:
+        return None
+    told = None if on_progress is None else lambda done, total: on_progress("downloading images", done, total)
+    return fetch_images(missing, reading.cache, reading.limits, shard=shard, on_progress=told)
+
+
+def _outlook(recipe: Recipe, train: Surveyed, config: Any, num_crops: int | None) -> dict[str, Any]:
+    """Steps and time of the run as plain values."""
+    return asdict(outlook(recipe, len(train.kept), train.facts, config, num_crops))

@@ -1,0 +1,124 @@
+"""How long a run will be: its steps, its tokens and the arithmetic in them, from a recipe and the lengths of its rows.
+
+In come figures, out come figures; no weights are loaded. Operations are counted from the sizes in a model's config: the
+matrices of decoder, head and tower, and attention; adapters, norms and the optimiser, a few per cent, are left out. The
+rate of a machine is measured, with the matrix product that training spends its time on.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from phi3v.data.survey import RowFacts
+from phi3v.image_tokens import crop_grid
+from phi3v.recipe import Recipe
+
+STATED_RATE = 100e12
+"""Operations a second that the outlook is told for, beside what was measured on the machine at hand."""
+
+_PATCHES = 577  # of one crop in the tower: 24 x 24 and a class token
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a run amounts to.
+
+    Attributes:
+        rows: training rows.
+        samples_per_step: samples of an optimiser step.
+        steps_per_epoch: optimiser steps of one pass; None for a stream, which has no end.
+        steps: optimiser steps of the run.
+        tokens: tokens of the run; None where they were not counted.
+        operations: floating-point operations of the run, checkpointing's second forward pass included; None without
+            lengths.
+        machine: what was measured, "cpu, float32" for instance; None when nothing was.
+        rate: operations a second of a large matrix product there.
+    """
+
+    rows: int
+    samples_per_step: int
+    steps_per_epoch: int | None
+    steps: int
+    tokens: int | None
+    operations: float | None
+    machine: str | None
+    rate: float | None
+
+
+def outlook(recipe: Recipe, rows: int, facts: Sequence[RowFacts], config: Any, num_crops: int | None) -> Outlook:
+    """The outlook of a run on so many rows.
+
+    Args:
+        recipe: steps, what trains and the device.
+        rows: training rows.
+        facts: of training rows; their mean stands for those whose length is not known.
+        config: the model's config; None counts steps alone.
+        num_crops: most crops of an image.
+    Example: 2736 rows in steps of 16 for 3 epochs are 171 steps an epoch and 513 in all.
+    """
+    training = recipe.training
+    whole = -(-rows // training.samples_per_step)
+    per_epoch = None if recipe.data.streaming else whole
+    steps = training.max_steps or int(-(-whole * training.epochs // 1))
+    samples = steps * training.samples_per_step
+    known = [fact for fact in facts if fact.length is not None]
+    if config is None or num_crops is None or not known or not rows:
+        return Outlook(rows, training.samples_per_step, per_epoch, steps, None, None, None, None)
+    tokens = round(sum(fact.length.total for fact in known if fact.length) / len(known) * samples)
+    language = sum(language_operations(recipe, config, fact.length.total) for fact in known if fact.length)
+    vision = sum(vision_operations(recipe, config, fact, num_crops) for fact in known)
+    operations = (language * samples + vision * (rows if recipe.vision.cache else samples)) / len(known)
+    machine, rate = measure_rate(recipe)
+    return Outlook(rows, training.samples_per_step, per_epoch, steps, tokens, operations, machine, rate)
+
+
+def language_operations(recipe: Recipe, config: Any, tokens: int) -> float:
+    """Floating-point operations of the decoder for one sample in one step; a multiplication and its addition are two.
+
+    A pass forward costs two operations a weight and token; backward costs two for the activations and, where weights
+    train, two for these. Checkpointing goes forward twice. Example: Phi-3.5-Vision with LoRA and 857 tokens takes
+    12.4e12 in its matrices, 0.5e12 in attention and 0.3e12 in its head.
+    """
+    width, inner = config.hidden_size, config.intermediate_size
+    key_value = width * config.num_key_value_heads // config.num_attention_heads
+    matrices = config.num_hidden_layers * (width * (2 * width + 2 * key_value) + 3 * width * inner)
+    attention = 2 * config.num_hidden_layers * width * tokens**2  # causal: half of the square
+    passes = 2 if recipe.lora is not None else 3
+    again = bool(recipe.training.options.get("gradient_checkpointing"))
+    head = 2 * width * config.vocab_size * tokens * passes
+    return 2 * matrices * tokens * (passes + again) + attention * (3.5 + again) + head
+
+
+def vision_operations(recipe: Recipe, config: Any, fact: RowFacts, num_crops: int) -> float:
+    """Operations of the tower for the images of one sample: all crops and the view of the whole."""
+    tower = config.vision_config
+    crops = sum(rows * columns + 1 for rows, columns in (crop_grid(*size, num_crops) for size in fact.sizes))
+    layers = tower.num_hidden_layers + 1 + config.vision_feature_layer
+    matrices = 4 * tower.hidden_size**2 + 2 * tower.hidden_size * tower.intermediate_size
+    forward = layers * (2 * matrices * _PATCHES + 4 * tower.hidden_size * _PATCHES**2)
+    return crops * forward * (3 if recipe.vision.tower == "train" else 1)
+
+
+def measure_rate(recipe: Recipe, seconds: float = 0.3) -> tuple[str, float]:
+    """What the recipe's device multiplies: its name with the number type, and operations a second.
+
+    The fastest of the products that fit into `seconds`; training stays below it.
+    """
+    from phi3v.loading import resolve_device, resolve_dtype
+
+    device = resolve_device(recipe.model.device)
+    dtype = resolve_dtype(recipe.model.dtype, device)
+    side = 4096 if device.type == "cuda" else 512  # on a busy machine a short product finds a free moment
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    fastest, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until or fastest == float("inf"):
+        began = time.perf_counter()
+        torch.mm(left, right)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        fastest = min(fastest, time.perf_counter() - began)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+    return f"{name}, {str(dtype).removeprefix('torch.')}", 2 * side**3 / fastest

@@ -1,0 +1,148 @@
+"""The samples of a run: from a recipe's section `data` to what the Trainer iterates over.
+
+In come a recipe and its run; out come training and validation samples. What reading and encoding leave out is written
+into the run's problems.jsonl, whichever process sees it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from phi3v.data.columns import RowOptions
+from phi3v.data.encode import EncodedRows, Example, encode
+from phi3v.data.schema import Row, RowProblem
+from phi3v.data.sources import LoadedData, Reading, StreamedData, stream_data
+from phi3v.data.stand_ins import StandIns
+from phi3v.data.streamed_examples import StreamedExamples
+from phi3v.errors import TrainingError
+from phi3v.first_look import Progress, measured_rows, open_data
+from phi3v.loading import load_config
+from phi3v.recipe import Recipe
+from phi3v.run_folder import RunFolder
+from phi3v.training.feature_cache import keep_features
+
+FEATURE_BYTES = 4 * 2**30
+
+
+def read_data(recipe: Recipe, run: RunFolder, processor: Any, on_look: Progress) -> LoadedData | StreamedData:
+    """Reads what the recipe names, and writes down the rows that are left out.
+
+    Rows that are not streamed are measured too, so that none that is too long reaches a step.
+
+    Args:
+        recipe: its section data.
+        run: where problems.jsonl is written.
+        processor: the model's processor.
+        on_look: told of what is done, (stage, done, total).
+    Raises: DataError in one line.
+    """
+    data: LoadedData | StreamedData
+    if recipe.data.streaming:
+        data = stream_data(
+            options=RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels),
+            reading=Reading.of(**recipe.data.reading_options),
+            **recipe.data.load_options,
+        )
+    else:
+        context = load_config(recipe.model.name, revision=recipe.model.revision).max_position_embeddings
+        data = measured_rows(recipe, open_data(recipe, on_progress=on_look), processor, context, on_progress=on_look)
+    run.write_problems(asdict(problem) for problem in data.problems)
+    return data
+
+
+def make_samples(
+    recipe: Recipe,
+    run: RunFolder,
+    data: LoadedData | StreamedData,
+    processor: Any,
+    model: Any,
+    *,
+    steps_done: int,
+    on_features: Callable[[int, int], None],
+) -> tuple[Any, Any]:
+    """Training and validation samples, with their image features kept where the recipe asks for it.
+
+    Args:
+        recipe: the recipe.
+        run: where rows that turn out to be unusable are written down.
+        data: the rows.
+        processor: the model's processor.
+        model: whose vision parts make features.
+        steps_done: of a run that goes on; a stream begins behind their samples.
+        on_features: told of features, (rows done, rows in all).
+    Raises: TrainingError when the first row has nothing to train; DataError when too many rows fail.
+    """
+    longest = recipe.data.max_length or model.config.max_position_embeddings
+    held_out = _stand_ins(recipe, run, data, data.validation or [], processor, longest)
+    if isinstance(data, StreamedData):
+        return _streamed(recipe, run, data, processor, longest, steps_done), held_out
+    train = _stand_ins(recipe, run, data, data.train, processor, longest)
+    _refuse_empty(train[0])
+    if recipe.vision.cache is None or not recipe.vision.frozen:
+        return train, held_out
+    base = model.get_base_model() if recipe.lora is not None else model
+    total = len(train) + len(held_out)
+
+    def keep(samples: Any, before: int) -> Any:
+        return keep_features(
+            samples, base, limit_bytes=FEATURE_BYTES, on_row=lambda row: on_features(before + row, total)
+        )
+
+    return keep(train, 0), keep(held_out, len(train))
+
+
+def _stand_ins(
+    recipe: Recipe,
+    run: RunFolder,
+    data: LoadedData | StreamedData,
+    rows: Sequence[Row],
+    processor: Any,
+    longest: int,
+) -> StandIns:
+    """Samples of rows that are all known."""
+    encoded = EncodedRows(rows, processor, **_encode_options(recipe, longest))
+    known = data.rows_in if isinstance(data, LoadedData) else len(rows)
+    return StandIns(
+        encoded,
+        spare=recipe.data.max_skipped * known - (len(data.problems) if isinstance(data, LoadedData) else 0),
+        on_problem=recipe.data.on_problem,
+        tell=partial(note_problem, run),
+    )
+
+
+def _streamed(
+    recipe: Recipe, run: RunFolder, data: StreamedData, processor: Any, longest: int, steps_done: int
+) -> StreamedExamples:
+    """Samples of a stream."""
+    examples = StreamedExamples(
+        data.train,
+        partial(_encode, processor=processor, options=_encode_options(recipe, longest)),
+        micro_batch=recipe.training.micro_batch_size,
+        start=steps_done * recipe.training.samples_per_step,
+        tell=partial(note_problem, run),
+    )
+    if not steps_done:
+        _refuse_empty(next(iter(examples)))
+    return examples
+
+
+def _encode_options(recipe: Recipe, longest: int) -> dict[str, Any]:
+    """The arguments of `encode` by name."""
+    return {**recipe.data.encode_options, "max_length": longest, "max_pixels": recipe.image.max_pixels}
+
+
+def _encode(row: Row, *, processor: Any, options: dict[str, Any]) -> Example:
+    """A row as a sample; a function of a module, so that loader workers can be given it."""
+    return encode(row, processor, **options)
+
+
+def _refuse_empty(example: Example) -> None:
+    """Raises: TrainingError when nothing of a sample is trained."""
+    if not any(label != -100 for label in example["labels"].tolist()):
+        raise TrainingError("the first row has no trained token: its answer is empty, see data.answer")
+
+
+def note_problem(run: RunFolder, problem: RowProblem) -> None:
+    """Writes down a row that turned out to be unusable, in whichever process that was seen."""
+    run.append_problem(asdict(problem))

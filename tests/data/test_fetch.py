@@ -1,0 +1,180 @@
+"""Downloads into the cache: what is asked, how often, when, and what is known afterwards."""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from image_server import image_server, picture
+
+from phi3v.data.fetch import FetchLimits, FetchSummary, fetch_images
+from phi3v.data.image_cache import FetchFailure, ImageCache
+from phi3v.errors import ConfigError, DataError
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "fetch_ray.py"
+LIMITS = FetchLimits(seconds=10, backoff=0.01, allow_hosts=("127.0.0.1",))
+
+
+def test_images_come_once_and_are_counted(tmp_path: Path) -> None:
+    cache = ImageCache(tmp_path)
+    progress: list[tuple[int, int]] = []
+    with image_server() as server:
+        urls = [server.url(f"/good/{number}.png") for number in (0, 1, 2, 1, 0)]
+        first = fetch_images(urls, cache, LIMITS, on_progress=lambda done, total: progress.append((done, total)))
+        again = fetch_images([*urls, server.url("/good/3.png")], cache, LIMITS)
+        requests = len(server.seen)
+    size = sum(len(picture(number)) for number in range(3))
+    assert first == FetchSummary(total=3, cached=0, downloaded=3, failures={}, bytes=size)
+    assert again == FetchSummary(total=4, cached=3, downloaded=1, failures={}, bytes=len(picture(3)))
+    assert (requests, progress) == (4, [(0, 3), (1, 3), (2, 3), (3, 3)])
+    assert [cache.path(url).read_bytes() for url in urls[:3]] == [picture(number) for number in range(3)]
+
+
+def test_lasting_failures_are_remembered_and_passing_ones_asked_again(tmp_path: Path) -> None:
+    lasting = ["/404", "/410", "/html", "/svg", "/cut"]
+    passing = ["/403", "/500", "/empty", "/too-large"]
+    with image_server() as server:
+        urls = [server.url(path) for path in lasting + passing]
+        limits = FetchLimits(attempts=1, allow_hosts=("127.0.0.1",))
+        first = fetch_images(urls, ImageCache(tmp_path), limits)
+        assert fetch_images(urls, ImageCache(tmp_path), limits) == first
+        assert [server.count(path) for path in lasting + passing] == [1] * 5 + [2] * 4
+        assert ImageCache(tmp_path).failure(urls[0]) == FetchFailure(
+            "url_not_found",
+            f"image {urls[0]}: the server answers 404, there is no such file; mend the address or drop the row",
+        )
+        fetch_images(urls, ImageCache(tmp_path), limits, retry_failed=True)
+        assert [server.count(path) for path in lasting + passing] == [2] * 5 + [3] * 4
+
+
+def test_a_failure_gives_way_to_an_image(tmp_path: Path) -> None:
+    cache = ImageCache(tmp_path)
+    with image_server() as server:
+        url = server.url("/good/1.png")
+        with cache.writing() as writer:
+            writer.remember(url, FetchFailure("url_gone", "it was taken away"))
+        assert fetch_images([url], cache, LIMITS).failures == {url: FetchFailure("url_gone", "it was taken away")}
+        assert fetch_images([url], cache, LIMITS, retry_failed=True).downloaded == 1
+        assert (cache.failure(url), cache.path(url).read_bytes()) == (None, picture(1))
+
+
+def test_shards_are_parts(tmp_path: Path) -> None:
+    with image_server() as server:
+        urls = [server.url(f"/good/{number}.png") for number in range(40)]
+        sizes = []
+        for number in range(3):
+            given = urls if number else urls[::-1]  # the order does not matter
+            sizes.append(fetch_images(given, ImageCache(tmp_path), LIMITS, shard=(number, 3)).total)
+        assert len(server.seen) == sum(sizes) == 40 and min(sizes) >= 5
+        assert fetch_images(urls, ImageCache(tmp_path), LIMITS).cached == 40
+
+
+@pytest.mark.parametrize("shard", [(3, 3), (-1, 3), (0, 0)])
+def test_a_shard_that_is_none_is_refused(shard: tuple[int, int], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"shard {shard[0]}/{shard[1]} is none: parts of n count from 0 to n-1"):
+        fetch_images([], ImageCache(tmp_path), shard=shard)
+
+
+def test_a_pause_that_a_server_asks_for_is_kept_by_all_workers(tmp_path: Path) -> None:
+    with image_server() as server:
+        urls = [server.url("/busy-once"), *(server.url(f"/good/{number}.png") for number in range(6))]
+        limits = FetchLimits(workers=1, attempts=2, backoff=0.01, allow_hosts=("127.0.0.1",))
+        assert fetch_images(urls, ImageCache(tmp_path), limits).downloaded == 7
+        times = [when for when, _ in server.seen]
+    assert server.count("/busy-once") == 2
+    assert min(times[1:]) - times[0] >= 0.95  # Retry-After: 1, less what the clocks of two threads may differ
+
+
+def test_a_server_that_fails_once_is_asked_again(tmp_path: Path) -> None:
+    with image_server() as server:
+        assert fetch_images([server.url("/fails-once")], ImageCache(tmp_path), LIMITS).downloaded == 1
+        assert server.count("/fails-once") == 2
+
+
+def test_a_pause_longer_than_the_limit_ends_the_address(tmp_path: Path) -> None:
+    with image_server() as server:
+        urls = [server.url("/429-hour"), server.url("/429-never")]
+        failures = fetch_images(urls, ImageCache(tmp_path), LIMITS).failures
+        assert ([failures[url].reason_code for url in urls], len(server.seen)) == (["url_busy"] * 2, 2)
+
+
+def test_nothing_of_the_environment_and_no_secret_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No proxy, no .netrc, no token, no cookie; and what is said about an address does not hold its query."""
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password secret-1\n")
+    for name in ("HOME", "NETRC"):
+        monkeypatch.setenv(name, str(tmp_path / (".netrc" if name == "NETRC" else "")))
+    monkeypatch.setenv("HF_TOKEN", "secret-2")
+    with image_server() as server, image_server() as proxy, caplog.at_level("INFO"):
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, proxy.url(""))
+        monkeypatch.setenv("NO_PROXY", "")
+        urls = [server.url("/cookie"), server.url("/good/1.png"), server.url("/404?key=secret-3")]
+        failures = fetch_images(urls, ImageCache(tmp_path / "cache"), LIMITS).failures
+        names = {line.partition(b":")[0] for _, head in server.seen for line in head.split(b"\r\n")[1:] if line}
+    (failure,) = failures.values()
+    assert failure.message.startswith(f"image {server.url('/404')}?...: the server answers 404, there is no such file")
+    assert (names, proxy.connections) == ({b"Host", b"User-Agent", b"Accept", b"Accept-Encoding"}, 0)
+    assert server.count("/good/3.png") == 1  # where the cookie would have gone
+    written = b"".join(path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    assert b"secret" not in written and "secret" not in caplog.text
+
+
+def test_a_disk_that_is_full_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with (
+        image_server() as server,
+        pytest.raises(DataError, match=r"cannot be written \(No space left on device\): free"),
+    ):
+        fetch_images([server.url("/good/1.png")], ImageCache(tmp_path), LIMITS)
+    assert not list((tmp_path / "tmp").rglob("*"))
+
+
+def test_the_example_for_ray_downloads_as_one_machine_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its batch function alone; Ray is not needed for that."""
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    fetch_batch = runpy.run_path(str(EXAMPLE))["fetch_batch"]
+    with image_server() as server:
+        batch = {"url": [server.url("/good/1.png"), server.url("/404?token=abc")]}
+        answers = fetch_batch(batch, ImageCache(tmp_path), LIMITS)
+    assert answers["reason"] == ["url_not_found"] and "token" not in answers["message"][0]
+    assert ImageCache(tmp_path).path(batch["url"][0]).read_bytes() == picture(1)
+
+
+def test_connections_are_kept(tmp_path: Path) -> None:
+    with image_server() as server:
+        urls = [server.url(f"/good/{number}.png") for number in range(30)]
+        fetch_images(urls, ImageCache(tmp_path), FetchLimits(workers=3, allow_hosts=("127.0.0.1",)))
+        assert (len(server.seen), server.connections) == (30, 3)
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with (
+        image_server() as server,
+        pytest.raises(DataError, match=r"^image cache .*file cannot be written \(.*data\.im"),
+    ):
+        fetch_images([server.url("/good/1.png")], ImageCache(tmp_path / "file"), LIMITS)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, BrokenPipeError])
+def test_an_error_in_the_progress_bar_ends_the_call(error: type[BaseException], tmp_path: Path) -> None:
+    """What the caller's function raises comes back as it is, and the workers end."""
+
+    def stop(done: int, total: int) -> None:
+        if done == 2:
+            raise error
+
+    with image_server(delay=0.02) as server:
+        urls = [server.url(f"/good/{number}.png") for number in range(100)]
+        with pytest.raises(error):
+            fetch_images(urls, ImageCache(tmp_path), LIMITS, on_progress=stop)
+        assert not (tmp_path / "tmp").exists() or not list((tmp_path / "tmp").iterdir())
+        assert fetch_images(urls, ImageCache(tmp_path), LIMITS).failures == {}
+    assert sorted(os.listdir(tmp_path)) == ["objects", "urls"]

@@ -1,0 +1,52 @@
+"""Memory stays flat however many rows go by, measured in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import phi3v
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def held(kind: str, rows: int, timeout: float) -> np.ndarray:
+    """Kilobytes held after each fiftieth of the rows."""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs /proc/self/statm to see the memory of a process")
+    source = Path(phi3v.__file__).resolve().parents[1]
+    settings = {"PYTHONPATH": f"{source}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "measured_memory.py"), kind, str(rows)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=timeout,
+        env={**os.environ, **settings},
+    )
+    return np.array(json.loads(done.stdout))
+
+
+def slope(samples: np.ndarray, rows: int) -> float:
+    """Kilobytes a row, the straight line through the later two thirds of the samples."""
+    later = samples[len(samples) // 3 :]
+    return float(np.polyfit(np.arange(len(later)) * rows / len(samples), later, 1)[0])
+
+
+def test_memory_stays_flat() -> None:
+    """A few pages more or less are the allocator's; one kept image alone would be 2.7 MB."""
+    samples = held("images", 200, timeout=170)
+    assert samples[-1] - samples[10] < 1.0 * 200 + 256
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("kind", "rows"), [("images", 5_000), ("fast", 5_000), ("headers", 200_000), ("text", 200_000)]
+)
+def test_the_slope_is_under_a_kilobyte_a_row(kind: str, rows: int) -> None:
+    assert slope(held(kind, rows, timeout=3500), rows) < 1.0

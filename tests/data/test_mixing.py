@@ -1,0 +1,83 @@
+"""Several sets in one: weights divide an epoch, the same seed gives the same rows, and images stay on one side."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pytest
+from PIL import Image
+
+from phi3v.data.columns import RowOptions
+from phi3v.data.mixing import choose, mix, shares
+from phi3v.data.sources import load_data
+from phi3v.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `datasets` prepares goes into a folder of the test run."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def test_an_epoch_is_divided_as_the_weights_say() -> None:
+    assert shares([100, 20], [1, 1]) == [60, 60]
+    assert shares([5, 5], [2, 1]) == [7, 3]
+    assert shares([3, 3, 3], [1, 1, 1]) == [3, 3, 3]
+    assert shares([1, 9], [1e-9, 1]) == [0, 10]
+    for sizes, weights in (([7, 11, 13], [3, 1, 1.5]), ([1, 1], [1, 2])):
+        assert sum(shares(sizes, weights)) == sum(sizes)
+
+
+def test_rows_repeat_equally_often_but_for_a_drawn_rest() -> None:
+    drawn = choose(3, 7, 0, "a")
+    assert drawn[:6] == [0, 1, 2, 0, 1, 2] and drawn[6] in (0, 1, 2)
+    assert choose(5, 0, 0, "a") == [] == choose(0, 0, 0, "a")
+    few = [choose(100, 10, seed, "a") for seed in (1, 1, 2)]
+    assert few[0] == few[1] != few[2] and all(sorted(set(one)) == one and len(one) == 10 for one in few)
+    assert mix([0, 0, 0, 1], 2, [1, 1], 0)[2:] == [3, 3]
+
+
+def write(folder: Path, name: str, count: int, column: str) -> str:
+    (folder / name).mkdir(parents=True)
+    rows = []
+    for number in range(count):
+        Image.new("RGB", (8, 6), (number, len(name), 0)).save(folder / name / f"{number}.png")
+        rows.append({column: f"{number}.png", "title": f"{name} {number}"})
+    (folder / name / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / name / "rows.jsonl")
+
+
+def test_sets_have_rows_by_weight_and_keep_source_and_number(tmp_path: Path) -> None:
+    large, small = write(tmp_path, "large", 30, "image"), write(tmp_path, "small", 10, "photo")
+    options = RowOptions(prompt="What is it?", answer="{title}")
+    sets = [
+        {"source": large, "weight": 1.0},
+        {"source": small, "weight": 1.0, "images": "photo", "answer": "A {title}."},
+    ]
+    data = load_data(sets, options=options, validation_split=None)
+    assert Counter(row.source for row in data.train) == {large: 20, small: 20}
+    assert set(Counter(row.index for row in data.train if row.source == small).values()) == {2}
+    assert set(Counter(row.index for row in data.train if row.source == large).values()) == {1}
+    assert {row.answer[:2] for row in data.train if row.source == small} == {"A "}
+    again = load_data(sets, options=options, validation_split=None)
+    other = load_data(sets, options=options, validation_split=None, split_seed=1)
+    assert list(data.train) == list(again.train) != list(other.train)
+    plain = load_data([{"source": large}, sets[1] | {"weight": None}], options=options, validation_split=None)
+    assert Counter(row.source for row in plain.train) == {large: 30, small: 10} and plain.rows_in == 40
+    with pytest.raises(DataError, match="small/rows.jsonl has no weight and another set has: give every set a weight"):
+        load_data([sets[0], sets[1] | {"weight": None}], options=options)
+
+
+def test_validation_rows_of_several_sets(tmp_path: Path) -> None:
+    """Rows are held out before weights repeat any: an image of one side is never on the other."""
+    one, two = write(tmp_path, "one", 12, "image"), write(tmp_path, "two", 4, "image")
+    options = RowOptions(prompt="What is it?", answer="{title}")
+    data = load_data(
+        [{"source": one, "weight": 1.0}, {"source": two, "weight": 3.0}], options=options, validation_split=4
+    )
+    assert data.validation is not None and (data.origin, len(data.validation)) == ("split", 4)
+    sides = [{(row.source, row.index) for row in side} for side in (data.train, data.validation)]
+    assert not sides[0] & sides[1] and len(data.train) == 12
+    given = load_data([{"source": one}, {"source": two}], options=options, validation=two)
+    assert given.validation is not None and (len(given.train), len(given.validation)) == (16, 4)

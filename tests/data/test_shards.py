@@ -1,0 +1,232 @@
+"""Webdataset shards as img2dataset writes them, photo folders with metadata, hub sets with splits and token."""
+
+import io
+import json
+import logging
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from image_server import picture
+
+from phi3v.data.columns import RowOptions
+from phi3v.data.images import open_image
+from phi3v.data.sources import Reading, load_data, load_rows
+from phi3v.errors import DataError
+
+OPTIONS = RowOptions(prompt="What is it?", answer="{txt}")
+LOOSE = Reading(max_skipped=1.0)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `datasets` prepares goes into a folder of the test run."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def shard(path: Path, members: list[tuple[str, bytes | str]]) -> Path:
+    """A tar file; a text as content makes a symbolic link to it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                info.type, info.linkname = tarfile.SYMTYPE, content
+                tar.addfile(info)
+            else:
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def sample(key: str, number: int, **more: Any) -> list[tuple[str, bytes | str]]:
+    """What img2dataset writes of one image."""
+    told = {"url": f"https://shop.example/{number}.jpg", "width": 16, "caption": f"scarf {number}", **more}
+    return [
+        (f"{key}.jpg", picture(number, "JPEG")),
+        (f"{key}.txt", f"scarf {number}".encode()),
+        (f"{key}.json", json.dumps(told).encode()),
+    ]
+
+
+@pytest.mark.parametrize("named", ["", "*.tar", "00000.tar"])
+def test_shards_are_read_as_they_are(named: str, tmp_path: Path) -> None:
+    for number in range(2):
+        members = [member for n in range(3) for member in sample(f"{number:05d}{n:04d}", 3 * number + n)]
+        shard(tmp_path / f"0000{number}.tar", members)
+    (tmp_path / "00000_stats.json").write_text("{}")  # img2dataset leaves such files beside them
+    options = RowOptions(prompt="Size {json.width}?", answer="{txt}: {json.url}")
+    rows, problems = load_rows(str(tmp_path / named), options=options)
+    assert problems == [] and [row.index for row in rows] == list(range(3 if named == "00000.tar" else 6))
+    for number, row in enumerate(rows):
+        assert row.answer == f"scarf {number}: https://shop.example/{number}.jpg" and row.question == "Size 16?"
+        assert row.images[0].data == picture(number, "JPEG")
+        assert row.images[0].path == f"0000{number // 3}.tar/0000{number // 3}{number % 3:04d}.jpg"
+        assert open_image(row.images[0]).size == (16, 12)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix not in (".tar", ".json")]
+
+
+def test_members_lead_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "secret.jpg").write_bytes(picture(9, "JPEG"))
+    members: list[tuple[str, bytes | str]] = [
+        *sample("../../up", 1),
+        *sample("/etc/abs", 2),
+        ("link.jpg", "../secret.jpg"),
+        ("link.txt", b"a link"),
+        ("links.txt", "/etc/hostname"),
+        ("links.jpg", picture(3, "JPEG")),
+        (".hidden", b"x"),
+        ("noending", b"x"),
+    ]
+    data = load_data(
+        str(shard(tmp_path / "set" / "a.tar", members)), options=OPTIONS, validation_split=None, reading=LOOSE
+    )
+    assert [row.answer for row in data.train] == ["scarf 1", "scarf 2"]
+    assert [row.images[0].data for row in data.train] == [picture(1, "JPEG"), picture(2, "JPEG")]
+    assert [(problem.row, problem.reason_code) for problem in data.problems] == [
+        (2, "image_missing"),
+        (3, "missing_value"),
+    ]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.tar", "secret.jpg", "set"]
+
+
+def test_samples_may_differ(tmp_path: Path) -> None:
+    """A sample with other members, two images, broken JSON or broken text is a row or a problem of its own."""
+    members = [
+        *sample("a", 1, similarity=None),
+        ("b.0.png", picture(2)),
+        ("b.1.png", picture(3)),
+        ("b.txt", b"two"),
+        ("c.jpg", picture(4, "JPEG")[:200]),
+        ("c.txt", b"cut"),
+        ("d.jpg", picture(5, "JPEG")),
+        ("d.txt", b"\xff\xfe"),
+        ("e.jpg", picture(6, "JPEG")),
+        ("e.txt", b"no json"),
+        ("e.json", b"{"),
+        *sample("f", 7, similarity=0.5, width="wide"),
+    ]
+    data = load_data(str(shard(tmp_path / "a.tar", members)), options=OPTIONS, validation_split=None, reading=LOOSE)
+    assert [(row.answer, len(row.images)) for row in data.train] == [
+        ("scarf 1", 1),
+        ("two", 2),
+        ("no json", 1),
+        ("scarf 7", 1),
+    ]
+    assert [(problem.row, problem.reason_code) for problem in data.problems] == [
+        (2, "image_unreadable"),
+        (3, "missing_value"),
+    ]
+
+
+def test_conversations_in_json_members(tmp_path: Path) -> None:
+    spoken = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A hat."}]
+    path = shard(tmp_path / "a.tar", sample("a", 1, conversations=spoken))
+    row = load_rows(str(path), options=RowOptions())[0][0]
+    assert (row.question, row.answer, row.images[0].data) == ("What?", "A hat.", picture(1, "JPEG"))
+
+
+@pytest.mark.parametrize("change", ["cut in a member", "cut in a header", "noise in a header", "empty", "text", "gzip"])
+def test_damaged_shards_are_one_line(change: str, tmp_path: Path) -> None:
+    path = shard(tmp_path / "00000.tar", [*sample("a", 1), *sample("b", 2)])
+    whole = path.read_bytes()
+    header = whole.index(b"b.txt")
+    changed = {
+        "cut in a member": whole[: header - 400],
+        "cut in a header": whole[: header + 100],
+        "noise in a header": whole[:header] + bytes(range(1, 101)) * 5 + whole[header + 500 :],
+        "empty": b"",
+        "text": b"image,title\n" * 200,
+        "gzip": b"\x1f\x8b" + whole,
+    }
+    path.write_bytes(changed[change])
+    with pytest.raises(DataError, match=r"^shard .*00000.tar is damaged.*: copy it again$") as caught:
+        load_rows(str(tmp_path), options=OPTIONS)
+    assert ("after b" in str(caught.value)) == ("header" in change or "member" in change)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_photo_folder_names_its_bad_rows(kind: str, tmp_path: Path) -> None:
+    """One bad row of a photo folder's metadata is a problem of its own, and its cells are the text of the file."""
+    (tmp_path / "out.png").write_bytes(picture(9))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(picture(1))
+    names = ["a.png", "gone.png", "../out.png", str(tmp_path / "out.png"), "file:///etc/hostname", "a.png"]
+    if kind == "csv":
+        lines = ["file_name,txt", *(f"{name},007" for name in names)]
+        (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+    else:
+        lines = [json.dumps({"file_name": name, "txt": "007"}) for name in names]
+        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    data = load_data(str(folder), options=OPTIONS, validation_split=None, reading=LOOSE)
+    assert [(row.index, row.answer, row.images[0].path) for row in data.train] == [
+        (0, "007", "a.png"),
+        (5, "007", "a.png"),
+    ]
+    codes = ["image_path", "image_path", "image_path", "url_scheme"]
+    assert [(problem.row, problem.reason_code) for problem in data.problems] == list(enumerate(codes, start=1))
+
+
+def test_a_photo_folder_may_list_several_photos_or_conversations(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(picture(ord(name)))
+    spoken = [{"from": "human", "value": "<image><image>Which?"}, {"from": "gpt", "value": "Both."}]
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_names": ["a.png", "b.png"], "conversations": spoken}))
+    row = load_rows(str(tmp_path), options=RowOptions())[0][0]
+    assert [image.path for image in row.images] == ["a.png", "b.png"] and row.question == "Which?"
+    (tmp_path / "metadata.csv").write_text("file_name\na.png\n")
+    with pytest.raises(DataError, match=r"has metadata.csv and metadata.jsonl: keep one of them"):
+        load_rows(str(tmp_path), options=RowOptions())
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text("file,title\na.png,b\n")
+    with pytest.raises(DataError, match=r"metadata.csv has no column file_name, which names the photo of a row"):
+        load_rows(str(tmp_path), options=RowOptions())
+
+
+def test_hub_sets_by_subset_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = datasets.DatasetDict(
+        {name: datasets.Dataset.from_list([{"txt": name}]) for name in ("train_sft", "test_sft")}
+    )
+    asked: list[Any] = []
+
+    def hub(path: str, **options: Any) -> datasets.DatasetDict:
+        asked.append((path, options))
+        return tables
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    options = RowOptions(images=None, prompt="?", answer="{txt}")
+    data = load_data(
+        [{"source": "owner/name:train_sft", "subset": "en", "revision": "abc"}],
+        options=options,
+        validation="owner/name:test_sft",
+    )
+    assert data.validation is not None
+    assert [row.answer for row in data.train] == ["train_sft"] and data.validation[0].answer == "test_sft"
+    assert asked[0] == ("owner/name", {"name": "en", "revision": "abc"})
+    with pytest.raises(DataError, match="owner/name has no split tset; its splits are train_sft, test_sft"):
+        load_rows("owner/name:tset", options=options)
+    with pytest.raises(
+        DataError, match="has the splits train_sft, test_sft and no train; name one: owner/name:train_sft"
+    ):
+        load_data("owner/name", options=options)
+
+
+def test_the_users_token_is_in_no_error(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    token = "hf_" + "aB3" * 11
+    monkeypatch.setenv("HF_TOKEN", token)
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise ConnectionError(f"401 for https://user:{token}@huggingface.co, Authorization: Bearer {token}")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with caplog.at_level(logging.DEBUG), pytest.raises(DataError, match=r"401 for .*Bearer") as caught:
+        load_rows("someone/private", options=OPTIONS)
+    chain, seen = caught.value, ""
+    while chain is not None:
+        seen += repr(chain)
+        chain = chain.__cause__ or (None if chain.__suppress_context__ else chain.__context__)
+    assert token not in seen + caplog.text and "***" in seen

@@ -1,0 +1,224 @@
+"""`phi3v data check` and `phi3v data show` as they are typed: counts, exit codes, JSON, pages, downloads in parts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import transformers
+from image_server import image_server
+from tiny_models import write_photos, write_tiny_model
+from typer.testing import CliRunner
+
+from phi3v import cli_data, cli_session
+from phi3v.cli import app
+from phi3v.run_folder import RunFolder
+
+RECIPE = """
+model: {model}
+data:
+  train: {folder}/photos/rows.jsonl
+  prompt: What colour?
+  answer: It is {{colour}}.
+  split: {{validation: 6}}
+training: {{samples_per_step: 4, micro_batch_size: 2, epochs: 2}}
+evaluation: {{max_new_tokens: 4, rows: 2}}
+output: {folder}/run
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model; its context is 8,192 tokens and its short rope factors reach 4,096."""
+    return write_tiny_model(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Forty rows, two of them bad, and a recipe."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    rows = [json.loads(line) for line in write_photos(tmp_path / "photos", 40).read_text().splitlines()]
+    rows[3]["colour"] = None
+    rows[9]["image"] = "gone.png"
+    rows[20] = rows[24]
+    write_rows(tmp_path, rows)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=tmp_path, model=model))
+    return tmp_path
+
+
+def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
+    (folder / "photos" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a command in this process, without hushing the libraries of the other tests."""
+    monkeypatch.setattr(cli_session, "hush", lambda debug, as_json: None)
+    transformers.utils.logging.disable_progress_bar()
+    runner = CliRunner()
+    return lambda *words: runner.invoke(app, ["data", *map(str, words)])
+
+
+def test_check_counts_every_row_and_names_every_problem(run: Any, folder: Path) -> None:
+    done = run("check", folder / "recipe.yaml", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (found["rows"], found["usable"], found["train"] + found["validation"]) == (40, 38, 38)
+    named = [(problem["row"], problem["reason_code"]) for problem in found["problems"]]
+    assert named == [(3, "missing_value"), (9, "image_path")]
+    assert found["problems"][0]["fix"] == "fill the cell, or take the column out of the template"
+    assert found["reasons"] == {"missing_value": 1, "image_path": 1} and found["skipped_share"] == 0.05
+    assert found["passed"] and found["decoded"] and found["images"]["count"] == 12  # four colours, three widths
+    assert (found["lengths"]["image"]["least"], found["lengths"]["image"]["most"]) == (313, 313)
+    assert (found["context"], found["rope_limit"], found["beyond_rope"]) == (8192, 4096, 0)
+    assert (found["outlook"]["steps_per_epoch"], found["outlook"]["steps"]) == (8, 16)
+    assert found["outlook"]["operations"] > 1e9 and found["outlook"]["rate"] > 1e6
+    assert [price["square"] for price in found["crops"]] == [2509, 757, 313, 757]
+    duplicates = found["duplicates"]
+    assert duplicates["rows_in_train"] + duplicates["rows_in_both"] > 0 and duplicates["examples"]
+    assert not (folder / "run").exists()
+
+
+def test_check_says_it_to_people(run: Any, folder: Path) -> None:
+    done = run("check", folder / "recipe.yaml", "--quick")
+    assert done.exit_code == 0, done.output
+    lines = [
+        "40 rows, 38 usable: 32 to train on, 6 held out (split off)",
+        "headers read, none decoded",
+        "rows.jsonl, row 3: column 'colour' is empty",
+        "what images cost",
+        "steps: 8 steps of 4 samples an epoch, 16 in all",
+        "5.0 % of the rows are left out, 5.0 % may be",
+    ]
+    assert [line for line in lines if line not in done.stdout.replace("rows.jsonl:", "rows.jsonl")] == []
+
+
+def test_too_many_problems_are_exit_code_1_with_the_whole_report(run: Any, folder: Path) -> None:
+    for words in (["data.max_skipped=0.04"], ["data.on_problem=stop"], ["data.max_length=330"]):
+        done = run("check", folder / "recipe.yaml", *words, "--json")
+        found = json.loads(done.stdout)
+        assert (done.exit_code, found["passed"]) == (1, False)
+        assert found["rows"] == 40 == found["usable"] + len(found["problems"])
+    assert found["reasons"] == {"too_long": 38, "missing_value": 1, "image_path": 1}
+    assert found["lengths"]["total"]["least"] > 330 and found["beyond_context"] == 38
+
+
+def test_rows_of_which_none_can_be_used_or_split_are_reported_too(run: Any, folder: Path) -> None:
+    write_rows(folder, [{"image": "gone.png", "colour": "red"}] * 2)
+    done = run("check", folder / "recipe.yaml")
+    assert done.exit_code == 1 and "2 rows, 0 usable" in done.stdout and "100 % of the rows are left out" in done.stdout
+    write_rows(folder, [{"image": "0.png", "colour": "red"}])
+    done = run("check", folder / "recipe.yaml")
+    assert done.exit_code == 1 and "1 row, 1 usable" in done.stdout and "cannot be split into train and" in done.stdout
+
+
+def test_of_a_stream_the_first_rows_are_looked_at(run: Any, folder: Path) -> None:
+    words = ["data.streaming=true", "data.split.validation=4", "training.max_steps=5"]
+    done = run("check", folder / "recipe.yaml", *words, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["sampled"] and found["rows"] == 40 == found["usable"] + len(found["problems"])
+    assert {problem["reason_code"] for problem in found["problems"]} >= {"missing_value", "image_path"}
+    assert (found["outlook"]["steps_per_epoch"], found["outlook"]["steps"]) == (None, 5)
+    assert "the first 40 rows of a stream" in run("check", folder / "recipe.yaml", *words).stdout
+    assert run("show", folder / "recipe.yaml", *words, "--text", "--rows", 1).exit_code == 0
+
+
+def test_a_data_set_alone_is_counted_without_tokens_and_with_a_model_in_full(
+    run: Any, folder: Path, model: Path
+) -> None:
+    words = ["check", folder / "photos" / "rows.jsonl", "data.prompt=What?", "data.answer='{colour}'"]
+    done = run(*words)
+    assert done.exit_code == 0, done.output
+    assert "tokens of texts are not counted: no model is named" in done.stdout
+    found = json.loads(run(*words, "--json").stdout)
+    assert (found["model"], found["lengths"], found["outlook"], found["rows"]) == (None, {}, None, 40)
+    assert [(price["num_crops"], price["longest_row"]) for price in found["crops"]] == [
+        (16, None),
+        (4, None),
+        (1, None),
+        (5, None),
+    ]
+    found = json.loads(run(*words, f"model={model}", "--json").stdout)
+    assert found["model"] == str(model) and found["lengths"]["total"]["most"] > 313
+
+
+def test_images_are_downloaded_on_request_in_parts(run: Any, folder: Path) -> None:
+    with image_server() as server:
+        paths = [f"/404/{number}.png" if number == 7 else f"/good/{number}.png" for number in range(30)]
+        write_rows(folder, [{"image": server.url(path), "colour": "red"} for path in paths])
+        words = ["check", folder / "recipe.yaml", "data.allow_hosts=['127.0.0.1']", "data.image_cache=images", "--json"]
+        before = json.loads(run(*words).stdout)
+        assert (before["usable"], len(before["images"]["not_cached"]), server.connections) == (30, 30, 0)
+        assert before["lengths"]["total"] is None
+        run(*words, "--fetch", "--shard", "0/2")
+        half = json.loads(run(*words).stdout)
+        assert 0 < len(half["images"]["not_cached"]) < 30
+        done = run(*words, "--fetch")
+        assert all(server.count(path) == 1 for path in paths)
+    after = json.loads(done.stdout)
+    assert (done.exit_code, after["usable"], after["images"]["not_cached"]) == (0, 29, [])
+    assert [(problem["row"], problem["reason_code"]) for problem in after["problems"]] == [(7, "url_not_found")]
+    assert after["images"]["from_web"] == 29 and after["images"]["count"] == 29
+    assert after["lengths"]["image"]["total"] == 29 * 313
+
+
+@pytest.mark.parametrize("words", [["--shard", "0/2"], ["--shard", "2/2", "--fetch"], ["--shard", "x", "--fetch"]])
+def test_parts_that_are_none_are_wrong_usage(run: Any, folder: Path, words: list[str]) -> None:
+    assert run("check", folder / "recipe.yaml", *words).exit_code == 2
+
+
+def test_show_writes_a_page_and_prints_the_tokens_where_nobody_can_see_it(run: Any, folder: Path) -> None:
+    done = run("show", folder / "recipe.yaml", "--rows", 3)
+    assert done.exit_code == 0, done.output
+    assert "page: recipe-rows.html" in done.stdout and "[313 image tokens]<s>" in done.stdout
+    assert done.stdout.count("⟦") == done.stdout.count("⟧") == 4  # three rows and the legend
+    assert (folder / "recipe-rows.html").read_text().count("<article>") == 3
+    text = run("show", folder / "recipe.yaml", "--rows", 2, "--text")
+    assert "page:" not in text.stdout and text.stdout.count("row ") == 2
+
+
+def test_show_for_machines(run: Any, folder: Path) -> None:
+    done = run("show", folder / "recipe.yaml", "--rows", 2, "--out", folder / "deep" / "page.html", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (found["rows"], found["usable"], len(found["problems"]), len(found["shown"])) == (40, 38, 2, 2)
+    assert found["page"] == str(folder / "deep" / "page.html") and Path(found["page"]).is_file()
+    tokens = found["shown"][0]["tokens"]
+    assert {token["role"] for token in tokens} == {"control", "user", "assistant", "image"}
+    said = "".join(token["text"] for token in tokens if token["role"] == "assistant" and token["trained"])
+    assert said.strip().startswith("It is ")
+
+
+def test_show_needs_a_model(run: Any, folder: Path) -> None:
+    done = run("show", folder / "photos" / "rows.jsonl", "data.prompt=What?", "data.answer='{colour}'")
+    assert (done.exit_code, done.stdout) == (1, "") and "add model=NAME" in done.stderr
+
+
+def test_a_browser_opens_only_in_front_of_a_person(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda address: bool(opened.append(address)) or True)
+    assert not cli_data.open_page(tmp_path / "page.html") and opened == []
+    monkeypatch.setattr("sys.stdout", type("Terminal", (), {"isatty": lambda self: True})())
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    assert not cli_data.open_page(tmp_path / "page.html") and opened == []
+    monkeypatch.setenv("DISPLAY", ":0")
+    assert cli_data.open_page(tmp_path / "page.html") and opened == [(tmp_path / "page.html").as_uri()]
+
+
+def test_training_leaves_out_what_check_names_and_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [json.loads(line) for line in (folder / "photos" / "rows.jsonl").read_text().splitlines()]
+    rows[30]["colour"] = "red " * 2000
+    write_rows(folder, rows)
+    monkeypatch.setattr(cli_session, "hush", lambda debug, as_json: None)
+    words = ["train", str(folder / "recipe.yaml"), "data.max_skipped=0.1", "data.max_length=1000"]
+    done = CliRunner().invoke(app, [*words, "training.max_steps=1"])
+    assert done.exit_code == 0, done.output
+    assert "left out (1 missing_value, 1 image_path, 1 too_long)" in " ".join(done.stdout.split())
+    assert "phi3v data check" in done.stdout
+    found = [(line["row"], line["reason_code"]) for line in RunFolder(folder / "run").read_problems()]
+    assert sorted(found) == [(3, "missing_value"), (9, "image_path"), (30, "too_long")]

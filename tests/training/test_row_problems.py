@@ -1,0 +1,153 @@
+"""Rows that turn out to be unusable in training: named, replaced, and without an effect on steps and resumed runs."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import write_photos, write_tiny_model
+
+import phi3v
+from phi3v.errors import ConfigError, DataError
+from phi3v.loading import load_processor
+from phi3v.run_folder import RunFolder
+from phi3v.training.callbacks import TrainingEvent
+from phi3v.training.samples import make_samples, read_data
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `datasets` prepares goes into a folder of the test run."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and 20 photos, of which number 7 breaks in its middle: header and end are sound."""
+    folder = tmp_path_factory.mktemp("world")
+    write_tiny_model(folder / "model")
+    write_photos(folder / "photos", 20)
+    photo = folder / "photos" / "7.png"
+    data = bytearray(photo.read_bytes())
+    place = data.index(b"IDAT") + 8
+    data[place : place + 8] = b"\xff" * 8
+    photo.write_bytes(bytes(data))
+    return folder
+
+
+def make(world: Path, output: Path, changes: dict[str, Any], data: dict[str, Any]) -> phi3v.Recipe:
+    values = {
+        "model": {"name": str(world / "model"), "device": "cpu"},
+        "data": {
+            "train": str(world / "photos" / "rows.jsonl"),
+            "prompt": "Which colour?",
+            "answer": "It is {colour}.",
+            "split": None,
+            **data,
+        },
+        "lora": {"r": 4, "lora_dropout": 0.1},
+        "training": {
+            "samples_per_step": 4,
+            "micro_batch_size": 2,
+            "max_steps": 6,
+            "save_steps": 2,
+            "seed": 3,
+            **changes,
+        },
+        "output": str(output),
+    }
+    return phi3v.Recipe.from_dict(values)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_broken_photo_stops_neither_a_run_nor_its_resuming(
+    streaming: bool, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = {"streaming": streaming, "max_skipped": 0.1}
+    whole = make(world, tmp_path / "whole", {}, data)
+    result = phi3v.train(whole)
+    assert (result.status, result.steps) == ("trained", 6)  # 24 samples of 20 rows: all photos have had their turn
+
+    def interrupt(event: TrainingEvent) -> None:
+        if event.kind == "step" and event.step == 3:
+            raise KeyboardInterrupt
+
+    cut = make(world, tmp_path / "cut", {}, data)
+    with pytest.raises(KeyboardInterrupt):
+        phi3v.train(cut, on_event=interrupt)
+    assert phi3v.train(cut).resumed_from == 2
+    weights = [load_file(RunFolder(r.output).adapter / "adapter_model.safetensors") for r in (whole, cut)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    for recipe in (whole, cut):
+        (problem,) = RunFolder(recipe.output).read_problems()
+        assert (problem["row"], problem["reason_code"], problem["found"]) == (7, "image_unreadable", "training")
+        assert "7.png does not decode" in problem["message"]
+
+
+def test_more_broken_photos_than_allowed_stop(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"row 7: image 7.png does not decode.*more than data.max_skipped leaves"):
+        phi3v.train(make(world, tmp_path / "few", {}, {"max_skipped": 0.01}))
+    with pytest.raises(DataError, match=r"row 7: image 7.png does not decode"):
+        phi3v.train(make(world, tmp_path / "none", {}, {"on_problem": "stop"}))
+
+
+def test_a_broken_photo_among_validation_rows_is_left_out_of_the_scores(world: Path, tmp_path: Path) -> None:
+    rows = (world / "photos" / "rows.jsonl").read_text().splitlines()
+    (world / "photos" / "held.jsonl").write_text("\n".join(rows[6:9]) + "\n")
+    data = {"validation": str(world / "photos" / "held.jsonl"), "max_skipped": 0.2}
+    recipe = make(world, tmp_path / "run", {"max_steps": 1}, data)
+    result = phi3v.train(recipe)
+    run = RunFolder(recipe.output)
+    assert result.held_out == 3 and [line["row"] for line in run.read_predictions()] == [0, 2]
+    assert any("row 1: image 7.png does not decode" in line for line in run.read_evaluation()["problems"])
+
+
+def test_the_recipe_says_which_answers_are_trained(world: Path, tmp_path: Path) -> None:
+    """Two turns a row: with all answers trained the loss is over the tokens of both."""
+    turns = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "red"}]
+    rows = [{"image": "0.png", "conversations": [*turns, {**turns[0], "value": "Sure?"}, {**turns[1], "value": "yes"}]}]
+    (world / "photos" / "talk.json").write_text(json.dumps(rows * 4))
+    trained = {}
+    for train_on in ("last_assistant", "all_assistant"):
+        data = {"train": str(world / "photos" / "talk.json"), "train_on": train_on}
+        recipe = make(world, tmp_path / train_on, {"max_steps": 1}, data)
+        values = recipe.model_dump()
+        values["data"] |= {"prompt": "{prompt}", "answer": "{answer}"}
+        recipe = phi3v.Recipe.from_dict(values)
+        processor = load_processor(str(world / "model"))
+        samples, _ = make_samples(
+            recipe,
+            RunFolder(tmp_path),
+            read_data(recipe, RunFolder(tmp_path), processor, lambda *told: None),
+            processor,
+            SimpleNamespace(config=SimpleNamespace(max_position_embeddings=8192)),
+            steps_done=0,
+            on_features=lambda done, total: None,
+        )
+        labels = samples[0]["labels"]
+        trained[train_on] = processor.tokenizer.decode(labels[labels != -100])
+    assert trained["last_assistant"].startswith("yes<|end|>") and "red" not in trained["last_assistant"]
+    assert trained["all_assistant"].startswith("red<|end|>") and "yes<|end|>" in trained["all_assistant"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"training": {}}, "data.streaming needs training.max_steps"),
+        ({"vision": {"cache": "memory"}}, "vision.cache keeps all rows"),
+        ({"data": {"train": "a.csv", "streaming": True}}, "data.split.validation is a share"),
+    ],
+)
+def test_what_a_stream_cannot_give_is_one_line(changes: dict[str, Any], line: str) -> None:
+    values = {
+        "model": "a/b",
+        "data": {"train": "a.csv", "streaming": True, "split": None},
+        "training": {"max_steps": 5},
+    }
+    with pytest.raises(ConfigError, match=f"^{line}"):
+        phi3v.Recipe.from_dict(values | changes)
