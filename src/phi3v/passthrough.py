@@ -5,9 +5,12 @@ to be caught where the library's own list of names is known. Two functions for t
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 
 from phi3v.errors import ConfigError
+
+_CLASS_NAME = re.compile(r"^\w+(Error|Exception): ")
 
 
 def check_names(section: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -27,8 +30,12 @@ def check_names(section: str, given: Iterable[str], known: Iterable[str]) -> Non
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's message; the class name where it has none.
+    """The first line of a library's message that says something; the class name where there is none.
 
-    Example: `OSError("no such model\\nTry again later")` -> "no such model".
+    Headings, which end in a colon, are passed over, and so is the class name in front of what follows them.
+    Example: `OSError("no such model\\nTry again later")` -> "no such model"; `ValueError("Validation error for field
+    'r':\\n    TypeError: Field 'r' expected int, got str")` -> "Field 'r' expected int, got str".
     """
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    place = next((number for number, line in enumerate(lines) if not line.endswith(":")), 0)
+    return _CLASS_NAME.sub("", lines[place]) if place else lines[0]

@@ -295,7 +295,9 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__ or error.__context__
     text = " ".join(str(error).split())[:300] or type(error).__name__
     if text.endswith("corresponds to no data!"):
-        return "it has no rows"
+        return "it has no rows: write at least one line under the names of the columns"
+    if text.startswith("No columns to parse"):
+        return "it is empty: write a line with the names of the columns, and a line for each row"
     if "Error tokenizing data" in text:
         return f"{text.removesuffix('.')}: put quotes around a cell that holds the separator"
     return re.sub(r" in row \d+$", "", text)  # a row of the reader's block, not of the file
