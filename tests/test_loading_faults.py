@@ -14,7 +14,7 @@ from phi3v.errors import CheckpointError, ConfigError, DeviceError, MissingPacka
 from phi3v.evaluation.run import evaluate
 from phi3v.generate import ChatModel
 from phi3v.passthrough import first_line
-from phi3v.recipe import Recipe
+from phi3v.recipe import ModelSection, Recipe
 from phi3v.training.data_check import check_recipe
 from phi3v.training.train import train
 
@@ -140,3 +140,15 @@ def test_an_adapter_without_weights_is_refused_before_its_base_is_read(model_fol
 )
 def test_the_line_that_says_something(message: str, line: str) -> None:
     assert first_line(RuntimeError(message)) == line
+
+
+def test_the_recipes_words_on_dtype_and_attention_are_true(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = {key: field.description or "" for key, field in ModelSection.model_fields.items()}
+    assert words["attn_implementation"].endswith("null takes sdpa.")
+    assert loading.load_base(model_folder, attn_implementation=None).config._attn_implementation == "sdpa"
+    chosen = []
+    for device, has_bfloat16 in (("cuda", True), ("cuda", False), ("cpu", True)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has_bfloat16: has)
+        chosen.append(str(loading.resolve_dtype("auto", torch.device(device))).removeprefix("torch."))
+    found = "auto: {} on GPUs that have it, else {}; {} on the CPU.".format(*chosen)
+    assert words["dtype"].endswith(found)

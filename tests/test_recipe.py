@@ -265,13 +265,3 @@ def test_several_sets_keep_what_they_say_and_their_places(tmp_path: Path, monkey
     placed = recipe.with_places()
     assert [one.source for one in placed.data.train] == [f"{tmp_path}/a.csv", f"{tmp_path}/*.tar", "some/hub"]
     assert recipe.differences(placed) == []
-
-
-def test_the_words_of_dtype_and_attention_are_what_loading_does() -> None:
-    fields = ModelSection.model_fields
-    assert fields["dtype"].description == (
-        "Number type of the weights; auto: bfloat16 on GPUs that have it, else float16; float32 on the CPU."
-    )
-    assert fields["attn_implementation"].description == (
-        "Attention of transformers (sdpa, eager, ...); null takes sdpa."
-    )

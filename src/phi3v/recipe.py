@@ -62,7 +62,7 @@ class ModelSection(Section):
     revision: str | None = Field(default=None, description="Commit, tag or branch on the hub; null for the newest.")
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
         default="auto",
-        description="Number type of the weights; auto: bfloat16 on GPUs that compute in it, float16 on others, float32 on the CPU.",
+        description="Number type of weights; auto: bfloat16 on GPUs that have it, else float16; float32 on the CPU.",
     )
     attn_implementation: str | None = Field(
         default=None, description="Attention of transformers (sdpa, eager, ...); null takes sdpa."
