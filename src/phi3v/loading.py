@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import OfflineModeIsEnabled, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -29,7 +29,7 @@ from transformers import (
 from phi3v.errors import CheckpointError, ConfigError, DeviceError, MissingPackageError
 from phi3v.image_tokens import crops_within, most_image_tokens
 from phi3v.model.register import register
-from phi3v.passthrough import check_names, first_line
+from phi3v.passthrough import check_names, connection_fault, first_line
 from phi3v.targets import (
     ADAPTER_WEIGHTS,
     Target,
@@ -171,8 +171,9 @@ def _read_config(base: str, revision: str | None) -> Any:
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
+        reason = connection_fault(error) or first_line(error)
         raise CheckpointError(
-            f"{base} is no folder here and could not be read from the hub ({_connection(error)}): "
+            f"{base} is no folder here and could not be read from the hub ({reason}): "
             "check the name, the network, and HF_TOKEN for private models"
         ) from error
     check_model_type(values, base)
@@ -183,16 +184,6 @@ def _read_config(base: str, revision: str | None) -> Any:
         raise CheckpointError(
             f"{Path(base) / 'config.json'}: {reason}; restore config.json as it was published"
         ) from error
-
-
-def _connection(error: BaseException) -> str:
-    """Why the hub could not be read: what was wrong with the connection, where that is at the bottom of it."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OfflineModeIsEnabled):
-            return first_line(cause)
-        cause = cause.__cause__ or cause.__context__
-    return first_line(error)
 
 
 def _missing_file(place: Target) -> str | None:

@@ -1,7 +1,7 @@
 """Options that a recipe hands to another library: names are checked before, the library's errors cut to one line after.
 
 Recipes pass sections on to peft, bitsandbytes and transformers without restating their fields, so a misspelt option has
-to be caught where the library's own list of names is known. Two functions for that, nothing else.
+to be caught where the library's own list of names is known. Also what the hub's library says of a connection.
 """
 
 import difflib
@@ -39,3 +39,14 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     place = next((number for number, line in enumerate(lines) if not line.endswith(":")), 0)
     return _CLASS_NAME.sub("", lines[place]) if place else lines[0]
+
+
+def connection_fault(error: BaseException) -> str | None:
+    """What kept huggingface_hub from asking the hub at all, where that is at the bottom of an error; else None.
+
+    Example: an OSError raised from `OfflineModeIsEnabled("no connection to huggingface.co")` -> that text.
+    """
+    cause: BaseException | None = error
+    while cause is not None and type(cause).__name__ != "OfflineModeIsEnabled":
+        cause = cause.__cause__ or cause.__context__
+    return None if cause is None else first_line(cause)

@@ -26,6 +26,7 @@ from phi3v.data.faults import find_fault, holds_one_mapping
 from phi3v.data.json_table import JsonTable, first_record
 from phi3v.data.tar_table import TarTable
 from phi3v.errors import DataError
+from phi3v.passthrough import connection_fault
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "test")
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -129,8 +130,11 @@ def open_set(
     except DataError:
         raise
     except Exception as error:  # readers of many formats, each with exceptions of its own
-        where = "" if path.exists() else "; it is no file or folder here, and was looked for on the hub"
-        text = f"data set {source} cannot be read: {fault(path, error)}{where}"
+        reason, where = fault(path, error), ""
+        if not path.exists():
+            reason = _without_token(connection_fault(error) or reason)
+            where = "; it is no file or folder here, and was looked for on the hub: check the name and the network"
+        text = f"data set {source} cannot be read: {reason}{where}"
         if _without_token(str(error)) != str(error):
             raise DataError(text) from None  # what it was raised from would show the token
         raise DataError(text) from error
