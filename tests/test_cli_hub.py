@@ -49,8 +49,8 @@ def test_a_set_that_is_nowhere_is_one_line(closed_port: int, tmp_path: Path) -> 
     assert done.returncode == 1
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     assert lines == [
-        "phi3v: data set nosuch/set cannot be read: no connection to 127.0.0.1: [Errno 111] Connection refused; it is "
-        "no file or folder here, and was looked for on the hub: check the name and the network"
+        "phi3v: data set nosuch/set cannot be read: Couldn't reach 'nosuch/set' on the Hub; it is no "
+        "file or folder here, and was looked for on the hub: check the name and the network"
     ]
 
 

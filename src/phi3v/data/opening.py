@@ -26,7 +26,6 @@ from phi3v.data.faults import find_fault, holds_one_mapping
 from phi3v.data.json_table import JsonTable, first_record
 from phi3v.data.tar_table import TarTable
 from phi3v.errors import DataError
-from phi3v.passthrough import connection_fault
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "test")
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -130,11 +129,10 @@ def open_set(
     except DataError:
         raise
     except Exception as error:  # readers of many formats, each with exceptions of its own
-        reason, where = fault(path, error), ""
+        where = ""
         if not path.exists():
-            reason = _without_token(connection_fault(error) or reason)
             where = "; it is no file or folder here, and was looked for on the hub: check the name and the network"
-        text = f"data set {source} cannot be read: {reason}{where}"
+        text = f"data set {source} cannot be read: {fault(path, error)}{where}"
         if _without_token(str(error)) != str(error):
             raise DataError(text) from None  # what it was raised from would show the token
         raise DataError(text) from error
@@ -304,4 +302,6 @@ def _reason(error: BaseException) -> str:
         return "it is empty: write a line with the names of the columns, and a line for each row"
     if "Error tokenizing data" in text:
         return f"{text.removesuffix('.')}: put quotes around a cell that holds the separator"
+    if text.startswith("Couldn't reach"):
+        return re.sub(r" \(\w+\)$", "", text)  # the class of an exception, which says nothing more
     return re.sub(r" in row \d+$", "", text)  # a row of the reader's block, not of the file
