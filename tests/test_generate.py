@@ -10,8 +10,14 @@ import torch
 from PIL import Image
 from tiny_models import COLOURS, write_tiny_model
 
+from phi3v import generate, loading, tuning
 from phi3v.errors import ConfigError, ImageError
 from phi3v.generate import ChatModel, conversation
+from phi3v.recipe import Recipe
+from phi3v.run_folder import RunFolder
+
+FOUR_BITS = {"load_in_4bit": True}
+RECIPE = {"model": "some/name", "data": "rows.jsonl"}
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +150,54 @@ def test_asking_leaves_the_model_as_it_was(chat: ChatModel) -> None:
     chat.ask(photo("red"), "What?", max_new_tokens=2)
     assert chat.model.training
     chat.model.eval()
+
+
+def run_with(folder: Path, **sections: Any) -> Path:
+    """A run whose adapter changes nothing, with these sections in its recipe."""
+    model = write_tiny_model(folder / "model", seed=4)
+    run = RunFolder(folder / "run")
+    data = {"train": "rows.jsonl", **sections.pop("data", {})}
+    run.start(Recipe.from_dict({"model": {"name": str(model), **sections.pop("model", {})}, "data": data, **sections}))
+    run.write_adapter(tuning.attach_lora(loading.load_base(model), {"r": 2}).save_pretrained)
+    return run.path
+
+
+def test_a_run_is_loaded_as_its_recipe_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = {"dtype": "bfloat16", "device": "cpu", "attn_implementation": "eager"}
+    run = run_with(tmp_path, model=chosen, image={"max_tokens": 781, "num_crops": 9, "fast": True})
+    for target in (run, run / "adapter"):
+        chat = ChatModel.from_target(target)
+        assert chat.model.dtype == torch.bfloat16
+        assert chat.model.get_base_model().config._attn_implementation == "eager"
+        assert (chat.processor.image_processor.num_crops, chat.processor.image_processor.fast) == (4, True)
+    given = ChatModel.from_target(run, dtype="float32", attn_implementation="sdpa", num_crops=6, fast=False)
+    assert given.model.dtype == torch.float32
+    assert given.model.get_base_model().config._attn_implementation == "sdpa"
+    assert (given.processor.image_processor.num_crops, given.processor.image_processor.fast) == (6, False)
+
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(generate, "load_target", lambda target, **options: asked.update(options) or given)
+    monkeypatch.setattr(RunFolder, "read_recipe", lambda self: Recipe.from_dict({**RECIPE, "quantization": FOUR_BITS}))
+    ChatModel.from_target(run)
+    assert (asked["quantization"], asked["device"]) == (FOUR_BITS, "auto")
+
+
+def test_a_runs_own_system_turn_is_asked_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = run_with(tmp_path, data={"system": "Be {{brief}}.", "prompt": "?", "answer": "{colour}"})
+    chat = ChatModel.from_target(run)
+    assert chat.system == "Be {brief}."
+    asked: list[Any] = []
+    chat.encode = lambda turns: asked.append(turns) or ChatModel.encode(chat, turns)  # type: ignore[method-assign]
+    for given in (None, "Shout.", ""):
+        chat.ask(None, "What?", system=given, max_new_tokens=1)
+    assert [turns[0]["content"][0]["text"] for turns in asked] == ["Be {brief}.", "Shout.", "What?"]
+    assert caplog.messages == []
+
+
+def test_a_system_turn_of_columns_is_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = run_with(tmp_path, data={"system": "A {kind} in {place}.", "prompt": "?", "answer": "{colour}"})
+    assert ChatModel.from_target(run).system is None
+    assert caplog.messages == [
+        f"{run} was tuned with a system turn that names the columns kind, place: it is left out, pass system=... to "
+        "give one"
+    ]

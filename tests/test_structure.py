@@ -58,7 +58,7 @@ LIBRARIES = {
     "numpy": ("model.*", "data.*", "evaluation.*", "demo.*"),
     "PIL": ("model.*", "data.*", "generate", "evaluation.report", "evaluation.controls", "demo.*"),
     "tokenizers": ("model.*", "demo.*"),
-    "huggingface_hub": ("model.configuration_phi3_v", "targets", "loading", "data.opening"),
+    "huggingface_hub": ("model.configuration_phi3_v", "targets", "loading", "data.opening", "cli_hub"),
     "httpx2": ("data.address_guard",),
     "httpcore2": ("data.guarded_network", "data.download", "data.fetch"),
     "safetensors": ("loading", "demo.*"),

@@ -2,7 +2,7 @@
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted from the keyboard. With `--json` standard output carries
 exactly one JSON object, whatever the libraries print; everything else goes to standard error. Imports no heavy library
-itself.
+itself, huggingface_hub aside, which has to be told how long to wait (`cli_hub`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
+from phi3v.cli_hub import give_up_early
 from phi3v.errors import Phi3VError
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def session(debug: bool = False, as_json: bool = False, *, on_interrupt: str = "
         on_interrupt: what Ctrl-C prints behind "interrupted".
     """
     hush(debug, as_json)
+    give_up_early()
     answers = sys.stdout
     try:
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
@@ -103,10 +105,22 @@ def hush(debug: bool, as_json: bool) -> None:
         return
     warnings.simplefilter("ignore")
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
+    _show_warnings_of("phi3v.generate")  # rows that are left out are told on the screen
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it says of a broken image is in the row's problem
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # it logs as errors what it raises, and we say, as well
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if as_json or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _show_warnings_of(name: str) -> None:
+    """What one of our modules warns of is one line, as our errors are."""
+    logger = logging.getLogger(name)
+    if not logger.handlers:
+        shown = logging.StreamHandler(sys.stderr)
+        shown.setFormatter(logging.Formatter("phi3v: %(message)s"))
+        logger.addHandler(shown)
+        logger.propagate = False

@@ -2,9 +2,10 @@
 
 In come a model, its processor, and questions as chats or as encoded prompts; out come texts, whole or streamed piece by
 piece. It stops where a turn ends (`processor.stop_token_ids`), decodes the new tokens only and takes nothing but
-control tokens off the answer. Knows nothing about recipes, runs or scores.
+control tokens off the answer. Of a run it takes how the model is loaded, and the system turn. Knows no scores.
 """
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -18,10 +19,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from phi3v.data.collate import Collator
 from phi3v.data.images import open_image
+from phi3v.data.templates import Template
 from phi3v.loading import load_target
 from phi3v.passthrough import check_names
+from phi3v.targets import run_of
 
 MAX_NEW_TOKENS = 256
+_logger = logging.getLogger(__name__)
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 Conversation = list[dict[str, Any]]
 Photo = str | Path | Image.Image
@@ -35,17 +39,31 @@ class ChatModel:
     Attributes:
         model: a Phi-3-V, with an adapter or without.
         processor: its processor.
+        system: text of the system turn that `ask` puts in front where it is given none; None for no such turn.
     """
 
-    def __init__(self, model: Any, processor: Any) -> None:
+    def __init__(self, model: Any, processor: Any, system: str | None = None) -> None:
         self.model = model
         self.processor = processor
+        self.system = system
 
     @classmethod
     def from_target(cls, target: str | Path, **options: Any) -> "ChatModel":
-        """Loads a run, an adapter, a model folder or a hub id; `options` are those of `loading.load_target`."""
-        loaded = load_target(target, **options)
-        return cls(loaded.model, loaded.processor)
+        """Loads a run, an adapter, a model folder or a hub id; `options` are those of `loading.load_target`.
+
+        A run is loaded as its recipe says and `evaluate` does: crops, dtype, device, attention, 4-bit, and data.system
+        as the system turn of `ask`. Options that are given win. A data.system that names columns cannot be filled
+        here: the turn is left out, with a warning.
+        """
+        run = run_of(target)
+        recipe = None if run is None else run.read_recipe()
+        held = {} if recipe is None else recipe.loading_options
+        if "num_crops" in options:
+            held.pop("max_image_tokens", None)  # it would lower the crops that were asked for
+        loaded = load_target(target, **{**held, **options})
+        return cls(
+            loaded.model, loaded.processor, None if recipe is None else _fixed_system(recipe.data.system, target)
+        )
 
     def ask(
         self,
@@ -62,7 +80,7 @@ class ChatModel:
         Args:
             images: photos or their paths.
             question: text of the user; nothing in it can become a control token.
-            system: text of a system turn in front.
+            system: text of a system turn in front; None for the chat's own (`ChatModel.system`), "" for none.
             max_new_tokens: tokens of the answer at most.
             stream: called with each new piece of text; the pieces joined are the answer.
             **generation: options of transformers' GenerationConfig; greedy unless they say otherwise.
@@ -73,7 +91,7 @@ class ChatModel:
         Raises:
             ImageError: an image does not open. ConfigError: an option of generation that does not exist.
         """
-        example = self.encode(conversation(images, question, system))
+        example = self.encode(conversation(images, question, self.system if system is None else system))
         streamer = _PieceStreamer(self._text, self._is_byte, stream) if stream is not None else None
         return self._generate([example], max_new_tokens, generation, streamer)[0]
 
@@ -213,6 +231,21 @@ def ask(target: str | Path, images: Photo | Sequence[Photo] | None, question: st
     For more than one question, keep the model: `ChatModel.from_target(target)`.
     """
     return ChatModel.from_target(target).ask(images, question, **options)
+
+
+def _fixed_system(template: str | None, target: str | Path) -> str | None:
+    """The text of a system template without columns: "Be {{brief}}." -> "Be {brief}."; None, and a warning, with."""
+    if template is None:
+        return None
+    system = Template(template, "system")
+    if system.columns:
+        _logger.warning(
+            "%s was tuned with a system turn that names the columns %s: it is left out, pass system=... to give one",
+            target,
+            ", ".join(system.columns),
+        )
+        return None
+    return system.render({})
 
 
 def conversation(images: Photo | Sequence[Photo] | None, question: str, system: str | None = None) -> Conversation:

@@ -29,10 +29,19 @@ from transformers import (
 from phi3v.errors import CheckpointError, ConfigError, DeviceError, MissingPackageError
 from phi3v.image_tokens import crops_within, most_image_tokens
 from phi3v.model.register import register
-from phi3v.passthrough import check_names, first_line
-from phi3v.targets import ADAPTER_WEIGHTS, Target, check_model_folder, check_model_type, resolve_target, tensor_shapes
+from phi3v.passthrough import check_names, connection_fault, first_line
+from phi3v.targets import (
+    ADAPTER_WEIGHTS,
+    Target,
+    check_model_folder,
+    check_model_type,
+    read_json,
+    resolve_target,
+    tensor_shapes,
+)
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+_PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,13 @@ def resolve_device(device: str = "auto") -> torch.device:
         raise DeviceError(
             f"model.device is {device!r} and there are {torch.cuda.device_count()} GPUs: count from cuda:0"
         )
+    if wanted.type not in ("cpu", "cuda"):
+        found = torch.accelerator.current_accelerator(check_available=True)
+        if found is None or found.type != wanted.type:
+            raise DeviceError(
+                f"model.device is {device!r} and torch {torch.__version__} sees no such device: use model.device=cpu "
+                "or auto"
+            )
     return wanted
 
 
@@ -103,18 +119,28 @@ def load_processor(
         max_image_tokens: lowers the number of crops until no image costs more tokens than that; 781 allows 4 crops.
         fast: replaces what it was saved with: True resizes within one grey level of the exact way, and faster.
         revision: revision of a hub id.
+
+    Raises:
+        CheckpointError: a checkpoint of another type, a wrong field in its config.json, a file that is not there.
     """
     register()
     place = resolve_target(target, revision=revision)
+    if place.processor == place.base:  # an adapter's own processor lies beside no config
+        _read_config(place.base, place.revision)
     try:
         processor = AutoProcessor.from_pretrained(
             place.processor, revision=place.revision or "main", trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise CheckpointError(
-            f"cannot load the processor of {target}: {first_line(error)}; it needs config.json, tokenizer.json, "
-            "tokenizer_config.json and preprocessor_config.json as they were published"
+            f"cannot load the processor of {target}: {_missing_file(place) or first_line(error)}; it needs "
+            f"{', '.join(_PROCESSOR_FILES)} as they were published"
         ) from error
+    if not hasattr(processor, "image_processor"):
+        raise CheckpointError(
+            f"{place.processor} holds a {type(processor).__name__} and no processor of Phi-3-V: restore "
+            f"{', '.join(_PROCESSOR_FILES)} as they were published"
+        )
     images = processor.image_processor
     if num_crops is not None:
         images.num_crops = num_crops
@@ -130,14 +156,41 @@ def load_processor(
 
 def load_config(name: str | Path, *, revision: str | None = None) -> Any:
     """Loads the config of a model folder or hub id, and nothing else of it. Raises: CheckpointError."""
-    register()
     place = resolve_target(name, revision=revision)
+    return _read_config(place.base, place.revision)
+
+
+def _read_config(base: str, revision: str | None) -> Any:
+    """The config of a folder or hub id: its type first, then each field; CheckpointError names file and field."""
+    register()
     try:
-        return AutoConfig.from_pretrained(place.base, revision=place.revision or "main", trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        if Path(base).is_dir():
+            values = read_json(Path(base) / "config.json")
+        else:
+            values, _ = PreTrainedConfig.get_config_dict(base, revision=revision or "main")
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        reason = connection_fault(error) or first_line(error)
         raise CheckpointError(
-            f"cannot load the config of {name}: {first_line(error)}; it needs config.json as it was published"
+            f"{base} is no folder here and could not be read from the hub ({reason}): "
+            "check the name, the network, and HF_TOKEN for private models"
         ) from error
+    check_model_type(values, base)
+    try:
+        return AutoConfig.from_pretrained(base, revision=revision or "main", trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        reason = first_line(error).replace("`rope_parameters`'s", "rope_scaling's")
+        raise CheckpointError(
+            f"{Path(base) / 'config.json'}: {reason}; restore config.json as it was published"
+        ) from error
+
+
+def _missing_file(place: Target) -> str | None:
+    """The first file of a local processor that is not there, as half a sentence."""
+    folder = Path(place.processor)
+    missing = [name for name in _PROCESSOR_FILES if folder.is_dir() and not (folder / name).is_file()]
+    return f"{folder} has no {missing[0]}" if missing else None
 
 
 def load_base(
@@ -162,9 +215,10 @@ def load_base(
     Returns:
         The model in evaluation mode, on the device.
     """
-    register()
     where = resolve_device(device)
-    _check_type(str(name), revision)
+    _read_config(str(name), revision)
+    if Path(name).is_dir():
+        check_model_folder(Path(name))
     options: dict[str, Any] = {
         "dtype": resolve_dtype(dtype, where),
         "attn_implementation": attn_implementation or "sdpa",
@@ -184,8 +238,13 @@ def load_base(
                 **options,
             )
     except ImportError as error:
-        raise MissingPackageError(f"cannot load {name}: {first_line(error)}") from error
+        raise MissingPackageError(f"cannot load {name}: {first_line(error)}{_package(attn_implementation)}") from error
     except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
+        if "attn_implementation" in str(error):
+            raise ConfigError(
+                f"model.attn_implementation {attn_implementation!r} is none that transformers has for this model: "
+                "use sdpa or eager, or flash_attention_2 where flash-attn is installed"
+            ) from error
         raise CheckpointError(
             f"cannot load {name}: {first_line(error)}; config.json and weights must belong together"
         ) from error
@@ -193,19 +252,12 @@ def load_base(
     return model.eval()
 
 
-def _check_type(name: str, revision: str | None) -> None:
-    """Looks at config and file headers before anything large is read."""
-    if Path(name).is_dir():
-        check_model_folder(Path(name))
-        return
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(name, revision=revision or "main")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{name} is no folder here and could not be read from the hub ({first_line(error)}): "
-            "check the name, the network, and HF_TOKEN for private models"
-        ) from error
-    check_model_type(config, name)
+def _package(attn_implementation: str | None) -> str:
+    """The way out where an attention needs a package that is not installed."""
+    if attn_implementation is None or not attn_implementation.startswith("flash_attention"):
+        return ""
+    install = "pip install flash-attn --no-build-isolation" if attn_implementation == "flash_attention_2" else ""
+    return f": {install + ', or ' if install else ''}use model.attn_implementation=sdpa"
 
 
 def _refuse_incomplete(name: str, info: Mapping[str, Any]) -> None:
@@ -249,6 +301,8 @@ def load_target(
         **options: dtype, device, attn_implementation and quantization of `load_base`.
     """
     place = resolve_target(target, revision=revision)
+    if place.adapter is not None and not base_only:
+        tensor_shapes(place.adapter / ADAPTER_WEIGHTS)  # what is not whole is refused before the base is read
     processor = load_processor(
         target, num_crops=num_crops, max_image_tokens=max_image_tokens, fast=fast, revision=revision
     )

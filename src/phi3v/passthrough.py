@@ -1,13 +1,16 @@
 """Options that a recipe hands to another library: names are checked before, the library's errors cut to one line after.
 
 Recipes pass sections on to peft, bitsandbytes and transformers without restating their fields, so a misspelt option has
-to be caught where the library's own list of names is known. Two functions for that, nothing else.
+to be caught where the library's own list of names is known. Also what the hub's library says of a connection.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 
 from phi3v.errors import ConfigError
+
+_CLASS_NAME = re.compile(r"^\w+(Error|Exception): ")
 
 
 def check_names(section: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -27,8 +30,23 @@ def check_names(section: str, given: Iterable[str], known: Iterable[str]) -> Non
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's message; the class name where it has none.
+    """The first line of a library's message that says something; the class name where there is none.
 
-    Example: `OSError("no such model\\nTry again later")` -> "no such model".
+    Headings, which end in a colon, are passed over, and so is the class name in front of what follows them.
+    Example: `OSError("no such model\\nTry again later")` -> "no such model"; `ValueError("Validation error for field
+    'r':\\n    TypeError: Field 'r' expected int, got str")` -> "Field 'r' expected int, got str".
     """
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    place = next((number for number, line in enumerate(lines) if not line.endswith(":")), 0)
+    return _CLASS_NAME.sub("", lines[place]) if place else lines[0]
+
+
+def connection_fault(error: BaseException) -> str | None:
+    """What kept huggingface_hub from asking the hub at all, where that is at the bottom of an error; else None.
+
+    Example: an OSError raised from `OfflineModeIsEnabled("no connection to huggingface.co")` -> that text.
+    """
+    cause: BaseException | None = error
+    while cause is not None and type(cause).__name__ != "OfflineModeIsEnabled":
+        cause = cause.__cause__ or cause.__context__
+    return None if cause is None else first_line(cause)

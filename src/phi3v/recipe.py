@@ -61,10 +61,11 @@ class ModelSection(Section):
     name: str = Field(min_length=1, description="Hub id or folder of the model in Microsoft's layout.")
     revision: str | None = Field(default=None, description="Commit, tag or branch on the hub; null for the newest.")
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
-        default="auto", description="Number type of the weights; auto takes the checkpoint's."
+        default="auto",
+        description="Number type of weights; auto: bfloat16 on GPUs that have it, else float16; float32 on the CPU.",
     )
     attn_implementation: str | None = Field(
-        default=None, description="Attention of transformers (sdpa, eager, ...); null lets transformers choose."
+        default=None, description="Attention of transformers (sdpa, eager, ...); null takes sdpa."
     )
     device: str = Field(default="auto", description="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
 
@@ -204,6 +205,17 @@ class Recipe(Section):
                 "number of rows, data.validation, or data.split: null"
             )
         return self
+
+    @property
+    def loading_options(self) -> dict[str, Any]:
+        """The arguments of loading.load_target by name: how images are seen, dtype, device, attention, 4-bit."""
+        return {
+            **self.image.processor_options,
+            "dtype": self.model.dtype,
+            "device": self.model.device,
+            "attn_implementation": self.model.attn_implementation,
+            "quantization": self.quantization,
+        }
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:

@@ -1,8 +1,10 @@
-"""What a TARGET names: a run, an adapter, a model folder or a hub id, decided by looking at files only.
+"""What a TARGET names: a run, an adapter, a model folder or a hub id, decided by small files alone.
 
 In comes the text that a user typed; out goes a `Target` with the places of the base weights, of the adapter and of the
-processor. Also here: the checks of a local checkpoint that need no tensor (its type, its shards, their lengths), so
-that a wrong folder is refused in milliseconds and in one line. Knows nothing about torch, transformers or peft.
+processor. What it is follows from which files are there; where the base is follows from adapter_config.json, or from
+the run's recipe where the adapter names its base by a relative path. Also here: the run that a target is or lies in,
+and the checks of a local checkpoint that need no tensor (its type, its shards, their lengths), so that a wrong folder
+is refused in milliseconds and in one line. Knows nothing about torch, transformers or peft.
 """
 
 import json
@@ -110,12 +112,18 @@ def _resolve_adapter(name: str, folder: Path, kind: Literal["run", "adapter"]) -
     return Target(name, kind, base, config.get("revision"), folder, str(folder) if has_processor else base)
 
 
+def run_of(target: str | Path) -> RunFolder | None:
+    """The run that a target is or lies in: of runs/shop and of runs/shop/adapter it is runs/shop; None for others."""
+    path = Path(target)
+    return next((RunFolder(folder) for folder in (path, path.parent) if RunFolder.is_run(folder)), None)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; CheckpointError in one line when the file is missing or holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}; restore the file") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}): restore the file") from error
     if not isinstance(content, dict):
@@ -172,7 +180,9 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             length = struct.unpack("<Q", file.read(8))[0]
             header = json.loads(file.read(length)) if length <= size - 8 else None
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+        raise CheckpointError(
+            f"cannot read {path}: {error.strerror or error}; copy it there again, or train again"
+        ) from error
     except (struct.error, ValueError):
         header = None
     if not isinstance(header, dict):

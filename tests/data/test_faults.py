@@ -21,10 +21,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     ("name", "content", "words"),
     [
         ("a.csv", b"a,b\n1,2\n1,2,3,4\n", "Expected 2 fields in line 3, saw 4"),
-        ("a.csv", b"", "No columns"),
+        (
+            "a.csv",
+            b"",
+            "a.csv cannot be read: it is empty: write a line with the names of the columns, and a line for each row",
+        ),
         ("a.csv", b"a,b\n1,2\n1,2,3,4\n", "in line 3, saw 4: put quotes around a cell"),
         ("a.csv", b"a\n\xff\xfe\n", "line 2 is not UTF-8 text: save it as UTF-8"),
-        ("a.csv", b"a,b\n", "a.csv cannot be read: it has no rows"),
+        (
+            "a.csv",
+            b"a,b\n",
+            "a.csv cannot be read: it has no rows: write at least one line under the names of the columns",
+        ),
         ("a.jsonl", b'{"a": 1}\n\n{"a":\n', "line 3 is not JSON .*: write one JSON object a line"),
         ("a.jsonl", b'{"a": 1}\n[1]\n', "line 2 holds a list: write one JSON object a line"),
         ("a.jsonl", b'{"a": "\xe9"}\n', "line 1 is not UTF-8 text: save it as UTF-8"),

@@ -350,6 +350,22 @@ def test_the_callers_end_wins(published, how):
     assert new[0, 2:].tolist() == [100, 32007, 102, 103]
 
 
+@pytest.mark.parametrize("how", ["argument", "generation config"])
+def test_the_callers_end_wins_where_it_is_the_published_one(published, how):
+    Puppet(published, [100, 32007, 32000, 2, 104])
+    chosen = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 2, "pad_token_id": 32000}
+    options = chosen if how == "argument" else {"generation_config": GenerationConfig(**chosen)}
+    new = published.generate(torch.tensor([[5, 6]]), **options)
+    assert new[0, 2:].tolist() == [100, 32007, 32000, 2]
+
+
+def test_a_generation_config_without_an_end_stops_at_all_three(published):
+    Puppet(published, [100, 32007, 102])
+    settings = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=32000)
+    new = published.generate(torch.tensor([[5, 6]]), generation_config=settings)
+    assert new[0, 2:].tolist() == [100, 32007]
+
+
 def test_the_image_token_is_never_generated(published):
     assert published.config.image_token_id == 32044
     Puppet(published, [32044])

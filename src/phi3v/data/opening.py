@@ -129,7 +129,9 @@ def open_set(
     except DataError:
         raise
     except Exception as error:  # readers of many formats, each with exceptions of its own
-        where = "" if path.exists() else "; it is no file or folder here, and was looked for on the hub"
+        where = ""
+        if not path.exists():
+            where = "; it is no file or folder here, and was looked for on the hub: check the name and the network"
         text = f"data set {source} cannot be read: {fault(path, error)}{where}"
         if _without_token(str(error)) != str(error):
             raise DataError(text) from None  # what it was raised from would show the token
@@ -295,7 +297,11 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__ or error.__context__
     text = " ".join(str(error).split())[:300] or type(error).__name__
     if text.endswith("corresponds to no data!"):
-        return "it has no rows"
+        return "it has no rows: write at least one line under the names of the columns"
+    if text.startswith("No columns to parse"):
+        return "it is empty: write a line with the names of the columns, and a line for each row"
     if "Error tokenizing data" in text:
         return f"{text.removesuffix('.')}: put quotes around a cell that holds the separator"
+    if text.startswith("Couldn't reach"):
+        return re.sub(r" \(\w+\)$", "", text)  # the class of an exception, which says nothing more
     return re.sub(r" in row \d+$", "", text)  # a row of the reader's block, not of the file

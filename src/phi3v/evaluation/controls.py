@@ -20,7 +20,7 @@ from phi3v.data.schema import ImageRef, Row
 from phi3v.errors import DataError
 from phi3v.evaluation.answers import answer_rows
 from phi3v.evaluation.metrics import Share, exact_match
-from phi3v.evaluation.run import Progress, answer_options, held_out_rows, load_options
+from phi3v.evaluation.run import Progress, answer_options, held_out_rows
 from phi3v.loading import load_target
 from phi3v.targets import resolve_target
 
@@ -56,7 +56,7 @@ def answer_controls(
     """
     place = resolve_target(target)
     held_out = held_out_rows(place, data, rows)
-    loaded = load_target(target, **load_options(held_out.recipe))
+    loaded = load_target(target, **held_out.recipe.loading_options)
     settings = answer_options(held_out.recipe)
     own, others = swap_images(held_out.rows)
     shown = [replace(row, images=other.images) for row, other in zip(own, others, strict=True)]

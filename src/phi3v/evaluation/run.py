@@ -1,8 +1,8 @@
 """Ask a model about rows it was not trained on, and score what it says: base beside tuned.
 
 In comes a TARGET (run, adapter, model folder, hub id) and, for anything but a run, the rows; out comes an `Evaluation`.
-The model is loaded once; its base answers with the adapter off. Only a run that was never put in memory whole, a fully
-tuned one, loads its base for itself. Knows nothing about training and prints nothing.
+The model is loaded once, and its base answers with the adapter off. A fully tuned run has no adapter: its base is
+loaded after it. Knows nothing about training and prints nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from phi3v.first_look import survey_options, survey_rows
 from phi3v.loading import base_weights, has_adapter, load_processor, load_target
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
-from phi3v.targets import Target, resolve_target
+from phi3v.targets import Target, resolve_target, run_of
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage, the rows done and the rows in all."""
@@ -180,9 +180,8 @@ def held_out_rows(place: Target, data: str | Path | None, rows: int | None) -> H
 
 def _recipe_of(place: Target) -> Recipe:
     """The recipe of the run that a target is or lies in."""
-    for folder in (Path(place.name), Path(place.name).parent):
-        if RunFolder.is_run(folder):
-            return RunFolder(folder).read_recipe()
+    if (run := run_of(place.name)) is not None:
+        return run.read_recipe()
     raise ConfigError(
         f"{place.name} is no run, so nothing says which rows and templates to use: give a recipe, --data recipe.yaml"
     )
@@ -197,22 +196,11 @@ def answer_options(recipe: Recipe) -> dict[str, int]:
     }
 
 
-def load_options(recipe: Recipe) -> dict[str, Any]:
-    """The arguments of `load_target` that a recipe holds: crops, dtype, device, attention, 4-bit."""
-    return {
-        **recipe.image.processor_options,
-        "dtype": recipe.model.dtype,
-        "device": recipe.model.device,
-        "attn_implementation": recipe.model.attn_implementation,
-        "quantization": recipe.quantization,
-    }
-
-
 def _answer_both(
     place: Target, held_out: HeldOut, against: Literal["base"] | None, on_progress: Progress
 ) -> tuple[Answers, tuple[str, Answers] | None]:
     """Answers of the target, and the base's name and answers where they are wanted and there is a base."""
-    recipe, options = held_out.recipe, load_options(held_out.recipe)
+    recipe, options = held_out.recipe, held_out.recipe.loading_options
     settings = answer_options(recipe)
 
     def answers(model: Any, processor: Any, stage: str) -> Answers:

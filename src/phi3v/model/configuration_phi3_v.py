@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig, Phi3Config
 
 # Vision tower of both published models: OpenAI's ViT-L/14 at 336 pixels. Their config.json does not state it.
@@ -99,6 +100,9 @@ class Phi3VConfig(Phi3Config):
         self.embd_layer = {**HD_EMBEDDING, **(self.embd_layer or {})}
         if self.embd_layer != HD_EMBEDDING:
             raise ValueError(f"embd_layer {self.embd_layer} is not supported, only {HD_EMBEDDING}")
+        width, heads = self.hidden_size, self.num_attention_heads
+        if isinstance(width, int) and isinstance(heads, int) and (heads < 1 or width % heads):
+            raise ValueError(f"hidden_size is {width}, which is no multiple of num_attention_heads, {heads}")
         self._set_vision_config()
         if self.image_token_id is None and self.vocab_size > PUBLISHED_IMAGE_TOKEN_ID:
             self.image_token_id = PUBLISHED_IMAGE_TOKEN_ID
@@ -113,7 +117,10 @@ class Phi3VConfig(Phi3Config):
     def _set_vision_config(self) -> None:
         vision = self.vision_config
         if vision is None or isinstance(vision, dict):
-            vision = CLIPVisionConfig(**{**CLIP_VIT_LARGE_336, **(vision or {})})
+            try:
+                vision = CLIPVisionConfig(**{**CLIP_VIT_LARGE_336, **(vision or {})})
+            except (StrictDataclassError, TypeError, ValueError) as error:
+                raise ValueError(f"vision_config: {' '.join(str(error).split())}") from error
         self.vision_config = vision
         facts: dict[str, Any] = {"name": "clip_vision_model", "model_name": "openai/clip-vit-large-patch14-336"}
         facts |= {"image_dim_out": vision.hidden_size, "num_img_tokens": 144}

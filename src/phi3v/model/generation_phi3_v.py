@@ -40,7 +40,8 @@ class Phi3VGenerationMixin(GenerationMixin):
         """transformers' `generate`, for prompts padded on either side and with different numbers of images.
 
         Rows stay in the caller's order; the returned prompts are padded on the left. Without an `eos_token_id` from the
-        caller a published configuration (2) stops at `</s>`, `<|endoftext|>` and `<|end|>`. The image token is never
+        caller, as argument or in `generation_config`, a model whose own settings have the published one (2) stops at
+        `</s>`, `<|endoftext|>` and `<|end|>`. The image token is never
         generated.
         """
         name = "inputs" if inputs is not None else "input_ids"
@@ -57,9 +58,10 @@ class Phi3VGenerationMixin(GenerationMixin):
         if input_ids is not None:
             kwargs.pop("input_ids", None)
             kwargs[name] = input_ids
-        stops = getattr(generation_config or self.generation_config, "eos_token_id", None)
+        chosen = getattr(generation_config, "eos_token_id", None) is not None or "eos_token_id" in kwargs
+        stops = self.generation_config.eos_token_id
         published = stops in (None, PUBLISHED_EOS, [PUBLISHED_EOS]) and self.config.vocab_size > max(PUBLISHED_STOPS)
-        if published and "eos_token_id" not in kwargs:
+        if published and not chosen:
             kwargs["eos_token_id"] = list(PUBLISHED_STOPS)
         if self.config.image_token_id is not None and "suppress_tokens" not in kwargs:
             unwanted = getattr(generation_config or self.generation_config, "suppress_tokens", None) or []

@@ -217,7 +217,7 @@ def _refuse_idle_training(report: TrainableReport, data: LoadedData | StreamedDa
 
 
 def _callbacks(recipe: Recipe, run: RunFolder, report: TrainableReport, watch: Watcher) -> list[TrainerCallback]:
-    """What watches the run; the check for non-finite numbers comes first."""
+    """What watches the run; metrics are written before the check for non-finite numbers stops it."""
     trackers = tracker_callbacks(
         list(recipe.report.to),
         folder=run.path,

@@ -1,0 +1,87 @@
+"""Names that are nowhere, on a machine whose hub cannot be reached: one line, and no minutes of attempts."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import OfflineModeIsEnabled
+from tiny_models import write_photos, write_tiny_model
+
+from phi3v import cli_hub
+
+
+@pytest.fixture
+def closed_port() -> int:
+    """A port of this machine at which nobody listens."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def online(port: int, home: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    """A command that is not told to stay offline; its hub is that port."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(home)}
+    command = [sys.executable, "-m", "phi3v", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+
+
+def test_a_target_that_is_nowhere_is_one_line(closed_port: int, tmp_path: Path) -> None:
+    done = online(closed_port, tmp_path, "ask", "nofolder", "a.png", "hi")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "phi3v: nofolder is no folder here and could not be read from the hub (no connection to 127.0.0.1: [Errno 111] "
+        "Connection refused): check the name, the network, and HF_TOKEN for private models"
+    ]
+
+
+def test_a_set_that_is_nowhere_is_one_line(closed_port: int, tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "model")
+    rows = write_photos(tmp_path / "photos", 4)
+    recipe = f"model: {tmp_path}/model\noutput: {tmp_path}/run\ndata:\n  train: {rows}\n"
+    (tmp_path / "r.yaml").write_text(recipe + "  prompt: Which?\n  answer: '{colour}'\n")
+    done = online(closed_port, tmp_path, "train", tmp_path / "r.yaml", "data.train=nosuch/set")
+    assert done.returncode == 1
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    assert lines == [
+        "phi3v: data set nosuch/set cannot be read: Couldn't reach 'nosuch/set' on the Hub; it is no "
+        "file or folder here, and was looked for on the hub: check the name and the network"
+    ]
+
+
+def test_after_an_answer_the_hub_has_its_own_patience(closed_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    attempt = cli_hub._OneAttempt()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(10)
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            connection.recv(10_000)
+            connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            connection.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        client = attempt.client()
+        assert client.get(f"http://127.0.0.1:{server.getsockname()[1]}/").status_code == 404
+        thread.join(10)
+    with pytest.raises(Exception, match="refused") as error:
+        attempt.client().get(f"http://127.0.0.1:{closed_port}/")
+    assert type(error.value).__name__ == "ConnectError"
+
+    unheard = cli_hub._OneAttempt()
+    for _ in range(2):
+        with pytest.raises(OfflineModeIsEnabled, match="no connection to 127.0.0.1"):
+            unheard.client().get(f"http://127.0.0.1:{closed_port}/")
+
+
+def test_connecting_has_a_limit() -> None:
+    timeout = {"connect": None, "read": 60.0}
+    assert cli_hub._impatient({"timeout": timeout}) == {"timeout": {"connect": 10.0, "read": 60.0}}
+    assert cli_hub._impatient({"timeout": {"connect": 3.0}}) == {"timeout": {"connect": 3.0}}
