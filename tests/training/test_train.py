@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_models import write_photos, write_tiny_model
 
 import phi3v
-from phi3v.errors import ConfigError, DataError, DeviceError, MissingPackageError, TrainingError
+from phi3v.errors import CheckpointError, ConfigError, DataError, DeviceError, MissingPackageError, TrainingError
 from phi3v.run_folder import RunFolder
 from phi3v.training import feature_cache, step_trainer
 from phi3v.training import train as training
@@ -86,7 +86,8 @@ def test_a_run_has_all_its_files_and_the_second_call_says_finished(make: MakeRec
     lines = run.read_metrics()
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4]
-    assert result.metrics["eval_loss"] == lines[-2]["eval_loss"]
+    losses, validated = ([line for line in lines if name in line] for name in ("loss", "eval_loss"))
+    assert result.metrics == {"loss": losses[-1]["loss"], "eval_loss": validated[-1]["eval_loss"]}
 
     kinds = [event.kind for event in events]
     assert kinds[0] == "look" and kinds.count("start") == 1
@@ -318,14 +319,104 @@ def test_a_loss_that_is_no_number_stops_the_run(make: MakeRecipe, monkeypatch: p
     [
         ({"lerning_rate": 1e-3}, "training.lerning_rate is no option: did you mean learning_rate"),
         ({"fp16": True}, "training.fp16 is decided by model.dtype"),
-        ({"optim": "no_such_optimiser"}, "training: .*no_such_optimiser"),
+        ({"optim": "adamw_foo"}, "^training.optim is 'adamw_foo', which is no choice: did you mean adamw_torch[?]$"),
+        ({"lr_scheduler_type": "cosin"}, "training.lr_scheduler_type is 'cosin', .*: did you mean cosine?"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 1}}, "training: .*cycles"),
+        ({"fsdp": 1}, "training.fsdp is for trainings of several processes"),
+        ({"weight_decay": "much"}, "training.weight_decay is 'much', allowed is a number"),
+        ({"logging_first_step": "no"}, "training.logging_first_step is 'no', allowed are true and false"),
+        ({"gradient_checkpointing_kwargs": 1}, "training.gradient_checkpointing_kwargs is 1, allowed is a mapping"),
         ({"label_names": ["labels"]}, "training.label_names cannot be chosen"),
     ],
 )
 def test_options_of_training_are_checked(make: MakeRecipe, options: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected) as error:
         phi3v.train(make(training=options))
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+    assert not Path(make().output).exists()
+
+
+def refusals(world: Path) -> list[tuple[dict[str, Any], type[Exception], str]]:
+    """Sections of recipes that are refused when options, rows or weights are looked at, and why."""
+    (world / "empty.jsonl").write_text("")
+    return [
+        ({"lora": {"r": 0}}, ConfigError, "^lora.r is 0, allowed is a whole number, 1 or more"),
+        ({"lora": {"lora_dropout": 7.0}}, ConfigError, "^lora: .*between 0 and 1"),
+        ({"lora": {"target_modules": ["query"]}}, ConfigError, "hits no module"),
+        ({"data": {"train": str(world / "nothing.csv")}}, DataError, "nothing.csv"),
+        ({"data": {"answer": "{shade}"}}, DataError, "column 'shade'"),
+        ({"data": {"max_length": 5}}, DataError, "too_long|longest|tokens"),
+        ({"evaluation": {"numeric_fields": ["foo"]}}, ConfigError, "evaluation.numeric_fields names 'foo'"),
+        ({"model": {"name": str(world / "nowhere")}}, CheckpointError, "nowhere"),
+        ({"model": {"name": str(world / "model"), "device": "gpu"}}, ConfigError, "model.device 'gpu'"),
+    ]
+
+
+@pytest.mark.parametrize("number", range(9))
+def test_what_is_refused_leaves_no_folder(make: MakeRecipe, world: Path, number: int) -> None:
+    sections, error, words = refusals(world)[number]
+    recipe = make(**sections)
+    told: list[TrainingEvent] = []
+    with pytest.raises(error, match=words) as caught:
+        phi3v.train(recipe, on_event=told.append)
+    assert "\n" not in str(caught.value) and "step" not in {event.kind for event in told}
+    assert not Path(recipe.output).exists()
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_several_processes_are_refused(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(ConfigError, match=f"{name} is 2: phi3v trains in one process on one device") as caught:
+        phi3v.train(make())
+    assert "\n" not in str(caught.value) and not Path(make().output).exists()
+
+
+def test_null_for_checkpointing_arguments_leaves_them_to_us(make: MakeRecipe) -> None:
+    options = {"max_steps": 1, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": None}
+    recipe = make(training=options)
+    phi3v.train(recipe)
+    assert moved(adapter(recipe))
+
+
+def test_a_run_without_held_out_rows_has_a_report_with_its_curve(make: MakeRecipe) -> None:
+    recipe = make()
+    result = phi3v.train(recipe)
+    run = RunFolder(recipe.output)
+    page = run.report.read_text(encoding="utf-8")
+    assert result.held_out == 0 and not run.evaluation.exists()
+    assert "There are no held-out rows" in page and "<svg" in page and "What was trained" in page
+    assert "Exact match" not in page and "evaluation.json" not in page
+
+
+def test_the_last_loss_is_that_of_the_last_step(make: MakeRecipe) -> None:
+    often, seldom = make("often"), make("seldom", training={"logging_steps": 4})
+    told: list[tuple[str, int]] = []
+    every = phi3v.train(often).metrics
+    few = phi3v.train(seldom, on_event=lambda event: told.append((event.kind, event.step))).metrics
+    lines = [line for line in RunFolder(seldom.output).read_metrics() if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 4, 5, 6]
+    assert few == every == {"loss": lines[-1]["loss"]}
+    assert told.index(("metrics", 6)) < told.index(("step", 6))  # so that the screen shows it beside "6 of 6"
+    assert all("train_loss" not in line for line in RunFolder(seldom.output).read_metrics())
+
+
+def test_another_evaluation_is_made_without_training_again(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make(data={"split": {"validation": 4}}, training={"max_steps": 1}, evaluation={"max_new_tokens": 2})
+    phi3v.train(recipe)
+    run, before = RunFolder(recipe.output), adapter(recipe)
+    first = run.evaluation.read_bytes()
+    monkeypatch.setattr(training, "_tune", lambda *args: pytest.fail("trained again"))
+    shown = recipe.with_overrides(["report.samples=1"])
+    phi3v.train(shown)
+    assert run.report.read_text().count("<img") == 1 and run.evaluation.read_bytes() == first
+    again = shown.with_overrides(["evaluation.rows=3"])
+    assert phi3v.train(again).status == "finished"
+    assert run.read_evaluation()["rows"] == 3 == len(run.read_predictions())
+    assert run.read_recipe().evaluation.rows == 3 and run.report.is_file()
+    assert_same(adapter(recipe), before)
+    with pytest.raises(ConfigError, match="numeric_fields names 'foo'"):
+        phi3v.train(again.with_overrides(["evaluation.numeric_fields=[foo]"]))
+    assert run.read_recipe() == again and run.report.is_file()
 
 
 def test_nothing_to_train_is_one_line(make: MakeRecipe) -> None:
