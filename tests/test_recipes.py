@@ -41,13 +41,15 @@ def test_the_guides_run_in_numbers(tmp_path: Path) -> None:
     said = re.search(r"([\d,]+) rows make about (\d+) steps", (ROOT / "recipes" / "burberry_lora.yaml").read_text())
     assert said is not None
     rows, steps = (int(number.replace(",", "")) for number in said.groups())
-    keys = [[f"https://shop.example/product/{row}.jpg"] for row in range(rows)]
-    train, held_out = split_rows(keys, split.validation, split.seed)
     samples = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    order = epoch_order(len(train), samples, recipe.training.seed, 0)
-    assert rows == 3040 == len(train) + len(held_out)
-    assert len(order) / samples * recipe.training.epochs == pytest.approx(steps, abs=6)  # a share is near, not exact
-    assert recipe.evaluation.rows is not None and recipe.evaluation.rows == pytest.approx(len(held_out), abs=40)
+    found = []
+    for shop in range(8):  # a share is near, not exact: other addresses, other rows held out
+        keys = [[f"https://shop{shop}.example/{row}.jpg"] for row in range(rows)]
+        train, held_out = split_rows(keys, split.validation, split.seed)
+        assert rows == 3040 == len(train) + len(held_out) and abs(len(held_out) - 304) < 60
+        order = epoch_order(len(train), samples, recipe.training.seed, 0)
+        found.append(len(order) / samples * recipe.training.epochs)
+    assert sum(found) / len(found) == pytest.approx(steps, abs=4)
     assert arguments.save_steps * 5 < steps and 500 < steps < 1000  # the guide saves every 500
 
 
