@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import typer
-import yaml
 
 import phi3v
 from phi3v.cli import app
 from phi3v.recipe import Recipe
+from phi3v.recipe_yaml import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -120,7 +120,7 @@ def test_documents_show_every_command() -> None:
 def test_recipes_and_programs_in_documents_are_valid(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     for block in re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        Recipe.from_dict(yaml.safe_load(block))
+        Recipe.from_dict(read_yaml(block, path.name))
     for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         compile(block, path.name, "exec")
         assert set(re.findall(r"\bphi3v\.(\w+)", block)) <= set(phi3v.__all__)

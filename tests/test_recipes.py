@@ -1,14 +1,17 @@
 """The shipped recipes: they load, their options exist, and the demo's two files say the same."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from phi3v.data.split import split_rows
 from phi3v.recipe import Recipe
 from phi3v.recipe_yaml import read_yaml
 from phi3v.run_folder import RunFolder
 from phi3v.training.arguments import training_arguments
+from phi3v.training.sampling import epoch_order
 from phi3v.tuning import lora_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +36,21 @@ def test_the_guides_run_in_numbers(tmp_path: Path) -> None:
         recipe, RunFolder(tmp_path), device=torch.device("cpu"), autocast=torch.bfloat16, validated=True
     )
     assert (arguments.bf16, arguments.eval_strategy, arguments.eval_steps) == (True, "steps", 100)
-    assert -(-3040 * 9 // 10 // 16) * 3 == 513  # what its comment on save_steps says
+    split = recipe.data.split
+    assert split is not None and isinstance(recipe.training.epochs, float)
+    said = re.search(r"([\d,]+) rows make about (\d+) steps", (ROOT / "recipes" / "burberry_lora.yaml").read_text())
+    assert said is not None
+    rows, steps = (int(number.replace(",", "")) for number in said.groups())
+    samples = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    found = []
+    for shop in range(8):  # a share is near, not exact: other addresses, other rows held out
+        keys = [[f"https://shop{shop}.example/{row}.jpg"] for row in range(rows)]
+        train, held_out = split_rows(keys, split.validation, split.seed)
+        assert rows == 3040 == len(train) + len(held_out) and abs(len(held_out) - 304) < 60
+        order = epoch_order(len(train), samples, recipe.training.seed, 0)
+        found.append(len(order) / samples * recipe.training.epochs)
+    assert sum(found) / len(found) == pytest.approx(steps, abs=4)
+    assert arguments.save_steps * 5 < steps and 500 < steps < 1000  # the guide saves every 500
 
 
 def test_the_demos_recipe_is_the_same_in_both_places() -> None:

@@ -24,7 +24,7 @@ def test_a_run_goes_from_new_to_finished(tmp_path: Path) -> None:
     assert (run.state(), RunFolder.is_run(run.path)) == ("new", False)
     assert run.start(recipe()) == "new"
     assert (run.state(), RunFolder.is_run(run.path)) == ("unfinished", True)
-    assert run.read_recipe() == recipe()
+    assert run.read_recipe() == recipe(f"output={run.path}")
     assert run.start(recipe()) == "unfinished"
     run.mark_finished({"steps": 3})
     assert (run.state(), run.start(recipe())) == ("finished", "finished")
@@ -81,7 +81,11 @@ def test_a_run_is_the_same_from_any_folder(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     found = RunFolder("shop/run").read_recipe()
     assert (found.model.name, found.data.train) == (str(tmp_path / "shop/model"), str(tmp_path / "shop/rows.csv"))
-    assert (found.data.validation, found.data.image_root, found.output) == ("some/hub", None, "run")
+    assert (found.data.validation, found.data.image_root, found.output) == (
+        "some/hub",
+        None,
+        str(tmp_path / "shop/run"),
+    )
     again = started.with_overrides(["model=shop/model", "data.train=shop/rows.csv"])
     assert RunFolder("shop/run").start(again) == "unfinished"
     with pytest.raises(ConfigError, match=r"model.name: 'model' here, '.*/shop/model' there"):
@@ -98,6 +102,58 @@ def test_a_run_that_has_nothing_to_show_yields_to_a_mended_recipe(tmp_path: Path
     (run.checkpoints / "checkpoint-1").mkdir()
     with pytest.raises(ConfigError, match="another recipe"):
         run.start(recipe("training.seed=2"))
+
+
+def test_a_runs_own_recipe_means_the_run_wherever_it_was_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    RunFolder("runs/run").start(recipe("output=runs/run"))
+    assert f"output: {tmp_path}/runs/run\n" in (tmp_path / "runs/run/recipe.yaml").read_text()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "runs/run").rename(tmp_path / "elsewhere/moved")
+    for here, path in (("elsewhere", "moved/recipe.yaml"), ("elsewhere/moved", "recipe.yaml")):
+        monkeypatch.chdir(tmp_path / here)
+        found = Recipe.load(path)
+        assert found.output == str(tmp_path / "elsewhere/moved")
+        assert RunFolder(found.output).start(found) == "unfinished"
+        assert Recipe.load(path, ["output=new"]).output == "new"
+    (tmp_path / "recipe.yaml").write_text("model: some/name\ndata: rows.csv\n")
+    assert Recipe.load(tmp_path / "recipe.yaml").output == "runs/recipe"  # no run lies there
+
+
+def test_a_look_writes_nothing(tmp_path: Path) -> None:
+    assert RunFolder(tmp_path / "deep" / "run").look(recipe()) == "new"
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match=r"run cannot be used \(.*/file is a file\): give another folder"):
+        RunFolder(tmp_path / "file" / "run").look(recipe())
+
+
+def test_values_that_change_no_training_are_taken(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.start(recipe())
+    run.checkpoints.joinpath("checkpoint-1").mkdir(parents=True)
+
+    def made() -> list[str]:
+        return [path.name for path in (run.evaluation, run.predictions, run.report) if path.is_file()]
+
+    def call(*overrides: str) -> list[str]:
+        run.write_evaluation({})
+        run.write_predictions([])
+        run.write_report("")
+        assert run.start(recipe(*overrides)) == "unfinished"
+        found = run.read_recipe()
+        assert found.differences(recipe(*overrides)) == [] and found.output == str(run.path)
+        return made()
+
+    everything = ["evaluation.json", "predictions.jsonl", "report.html"]
+    assert call() == everything
+    device = ["model.device=cpu", "data.allow_hosts=[a.example]", "data.image_cache=cache", "vision.cache_gb=1.5"]
+    assert call(*device) == everything
+    assert call(*device, "report.samples=3") == ["evaluation.json", "predictions.jsonl"]
+    assert call(*device, "report.samples=3", "evaluation.rows=2") == []
+    with pytest.raises(ConfigError, match=r"another recipe \(training.seed: 3 here, 0 there\)"):
+        run.start(recipe("evaluation.rows=4", "training.seed=3"))
+    assert run.read_recipe().evaluation.rows == 2
 
 
 def test_metrics_are_lines_without_nan(tmp_path: Path) -> None:

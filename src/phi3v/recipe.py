@@ -4,7 +4,8 @@ In come YAML text and `key=value` overrides; out comes a frozen `Recipe` whose s
 work. `lora`, `quantization` and the free part of `training` are handed to peft.LoraConfig, to
 transformers.BitsAndBytesConfig and to transformers.TrainingArguments as they stand: their fields are not restated here,
 and those libraries check them later. Relative paths in a recipe count from the directory in which the command is
-started. Knows nothing of torch or transformers; every mistake is a `ConfigError` of one line that names the dotted key.
+started; `output` of a recipe.yaml that lies in a run's folder is that folder, wherever it was moved. Knows nothing of
+torch or transformers; every mistake is a `ConfigError` of one line that names the dotted key.
 """
 
 import os
@@ -41,6 +42,12 @@ COMPUTED_TRAINING_KEYS: dict[str, str] = {
     "project": "report.project",
 }
 """TrainingArguments' fields that follow from another key of the recipe -> that key."""
+
+RUN_FILES = ("recipe.yaml", "versions.json")
+"""The files that make a folder a run."""
+
+SETTINGS = ("evaluation", "report", "model.device", "data.image_cache", "data.allow_hosts", "vision.cache_gb")
+"""Sections and keys that do not change what is trained: where and how fast it happens, and what is done afterwards."""
 
 
 def _fill_lora(value: Any) -> Any:
@@ -98,6 +105,9 @@ class VisionSection(Section):
     cache: Literal["memory"] | None = Field(
         default=None, description="memory: features of frozen vision parts are kept for all epochs; null: no cache."
     )
+    cache_gb: float = Field(
+        default=4.0, gt=0, allow_inf_nan=False, description="Most memory for them in 10^9 bytes; more are not kept."
+    )
 
     @property
     def frozen(self) -> bool:
@@ -111,10 +121,10 @@ class TrainingSection(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
     samples_per_step: int = Field(
-        default=16, ge=1, description="Samples in one optimiser step, whatever the device count."
+        default=16, ge=1, description="Samples in one optimiser step; a training is one process on one device."
     )
     micro_batch_size: int = Field(
-        default=1, ge=1, description="Samples that go through the model at once, on each device."
+        default=1, ge=1, description="Samples that go through the model at once: memory, not the result."
     )
     epochs: float = Field(
         default=3.0, gt=0, allow_inf_nan=False, description="Passes over the training rows; max_steps wins."
@@ -235,6 +245,8 @@ class Recipe(Section):
             reason = error.strerror or str(error)
             raise ConfigError(f"recipe {path} cannot be read: {reason}; give the path of a YAML recipe") from error
         values, overrides = read_yaml(text, f"recipe {path}"), list(overrides)
+        if isinstance(values, Mapping) and path.name == RUN_FILES[0] and (path.parent / RUN_FILES[1]).is_file():
+            values = {**values, "output": os.path.abspath(path.parent)}
         if values is None:
             raise ConfigError(f"recipe {path} is empty; write at least model, data.train and the templates into it")
         try:
@@ -275,7 +287,7 @@ class Recipe(Section):
         return write_yaml(self.model_dump())
 
     def with_places(self) -> Self:
-        """This recipe with absolute paths for files and folders that are here, so that it can be read from any folder.
+        """This recipe with absolute paths for `output` and for what is here, so that it can be read from any folder.
 
         Hub ids and what does not exist stay. Example: in /home/me, which holds rows.csv, {"model": "some/name",
         "data": "rows.csv"} gives data.train "/home/me/rows.csv" and the model as it is.
@@ -285,10 +297,20 @@ class Recipe(Section):
             values[section][key] = _map_places(
                 key, values[section][key], os.path.isdir if section == "model" else _there
             )
+        return type(self).from_dict({**values, "output": os.path.abspath(self.output)})
+
+    def with_settings(self, other: "Recipe") -> Self:
+        """This recipe with the values that another has for the keys of `SETTINGS`."""
+        values, given = self.model_dump(), other.with_places().model_dump()
+        for section, _, key in (name.partition(".") for name in SETTINGS):
+            if key:
+                values[section][key] = given[section][key]
+            else:
+                values[section] = given[section]
         return type(self).from_dict(values)
 
-    def differences(self, other: "Recipe") -> list[str]:
-        """The dotted keys whose values differ, `output` aside (a run may be moved).
+    def differences(self, other: "Recipe", *, settings: bool = True) -> list[str]:
+        """The dotted keys whose values differ, `output` aside (a run may be moved); without `SETTINGS` when False.
 
         A relative path is equal to the absolute one that it stands for here.
         Example: ["training.seed: 1 here, 2 there"].
@@ -298,7 +320,7 @@ class Recipe(Section):
         return [
             f"{key}: {mine.get(key, 'nothing')!r} here, {theirs.get(key, 'nothing')!r} there"
             for key in changed
-            if key != "output"
+            if key != "output" and (settings or not any(f"{key}.".startswith(f"{name}.") for name in SETTINGS))
         ]
 
 

@@ -1,6 +1,6 @@
 """A run on disk: who writes and reads which file. Nothing else in the package opens a file of a run.
 
-    recipe.yaml        the resolved recipe, local paths absolute
+    recipe.yaml        the resolved recipe, local paths absolute; `output` in it is the folder that it lies in
     versions.json      Python, platform and package versions at the start; with recipe.yaml it makes a folder a run
     problems.jsonl     one JSON object per row that is left out, with its reason
     metrics.jsonl      one JSON object per logged step, appended
@@ -23,12 +23,13 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterable
+from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from phi3v.errors import CheckpointError, ConfigError
-from phi3v.recipe import Recipe
+from phi3v.recipe import RUN_FILES, Recipe
 
 RunState = Literal["new", "unfinished", "finished"]
 
@@ -62,7 +63,7 @@ class RunFolder:
     @staticmethod
     def is_run(path: str | Path) -> bool:
         """Whether a folder is a run: it holds what `start` writes, recipe.yaml and versions.json."""
-        return (Path(path) / "recipe.yaml").is_file() and (Path(path) / "versions.json").is_file()
+        return all((Path(path) / name).is_file() for name in RUN_FILES)
 
     def state(self) -> RunState:
         """How far the run is: new (no run is there), unfinished, or finished (`mark_finished` was called)."""
@@ -74,19 +75,33 @@ class RunFolder:
         """Opens the folder for a run of `recipe` and says what was there before.
 
         A new run gets versions.json and recipe.yaml, local paths in it made absolute, so that the run can be used from
-        any folder; an existing one is left as it is. A run that stopped before it had
-        anything to show, over a slip in its recipe for instance, counts as new for another recipe.
-        Raises: ConfigError when the folder holds something else, or a run of a recipe that differs.
+        any folder. An existing one takes the values that do not change the training (`recipe.SETTINGS`): recipe.yaml
+        is written anew, and what was made with other ones (scores and report, or the report) is removed.
+        Raises: ConfigError as `look`.
         """
-        state = self.state()
-        bare = state == "unfinished" and self._is_bare()
+        state = self.look(recipe)
         if state == "new":
-            self._make_folder(recipe)
-        if state == "new" or (bare and recipe.differences(self.read_recipe())):
+            self._make_folder()
             self.write_recipe(recipe.with_places())
             self.write_versions(gather_versions())
+        elif changed := recipe.differences(self.read_recipe()):
+            self._take_settings(recipe, changed)
+        return state
+
+    def look(self, recipe: Recipe) -> RunState:
+        """Says what `start` would find, and writes nothing.
+
+        A run that stopped before it had anything to show, over a slip in its recipe for instance, counts as new for
+        another recipe.
+        Raises: ConfigError when the folder holds something else, or a run of a recipe that trains otherwise.
+        """
+        state = self.state()
+        if state == "new":
+            self._refuse_foreign_folder(recipe)
+            return state
+        if state == "unfinished" and self._is_bare() and recipe.differences(self.read_recipe()):
             return "new"
-        if changed := recipe.differences(self.read_recipe()):
+        if changed := recipe.differences(self.read_recipe(), settings=False):
             raise ConfigError(
                 f"{self.path} holds a run of another recipe ({'; '.join(changed[:5])}"
                 f"{f'; and {len(changed) - 5} more' if len(changed) > 5 else ''}): "
@@ -101,15 +116,35 @@ class RunFolder:
             for entry in self.path.iterdir()
         )
 
-    def _make_folder(self, recipe: Recipe) -> None:
-        """Makes the folder, or takes one that holds nothing but what a start of this recipe that was cut off left."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"output {self.path} is a file: give a folder that is new or empty")
+    def _take_settings(self, recipe: Recipe, changed: list[str]) -> None:
+        """Writes the settings of a recipe into recipe.yaml; what others made goes first, in case this is cut off."""
+        answered = any(line.startswith("evaluation.") for line in changed)
+        reported = answered or any(line.startswith("report.") for line in changed)
+        for made, outdated in ((self.report, reported), (self.evaluation, answered), (self.predictions, answered)):
+            if outdated:
+                made.unlink(missing_ok=True)
+        self.write_recipe(self.read_recipe().with_settings(recipe))
+
+    def _make_folder(self) -> None:
+        """Makes the folder, and takes half a file of a start that was cut off out of it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for leftover in self.path.glob(".recipe.yaml.*.tmp"):
                 leftover.unlink()
-            found = sorted(entry.name for entry in self.path.iterdir())
+        except OSError as error:
+            raise ConfigError(f"output {self.path} cannot be used ({error}): give another folder") from error
+
+    def _refuse_foreign_folder(self, recipe: Recipe) -> None:
+        """Refuses all but a new folder, an empty one, and one with what a cut-off start of this recipe left."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"output {self.path} is a file: give a folder that is new or empty")
+        above = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            why = "cannot be written to" if above.is_dir() else "is a file"
+            raise ConfigError(f"output {self.path} cannot be used ({above} {why}): give another folder")
+        try:
+            entries = [entry.name for entry in self.path.iterdir()] if os.path.lexists(self.path) else []
+            found = sorted(name for name in entries if not fnmatch(name, ".recipe.yaml.*.tmp"))
             cut_off = found == ["recipe.yaml"] and self.recipe.read_text("utf-8") == recipe.with_places().to_yaml()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"output {self.path} cannot be used ({error}): give another folder") from error

@@ -98,7 +98,10 @@ def attach_lora(
     model.config.name_or_path = config.base_model_name_or_path
     freeze(model, language_model=False, tower="frozen", projector="frozen")
     place = config.base_model_name_or_path
-    tuned = get_peft_model(model, config)
+    try:
+        tuned = get_peft_model(model, config)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"lora: {first_line(error)}") from error
     tuned.peft_config["default"].base_model_name_or_path = place  # PEFT put the name as it was typed there
     unread = _unread_weights(tuned)
     for name, weight in tuned.named_parameters():
@@ -114,6 +117,9 @@ def lora_config(options: Mapping[str, Any], *, tower: Choice = "frozen", project
     from peft import LoraConfig
 
     check_names("lora", options, [field.name for field in fields(LoraConfig)])
+    rank = options.get("r", 1)
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ConfigError(f"lora.r is {rank!r}, allowed is a whole number, 1 or more; lora: null tunes without LoRA")
     values = {"task_type": "CAUSAL_LM", "target_modules": list(LORA_PROJECTIONS), **options}
     if values["target_modules"] == "all-linear":  # PEFT's own reading of it would hit the tower too
         values["target_modules"] = list(LORA_PROJECTIONS)

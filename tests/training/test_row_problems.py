@@ -123,7 +123,7 @@ def test_the_recipe_says_which_answers_are_trained(world: Path, tmp_path: Path) 
         samples, _ = make_samples(
             recipe,
             RunFolder(tmp_path),
-            read_data(recipe, RunFolder(tmp_path), processor, lambda *told: None),
+            read_data(recipe, processor, lambda *told: None),
             processor,
             SimpleNamespace(config=SimpleNamespace(max_position_embeddings=8192)),
             steps_done=0,

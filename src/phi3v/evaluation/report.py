@@ -44,7 +44,8 @@ class ReportContent:
 
     Attributes:
         title: name of the run.
-        evaluation: `Evaluation.to_dict()`. metrics: the rows of metrics.jsonl; those with "step" and "loss" or
+        evaluation: `Evaluation.to_dict()`; None for a run without held-out rows.
+        metrics: the rows of metrics.jsonl; those with "step" and "loss" or
             "eval_loss" make the curve. samples: rows to show with their photos. trained: one dict per part of the model
             with "part", "parameters", "trained" and "share". recipe: the resolved recipe as YAML text. versions: name
             and version of what ran. times: what took how many seconds. controls: answers under spoiled conditions: name
@@ -52,7 +53,7 @@ class ReportContent:
     """
 
     title: str
-    evaluation: Mapping[str, Any]
+    evaluation: Mapping[str, Any] | None
     metrics: Sequence[Mapping[str, Any]] = ()
     samples: Sequence[Sample] = ()
     trained: Sequence[Mapping[str, Any]] = ()
@@ -79,8 +80,8 @@ def render_report(content: ReportContent) -> str:
     return environment.from_string(source).render(
         content=content,
         evaluation=content.evaluation,
-        base=content.evaluation["scores"].get("base"),
-        tuned=content.evaluation["scores"]["tuned"],
+        base=content.evaluation["scores"].get("base") if content.evaluation else None,
+        tuned=content.evaluation["scores"]["tuned"] if content.evaluation else None,
         curve=Markup(curve),
         colours={"loss": TRAIN_COLOUR, "eval_loss": EVALUATION_COLOUR},
         points=points,

@@ -16,24 +16,24 @@ def write_report(run: RunFolder, rows: Sequence[Row], controls: Mapping[str, Map
     """Writes report.html.
 
     Args:
-        run: a run that was evaluated.
-        rows: the evaluated rows, in the order of its predictions.
+        run: a run that was evaluated, or one that is finished and has no held-out rows.
+        rows: the evaluated rows, in the order of its predictions; none where nothing was evaluated.
         controls: name -> exact match under spoiled conditions as a `Share` dict.
     """
     recipe = run.read_recipe()
-    evaluation = run.read_evaluation()
     summary = run.read_summary() if run.state() == "finished" else {}
+    evaluation = run.read_evaluation() if rows or summary.get("held_out") != 0 else None
     times = {"training": summary["seconds"]} if summary.get("seconds") else {}
     name = f"Run {run.path.resolve().name}"
     content = ReportContent(
-        title=f"{name}: tuned answers beside the base's" if evaluation["base"] else name,
+        title=f"{name}: tuned answers beside the base's" if evaluation and evaluation["base"] else name,
         evaluation=evaluation,
         metrics=run.read_metrics(),
-        samples=choose_samples(recipe, run.read_predictions(), rows),
+        samples=choose_samples(recipe, run.read_predictions() if evaluation else [], rows),
         trained=trained_parts(summary.get("trainable", {})),
         recipe=run.recipe.read_text(encoding="utf-8"),
         versions=run.read_versions(),
-        times=times | evaluation["seconds"],
+        times=times | (evaluation["seconds"] if evaluation else {}),
         controls=controls or {},
     )
     run.write_report(render_report(content))

@@ -4,11 +4,15 @@ What follows from other sections (batch sizes, folders, precision, device) is co
 through by its own name, after a check that TrainingArguments has it. Nothing is restated.
 """
 
+import contextlib
+import difflib
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
+from transformers.training_args import OptimizerNames
 
 from phi3v.errors import ConfigError
 from phi3v.passthrough import check_names, first_line
@@ -22,6 +26,9 @@ _DECIDED_ELSEWHERE = {
     "dataloader_drop_last": "training.samples_per_step (the last step of an epoch is filled up)",
     "resume_from_checkpoint": "output (a run goes on by itself)",
 }
+_SEVERAL_PROCESSES = {"fsdp", "fsdp_config", "deepspeed", "parallelism_config", "local_rank"}
+_CHOICES = {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}
+_KWARGS = {"gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"}
 _FIXED = {"remove_unused_columns", "label_names", "prediction_loss_only", "disable_tqdm", "do_train", "do_eval"}
 
 
@@ -40,8 +47,9 @@ def training_arguments(
     Raises:
         ConfigError: an option that TrainingArguments does not have, that is decided elsewhere, or that it refuses.
     """
-    training, options = recipe.training, _today(recipe.training.options)
-    check_options(options)
+    training = recipe.training
+    check_options(training.options)
+    options = _today(training.options)
     defaults: dict[str, Any] = {
         "logging_steps": 10,
         "logging_first_step": True,
@@ -71,10 +79,8 @@ def training_arguments(
         "logging_nan_inf_filter": False,  # it would log a NaN as 0.0
         "dataloader_pin_memory": device.type == "cuda",
     }
-    try:
+    with library_errors():
         arguments = TrainingArguments(**{**defaults, **options, **computed})
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"training: {first_line(error)}") from error
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs in one process would be torch's DataParallel
     return arguments
 
@@ -96,11 +102,13 @@ def _of_streams(steps: int, validated: bool) -> dict[str, Any]:
 
 
 def _today(options: dict[str, Any]) -> dict[str, Any]:
-    """Options with the name that this transformers prefers for checkpointing, so that it does not warn.
+    """Options with the name that this transformers prefers for checkpointing, so that it does not warn; null for its
+    arguments leaves them to us.
 
     Example: {"gradient_checkpointing": True} -> {"activation_checkpointing": True} where that field exists.
     """
     known = {field.name for field in fields(TrainingArguments)}
+    options = {name: value for name, value in options.items() if value is not None or name not in _KWARGS}
     renamed = {name: name.replace("gradient_checkpointing", "activation_checkpointing") for name in options}
     return {renamed[name] if renamed[name] in known else name: value for name, value in options.items()}
 
@@ -110,6 +118,78 @@ def check_options(options: dict[str, Any]) -> None:
     for name in options:
         if name in _DECIDED_ELSEWHERE:
             raise ConfigError(f"training.{name} is decided by {_DECIDED_ELSEWHERE[name]}: take it out of the recipe")
+        if name in _SEVERAL_PROCESSES:
+            raise ConfigError(
+                f"training.{name} is for trainings of several processes, and phi3v trains in one: take it out"
+            )
         if name in _FIXED:
             raise ConfigError(f"training.{name} cannot be chosen: take it out of the recipe")
     check_names("training", options, [field.name for field in fields(TrainingArguments)])
+    for name, value in options.items():
+        if name in _CHOICES:
+            _check_choice(name, value)
+        if name in _KWARGS and value is not None and not isinstance(value, dict):
+            raise ConfigError(f"training.{name} is {value!r}, allowed is a mapping, or null for our own")
+    for option in fields(TrainingArguments):
+        if option.name in options:
+            _check_plain(option.name, options[option.name], option.default)
+
+
+def reentrant(options: dict[str, Any]) -> bool:
+    """Whether `training` asks for re-entrant checkpoints.
+
+    Example: {"gradient_checkpointing_kwargs": {"use_reentrant": True}} -> True.
+    """
+    return any((options.get(name) or {}).get("use_reentrant", False) for name in _KWARGS)
+
+
+def _check_choice(name: str, value: Any) -> None:
+    """Refuses a value that is none of an option's choices, with the nearest one."""
+    known = [choice.value for choice in _CHOICES[name]]
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
+        hint = f": did you mean {near[0]}?" if near else f", {known[0]} for instance is"
+        raise ConfigError(f"training.{name} is {value!r}, which is no choice{hint}")
+
+
+def _check_plain(name: str, value: Any, default: Any) -> None:
+    """Refuses words where an option is a number, and anything but true and false (or null) where it is one of them.
+
+    transformers itself would find out in the middle of a training, or take "no" for true.
+    """
+    if isinstance(default, bool):
+        if value is not None and not isinstance(value, bool):
+            raise ConfigError(f"training.{name} is {value!r}, allowed are true and false")
+    elif isinstance(default, int | float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ConfigError(f"training.{name} is {value!r}, allowed is a number")
+
+
+def check_optimiser(arguments: TrainingArguments, model: Any) -> None:
+    """Refuses an optimiser or a schedule that cannot be made here, before a training is set up for it.
+
+    Args:
+        arguments: what `training_arguments` gave.
+        model: what trains; some optimisers look at it.
+
+    Raises:
+        ConfigError: a package is not installed, or an argument of theirs is wrong.
+    """
+    with library_errors():
+        Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+        idle = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=arguments.learning_rate)
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer=idle,
+            num_warmup_steps=1,
+            num_training_steps=2,
+            scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
+        )
+
+
+@contextlib.contextmanager
+def library_errors() -> Iterator[None]:
+    """Turns what transformers says of options into one line that names the section."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"training: {first_line(error)}") from error

@@ -22,9 +22,9 @@ class TrainingEvent:
     """One thing that a watcher may want to show.
 
     Attributes:
-        kind: "start" (with `trainable`), "step" (after each optimiser step), "metrics" (losses were logged),
-            "look" (images are downloaded, rows are looked at), "rows" (with `rows`), "features" (images go through the
-            frozen tower in advance), "end", or "answers" (held-out rows).
+        kind: "start" (with `trainable`), "step" (after each optimiser step), "metrics" (losses were logged;
+            before the "step"), "look" (images are downloaded, rows are looked at), "rows" (with `rows`), "features"
+            (images go through the frozen tower in advance), "end", or "answers" (held-out rows).
         step: steps done.
         total: steps of the whole run; for "look", "features" and "answers" `step` and `total` count rows or addresses.
         seconds_left: an estimate, None until there is one.
@@ -55,6 +55,7 @@ class ProgressCallback(TrainerCallback):
     def __init__(self, watcher: Watcher, trainable: TrainableReport) -> None:
         self.watcher = watcher
         self.trainable = trainable
+        self._step: TrainingEvent | None = None  # of a step whose losses are about to be logged: they are told first
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The run starts, or goes on."""
@@ -68,20 +69,37 @@ class ProgressCallback(TrainerCallback):
         """A step is done."""
         done, left = state.global_step - self.first, state.max_steps - state.global_step
         seconds = (time.monotonic() - self.began) / done * left
-        self.watcher(TrainingEvent("step", state.global_step, state.max_steps, seconds_left=seconds))
+        event = TrainingEvent("step", state.global_step, state.max_steps, seconds_left=seconds)
+        if control.should_log:
+            self._step = event
+        else:
+            self.watcher(event)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Losses are known."""
         self.watcher(TrainingEvent("metrics", state.global_step, state.max_steps, metrics=dict(logs or {})))
+        if self._step is not None:
+            step, self._step = self._step, None
+            self.watcher(step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """All steps are done."""
         self.watcher(TrainingEvent("end", state.global_step, state.max_steps, seconds_left=0.0))
 
 
+class LastStepCallback(TrainerCallback):
+    """Has the last step logged, by itself: a logged loss is the mean over the steps since the line before."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Asks for a line of the last step, and of the one before it."""
+        if state.global_step >= state.max_steps - 1:
+            control.should_log = True
+
+
 class MetricsCallback(TrainerCallback):
     """Appends what the Trainer logs to the run's metrics.
 
+    Its own mean over the run, "train_loss", is left out: after a resume it counts the steps of this session alone.
     Example: a line of `metrics.jsonl` is `{"step": 20, "loss": 0.71, "grad_norm": 1.3, "learning_rate": 0.0001,
     "epoch": 0.4}`, one of a validation `{"step": 50, "eval_loss": 0.65, ..., "epoch": 1.0}`.
     """
@@ -91,7 +109,8 @@ class MetricsCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Writes one line."""
-        self.run.append_metrics({"step": state.global_step, **(logs or {})})
+        values = {name: value for name, value in (logs or {}).items() if name != "train_loss"}
+        self.run.append_metrics({"step": state.global_step, **values})
 
 
 class NonFiniteCallback(TrainerCallback):

@@ -23,6 +23,11 @@ class FeatureRows(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._examples)
 
+    @property
+    def feature_bytes(self) -> int:
+        """Memory that the features take."""
+        return sum(one["image_features"].nbytes for one in self._examples if "image_features" in one)
+
     def __getitem__(self, index: Any) -> Any:
         example = self._examples[index]
         return dict(example) if isinstance(example, dict) else example

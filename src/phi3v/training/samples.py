@@ -1,7 +1,7 @@
 """The samples of a run: from a recipe's section `data` to what the Trainer iterates over.
 
-In come a recipe and its run; out come training and validation samples. What reading and encoding leave out is written
-into the run's problems.jsonl, whichever process sees it.
+In come a recipe and its run; out come training and validation samples. What encoding leaves out is written into the
+run's problems.jsonl, whichever process sees it.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,35 +20,28 @@ from phi3v.first_look import Progress, measured_rows, open_data
 from phi3v.loading import load_config
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
-from phi3v.training.feature_cache import keep_features
-
-FEATURE_BYTES = 4 * 2**30
+from phi3v.training.feature_cache import FeatureRows, keep_features
 
 
-def read_data(recipe: Recipe, run: RunFolder, processor: Any, on_look: Progress) -> LoadedData | StreamedData:
-    """Reads what the recipe names, and writes down the rows that are left out.
+def read_data(recipe: Recipe, processor: Any, on_look: Progress) -> LoadedData | StreamedData:
+    """Reads what the recipe names, and writes nothing.
 
     Rows that are not streamed are measured too, so that none that is too long reaches a step.
 
     Args:
         recipe: its section data.
-        run: where problems.jsonl is written.
         processor: the model's processor.
         on_look: told of what is done, (stage, done, total).
     Raises: DataError in one line.
     """
-    data: LoadedData | StreamedData
     if recipe.data.streaming:
-        data = stream_data(
+        return stream_data(
             options=RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels),
             reading=Reading.of(**recipe.data.reading_options),
             **recipe.data.load_options,
         )
-    else:
-        context = load_config(recipe.model.name, revision=recipe.model.revision).max_position_embeddings
-        data = measured_rows(recipe, open_data(recipe, on_progress=on_look), processor, context, on_progress=on_look)
-    run.write_problems(asdict(problem) for problem in data.problems)
-    return data
+    context = load_config(recipe.model.name, revision=recipe.model.revision).max_position_embeddings
+    return measured_rows(recipe, open_data(recipe, on_progress=on_look), processor, context, on_progress=on_look)
 
 
 def make_samples(
@@ -84,12 +77,13 @@ def make_samples(
     base = model.get_base_model() if recipe.lora is not None else model
     total = len(train) + len(held_out)
 
-    def keep(samples: Any, before: int) -> Any:
-        return keep_features(
-            samples, base, limit_bytes=FEATURE_BYTES, on_row=lambda row: on_features(before + row, total)
-        )
+    def keep(samples: Any, before: int, limit: int) -> Any:
+        return keep_features(samples, base, limit_bytes=limit, on_row=lambda row: on_features(before + row, total))
 
-    return keep(train, 0), keep(held_out, len(train))
+    limit = int(recipe.vision.cache_gb * 10**9)
+    kept = keep(train, 0, limit)
+    used = kept.feature_bytes if isinstance(kept, FeatureRows) else 0
+    return kept, keep(held_out, len(train), limit - used)
 
 
 def _stand_ins(

@@ -4,7 +4,7 @@ Both packages are optional; a recipe that names a missing one gets a single line
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,15 @@ def tracker_callbacks(
         "wandb": lambda: _wandb(folder, project, run_name, config),
         "tensorboard": lambda: _tensorboard(folder),
     }
+    check_trackers(names)
+    return [makers[name]() for name in names]
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Raises: MissingPackageError when a tracker is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise MissingPackageError(f"report.to names {name}, which is not installed: pip install {name}")
-    return [makers[name]() for name in names]
 
 
 def _wandb(folder: Path, project: str | None, run_name: str, config: dict[str, Any]) -> TrainerCallback:

@@ -17,13 +17,16 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from phi3v.data.collate import Collator
 from phi3v.data.sources import LoadedData, StreamedData
 from phi3v.errors import DataError, DeviceError, TrainingError
-from phi3v.evaluation.run import evaluate
+from phi3v.evaluation.report_run import write_report
+from phi3v.evaluation.run import evaluate, held_out_rows
 from phi3v.first_look import RowUse
 from phi3v.loading import load_base, load_processor, resolve_device, resolve_dtype
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
-from phi3v.training.arguments import check_options, training_arguments
+from phi3v.targets import resolve_target
+from phi3v.training.arguments import check_optimiser, library_errors, reentrant, training_arguments
 from phi3v.training.callbacks import (
+    LastStepCallback,
     MetricsCallback,
     NonFiniteCallback,
     ProgressCallback,
@@ -32,10 +35,11 @@ from phi3v.training.callbacks import (
 )
 from phi3v.training.checkpoints import checkpoint_step, newest_checkpoint
 from phi3v.training.feature_cache import CollateFeatures
+from phi3v.training.preflight import check_recipe_alone
 from phi3v.training.samples import make_samples, read_data
 from phi3v.training.step_trainer import StepTrainer
 from phi3v.training.trackers import tracker_callbacks
-from phi3v.tuning import TrainableReport, attach_lora, freeze, lora_config, trainable_report
+from phi3v.tuning import TrainableReport, attach_lora, freeze, trainable_report
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class RunResult:
         folder: the run.
         steps: optimiser steps of the whole run.
         seconds: time that this call trained.
-        metrics: the last losses, `{"train_loss": 0.4, "eval_loss": 0.5}`; no eval_loss without validation rows.
+        metrics: the losses of the last step as metrics.jsonl names them, `{"loss": 0.4, "eval_loss": 0.5}`; no
+            eval_loss without validation rows.
         trainable: parameters per part of the model, `{"projector": {"trainable": 0, "total": 22034432}, ...}`.
         held_out: rows kept for validation.
         resumed_from: step of the checkpoint that a resumed run went on from.
@@ -70,7 +75,8 @@ class RunResult:
 def train(recipe: Recipe | str | Path, *, on_event: Watcher | None = None) -> RunResult:
     """Tunes a model as the recipe says.
 
-    At the end held-out rows are answered by base and tuned model, and the run's report is written.
+    At the end held-out rows are answered by base and tuned model, and the run's report is written. A run that is
+    trained and then called with another `evaluation` or `report` does that part again, and trains nothing.
 
     Args:
         recipe: everything about the run, or the path of a recipe file.
@@ -80,16 +86,16 @@ def train(recipe: Recipe | str | Path, *, on_event: Watcher | None = None) -> Ru
         What was done; the tuned weights are in `adapter/` of the run, or in `model/` when the whole model was tuned.
 
     Raises:
-        ConfigError, DataError, CheckpointError, DeviceError, MissingPackageError: before the first step, in one line.
+        ConfigError, DataError, CheckpointError, DeviceError, MissingPackageError: before the first step, in one line;
+            the run's folder is made when all of it has been checked.
         TrainingError: there is nothing to train, or a loss is not finite.
     """
     watch = on_event or (lambda event: None)
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     run = RunFolder(recipe.output)
-    check_options(recipe.training.options)  # what can be refused at once is refused before a file is written
-    if recipe.lora is not None:
-        lora_config(recipe.lora)
-    if run.start(recipe) == "finished":
+    check_recipe_alone(recipe)
+    if run.look(recipe) == "finished":
+        run.start(recipe)
         summary = run.read_summary()
         result = RunResult(
             **{**summary, "status": "finished", "folder": run.path, "seconds": 0.0, "resumed_from": None}
@@ -97,21 +103,37 @@ def train(recipe: Recipe | str | Path, *, on_event: Watcher | None = None) -> Ru
     else:
         result = _tune(recipe, run, watch)
         run.mark_finished(result.to_dict())
-    if result.held_out and not run.report.is_file():
+    _report(run, result, watch)
+    return result
+
+
+def _report(run: RunFolder, result: RunResult, watch: Watcher) -> None:
+    """Answers and scores the held-out rows and writes the report, whatever of it is not there."""
+    if run.report.is_file():
+        return
+    if not result.held_out:
+        write_report(run, [])
+    elif run.evaluation.is_file() and run.predictions.is_file():
+        write_report(run, held_out_rows(resolve_target(run.path), None, None).rows)
+    else:
         _release_memory()
         evaluate(run.path, on_progress=lambda *told: watch(_answers_event(*told)))
-    return result
 
 
 def _tune(recipe: Recipe, run: RunFolder, watch: Watcher) -> RunResult:
     """Trains from the start or from the newest checkpoint, and writes the tuned weights."""
     device = _training_device(recipe.model.device)
+    training_arguments(recipe, run, device=device, autocast=None, validated=True)  # its errors before rows are read
     set_seed(recipe.training.seed)
     processor = load_processor(recipe.model.name, revision=recipe.model.revision, **recipe.image.processor_options)
-    data = _usable_data(recipe, run, processor, watch)
+    data = _usable_data(recipe, processor, watch)
     model, autocast = _prepare_model(recipe, device)
     report = trainable_report(model)
     _refuse_idle_training(report, data)
+    arguments = training_arguments(recipe, run, device=device, autocast=autocast, validated=bool(data.validation))
+    check_optimiser(arguments, model)
+    run.start(recipe)  # nothing was written so far
+    run.write_problems(asdict(problem) for problem in data.problems)
     checkpoint = newest_checkpoint(run.checkpoints)
     train_samples, eval_samples = make_samples(
         recipe,
@@ -122,14 +144,15 @@ def _tune(recipe: Recipe, run: RunFolder, watch: Watcher) -> RunResult:
         steps_done=checkpoint_step(checkpoint) if checkpoint else 0,
         on_features=lambda done, total: watch(TrainingEvent("features", done, total)),
     )
-    trainer = StepTrainer(
-        model=model,
-        args=training_arguments(recipe, run, device=device, autocast=autocast, validated=bool(data.validation)),
-        data_collator=CollateFeatures(Collator(processor.tokenizer.pad_token_id, padding_side="right")),
-        train_dataset=train_samples,
-        eval_dataset=eval_samples if data.validation else None,
-        callbacks=_callbacks(recipe, run, report, watch),
-    )
+    with library_errors():
+        trainer = StepTrainer(
+            model=model,
+            args=arguments,
+            data_collator=CollateFeatures(Collator(processor.tokenizer.pad_token_id, padding_side="right")),
+            train_dataset=train_samples,
+            eval_dataset=eval_samples if data.validation else None,
+            callbacks=_callbacks(recipe, run, report, watch),
+        )
     trainer.remove_callback(PrinterCallback)
     run.keep_metrics(checkpoint_step(checkpoint) if checkpoint else -1)
     began = time.monotonic()
@@ -147,13 +170,13 @@ def _tune(recipe: Recipe, run: RunFolder, watch: Watcher) -> RunResult:
     )
 
 
-def _usable_data(recipe: Recipe, run: RunFolder, processor: Any, watch: Watcher) -> LoadedData | StreamedData:
-    """The rows of the run; those that are left out are written down, each with its reason."""
+def _usable_data(recipe: Recipe, processor: Any, watch: Watcher) -> LoadedData | StreamedData:
+    """The rows of the run, and those that are left out, each with its reason."""
 
     def tell(stage: str, done: int, total: int) -> None:
         watch(TrainingEvent("look", done, total, stage=stage))
 
-    data = read_data(recipe, run, processor, tell)
+    data = read_data(recipe, processor, tell)
     if isinstance(data, LoadedData):
         watch(TrainingEvent("rows", 0, 0, rows=RowUse.of(data)))
     return data
@@ -202,7 +225,7 @@ def _prepare_model(recipe: Recipe, device: torch.device) -> tuple[Any, torch.dty
         freeze(model, language_model=True, **vision)
     else:
         model = attach_lora(model, recipe.lora, revision=recipe.model.revision, **vision)
-    if recipe.training.options.get("gradient_checkpointing_kwargs", {}).get("use_reentrant"):
+    if reentrant(recipe.training.options):
         model.enable_input_require_grads()  # re-entrant checkpoints need an input that asks for a gradient
     return model, None if compute == torch.float32 else compute
 
@@ -225,7 +248,7 @@ def _callbacks(recipe: Recipe, run: RunFolder, report: TrainableReport, watch: W
         run_name=recipe.report.run_name or run.path.name,
         config=recipe.model_dump(),
     )
-    return [MetricsCallback(run), NonFiniteCallback(), ProgressCallback(watch, report), *trackers]
+    return [LastStepCallback(), MetricsCallback(run), NonFiniteCallback(), ProgressCallback(watch, report), *trackers]
 
 
 def _save(run: RunFolder, recipe: Recipe, trainer: StepTrainer, processor: Any) -> None:
@@ -245,9 +268,5 @@ def _save(run: RunFolder, recipe: Recipe, trainer: StepTrainer, processor: Any) 
 
 def _last_losses(run: RunFolder) -> dict[str, float]:
     """The last training and validation loss of the run's metrics."""
-    found: dict[str, float] = {}
-    for line in run.read_metrics():
-        for key, name in (("loss", "train_loss"), ("train_loss", "mean_train_loss"), ("eval_loss", "eval_loss")):
-            if line.get(key) is not None:
-                found[name] = line[key]
-    return found
+    lines = run.read_metrics()
+    return {name: line[name] for line in lines for name in ("loss", "eval_loss") if line.get(name) is not None}

@@ -1,0 +1,45 @@
+"""What is wrong with a recipe by itself: found before its rows are read, its weights loaded, or a file written.
+
+In comes a recipe, out comes nothing or an error of one line. What rows or weights are needed for (columns of templates,
+modules that LoRA hits) is found later, still before the first step and before the run's folder is made.
+"""
+
+import os
+
+from phi3v.errors import ConfigError
+from phi3v.evaluation.metrics import AnswerTemplate, choose_numeric_fields
+from phi3v.recipe import Recipe
+from phi3v.training.arguments import check_options
+from phi3v.training.trackers import check_trackers
+from phi3v.tuning import lora_config
+
+_PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables by which launchers (torchrun, accelerate, mpirun) say how many processes there are, as accelerate reads
+them."""
+
+
+def check_recipe_alone(recipe: Recipe) -> None:
+    """Refuses a recipe whose options, fields or trackers cannot be.
+
+    Raises:
+        ConfigError: an option of training or lora, or a name in evaluation.numeric_fields.
+        DataError: the answer template.
+        MissingPackageError: a tracker that is not installed.
+    """
+    refuse_several_processes()
+    check_options(recipe.training.options)
+    if recipe.lora is not None:
+        lora_config(recipe.lora)
+    choose_numeric_fields([], AnswerTemplate(recipe.data.answer), recipe.evaluation.numeric_fields)
+    check_trackers(recipe.report.to)
+
+
+def refuse_several_processes() -> None:
+    """Raises: ConfigError under a launcher of several processes, each of which would take whole steps of its own."""
+    for name in _PROCESS_COUNTS:
+        count = os.environ.get(name, "")
+        if count.isdigit() and int(count) > 1:
+            raise ConfigError(
+                f"{name} is {count}: phi3v trains in one process on one device, and {count} of them would make a step "
+                f"{count} times training.samples_per_step; start it without torchrun, accelerate launch or mpirun"
+            )

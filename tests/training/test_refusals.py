@@ -1,0 +1,100 @@
+"""What a training refuses: one line, before the first step and before the run's folder is made."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import phi3v
+from phi3v.errors import CheckpointError, ConfigError, DataError, DeviceError, MissingPackageError, TrainingError
+from phi3v.training import train as training
+from phi3v.training.callbacks import TrainingEvent
+from phi3v.tuning import PartCount, TrainableReport
+
+MakeRecipe = Callable[..., phi3v.Recipe]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"lerning_rate": 1e-3}, "training.lerning_rate is no option: did you mean learning_rate"),
+        ({"fp16": True}, "training.fp16 is decided by model.dtype"),
+        ({"optim": "adamw_foo"}, "^training.optim is 'adamw_foo', which is no choice: did you mean adamw_torch[?]$"),
+        ({"lr_scheduler_type": "cosin"}, "training.lr_scheduler_type is 'cosin', .*: did you mean cosine?"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 1}}, "training: .*cycles"),
+        ({"fsdp": 1}, "training.fsdp is for trainings of several processes"),
+        ({"weight_decay": "much"}, "training.weight_decay is 'much', allowed is a number"),
+        ({"logging_first_step": "no"}, "training.logging_first_step is 'no', allowed are true and false"),
+        ({"gradient_checkpointing_kwargs": 1}, "training.gradient_checkpointing_kwargs is 1, allowed is a mapping"),
+        ({"label_names": ["labels"]}, "training.label_names cannot be chosen"),
+    ],
+)
+def test_options_of_training_are_checked(make: MakeRecipe, options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected) as error:
+        phi3v.train(make(training=options))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+    assert not Path(make().output).exists()
+
+
+def refusals(world: Path) -> list[tuple[dict[str, Any], type[Exception], str]]:
+    """Sections of recipes that are refused when options, rows or weights are looked at, and why."""
+    (world / "empty.jsonl").write_text("")
+    return [
+        ({"lora": {"r": 0}}, ConfigError, "^lora.r is 0, allowed is a whole number, 1 or more"),
+        ({"lora": {"lora_dropout": 7.0}}, ConfigError, "^lora: .*between 0 and 1"),
+        ({"lora": {"target_modules": ["query"]}}, ConfigError, "hits no module"),
+        ({"data": {"train": str(world / "nothing.csv")}}, DataError, "nothing.csv"),
+        ({"data": {"answer": "{shade}"}}, DataError, "column 'shade'"),
+        ({"data": {"max_length": 5}}, DataError, "too_long|longest|tokens"),
+        ({"evaluation": {"numeric_fields": ["foo"]}}, ConfigError, "evaluation.numeric_fields names 'foo'"),
+        ({"model": {"name": str(world / "nowhere")}}, CheckpointError, "nowhere"),
+        ({"model": {"name": str(world / "model"), "device": "gpu"}}, ConfigError, "model.device 'gpu'"),
+    ]
+
+
+@pytest.mark.parametrize("number", range(9))
+def test_what_is_refused_leaves_no_folder(make: MakeRecipe, world: Path, number: int) -> None:
+    sections, error, words = refusals(world)[number]
+    recipe = make(**sections)
+    told: list[TrainingEvent] = []
+    with pytest.raises(error, match=words) as caught:
+        phi3v.train(recipe, on_event=told.append)
+    assert "\n" not in str(caught.value) and "step" not in {event.kind for event in told}
+    assert not Path(recipe.output).exists()
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_several_processes_are_refused(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(ConfigError, match=f"{name} is 2: phi3v trains in one process on one device") as caught:
+        phi3v.train(make())
+    assert "\n" not in str(caught.value) and not Path(make().output).exists()
+
+
+def test_nothing_to_train_is_one_line(make: MakeRecipe) -> None:
+    data = dataclasses.make_dataclass("Data", ["train", "problems"])
+    idle = TrainableReport({"language model": PartCount(0, 10)})
+    with pytest.raises(TrainingError, match="nothing trains"):
+        training._refuse_idle_training(idle, data([1], []))
+    with pytest.raises(DataError, match="no usable row; the first problem is row 3"):
+        training._refuse_idle_training(TrainableReport({"language model": PartCount(1, 10)}), data([], ["row 3"]))
+    with pytest.raises(ConfigError, match="hits no module"):
+        phi3v.train(make(lora={"target_modules": ["query"]}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_one_line(make: MakeRecipe) -> None:
+    recipe = make().with_overrides(["model.device=cuda"])
+    with pytest.raises(DeviceError, match="sees no GPU"):
+        phi3v.train(recipe)
+
+
+def test_a_missing_tracker_names_its_command(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    from phi3v.training import trackers
+
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError, match="pip install wandb"):
+        phi3v.train(make(report={"to": "wandb"}))
