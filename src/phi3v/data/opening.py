@@ -25,6 +25,7 @@ from phi3v.data.conversations import is_conversation
 from phi3v.data.faults import find_fault, holds_one_mapping
 from phi3v.data.json_table import JsonTable, first_record
 from phi3v.data.tar_table import TarTable
+from phi3v.data.undecoded import undecoded
 from phi3v.errors import DataError
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "test")
@@ -228,27 +229,13 @@ def _all_undecoded(tables: dict[str, datasets.Dataset], path: Path) -> dict[str,
 
 def _undecoded(table: Any, root: str) -> OpenedTable:
     """A table whose images stay files or bytes, with what the types of its columns say."""
+    with _without_progress_bars():
+        table = undecoded(table)
     features = table.features or {}
-    for column, feature in features.items():
-        if (kind := undecoded_feature(feature)) is not None:
-            with _without_progress_bars():
-                table = table.cast_column(column, kind)
     labels = {name: kind.names for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
     floats = (name for name, kind in features.items() if getattr(kind, "dtype", None) in ("float32", "float16"))
     opened = StreamTable(table) if isinstance(table, datasets.IterableDataset) else table
     return OpenedTable(opened, root, labels, frozenset(floats))
-
-
-def undecoded_feature(feature: Any) -> Any:
-    """A column type whose images stay files or bytes, also inside lists; None for a type that decodes nothing.
-
-    Example: Image() -> Image(decode=False), List(Image()) -> List(Image(decode=False)), Value("string") -> None.
-    """
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(decode=False)
-    if isinstance(feature, datasets.List) and (inner := undecoded_feature(feature.feature)) is not None:
-        return datasets.List(inner, length=feature.length)
-    return None
 
 
 def narrowed(table: Table, columns: Sequence[str]) -> Table:

@@ -22,7 +22,7 @@ from phi3v.data.conversations import record_map
 from phi3v.data.fetch import FetchLimits, fetch_images
 from phi3v.data.image_cache import ImageCache
 from phi3v.data.mixing import mix
-from phi3v.data.opening import VALIDATION_NAMES, OpenedTable, open_set
+from phi3v.data.opening import VALIDATION_NAMES, OpenedTable, narrowed, open_set
 from phi3v.data.rows import FirstLook, RecordSet, Rows, describe_problems, look_again, read_rows, refuse_problems
 from phi3v.data.schema import Row, RowProblem
 from phi3v.data.split import split_rows
@@ -338,7 +338,7 @@ def _records(opened: OpenedTable, source: str, choice: _SetChoice, how: Reading)
     )
     columns = record_map(opened.table.column_names, options, source, cells)
     columns.check(opened.table.column_names)
-    return RecordSet(opened.table, columns, choice.source, options.max_pixels)
+    return RecordSet(narrowed(opened.table, columns.columns), columns, choice.source, options.max_pixels)
 
 
 def _look(parts: Sequence[RecordSet], how: Reading, *, with_keys: bool) -> list[FirstLook]:
