@@ -27,6 +27,7 @@ from phi3v.data.folder import KINDS, contained, find_files
 from phi3v.data.json_table import JsonTable, first_record
 from phi3v.data.saved import open_saved
 from phi3v.data.tar_table import TarTable
+from phi3v.data.text_guard import find_text_fault
 from phi3v.data.undecoded import undecoded
 from phi3v.errors import DataError
 
@@ -221,10 +222,14 @@ def _open_data(paths: Sequence[Path], streaming: bool) -> OpenedTable:
     """Data files of one kind as one table; conversations of any shape where they are one JSON file."""
     first, root = paths[0], str(paths[0].parent)
     builder = KINDS[first.suffix.lower()]
+    for path in paths:
+        if (wrong := find_text_fault(path)) is not None:
+            raise DataError(f"data set {path} cannot be read: {wrong}")
     if builder == "json" and len(paths) == 1 and is_conversation(first_record(first)):
         return OpenedTable(JsonTable(first), root, {}, frozenset())
-    if builder == "json" and (wrong := next((path for path in paths if holds_one_mapping(path)), None)) is not None:
-        raise DataError(f"data set {wrong} cannot be read: {find_fault(wrong)}")
+    for path in paths if builder == "json" else ():
+        if holds_one_mapping(path):
+            raise DataError(f"data set {path} cannot be read: {find_fault(path)}")
     extra = reader_options(first) | _streamed(streaming)
     reader = "csv" if builder == "tsv" else builder
     try:
@@ -232,8 +237,8 @@ def _open_data(paths: Sequence[Path], streaming: bool) -> OpenedTable:
     except DataError:
         raise
     except Exception as error:  # with exceptions of the readers' own; here it is known which files they read
-        wrong = next((path for path in paths if find_fault(path) is not None), first)
-        raise DataError(f"data set {wrong} cannot be read: {fault(wrong, error)}") from error
+        at_fault = next((path for path in paths if find_fault(path) is not None), first)
+        raise DataError(f"data set {at_fault} cannot be read: {fault(at_fault, error)}") from error
 
 
 def _listed(paths: Sequence[Path]) -> datasets.data_files.DataFilesList:
@@ -314,6 +319,10 @@ def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split())[:300] or type(error).__name__
     if text.endswith("corresponds to no data!"):
         return "it has no rows"
+    if isinstance(error, StopIteration):
+        return "it is empty"
+    if re.search("corrupt|magic bytes|thrift|deserialize", text, re.IGNORECASE):
+        return f"{text.removesuffix('.')}: the file is damaged, copy or save it again"
     if "Error tokenizing data" in text:
         return f"{text.removesuffix('.')}: put quotes around a cell that holds the separator"
     return re.sub(r" in row \d+$", "", text)  # a row of the reader's block, not of the file
