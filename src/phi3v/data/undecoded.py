@@ -45,7 +45,11 @@ def undecoded_feature(feature: Any, column: str) -> Any:
         return replace(feature, feature=undecoded_feature(feature.feature, column))
     if not hasattr(feature, "decode_example") or type(feature).__name__ == "Json":
         return feature
-    if is_dataclass(feature) and any(field.name == "decode" for field in fields(feature)):
+    if (
+        is_dataclass(feature)
+        and not isinstance(feature, type)
+        and any(field.name == "decode" for field in fields(feature))
+    ):
         return replace(feature, decode=False)
     raise DataError(
         f"column {column!r} is of the type {type(feature).__name__}, which reads files on its own: save the set "
