@@ -222,3 +222,33 @@ def test_training_leaves_out_what_check_names_and_says_so(folder: Path, monkeypa
     assert "phi3v data check" in done.stdout
     found = [(line["row"], line["reason_code"]) for line in RunFolder(folder / "run").read_problems()]
     assert sorted(found) == [(3, "missing_value"), (9, "image_path"), (30, "too_long")]
+
+
+def test_text_of_strangers_reaches_the_terminal_escaped(run: Any, folder: Path) -> None:
+    assert cli_session.printable("a\n b\x1b[31m\u202e\ud83d é🙂") == "a b\\x1b[31m\\u202e\\ud83d é🙂"
+    (folder / "odd.csv").write_text("image,ti\x1b[31mtle\na.jpg,Foo\n")
+    done = run("check", folder / "odd.csv", "data.prompt=What?", "data.answer='{title}'")
+    assert done.exit_code == 1 and "its columns are image, ti\\x1b[31mtle" in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_half_a_character_in_a_path_kills_neither_report_nor_json(run: Any, folder: Path) -> None:
+    talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A hat."}]
+    rows = [
+        {"image": json.loads((folder / "photos" / "rows.jsonl").read_text().splitlines()[n])["image"]} for n in (0, 1)
+    ]
+    lines = [{**row, "conversations": talk} for row in [*rows, {"image": "img/\ud83d.jpg"}]]
+    (folder / "photos" / "talk.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ("check", folder / "photos" / "talk.jsonl", "--quick", "data.max_skipped=0.5", "data.split=null")
+    found = json.loads(run(*words, "--json").stdout)
+    assert [(problem["row"], problem["reason_code"]) for problem in found["problems"]] == [(2, "image_path")]
+    assert "row 2: column 'image' holds half a character" in run(*words).stdout
+
+
+def test_show_does_not_write_over_a_folder(run: Any, folder: Path) -> None:
+    done = run("show", folder / "recipe.yaml", "--out", folder / "photos")
+    assert done.exit_code == 1
+    assert (
+        done.stderr
+        == f"phi3v: --out {folder}/photos is a folder: name the page, {folder}/photos/rows.html for instance\n"
+    )

@@ -65,7 +65,7 @@ LIBRARIES = {
     "accelerate": ("training.*",),
     "peft": ("loading", "tuning"),
     "bitsandbytes": ("loading",),
-    "datasets": ("data.opening",),
+    "datasets": ("data.opening", "data.saved", "data.undecoded"),
     "simplejpeg": ("data.fast_jpeg",),
     "jinja2": ("evaluation.report*", "data.show_page"),
     "markupsafe": ("evaluation.report*",),

@@ -90,6 +90,8 @@ def show(
         from phi3v.run_folder import replace_file
         from phi3v.training.data_show import show_recipe
 
+        if out is not None and out.is_dir():
+            raise ConfigError(f"--out {out} is a folder: name the page, {out / 'rows.html'} for instance")
         recipe = read_source(source, overrides or [])
         if recipe.model.name == STAND_IN:
             raise ConfigError(f"nothing says whose tokens to show {source} with: add model=NAME, a model folder or id")

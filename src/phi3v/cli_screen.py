@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from phi3v.cli_session import printable
 from phi3v.evaluation.figures import counted, duration, interval, percent, short_number
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Screen:
         elif event.kind == "features":
             self.on_progress("looking at the images", event.step, event.total)
         elif event.kind == "rows" and event.rows is not None:
-            self.console.print(rows_line(event.rows), markup=False, soft_wrap=True)
+            self.console.print(printable(rows_line(event.rows)), markup=False, soft_wrap=True)
         elif event.kind in ("look", "answers"):
             self.on_progress(event.stage, event.step, event.total)
         elif event.kind == "metrics":
@@ -155,7 +156,7 @@ def show_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
     align(table)
     console.print(table)
     for line in evaluation["problems"][:5]:
-        console.print(f"left out: {line}", markup=False)
+        console.print(f"left out: {printable(line)}", markup=False)
     if len(evaluation["problems"]) > 5:
         console.print(f"left out: {counted(len(evaluation['problems']) - 5, 'more row')}")
 
@@ -184,7 +185,7 @@ def show_demo(console: Console, story: Mapping[str, Any]) -> None:
     align(table)
     console.print(table)
     for sample in story["samples"]:
-        console.print(f"\nrow {sample['row']}: {sample['question']}", markup=False)
+        console.print(f"\nrow {sample['row']}: {printable(sample['question'])}", markup=False)
         for name in ("expected", "base", "tuned"):
             console.print(f"  {name:<9}{sample[name]}", markup=False, soft_wrap=True)
     console.print(f"\nreport: {story['report']}", markup=False, soft_wrap=True)

@@ -95,8 +95,17 @@ def _is_usage_error(error: Exception) -> bool:
 def _say(message: str, debug: bool) -> None:
     if debug:
         traceback.print_exc(file=sys.stderr)
-    sys.stderr.write("phi3v: " + " ".join(message.split()) + "\n")
+    sys.stderr.write("phi3v: " + printable(message) + "\n")
     sys.stderr.flush()
+
+
+def printable(text: str) -> str:
+    """A text as one line that a terminal shows and does not obey: "a\\n  \\x1b[31mb" -> "a \\\\x1b[31mb".
+
+    Column names, paths and cells are the words of strangers, and may hold control characters or half characters.
+    """
+    line = " ".join(text.split())
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in line)
 
 
 def hush(debug: bool, as_json: bool) -> None:

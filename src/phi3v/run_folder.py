@@ -293,10 +293,12 @@ def gather_versions() -> dict[str, str | None]:
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON text of plain values, paths and scalars of torch and numpy; NaN and infinities become null.
 
+    What UTF-8 cannot hold, half a character, stands as JSON's own escape: "\\ud83d".
     Example: to_json({"loss": float("nan"), "steps": (1, 2)}) -> '{"loss": null, "steps": [1, 2]}'.
     Raises: TypeError for anything else.
     """
-    return json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _plain(value: Any) -> Any:

@@ -20,13 +20,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.csv", b"a,b\n1,2\n1,2,3,4\n", "Expected 2 fields in line 3, saw 4"),
-        (
-            "a.csv",
-            b"",
-            "a.csv cannot be read: it is empty: write a line with the names of the columns, and a line for each row",
-        ),
-        ("a.csv", b"a,b\n1,2\n1,2,3,4\n", "in line 3, saw 4: put quotes around a cell"),
+        ("a.csv", b"a,b\n1,2\n1,2,3,4\n", "line 3 has 4 cells, the header has 2: put quotes around a cell"),
+        ("a.csv", b"", "it is empty: write a line with the names of the columns"),
         ("a.csv", b"a\n\xff\xfe\n", "line 2 is not UTF-8 text: save it as UTF-8"),
         (
             "a.csv",
@@ -62,7 +57,8 @@ def test_broken_files_are_one_line(name: str, content: bytes, words: str, tmp_pa
         ("a.json", '[\n{"a": 1},\n{"a": "x"}\n]', None),
         ("a.json", '[{"a": 1}]', None),
         ("a.json", '{"a": 1}\n{"a": true}\n', "line 2: column 'a' holds true or false, and a number in lines before: "),
-        ("a.csv", "a,b\n1\n", None),
+        ("a.csv", "a,b\n1\n", "line 2 has 1 cell, the header has 2: write an empty cell as nothing between two"),
+        ("a.csv", "a,b\n1,\n", None),
         ("a.bin", "", None),
     ],
 )

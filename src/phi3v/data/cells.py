@@ -21,7 +21,7 @@ from phi3v.data.address_guard import shorten
 from phi3v.data.image_cache import FetchFailure, ImageCache
 from phi3v.data.images import image_name, may_be_cut_off, open_image, resolve_path
 from phi3v.data.schema import ImageRef, Row, UnusableRecord
-from phi3v.data.templates import cell_text
+from phi3v.data.templates import cell_text, whole_text
 from phi3v.errors import ImageError
 
 MAX_EMBEDDED_BYTES = 20_000_000
@@ -87,6 +87,10 @@ class Cells:
             raise UnusableRecord("image_missing", f"{place} is empty")
         if not isinstance(data, bytes | None) or not isinstance(path, str | None):
             raise UnusableRecord("image_type", f"{place} holds a {type(cell).__name__}, which is no path and no image")
+        try:
+            whole_text(path or "")
+        except TypeError as error:
+            raise UnusableRecord("image_path", f"{place} {error}") from error
         if data is not None or path is None:
             return ImageRef(path, data, self.root, self.confined)
         if path[:5].lower() == "data:":

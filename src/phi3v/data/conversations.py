@@ -21,6 +21,7 @@ from phi3v.data.cells import Cells
 from phi3v.data.columns import ColumnMap, Format, RowOptions, check_image_column
 from phi3v.data.schema import ImagePart, ImageRef, Message, Role, Row, TextPart, UnusableRecord
 from phi3v.data.templates import Template, known_columns, whole_text
+from phi3v.data.text_guard import MAX_DEPTH, is_too_deep
 from phi3v.errors import DataError
 
 Shape = Literal["messages", "prompt_completion", "conversations"]
@@ -232,9 +233,11 @@ def _known_roles() -> str:
 
 def _parsed(value: str, column: str) -> Any:
     """A conversation that a CSV or Parquet cell holds as JSON text."""
+    if is_too_deep(value):
+        raise UnusableRecord("conversation_type", f"column {column!r} nests more than {MAX_DEPTH} lists and mappings")
     try:
         return json.loads(value) if value.strip() else None
-    except ValueError:
+    except (ValueError, RecursionError):
         message = f"column {column!r} holds text and no list of turns"
         raise UnusableRecord("conversation_type", message) from None
 

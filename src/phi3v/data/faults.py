@@ -1,7 +1,8 @@
-"""What is wrong with a text file that `datasets` could not read: the line, the reason, the way out.
+"""What is wrong with a file that `datasets` could not read: the line, the reason, the way out.
 
-In comes the path of a CSV, TSV, JSON or JSONL file after a failure; out comes half a sentence, or None where looking at
-the lines does not show it. Reads line by line and stops at the first fault. Lines count from 1, as editors count them.
+In comes the path of a CSV, TSV, JSON, JSONL or Parquet file after a failure; out comes half a sentence, or None where
+looking at the file does not show it. Reads line by line and stops at the first fault. Lines count from 1, as editors
+count them.
 """
 
 import json
@@ -9,7 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from phi3v.data.text_guard import find_text_fault
+
 _TEXT_FILES = (".csv", ".tsv", ".json", ".jsonl")
+_PARQUET = b"PAR1"
 _JSON_KINDS = {
     dict: "a mapping",
     list: "a list",
@@ -26,8 +30,12 @@ def find_fault(path: Path) -> str | None:
     Example: a JSONL file with the lines `{"a": 1}` and `{"a":` -> "line 2 is not JSON (Expecting value, column 6):
     write one JSON object a line".
     """
+    if path.suffix.lower() == ".parquet":
+        return _parquet_fault(path)
     if path.suffix.lower() not in _TEXT_FILES:
         return None
+    if (found := find_text_fault(path)) is not None:
+        return found
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -39,12 +47,24 @@ def find_fault(path: Path) -> str | None:
     return _json_fault(path) if path.suffix.lower() == ".json" else None
 
 
+def _parquet_fault(path: Path) -> str | None:
+    """What begin and end of a Parquet file show: both are the word PAR1."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(len(_PARQUET))
+        file.seek(max(0, size - len(_PARQUET)))
+        tail = file.read()
+    if head != _PARQUET:
+        return f"it is no Parquet file, which begins with PAR1 ({size} bytes): save it again, or name it as what it is"
+    return None if tail == _PARQUET else f"it is cut off behind {size} bytes: copy it again"
+
+
 def _json_fault(path: Path) -> str | None:
     """The fault of a JSON file, which holds one list of objects, or one object a line."""
     first = next((line for _, line in _lines(path)), "")
     try:
         json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
         try:
             whole = json.loads(path.read_text(encoding="utf-8-sig"))
         except ValueError as error:
@@ -63,7 +83,7 @@ def holds_one_mapping(path: Path) -> bool:
         return False
     try:
         json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
         try:
             return isinstance(json.loads(path.read_text(encoding="utf-8-sig")), dict)
         except ValueError:

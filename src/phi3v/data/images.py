@@ -128,8 +128,8 @@ def may_be_cut_off(image: ImageRef, *, max_pixels: int = MAX_PIXELS) -> bool:
 
 
 def image_name(image: ImageRef) -> str:
-    """What errors call an image: its path, or that it has none; at most 120 characters."""
-    name = image.path or "embedded image"
+    """What errors call an image: its path, or that it has none; at most 120 characters, half a character as \\ud83d."""
+    name = (image.path or "embedded image").encode("utf-8", "backslashreplace").decode()
     return name if len(name) <= 120 else name[:117] + "..."
 
 

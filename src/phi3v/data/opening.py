@@ -23,12 +23,15 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from phi3v.data.conversations import is_conversation
 from phi3v.data.faults import find_fault, holds_one_mapping
+from phi3v.data.folder import KINDS, contained, find_files
 from phi3v.data.json_table import JsonTable, first_record
+from phi3v.data.saved import open_saved
 from phi3v.data.tar_table import TarTable
+from phi3v.data.text_guard import find_text_fault
+from phi3v.data.undecoded import undecoded
 from phi3v.errors import DataError
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "test")
-_BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _STREAMED_AT_ONCE = 64
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
@@ -94,7 +97,12 @@ class OpenedTable:
 
 
 def open_set(
-    source: str, revision: str | None = None, subset: str | None = None, *, streaming: bool = False
+    source: str,
+    revision: str | None = None,
+    subset: str | None = None,
+    *,
+    streaming: bool = False,
+    confined: bool = True,
 ) -> dict[str, OpenedTable]:
     """The splits of a set.
 
@@ -103,6 +111,7 @@ def open_set(
         revision: of a hub set.
         subset: the configuration of a hub set that has several.
         streaming: True gives tables that can only be gone through, of which nothing is kept on the disk.
+        confined: True refuses data files of a folder that are links to somewhere else.
     Example: "owner/name:train_sft" -> {"train": the split train_sft}.
     Raises: DataError for whatever is wrong, in one line.
     """
@@ -110,15 +119,15 @@ def open_set(
     if (revision or subset) is not None and path.exists():
         _logger.warning("data.revision %s is ignored: %s is a local file or folder", revision or subset, source)
     if name and re.fullmatch(r"[\w.-]+", split) and not path.exists():
-        tables = open_set(name, revision, subset, streaming=streaming)
+        tables = open_set(name, revision, subset, streaming=streaming, confined=confined)
         if split not in tables:
             raise DataError(f"{name} has no split {split}; its splits are {', '.join(tables)}")
         return {"train": tables[split]}
     try:
         with _without_progress_bars():
-            if (opened := _open_local(path, streaming)) is not None:
+            if (opened := _open_local(path, streaming, confined)) is not None:
                 return opened
-        if path.is_absolute() or source.startswith((".", "~")) or path.suffix.lower() in (*_BUILDERS, ".tar"):
+        if path.is_absolute() or source.startswith((".", "~")) or path.suffix.lower() in (*KINDS, ".tar"):
             raise DataError(
                 f"data set {source} does not exist (looked in {Path.cwd()}): relative paths count from the folder in "
                 "which phi3v is started"
@@ -138,46 +147,56 @@ def open_set(
         raise DataError(text) from error
 
 
-def _open_local(path: Path, streaming: bool) -> dict[str, OpenedTable] | None:
+def _open_local(path: Path, streaming: bool, confined: bool) -> dict[str, OpenedTable] | None:
     """A file, a folder or a pattern of shards; None when nothing is there."""
     if path.is_file():
         return {"train": _open_file(path, streaming)}
     if path.is_dir():
-        return _open_folder(path, streaming)
+        return _open_folder(path, streaming, confined)
     if path.suffix.lower() == ".tar" and (shards := sorted(Path(name) for name in glob(str(path), recursive=True))):
         return {"train": OpenedTable(TarTable(shards), str(shards[0].parent), {}, frozenset())}
     return None
 
 
-def _open_folder(path: Path, streaming: bool) -> dict[str, OpenedTable]:
+def _open_folder(path: Path, streaming: bool, confined: bool) -> dict[str, OpenedTable]:
     """A folder of shards, of photos with their metadata, of data files, or one that `save_to_disk` wrote."""
-    if (path / "dataset_dict.json").is_file():
-        return _all_undecoded(datasets.DatasetDict.load_from_disk(path), path)
-    if (path / "state.json").is_file():
-        return _all_undecoded({"train": datasets.Dataset.load_from_disk(path)}, path)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return {name: _undecoded(table, str(path)) for name, table in open_saved(path, confined=confined).items()}
     if shards := sorted(path.glob("*.tar")):
+        shards = [contained(shard, path, confined=confined) for shard in shards]
         return {"train": OpenedTable(TarTable(shards), str(path), {}, frozenset())}
-    if (table := _open_metadata(path, streaming)) is not None:
+    if (table := _open_metadata(path, streaming, confined)) is not None:
         return {"train": table}
-    below = {folder.name: _open_metadata(folder, streaming) for folder in sorted(path.iterdir()) if folder.is_dir()}
+    folders = (folder for folder in sorted(path.iterdir()) if folder.is_dir() and not folder.is_symlink())
+    below = {folder.name: _open_metadata(folder, streaming, confined) for folder in folders}
     splits = {name: table for name, table in below.items() if table is not None}
     if splits and len(splits) == len(below) and set(splits) <= {"train", *VALIDATION_NAMES}:
         return splits
-    # a relative "csv" would name a reader instead
-    return _all_undecoded(datasets.load_dataset(str(path.resolve()), **_streamed(streaming)), path)
+    return _open_files(path, streaming, confined)
 
 
-def _open_metadata(folder: Path, streaming: bool) -> OpenedTable | None:
+def _open_files(path: Path, streaming: bool, confined: bool) -> dict[str, OpenedTable]:
+    """The data files of a folder by split; a folder of photos without metadata has the column `label` as well."""
+    found = find_files(path, confined=confined)
+    if found.kind == "images":
+        listed = datasets.data_files.DataFilesDict({name: _listed(files) for name, files in found.splits.items()})
+        tables = datasets.load_dataset("imagefolder", data_files=listed, **_streamed(streaming))
+        return {name: _undecoded(table, str(path)) for name, table in tables.items()}
+    splits = {name: _open_data(files, streaming) for name, files in found.splits.items()}
+    return {name: replace(opened, root=str(path)) for name, opened in splits.items()}
+
+
+def _open_metadata(folder: Path, streaming: bool, confined: bool) -> OpenedTable | None:
     """The photos of a folder by its metadata file, whose `file_name` becomes the column `image`; None without one.
 
     `file_names` becomes `images`, and `left_file_name` becomes `left`.
     """
-    found = [folder / name for name in _METADATA if (folder / name).is_file()]
+    found = [folder / name for name in _METADATA if (folder / name).exists()]
     if not found:
         return None
     if len(found) > 1:
         raise DataError(f"{folder} has {' and '.join(path.name for path in found)}: keep one of them")
-    opened = _open_file(found[0], streaming)
+    opened = replace(_open_file(contained(found[0], folder, confined=confined), streaming), root=str(folder))
     names = {column: _photo_column(column) for column in opened.table.column_names}
     renamed = {old: new for old, new in names.items() if old != new}
     if not renamed:
@@ -194,18 +213,41 @@ def _photo_column(column: str) -> str:
 
 def _open_file(path: Path, streaming: bool) -> OpenedTable:
     """One file."""
-    builder = _BUILDERS.get(path.suffix.lower())
     if path.suffix.lower() == ".tar":
         return OpenedTable(TarTable([path]), str(path.parent), {}, frozenset())
-    if builder is None:
-        raise DataError(f"data file {path} ends in none of {', '.join(_BUILDERS)}, .tar; convert it or rename it")
-    if builder == "json" and is_conversation(first_record(path)):
-        return OpenedTable(JsonTable(path), str(path.parent), {}, frozenset())
-    if builder == "json" and holds_one_mapping(path):
-        raise DataError(f"data set {path} cannot be read: {find_fault(path)}")
-    extra = reader_options(path) | _streamed(streaming)
-    table = datasets.load_dataset(builder, data_files=str(path), split="train", **extra)
-    return _undecoded(table, str(path.parent))
+    if path.suffix.lower() not in KINDS:
+        raise DataError(f"data file {path} ends in none of {', '.join(KINDS)}, .tar; convert it or rename it")
+    return _open_data([path], streaming)
+
+
+def _open_data(paths: Sequence[Path], streaming: bool) -> OpenedTable:
+    """Data files of one kind as one table; conversations of any shape where they are one JSON file."""
+    first, root = paths[0], str(paths[0].parent)
+    builder = KINDS[first.suffix.lower()]
+    for path in paths:
+        if (wrong := find_text_fault(path)) is not None:
+            raise DataError(f"data set {path} cannot be read: {wrong}")
+    if builder == "json" and len(paths) == 1 and is_conversation(first_record(first)):
+        return OpenedTable(JsonTable(first), root, {}, frozenset())
+    for path in paths if builder == "json" else ():
+        if holds_one_mapping(path):
+            raise DataError(f"data set {path} cannot be read: {find_fault(path)}")
+    extra = reader_options(first) | _streamed(streaming)
+    reader = "csv" if builder == "tsv" else builder
+    try:
+        return _undecoded(datasets.load_dataset(reader, data_files=_listed(paths), split="train", **extra), root)
+    except DataError:
+        raise
+    except Exception as error:  # with exceptions of the readers' own; here it is known which files they read
+        at_fault = next((path for path in paths if find_fault(path) is not None), first)
+        raise DataError(f"data set {at_fault} cannot be read: {fault(at_fault, error)}") from error
+
+
+def _listed(paths: Sequence[Path]) -> datasets.data_files.DataFilesList:
+    """Files as `datasets` takes them without a pattern: a name with * or [ in it names that file alone."""
+    stats = [path.stat() for path in paths]
+    known = [(str(stat.st_mtime_ns), str(stat.st_size)) for stat in stats]
+    return datasets.data_files.DataFilesList([str(path.resolve()) for path in paths], known)
 
 
 def _streamed(streaming: bool) -> dict[str, Any]:
@@ -215,42 +257,23 @@ def _streamed(streaming: bool) -> dict[str, Any]:
 
 def reader_options(path: Path) -> dict[str, Any]:
     """What `datasets` has to be told to read the cells of a CSV file as text."""
-    if _BUILDERS.get(path.suffix.lower()) != "csv":
+    if KINDS.get(path.suffix.lower()) not in ("csv", "tsv"):
         return {}
     extra: dict[str, Any] = {"sep": "\t" if path.suffix.lower() == ".tsv" else ","}
-    header = datasets.load_dataset("csv", data_files=str(path), split="train", nrows=1, **extra)
+    header = datasets.load_dataset("csv", data_files=_listed([path]), split="train", nrows=1, **extra)
     texts = datasets.Features({column: datasets.Value("string") for column in header.column_names})
     return extra | {"features": texts, "keep_default_na": False, "na_values": [""]}
 
 
-def _all_undecoded(tables: dict[str, datasets.Dataset], path: Path) -> dict[str, OpenedTable]:
-    """The splits of a folder."""
-    return {name: _undecoded(table, str(path)) for name, table in tables.items()}
-
-
 def _undecoded(table: Any, root: str) -> OpenedTable:
     """A table whose images stay files or bytes, with what the types of its columns say."""
+    with _without_progress_bars():
+        table = undecoded(table)
     features = table.features or {}
-    for column, feature in features.items():
-        if (kind := undecoded_feature(feature)) is not None:
-            with _without_progress_bars():
-                table = table.cast_column(column, kind)
     labels = {name: kind.names for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
     floats = (name for name, kind in features.items() if getattr(kind, "dtype", None) in ("float32", "float16"))
     opened = StreamTable(table) if isinstance(table, datasets.IterableDataset) else table
     return OpenedTable(opened, root, labels, frozenset(floats))
-
-
-def undecoded_feature(feature: Any) -> Any:
-    """A column type whose images stay files or bytes, also inside lists; None for a type that decodes nothing.
-
-    Example: Image() -> Image(decode=False), List(Image()) -> List(Image(decode=False)), Value("string") -> None.
-    """
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(decode=False)
-    if isinstance(feature, datasets.List) and (inner := undecoded_feature(feature.feature)) is not None:
-        return datasets.List(inner, length=feature.length)
-    return None
 
 
 def narrowed(table: Table, columns: Sequence[str]) -> Table:
@@ -300,6 +323,10 @@ def _reason(error: BaseException) -> str:
         return "it has no rows: write at least one line under the names of the columns"
     if text.startswith("No columns to parse"):
         return "it is empty: write a line with the names of the columns, and a line for each row"
+    if isinstance(error, StopIteration):
+        return "it is empty"
+    if re.search("corrupt|magic bytes|thrift|deserialize", text, re.IGNORECASE):
+        return f"{text.removesuffix('.')}: the file is damaged, copy or save it again"
     if "Error tokenizing data" in text:
         return f"{text.removesuffix('.')}: put quotes around a cell that holds the separator"
     if text.startswith("Couldn't reach"):

@@ -22,7 +22,7 @@ from phi3v.data.conversations import record_map
 from phi3v.data.fetch import FetchLimits, fetch_images
 from phi3v.data.image_cache import ImageCache
 from phi3v.data.mixing import mix
-from phi3v.data.opening import VALIDATION_NAMES, OpenedTable, open_set
+from phi3v.data.opening import VALIDATION_NAMES, OpenedTable, narrowed, open_set
 from phi3v.data.rows import FirstLook, RecordSet, Rows, describe_problems, look_again, read_rows, refuse_problems
 from phi3v.data.schema import Row, RowProblem
 from phi3v.data.split import split_rows
@@ -195,7 +195,7 @@ def stream_data(
         raise DataError("data.train: with data.streaming each of several sets needs a weight")
     if max_rows is not None:
         raise DataError("data.max_rows is for sets that are read whole: with data.streaming set training.max_steps")
-    opened = [open_set(choice.source, choice.revision, choice.subset, streaming=True) for choice in wanted]
+    opened = [_open(choice, streaming=True) for choice in wanted]
     names = [_train_name(tables, choice.source) for tables, choice in zip(opened, wanted, strict=True)]
     stream = RowStream(
         [_records(tables[name], c.source, c, how) for tables, name, c in zip(opened, names, wanted, strict=True)],
@@ -288,7 +288,7 @@ def _open_sets(
 
     There are none of the latter when rows have to be split off, or are not wanted.
     """
-    opened = [open_set(choice.source, choice.revision, choice.subset) for choice in wanted]
+    opened = [_open(choice) for choice in wanted]
     names = [_train_name(tables, choice.source) for tables, choice in zip(opened, wanted, strict=True)]
     parts = [_records(tables[name], c.source, c, how) for tables, name, c in zip(opened, names, wanted, strict=True)]
     if validation is not None:
@@ -304,9 +304,15 @@ def _open_sets(
     return parts, held, origin
 
 
+def _open(choice: _SetChoice, *, streaming: bool = False) -> dict[str, OpenedTable]:
+    """The splits of a set; its data files may lie where its images may."""
+    confined = not choice.options.allow_outside_root
+    return open_set(choice.source, choice.revision, choice.subset, streaming=streaming, confined=confined)
+
+
 def _validation_records(choice: _SetChoice, how: Reading) -> RecordSet:
     """The only split of a set, else its own validation or test split."""
-    tables = open_set(choice.source, choice.revision, choice.subset)
+    tables = _open(choice)
     names = [name for name in VALIDATION_NAMES if name in tables] if len(tables) > 1 else list(tables)
     if not names:
         raise DataError(
@@ -338,7 +344,7 @@ def _records(opened: OpenedTable, source: str, choice: _SetChoice, how: Reading)
     )
     columns = record_map(opened.table.column_names, options, source, cells)
     columns.check(opened.table.column_names)
-    return RecordSet(opened.table, columns, choice.source, options.max_pixels)
+    return RecordSet(narrowed(opened.table, columns.columns), columns, choice.source, options.max_pixels)
 
 
 def _look(parts: Sequence[RecordSet], how: Reading, *, with_keys: bool) -> list[FirstLook]:

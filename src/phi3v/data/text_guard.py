@@ -1,0 +1,132 @@
+"""Text files looked through before a parser sees them: JSON that nests without end, CSV lines that are no rows.
+
+A parser may die of 200,000 brackets, and pandas takes a first cell too many for an index. In comes the path of a CSV,
+TSV, JSON or JSONL file, or a text; out comes half a sentence about the first fault, or None. Goes through the file line
+by line. Lines count from 1, as editors count them.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+MAX_DEPTH = 64
+"""Lists and mappings within each other; a conversation with image parts has 5."""
+
+_BRACKETS = b"[]{}"
+_OTHERS = bytes(set(range(256)) - set(_BRACKETS))
+_QUOTED_END = re.compile(r'(?:[^"]++|"")*+"')
+_TOO_DEEP = f"lists and mappings within each other more than {MAX_DEPTH} deep: write it flat, or as text"
+
+
+_CLOSE = "close it, or write it twice"
+EMPTY_CSV = "it is empty: write a line with the names of the columns, and below it a line for each row"
+
+
+def is_too_deep(text: str) -> bool:
+    """Whether a JSON text nests deeper than `MAX_DEPTH`: "[" * 65 -> True; brackets inside its strings do not count."""
+    return _deepest(text.encode("utf-8", "replace"), 0)[1] > MAX_DEPTH
+
+
+def find_text_fault(path: Path) -> str | None:
+    """What keeps a file from its parser.
+
+    Example: a CSV file with the lines `image,title` and `a.jpg,Foo,extra` -> "line 2 has 3 cells, the header has 2: put
+    quotes around a cell that holds the separator".
+    """
+    ending = path.suffix.lower()
+    if ending in (".json", ".jsonl"):
+        return _json_fault(path, by_line=ending == ".jsonl")
+    return _cells_fault(path, "\t" if ending == ".tsv" else ",") if ending in (".csv", ".tsv") else None
+
+
+def _json_fault(path: Path, *, by_line: bool) -> str | None:
+    """The line that nests too deeply; with `by_line` each line begins anew."""
+    depth, empty = 0, True
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            empty = empty and not line.strip(b" \t\r\n\xef\xbb\xbf")
+            if by_line and line.count(b"[") + line.count(b"{") <= MAX_DEPTH:
+                continue
+            depth, most = _deepest(line, 0 if by_line else depth)
+            if most > MAX_DEPTH:
+                return f"line {number} has {_TOO_DEEP}"
+    return "it is empty: write one JSON object a line" if empty else None
+
+
+def _deepest(text: bytes, depth: int) -> tuple[int, int]:
+    """The depth behind a text that begins at `depth`, and the largest within it: b'[{"a": "[["}, [' -> (2, 2).
+
+    A string ends with its text, since none goes over the end of a line.
+    """
+    if b'"' in text:
+        text = b"".join(text.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
+    most = depth
+    for bracket in text.translate(None, _OTHERS):
+        depth = depth + 1 if bracket in b"[{" else max(0, depth - 1)
+        if depth > most:
+            most = depth
+            if most > MAX_DEPTH:
+                break
+    return depth, most
+
+
+def _cells_fault(path: Path, separator: str) -> str | None:
+    """The first row that has more or fewer cells than the header, or a quote that is never closed."""
+    header = 0
+    try:
+        for number, cells in _rows(path, separator):
+            if cells < 0:
+                return f"a quote that is opened in the row of line {number} is never closed: {_CLOSE}"
+            header = header or cells
+            if cells > header:
+                way_out = "put quotes around a cell that holds the separator"
+            elif cells < header:
+                way_out = "write an empty cell as nothing between two separators"
+            else:
+                continue
+            return f"line {number} has {cells} cell{'s' * (cells != 1)}, the header has {header}: {way_out}"
+    except UnicodeDecodeError:
+        return None  # faults names the line
+    return None if header else EMPTY_CSV
+
+
+def _rows(path: Path, separator: str) -> Iterator[tuple[int, int]]:
+    """Line and number of cells of each row; -1 cells where the file ends within quotes. Empty lines are passed over.
+
+    Example: `a,b`, `1,"x`, `y,z"` -> (1, 2), (2, 2): a row may be several lines long.
+    """
+    field = re.compile(f'"(?:[^"]++|"")*+("?)[^{separator}\n]*+|[^{separator}\n]*+')
+    begin, cells, open_quote = 0, 0, False
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            place = 0
+            if open_quote:
+                end = _QUOTED_END.match(line)
+                if end is None:
+                    continue
+                place = line.find(separator, end.end())
+                if place < 0:
+                    open_quote = False
+                    yield begin, cells + 1
+                    continue
+                place, cells, open_quote = place + 1, cells + 1, False
+            elif not line.strip(" \r\n" if separator == "\t" else " \t\r\n"):
+                continue
+            else:
+                begin, cells = number, 0
+            if '"' not in line[place:]:
+                yield begin, cells + line.count(separator, place) + 1
+                continue
+            while True:
+                found = field.match(line, place)
+                assert found is not None  # it matches nothing, too
+                if found[1] == "":
+                    open_quote = True
+                    break
+                cells += 1
+                place = found.end() + 1
+                if line[found.end() : place] != separator:
+                    yield begin, cells
+                    break
+    if open_quote:
+        yield begin, -1
