@@ -1,8 +1,9 @@
 """From the name of a data set to tables of records, one for each of its splits; formats are left to `datasets`.
 
 In come a folder, a file, a pattern of .tar shards, or a hub id; out come tables (anything with `column_names`, a length
-and records by number) with the folder that their image paths count from. Read without `datasets`: JSON of whole
-conversations (`json_table`) and local shards (`tar_table`). Knows nothing about rows.
+and records by number) with the folder that their image paths count from. Read without `datasets`: local JSON
+(`json_table`), whose texts and numbers stay as they are written, and local shards (`tar_table`). Knows nothing about
+rows.
 
 CSV cells are read as the text in the file: 007 and 19.90 stay, NA is text, only an empty cell is missing. The user's
 token for private hub sets is `datasets`' business; it is taken out of every error.
@@ -21,10 +22,9 @@ import datasets
 from huggingface_hub import get_token
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from phi3v.data.conversations import is_conversation
-from phi3v.data.faults import find_fault, holds_one_mapping
+from phi3v.data.faults import find_fault
 from phi3v.data.folder import KINDS, contained, find_files
-from phi3v.data.json_table import JsonTable, first_record
+from phi3v.data.json_table import JsonTable
 from phi3v.data.saved import open_saved
 from phi3v.data.tar_table import TarTable
 from phi3v.data.text_guard import find_text_fault
@@ -221,17 +221,14 @@ def _open_file(path: Path, streaming: bool) -> OpenedTable:
 
 
 def _open_data(paths: Sequence[Path], streaming: bool) -> OpenedTable:
-    """Data files of one kind as one table; conversations of any shape where they are one JSON file."""
+    """Data files of one kind as one table."""
     first, root = paths[0], str(paths[0].parent)
     builder = KINDS[first.suffix.lower()]
     for path in paths:
         if (wrong := find_text_fault(path)) is not None:
             raise DataError(f"data set {path} cannot be read: {wrong}")
-    if builder == "json" and len(paths) == 1 and is_conversation(first_record(first)):
-        return OpenedTable(JsonTable(first), root, {}, frozenset())
-    for path in paths if builder == "json" else ():
-        if holds_one_mapping(path):
-            raise DataError(f"data set {path} cannot be read: {find_fault(path)}")
+    if builder == "json":
+        return OpenedTable(JsonTable(*paths), root, {}, frozenset())
     extra = reader_options(first) | _streamed(streaming)
     reader = "csv" if builder == "tsv" else builder
     try:
