@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from phi3v import cli_session
 from phi3v.cli import app
+from phi3v.evaluation.figures import short_number
 
 BARE = """
 import typer
@@ -250,6 +251,9 @@ def test_train_shows_what_trains_and_writes_a_whole_run(trained, folder):
     assert trained.stderr == ""
     for words in ("what trains", "language model", "vision tower", "held-out rows", "exact match", "report.html"):
         assert words in trained.stdout
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    last = [line["loss"] for line in lines if "loss" in line][-1]
+    assert f"training: 2 of 2, loss {short_number(last)}" in trained.stdout
     names = "recipe.yaml versions.json metrics.jsonl adapter predictions.jsonl evaluation.json report.html".split()
     assert not [name for name in names if not (folder / "run" / name).exists()]
 
@@ -262,6 +266,9 @@ def test_a_run_of_relative_paths_works_from_any_folder(folder, tmp_path):
     elsewhere = phi3v("evaluate", folder / "relative", "--json", cwd=tmp_path)
     assert elsewhere.returncode == 0, elsewhere.stderr
     assert json.loads(elsewhere.stdout)["base"] == str(folder / "model")
+    again = phi3v("train", folder / "relative" / "recipe.yaml", "--json", cwd=tmp_path)
+    assert json.loads(again.stdout)["status"] == "finished", again.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_train_again_says_that_it_is_finished(trained, folder):
