@@ -113,3 +113,13 @@ def test_every_type_that_opens_files_is_turned_off_or_refused() -> None:
 
     with pytest.raises(DataError, match="column 'x' is of the type Reads, which reads files on its own: save the set"):
         undecoded_feature({"a": datasets.LargeList(Reads())}, "x")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tables_of_the_hub_are_opened_no_further_either(streaming: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = datasets.Features({"other": {"x": datasets.Image()}})
+    record = {"other": {"x": {"bytes": b"junk", "path": "/etc/hostname"}}}
+    table = datasets.Dataset(pa.Table.from_pylist([record], schema=features.arrow_schema))
+    answer = table.to_iterable_dataset() if streaming else table
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: {"train": answer})
+    assert list(open_set("owner/name", streaming=streaming)["train"].table) == [record]
