@@ -93,11 +93,27 @@ def test_a_server_that_fails_once_is_asked_again(tmp_path: Path) -> None:
         assert server.count("/fails-once") == 2
 
 
-def test_a_pause_longer_than_the_limit_ends_the_address(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("path", "told"), [("/429-hour", "3,600"), ("/429-never", "1,000,000,000")])
+def test_a_server_that_asks_for_a_long_pause_is_left_alone(path: str, told: str, tmp_path: Path) -> None:
+    with image_server() as server, image_server() as other:
+        urls = [server.url(path), *(server.url(f"/good/{number}.png?key=1") for number in range(40))]
+        limits = FetchLimits(workers=1, backoff=0.01, allow_hosts=("127.0.0.1",))
+        found = fetch_images([*urls, other.url("/good/1.png")], ImageCache(tmp_path), limits)
+        assert (len(server.seen), len(other.seen), found.downloaded) == (1, 1, 1)
+        assert [found.failures[url].reason_code for url in urls] == ["url_busy"] * 41
+        assert found.failures[urls[1]].message == (
+            f"image {server.url('/good/0.png')}?...: not asked: its server has just asked for a pause of {told} s; "
+            "run the command again later"
+        )
+        assert fetch_images(urls[1:3], ImageCache(tmp_path), limits).downloaded == 2  # the next command asks again
+
+
+def test_requests_on_their_way_are_all_that_a_server_gets_that_wants_none(tmp_path: Path) -> None:
     with image_server() as server:
-        urls = [server.url("/429-hour"), server.url("/429-never")]
-        failures = fetch_images(urls, ImageCache(tmp_path), LIMITS).failures
-        assert ([failures[url].reason_code for url in urls], len(server.seen)) == (["url_busy"] * 2, 2)
+        urls = [server.url(f"/429-hour?{number}") for number in range(40)]
+        limits = FetchLimits(workers=4, attempts=1, allow_hosts=("127.0.0.1",))
+        failures = fetch_images(urls, ImageCache(tmp_path), limits).failures
+        assert (len(failures), len(server.seen) <= 4) == (40, True)
 
 
 def test_nothing_of_the_environment_and_no_secret_leaves(

@@ -96,6 +96,11 @@ class WebAddress:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == _DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
 
+    @property
+    def machine(self) -> str:
+        """Who is asked, whatever the scheme: "shop.example:443"."""
+        return f"{self.host}:{self.port}"
+
     def redirected(self, location: str) -> "WebAddress":
         """Where a Location header leads. Raises: AddressError as `parse_address` does."""
         if _FORBIDDEN.search(location):

@@ -51,7 +51,8 @@ class FetchLimits:
         workers: how many addresses are asked at once.
         allow_hosts: hosts that may be private, each `host` or `host:port`.
         backoff: seconds before the second attempt; doubled for each further one.
-        longest_wait: a server that asks for a longer pause (Retry-After) is not asked again in this call.
+        longest_wait: a server that asks for a longer pause (Retry-After) is not asked again in this call, neither for
+            this address nor for another one.
         max_pixels: images up to this size are decoded before they are kept; larger ones are kept when their header is
             sound, for rows to refuse.
     """
@@ -74,6 +75,7 @@ class UrlProblem(Exception):
         again: True when another attempt may help.
         lasting: True when the server has said all there is to say, so that the next run need not ask.
         pause: seconds for which the server wants no requests; None when it did not say.
+        host: the machine that answered, at the end of redirects, as "host:port"; "" where none did.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class UrlProblem(Exception):
         self.again = again
         self.lasting = lasting
         self.pause = pause
+        self.host = ""
 
 
 class Downloader:
@@ -168,7 +171,9 @@ class Downloader:
             if response.status in _REDIRECTS and "location" in headers:
                 return headers["location"]
             if response.status != 200:
-                raise _status_problem(url, response.status, headers)
+                refusal = _status_problem(url, response.status, headers)
+                refusal.host = address.machine
+                raise refusal
             packed = _COMPRESSED & {word.strip().lower() for word in headers.get("content-encoding", "").split(",")}
             if packed:
                 words = f"the server compresses it ({packed.pop()}) although it was asked not to; save it as a file"

@@ -2,8 +2,9 @@
 
 In come addresses and a cache; out comes what is there and what is not, with a reason each. What is cached is not asked
 again, nor what has failed for good (404, 410, no image); everything else is, in the next call. A server that answers
-429 or 503 with Retry-After gets its pause from all workers, not only from the one that was told. Safe to kill at any
-moment and to run beside itself: `image_cache` says why. One attempt is the business of `download`.
+429 or 503 with Retry-After gets its pause from all workers, not only from the one that was told; one that asks for
+more than `FetchLimits.longest_wait` is left alone for the rest of the call. Safe to kill at any moment and to run beside
+itself: `image_cache` says why. One attempt is the business of `download`.
 """
 
 import heapq
@@ -16,13 +17,16 @@ from dataclasses import dataclass
 
 import httpcore2
 
-from phi3v.data.address_guard import AddressError, AllowedHosts, parse_address
+from phi3v.data.address_guard import AddressError, AllowedHosts, parse_address, shorten
 from phi3v.data.download import Downloader, FetchLimits, UrlProblem
 from phi3v.data.image_cache import CacheWriter, FetchFailure, ImageCache, url_digest
 from phi3v.errors import ConfigError
 
 _DECODERS = 2
 """Threads that decode: a photo of 20 million pixels takes 160 MB meanwhile, and a thread keeps some of that."""
+
+_LONGEST_TOLD = 1e9
+"""Seconds of a pause that a message repeats; servers may ask for numbers of any length."""
 
 
 @dataclass(frozen=True)
@@ -171,12 +175,21 @@ class _Crew:
         try:
             with Downloader(self._limits, self._allowed, self._tls, self._decoders) as downloader:
                 while (job := self._turns.take()) is not None:
-                    outcome = self._attempt(job, downloader)
+                    outcome = self._unasked(job) or self._attempt(job, downloader)
                     if outcome is not None:
                         self._results.put((job.url, outcome))
                         self._turns.finish()
         except Exception as error:
             self._results.put(error)
+
+    def _unasked(self, job: _Job) -> FetchFailure | None:
+        """Why an address is not asked: its server has said that it wants no requests now; None for one to ask."""
+        closed = self._turns.closed(job.host)
+        if closed is None:
+            return None
+        code, pause = closed
+        words = f"not asked: its server has just asked for a pause of {pause:,.0f} s; run the command again later"
+        return FetchFailure(code, f"image {shorten(job.url)}: {words}")
 
     def _attempt(self, job: _Job, downloader: Downloader) -> int | FetchFailure | None:
         """One attempt: the size of the image, the failure, or None when the job got another turn."""
@@ -188,6 +201,8 @@ class _Crew:
             return self._writer.keep(job.url, file)
         except UrlProblem as problem:
             job.left -= time.monotonic() - began
+            if problem.pause is not None and problem.pause > self._limits.longest_wait:
+                self._turns.close(problem.host, problem.failure.reason_code, min(problem.pause, _LONGEST_TOLD))
             if problem.again and job.attempts < self._limits.attempts and job.left > 0:
                 wait = self._limits.backoff * 2 ** (job.attempts - 1)
                 if problem.pause is not None:
@@ -214,6 +229,7 @@ class _Turns:
         self._waiting = [(0.0, number, job) for number, job in enumerate(jobs)]  # sorted, so it is a heap
         self._given = self._open = len(jobs)
         self._pauses: dict[str, float] = {}
+        self._closed: dict[str, tuple[str, float]] = {}
         self._changed = threading.Condition()
         self._stopped = False
 
@@ -231,7 +247,7 @@ class _Turns:
         """Seconds until the first of those that wait is due; None when none waits."""
         while self._waiting:
             due, number, job = self._waiting[0]
-            pause = self._pauses.get(job.host, 0.0)
+            pause = self._pauses.get(job.host, 0.0) if job.host not in self._closed else 0.0
             if pause <= due:
                 return due - time.monotonic()
             heapq.heapreplace(self._waiting, (pause, number, job))
@@ -246,6 +262,17 @@ class _Turns:
             heapq.heappush(self._waiting, (due, self._given, job))
             self._given += 1
             self._changed.notify_all()
+
+    def close(self, host: str, reason_code: str, pause: float) -> None:
+        """No more requests to a host: why, and the seconds that it has asked for."""
+        with self._changed:
+            self._closed.setdefault(host, (reason_code, pause))
+            self._changed.notify_all()
+
+    def closed(self, host: str) -> tuple[str, float] | None:
+        """Why a host is left alone, as `close` was told; None for one that may be asked."""
+        with self._changed:
+            return self._closed.get(host)
 
     def finish(self) -> None:
         """One address less."""
@@ -267,4 +294,4 @@ def _host(url: str) -> str:
         address = parse_address(url)
     except AddressError:
         return ""
-    return f"{address.host}:{address.port}"
+    return address.machine
