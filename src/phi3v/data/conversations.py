@@ -213,13 +213,6 @@ def record_map(columns: Sequence[str], options: RowOptions, source: str, cells: 
     return ConversationMap(source, shape, replace(cells, images=images), named, system, options.format != "auto")
 
 
-def is_conversation(record: Any) -> bool:
-    """Whether a record holds turns: {"conversations": [...]}, {"messages": [...]}, {"prompt": [...], ...}."""
-    return isinstance(record, Mapping) and any(
-        isinstance(record.get(column), list) for column in ("conversations", "messages", "prompt")
-    )
-
-
 def _find(column: str, columns: Sequence[str]) -> str | None:
     """A column under its name, or inside the json member of a webdataset."""
     return next((name for name in (column, _INSIDE_JSON + column) if name in columns), None)

@@ -53,24 +53,6 @@ def _json_fault(path: Path) -> str | None:
     return _lines_fault(path) if first.startswith("{") else _list_fault(json.loads(first))
 
 
-def holds_one_mapping(path: Path) -> bool:
-    """Whether a .json file is one object over several lines, which is neither a list nor one object a line.
-
-    Example: `{` and `"data": [...]` and `}` on three lines -> True; `{"a": 1}` and `{"a": 2}` on two -> False.
-    """
-    first = next((line for _, line in _lines(path)), "")
-    if path.suffix.lower() != ".json" or not first.startswith("{"):
-        return False
-    try:
-        json.loads(first)
-    except ValueError:
-        try:
-            return isinstance(json.loads(path.read_text(encoding="utf-8-sig")), dict)
-        except ValueError:
-            return False
-    return False
-
-
 def _list_fault(value: Any) -> str | None:
     """The fault of a JSON file's one value, unless it is a list of objects.
 
@@ -83,8 +65,7 @@ def _list_fault(value: Any) -> str | None:
 
 
 def _lines_fault(path: Path) -> str | None:
-    """The first line that is no JSON object, or in which a column changes its kind."""
-    kinds: dict[str, str] = {}
+    """The first line that is no JSON object."""
     for number, line in _lines(path):
         try:
             value = json.loads(line)
@@ -92,13 +73,6 @@ def _lines_fault(path: Path) -> str | None:
             return f"{_reason(error, number)}: write one JSON object a line"
         if not isinstance(value, dict):
             return f"line {number} holds {_kind(value)}: write one JSON object a line"
-        for column, cell in value.items():
-            kind = kinds.setdefault(column, _kind(cell)) if cell is not None else None
-            if kind is not None and kind != _kind(cell):
-                return (
-                    f"line {number}: column {column!r} holds {_kind(cell)}, and {kind} in lines before: "
-                    "write one kind of value in a column"
-                )
     return None
 
 

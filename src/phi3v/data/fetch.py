@@ -3,8 +3,8 @@
 In come addresses and a cache; out comes what is there and what is not, with a reason each. What is cached is not asked
 again, nor what has failed for good (404, 410, no image); everything else is, in the next call. A server that answers
 429 or 503 with Retry-After gets its pause from all workers, not only from the one that was told; one that asks for
-more than `FetchLimits.longest_wait` is left alone for the rest of the call. Safe to kill at any moment and to run beside
-itself: `image_cache` says why. One attempt is the business of `download`.
+more than `FetchLimits.longest_wait` is left alone for the rest of the call. Safe to kill at any moment and to run
+beside itself: `image_cache` says why. One attempt is the business of `download`.
 """
 
 import heapq

@@ -1,12 +1,14 @@
-"""A JSON or JSONL file of conversations as a table: records of any shape, parsed when they are asked for.
+"""JSON or JSONL files as a table: records of any shape, parsed when they are asked for, their values as in the file.
 
-Arrow wants one type a column, and files of conversations do not have it: `image` is a text here and a list there, ids
-are numbers and texts. In comes a path; out come records by number, of which 16 bytes each stay in memory. Records count
-from 0.
+Arrow wants one type a column and guesses it: a text that looks like a date becomes a date, a whole number of twenty
+digits a rounded one, and files of conversations have no one type, `image` is a text here and a list there. So texts and
+whole numbers are read here as they stand. In come paths; out come records by number, of which 16 bytes each stay in
+memory. Records count from 0, through all files.
 """
 
 import json
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator
 from copy import copy
 from pathlib import Path
@@ -15,26 +17,30 @@ from typing import Any
 from phi3v.data.faults import find_fault
 from phi3v.errors import DataError
 
-_RECORDS_FOR_COLUMNS = 100
 _BEGINNING = 4096
 _MARK = b"\xef\xbb\xbf"
 
 
 class JsonTable:
-    """The records of one file."""
+    """The records of some files, those of the first file first."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, *paths: Path) -> None:
         """Finds where the records begin. Raises: DataError in one line that names file and line."""
-        self._path = str(path)
+        self._paths = [str(path) for path in paths]
+        self._firsts: list[int] = []  # of each file: the number of its first record
         self._starts = array("Q")
         self._ends = array("Q")
-        try:
-            self._find(path)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"data set {path} cannot be read: {find_fault(path) or error}") from error
+        self._names: dict[str, None] = {}
+        for path in paths:
+            self._firsts.append(len(self))
+            try:
+                self._find(path)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"data set {path} cannot be read: {find_fault(path) or error}") from error
+        if not len(self):
+            raise DataError(f"data set {', '.join(self._paths)} cannot be read: it has no rows")
         self._renamed: dict[str, str] = {}
-        names = {name: None for number in range(min(len(self), _RECORDS_FOR_COLUMNS)) for name in self[number]}
-        self.column_names = list(names)
+        self.column_names = list(self._names)
 
     def __len__(self) -> int:
         """Number of records."""
@@ -48,7 +54,7 @@ class JsonTable:
         """The record with this number."""
         if not 0 <= number < len(self):
             raise IndexError(number)
-        with open(self._path, "rb") as file:
+        with open(self._paths[bisect_right(self._firsts, number) - 1], "rb") as file:
             file.seek(self._starts[number])
             record = json.loads(file.read(self._ends[number] - self._starts[number]))
         return {self._renamed.get(name, name): value for name, value in record.items()}
@@ -72,8 +78,7 @@ class JsonTable:
             file.seek(start)
             for line in file:
                 if line.strip():
-                    _object(json.loads(line))
-                    self._note(start, start + len(line))
+                    self._note(json.loads(line), start, start + len(line))
                 start += len(line)
 
     def _find_in_list(self, text: str, offset: int) -> None:
@@ -82,25 +87,21 @@ class JsonTable:
         byte, counted = offset, 0
         while text[(place := _behind_space(text, place)) : place + 1] != "]":
             value, end = decoder.raw_decode(text, place)
-            _object(value)
             start = byte + len(text[counted:place].encode())
             byte, counted = start + len(text[place:end].encode()), end
-            self._note(start, byte)
+            self._note(value, start, byte)
             place = _behind_space(text, end)
             if text[place : place + 1] not in (",", "]"):
                 raise ValueError("a list of objects ends without ]")
             place += text[place] == ","
 
-    def _note(self, start: int, end: int) -> None:
-        """Keeps where a record lies, in bytes."""
+    def _note(self, value: Any, start: int, end: int) -> None:
+        """Keeps where a record lies, in bytes, and its columns. Raises: ValueError for what is no object."""
+        if not isinstance(value, dict):
+            raise ValueError("it holds something else than objects: write a list of objects, or one object a line")
+        self._names.update(dict.fromkeys(value))
         self._starts.append(start)
         self._ends.append(end)
-
-
-def _object(value: Any) -> None:
-    """Raises: ValueError for what is no object."""
-    if not isinstance(value, dict):
-        raise ValueError("it holds something else than objects: write a list of objects, or one object a line")
 
 
 def _behind_space(text: str, place: int) -> int:
@@ -108,16 +109,3 @@ def _behind_space(text: str, place: int) -> int:
     while text[place : place + 1] in (" ", "\t", "\r", "\n"):
         place += 1
     return place
-
-
-def first_record(path: Path) -> Any:
-    """The first record of a JSON or JSONL file, or None where the beginning does not show it.
-
-    Reads at most 16 MiB. Example: `[{"a": 1}, {"a": 2}]` -> {"a": 1}.
-    """
-    with open(path, "rb") as file:
-        text = file.read(16 * 2**20).decode("utf-8-sig", "ignore").lstrip()
-    try:
-        return json.JSONDecoder().raw_decode(text[1:].lstrip() if text[:1] == "[" else text)[0]
-    except (ValueError, RecursionError):
-        return None

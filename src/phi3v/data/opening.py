@@ -1,8 +1,9 @@
 """From the name of a data set to tables of records, one for each of its splits; formats are left to `datasets`.
 
 In come a folder, a file, a pattern of .tar shards, or a hub id; out come tables (anything with `column_names`, a length
-and records by number) with the folder that their image paths count from. Read without `datasets`: JSON of whole
-conversations (`json_table`) and local shards (`tar_table`). Knows nothing about rows.
+and records by number) with the folder that their image paths count from. Read without `datasets`: local JSON
+(`json_table`), whose texts and numbers stay as they are written, and local shards (`tar_table`). Knows nothing about
+rows.
 
 CSV cells are read as the text in the file: 007 and 19.90 stay, NA is text, only an empty cell is missing. The user's
 token for private hub sets is `datasets`' business; it is taken out of every error.
@@ -21,9 +22,8 @@ import datasets
 from huggingface_hub import get_token
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from phi3v.data.conversations import is_conversation
-from phi3v.data.faults import find_fault, holds_one_mapping
-from phi3v.data.json_table import JsonTable, first_record
+from phi3v.data.faults import find_fault
+from phi3v.data.json_table import JsonTable
 from phi3v.data.tar_table import TarTable
 from phi3v.errors import DataError
 
@@ -162,6 +162,12 @@ def _open_folder(path: Path, streaming: bool) -> dict[str, OpenedTable]:
     if splits and len(splits) == len(below) and set(splits) <= {"train", *VALIDATION_NAMES}:
         return splits
     # a relative "csv" would name a reader instead
+    files = datasets.load_dataset_builder(str(path.resolve())).config.data_files or {}
+    if files and all(Path(file).suffix.lower() in (".json", ".jsonl") for found in files.values() for file in found):
+        return {
+            str(split): OpenedTable(JsonTable(*map(Path, found)), str(path), {}, frozenset())
+            for split, found in files.items()
+        }
     return _all_undecoded(datasets.load_dataset(str(path.resolve()), **_streamed(streaming)), path)
 
 
@@ -197,10 +203,8 @@ def _open_file(path: Path, streaming: bool) -> OpenedTable:
         return OpenedTable(TarTable([path]), str(path.parent), {}, frozenset())
     if builder is None:
         raise DataError(f"data file {path} ends in none of {', '.join(_BUILDERS)}, .tar; convert it or rename it")
-    if builder == "json" and is_conversation(first_record(path)):
+    if builder == "json":
         return OpenedTable(JsonTable(path), str(path.parent), {}, frozenset())
-    if builder == "json" and holds_one_mapping(path):
-        raise DataError(f"data set {path} cannot be read: {find_fault(path)}")
     extra = reader_options(path) | _streamed(streaming)
     table = datasets.load_dataset(builder, data_files=str(path), split="train", **extra)
     return _undecoded(table, str(path.parent))
