@@ -412,6 +412,31 @@ def test_the_split_does_not_depend_on_where_the_set_lies(tmp_path: Path) -> None
     assert sides[0] == sides[1]
 
 
+def test_copies_of_a_photo_under_other_names_stay_on_one_side(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(40):
+        (tmp_path / "photos" / f"{number}.png").write_bytes(png(number % 4))
+    source = write(tmp_path, "a.jsonl", records(40))
+    for seed in range(5):
+        data = load_data(source, options=OPTIONS, validation_split=0.5, split_seed=seed)
+        sides = [{row.index % 4 for row in rows or ()} for rows in (data.train, data.validation)]
+        assert sides[0] | sides[1] == set(range(4)) and not sides[0] & sides[1] and data.problems == []
+
+
+def test_a_training_row_with_a_held_out_image_is_left_out_and_named(tmp_path: Path) -> None:
+    write_photos(tmp_path, 12)
+    rows = [{**row, "image": [row["image"]]} for row in records(12)]
+    rows += [{**row, "image": ["photos/0.png", f"photos/{n}.png"]} for n, row in enumerate(records(12)) if n]
+    source = write(tmp_path, "a.jsonl", rows)
+    data = load_data(source, options=OPTIONS, validation_split=0.5, split_seed=1)
+    assert data.validation is not None and data.problems
+    assert {problem.reason_code for problem in data.problems} == {"held_out_image"}
+    numbers = [row.index for row in [*data.train, *data.validation]] + [problem.row for problem in data.problems]
+    assert sorted(numbers) == list(range(23)) and data.rows_in == 23
+    paths = [{image.path for row in side for image in row.images} for side in (data.train, data.validation)]
+    assert not paths[0] & paths[1]
+
+
 def test_equal_embedded_images_stay_on_one_side(tmp_path: Path) -> None:
     rows = [{**row, "image": png(n % 3)} for n, row in enumerate(records(30))]
     source = write(tmp_path, "a.parquet", rows)
