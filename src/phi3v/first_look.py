@@ -84,7 +84,7 @@ def open_data(
         raise ConfigError("data.streaming reads rows as they come, and here all are looked at: set it to false")
     options = RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels)
     on_fetch = None if on_progress is None else lambda done, total: on_progress("downloading images", done, total)
-    how = {"download": download, "refuse": refuse, "failures": failures or {}, "on_fetch": on_fetch}
+    how: dict[str, Any] = {"download": download, "refuse": refuse, "failures": failures or {}, "on_fetch": on_fetch}
     reading = Reading.of(**recipe.data.reading_options, **how)
     return load_data(options=options, reading=reading, **recipe.data.load_options)
 
