@@ -11,9 +11,13 @@ from image_server import image_server
 from tiny_models import write_photos, write_tiny_model
 from typer.testing import CliRunner
 
+import phi3v
 from phi3v import cli_data, cli_session
 from phi3v.cli import app
+from phi3v.errors import DataError
+from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
+from phi3v.training import train as training
 
 RECIPE = """
 model: {model}
@@ -114,6 +118,38 @@ def test_rows_of_which_none_can_be_used_or_split_are_reported_too(run: Any, fold
     assert done.exit_code == 1 and "1 row, 1 usable" in done.stdout and "cannot be split into train and" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("bad", "more", "refused"),
+    [
+        ((0, 0), [], None),
+        ((2, 2), [], None),  # 4 of 80
+        ((3, 0), [], "a.jsonl: 3 of 40 rows cannot be used"),  # 3 of 80 in all, and more than the share of one set
+        ((2, 2), ["data.on_problem=stop"], "data.on_problem is stop"),
+        ((40, 0), ["data.max_skipped=1.0"], None),
+        ((40, 40), ["data.max_skipped=1.0"], "no row is left to train on"),
+        ((0, 0), ["data.max_length=330"], "80 too_long"),
+        ((0, 0), ["data.max_length=330", "data.max_skipped=1.0"], "no row is left to train on"),
+    ],
+)
+def test_check_and_train_refuse_the_same_before_a_model_is_loaded(
+    bad: tuple[int, int], more: list[str], refused: str | None, run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"image": f"{number % 4}.png", "colour": f"red {number}"} for number in range(40)]
+    for name, count in zip("ab", bad, strict=True):
+        lines = [json.dumps({**row, "colour": None} if n < count else row) + "\n" for n, row in enumerate(rows)]
+        (folder / "photos" / f"{name}.jsonl").write_text("".join(lines))
+    sets = f"data.train=[{{source: {folder}/photos/a.jsonl}}, {{source: {folder}/photos/b.jsonl}}]"
+    words = [sets, "data.split=null", *more]
+    done = run("check", folder / "recipe.yaml", "--quick", "--json", *words)
+    found = json.loads(done.stdout)
+    monkeypatch.setattr(training, "_prepare_model", lambda recipe, device: pytest.fail("the model is loaded"))
+    with pytest.raises((DataError, pytest.fail.Exception)) as caught:
+        phi3v.train(Recipe.load(folder / "recipe.yaml", words))
+    trained = None if isinstance(caught.value, pytest.fail.Exception) else str(caught.value)
+    assert (found["trouble"], done.exit_code) == (trained, 0 if trained is None else 1)
+    assert trained == refused if refused is None else trained is not None and refused in trained
+
+
 def test_of_a_stream_the_first_rows_are_looked_at(run: Any, folder: Path) -> None:
     words = ["data.streaming=true", "data.split.validation=4", "training.max_steps=5"]
     done = run("check", folder / "recipe.yaml", *words, "--json")
@@ -165,6 +201,27 @@ def test_images_are_downloaded_on_request_in_parts(run: Any, folder: Path) -> No
     assert after["lengths"]["image"]["total"] == 29 * 313
 
 
+@pytest.mark.parametrize(("hosts", "code"), [("['127.0.0.1']", "url_busy"), ("[]", "url_private")])
+def test_a_part_whose_images_do_not_come_fails_and_names_each(run: Any, folder: Path, hosts: str, code: str) -> None:
+    with image_server() as server:
+        urls = [server.url(f"/429-hour/{number}.png") for number in range(40)]
+        write_rows(folder, [{"image": url, "colour": "red"} for url in urls])
+        words = ["check", folder / "recipe.yaml", f"data.allow_hosts={hosts}", "data.image_cache=images", "--fetch"]
+        done = run(*words, "--shard", "0/2", "--json")
+        part = json.loads(done.stdout)["part"]
+        assert (done.exit_code, part["total"], part["downloaded"]) == (1, len(part["failures"]), 0)
+        assert 0 < part["total"] < 40 and {failure["reason_code"] for failure in part["failures"]} == {code}
+        assert {failure["url"] for failure in part["failures"]} < set(urls)
+        lines = run(*words, "--shard", "0/2").stdout.splitlines()
+        assert sum(line.startswith(f"  {code}: image http://127.0.0.1") for line in lines) == part["total"]
+        assert f"part 0/2: {part['total']} images to download, 0 came, {part['total']} did not" in lines
+        # a part that is a small share of all rows fails too
+        alone = run(*words, "--shard", "0/2", "data.max_skipped=0.9", "--json")
+        found = json.loads(alone.stdout)
+        assert (alone.exit_code, found["trouble"], found["usable"]) == (1, None, 40 - part["total"])
+        assert f"{part['total']} of {part['total']} images did not come" in found["part"]["trouble"]
+
+
 @pytest.mark.parametrize("words", [["--shard", "0/2"], ["--shard", "2/2", "--fetch"], ["--shard", "x", "--fetch"]])
 def test_parts_that_are_none_are_wrong_usage(run: Any, folder: Path, words: list[str]) -> None:
     assert run("check", folder / "recipe.yaml", *words).exit_code == 2
@@ -190,6 +247,19 @@ def test_show_for_machines(run: Any, folder: Path) -> None:
     assert {token["role"] for token in tokens} == {"control", "user", "assistant", "image"}
     said = "".join(token["text"] for token in tokens if token["role"] == "assistant" and token["trained"])
     assert said.strip().startswith("It is ")
+
+
+def test_show_downloads_what_it_shows_and_no_more(run: Any, folder: Path) -> None:
+    with image_server() as server:
+        urls = [server.url(f"/404/{n}.png" if n == 0 else f"/good/{n}.png") for n in range(60)]
+        write_rows(folder, [{"image": url, "colour": "red"} for url in urls])
+        words = ["show", folder / "recipe.yaml", "data.allow_hosts=['127.0.0.1']", "data.image_cache=images"]
+        done = run(*words, "data.split=null", "--rows", 2, "--json")
+        assert done.exit_code == 0, done.output
+        first, second = json.loads(done.stdout)["shown"]
+        assert len(server.seen) == 2
+        assert "the server answers 404" in first["problem"] and second["problem"] is None
+        assert server.count(f"/good/{second['row']}.png") == 1 and second["length"]["image"] == 313
 
 
 def test_show_needs_a_model(run: Any, folder: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from phi3v.demo.tokenizer import BASE_SIZE, EMBEDDING_ROWS, write_tokenizer
 from phi3v.model.configuration_phi3_v import Phi3VConfig
@@ -78,7 +79,9 @@ def write_photos(folder: Path, rows: int) -> Path:
     lines = []
     for row in range(rows):
         colour = list(COLOURS)[row % len(COLOURS)]
-        Image.new("RGB", (40 + row % 3, 30), COLOURS[colour]).save(folder / f"{row}.png")
+        note = PngInfo()  # each file has bytes of its own, as copies of a photo would be held out together
+        note.add_text("row", str(row))
+        Image.new("RGB", (40 + row % 3, 30), COLOURS[colour]).save(folder / f"{row}.png", pnginfo=note)
         lines.append(json.dumps({"image": f"{row}.png", "colour": colour}))
     table = folder / "rows.jsonl"
     table.write_text("\n".join(lines) + "\n")

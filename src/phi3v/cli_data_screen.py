@@ -31,6 +31,8 @@ def show_check(console: Console, report: Report) -> None:
     """The whole report."""
     _say(console, headline(report), style="bold")
     _say(console, image_line(report))
+    for line in part_lines(report):
+        _say(console, line)
     _show_problems(console, report)
     for line in duplicate_lines(report):
         _say(console, line)
@@ -63,6 +65,18 @@ def image_line(report: Report) -> str:
         line += f"; {images.from_web} from the web, {images.from_web - missing} in the cache, {missing} not yet"
         line += " (--fetch downloads them)" if missing else ""
     return line
+
+
+def part_lines(report: Report) -> Iterator[str]:
+    """What came of the images of one part, and each address that did not."""
+    part = report.part
+    if part is None:
+        return
+    number, count = part.shard
+    came = f"{part.downloaded} came, {len(part.failures)} did not"
+    yield f"part {number}/{count}: {counted(part.total, 'image')} to download, {came}"
+    for failure in part.failures:
+        yield f"  {failure['reason_code']}: {failure['message']}"
 
 
 def _show_problems(console: Console, report: Report) -> None:
@@ -187,14 +201,11 @@ def outlook_lines(report: Report) -> Iterator[str]:
 def verdict(report: Report) -> str:
     """The last line: whether `phi3v train` would take it."""
     share = f"{percent(report.skipped_share)} of the rows are left out"
-    if report.trouble is not None and len(report.problems) <= report.max_skipped * report.rows:
-        return report.trouble
-    if report.on_problem == "stop":
-        return "no row is left out" if report.passed else f"{share}, and the recipe says stop at any (data.on_problem)"
-    limit = f"{percent(report.max_skipped)} may be"
-    return (
-        f"{share}, {limit}" if report.passed else f"{share}, only {limit}: mend the data, or the columns in the recipe"
-    )
+    if report.trouble is not None:
+        return f"{share}; phi3v train refuses them: {report.trouble}"
+    if report.part is not None and report.part.trouble is not None:
+        return report.part.trouble
+    return "no row is left out" if not report.problems else f"{share}, {percent(report.max_skipped)} may be"
 
 
 def show_rows(console: Console, rows: Sequence[ShownRow]) -> None:

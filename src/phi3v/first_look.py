@@ -6,16 +6,17 @@ no weights and writes nothing.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from phi3v.data.columns import RowOptions
-from phi3v.data.rows import refuse_problems
+from phi3v.data.image_cache import FetchFailure
+from phi3v.data.rows import describe_problems, refusal
 from phi3v.data.schema import Row, RowProblem
 from phi3v.data.sources import LoadedData, Reading, load_data, stream_data
 from phi3v.data.survey import RowFacts, SurveyOptions, survey, too_long_problem
-from phi3v.errors import ConfigError
+from phi3v.errors import ConfigError, DataError
 from phi3v.recipe import Recipe
 
 HELD_OUT = "looking at the held-out rows"
@@ -61,14 +62,20 @@ class RowUse:
 
 
 def open_data(
-    recipe: Recipe, *, download: bool = True, refuse: bool = True, on_progress: Progress | None = None
+    recipe: Recipe,
+    *,
+    download: bool = True,
+    refuse: bool = True,
+    failures: Mapping[str, FetchFailure] | None = None,
+    on_progress: Progress | None = None,
 ) -> LoadedData:
     """The rows that a recipe names, by the headers of their images.
 
     Args:
         recipe: whose section `data`.
         download: False downloads no image: addresses that are not cached are listed.
-        refuse: False takes a set however many of its rows cannot be used.
+        refuse: False takes a set however many of its rows cannot be used, and says so in `LoadedData.refusal`.
+        failures: web address -> why it could not be downloaded just now.
         on_progress: called as images are downloaded.
     Raises: DataError for a set that cannot be read, or when more rows cannot be used than the recipe allows;
         ConfigError for a recipe that streams.
@@ -76,9 +83,9 @@ def open_data(
     if recipe.data.streaming:
         raise ConfigError("data.streaming reads rows as they come, and here all are looked at: set it to false")
     options = RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels)
-    how = recipe.data.reading_options | ({} if refuse else {"max_skipped": 1.0, "on_problem": "skip"})
     on_fetch = None if on_progress is None else lambda done, total: on_progress("downloading images", done, total)
-    reading = Reading.of(**how, download=download, on_fetch=on_fetch)
+    how: dict[str, Any] = {"download": download, "refuse": refuse, "failures": failures or {}, "on_fetch": on_fetch}
+    reading = Reading.of(**recipe.data.reading_options, **how)
     return load_data(options=options, reading=reading, **recipe.data.load_options)
 
 
@@ -100,25 +107,40 @@ class FoundRows:
     origin: str
     rows_in: int
     not_cached: list[str]
+    refusal: str | None = None
     sampled: bool = False
 
 
-def find_rows(recipe: Recipe, *, download: bool, on_progress: Progress | None = None) -> FoundRows:
+def find_rows(
+    recipe: Recipe,
+    *,
+    download: bool,
+    failures: Mapping[str, FetchFailure] | None = None,
+    on_progress: Progress | None = None,
+) -> FoundRows:
     """The rows of a recipe, however many of them cannot be used; of a stream the first, one pass at most.
 
     Args:
         recipe: whose section `data`.
         download: whether images are downloaded.
+        failures: web address -> why it could not be downloaded just now.
         on_progress: called as images are downloaded.
     Raises: DataError for a set that cannot be read at all.
     """
     if not recipe.data.streaming:
-        data = open_data(recipe, download=download, refuse=False, on_progress=on_progress)
-        validation: Sequence[Row] = data.validation or []
-        return FoundRows(data.train, validation, data.problems, data.origin, data.rows_in, data.not_cached)
+        data = open_data(recipe, download=download, refuse=False, failures=failures, on_progress=on_progress)
+        return FoundRows(
+            data.train,
+            data.validation or [],
+            data.problems,
+            data.origin,
+            data.rows_in,
+            data.not_cached,
+            data.refusal,
+        )
     how = recipe.data.reading_options | {"max_skipped": 1.0, "on_problem": "skip"}
     options = RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels)
-    reading = Reading.of(**how, download=download)
+    reading = Reading.of(**how, download=download, refuse=False, failures=failures or {})
     stream = stream_data(options=options, reading=reading, **recipe.data.load_options)
     told = list(stream.problems)
     first: dict[tuple[str, int], Row] = {}
@@ -188,6 +210,26 @@ def _first_times(rows: Iterable[Row], places: list[int]) -> Iterator[Row]:
             places.append(known[key])
 
 
+def find_refusal(
+    recipe: Recipe, data: LoadedData | FoundRows, problems: Sequence[RowProblem], usable: int
+) -> str | None:
+    """Why a recipe's rows are not trained on, in one line; None when they are. `check` and `train` both ask here.
+
+    Each set is judged by itself, then all rows together, and one row to train on must be left.
+
+    Args:
+        recipe: whose limits apply.
+        data: what was found.
+        problems: all rows that are left out.
+        usable: rows to train on.
+    """
+    name, limits = recipe.data.train_name, (recipe.data.max_skipped, recipe.data.on_problem)
+    line = data.refusal or refusal(problems, data.rows_in, name, max_skipped=limits[0], on_problem=limits[1])
+    if line is None and not usable:
+        line = f"{describe_problems(problems, data.rows_in, name)}; no row is left to train on: mend the data"
+    return line
+
+
 def measured_rows(
     recipe: Recipe, data: LoadedData, processor: Any, context: int, *, on_progress: Progress | None = None
 ) -> LoadedData:
@@ -199,18 +241,13 @@ def measured_rows(
         processor: a Phi3VProcessor.
         context: the longest row that the model takes, in tokens.
         on_progress: called as rows are looked at.
-    Raises: DataError when more rows cannot be used than the recipe allows.
+    Raises: DataError as `find_refusal` says.
     """
     options = survey_options(recipe, context, decode=False, hashes=False)
     train = survey_rows(data.train, processor, options, on_progress=on_progress)
     held_out = survey_rows(data.validation or [], processor, options, stage=HELD_OUT, on_progress=on_progress)
     problems = [*data.problems, *train.problems, *held_out.problems]
-    refuse_problems(
-        problems,
-        data.rows_in,
-        recipe.data.train_name,
-        max_skipped=recipe.data.max_skipped,
-        on_problem=recipe.data.on_problem,
-    )
+    if (line := find_refusal(recipe, data, problems, len(train.kept))) is not None:
+        raise DataError(line)
     validation = None if data.validation is None else data.validation.take(held_out.kept)
     return replace(data, train=data.train.take(train.kept), validation=validation, problems=problems)

@@ -16,7 +16,7 @@ from phi3v.data.columns import RowOptions
 from phi3v.data.images import open_image
 from phi3v.data.rows import Rows, describe_problems
 from phi3v.data.schema import ImagePart, Message, TextPart
-from phi3v.data.sources import Reading, load_data, load_rows
+from phi3v.data.sources import load_data, load_rows
 from phi3v.errors import DataError
 
 OPTIONS = RowOptions(prompt="What is it?", answer="Product: {title}, Price: {price}")
@@ -145,51 +145,6 @@ def test_csv_text_stays_as_it_is_written(tmp_path: Path) -> None:
     rows = [{"image": f"photos/{n}.png", "title": title, "price": price} for n, (title, price) in enumerate(CELLS)]
     found, _ = load_rows(write(tmp_path, "a.csv", rows), options=OPTIONS)
     assert [row.answer for row in found] == ["Product: 007, Price: 19.90", "Product: NA, Price: 1e5"]
-
-
-LITERAL = [
-    "2024-05-01T10:30:00",
-    "2024-05-01",
-    "10:30",
-    "007",
-    "1e5",
-    "NA",
-    "null",
-    " two  spaces",
-    "\u00e9\u2028\U0001f600",
-]
-NUMBERS = {
-    12345678901234567890: "12345678901234567890",
-    10**30 + 1: f"{10**30 + 1}",
-    470: "470",
-    1.5: "1.5",
-    True: "true",
-}
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "set/train.jsonl", "set/train-0.json", "photos/metadata.jsonl"])
-def test_json_text_and_whole_numbers_stay_as_they_are_written(name: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
-    column = "file_name" if "metadata" in name else "image"
-    rows = [{column: None, "title": value} for value in (*LITERAL, *NUMBERS)] + [{"late": 1, "title": "x"}]
-    write(path.parent, path.name, rows)
-    source = path if path.parent == tmp_path else path.parent
-    found, _ = load_rows(str(source), options=RowOptions(images=None, prompt="?", answer="{title}"))
-    assert [row.answer for row in found] == [*LITERAL, *NUMBERS.values(), "x"]
-    late = load_rows(str(source), options=RowOptions(images=None, prompt="?", answer="{late}"), reading=ALL)[0]
-    assert [(row.index, row.answer) for row in late] == [(len(rows) - 1, "1")]
-
-
-ALL = Reading(max_skipped=1.0)
-
-
-def test_a_folder_of_json_files_is_read_in_order_with_its_splits(tmp_path: Path) -> None:
-    for name, titles in {"train-1": ["a", "2024-05-01"], "train-2": [12345678901234567890], "test": ["c"]}.items():
-        write(tmp_path, f"{name}.jsonl", [{"title": title} for title in titles])
-    data = load_data(str(tmp_path), options=RowOptions(images=None, prompt="?", answer="{title}"))
-    assert [row.answer for row in data.train] == ["a", "2024-05-01", "12345678901234567890"]
-    assert ([row.answer for row in data.validation or ()], data.origin) == (["c"], "test")
 
 
 CELLS = [("007", "19.90"), ("NA", "1e5")]

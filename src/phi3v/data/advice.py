@@ -22,7 +22,7 @@ ADVICE = {
     "no_answer": "end the conversation with a turn of the assistant",
     "too_long": "set data.on_too_long: fewer_crops or cut_text, lower image.num_crops, or raise data.max_length",
     "not_encoded": "mend what the line says, or take the row out",
-    "held_out_image": "nothing: a validation row has the same image",
+    "held_out_image": "nothing, or give data.validation: a validation row has the same image",
     "url_scheme": "give http or https addresses, or save the image as a file and name it",
     "url_invalid": "mend the address",
     "url_private": "give a public address; if the machine is yours, add it to data.allow_hosts",

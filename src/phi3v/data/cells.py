@@ -10,8 +10,8 @@ import base64
 import binascii
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from hashlib import sha256
+from dataclasses import dataclass, field
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +70,14 @@ class Cells:
             raise UnusableRecord("missing_value", f"column {column!r} is empty")
         return text
 
-    def image(self, cell: Any, column: str | None = None) -> ImageRef:
+    def image(self, cell: Any) -> ImageRef:
         """One image cell: a path, a web address, a data URI, bytes, or a mapping {bytes, path}.
 
         Example: {"bytes": None, "path": "a.jpg"} -> ImageRef("a.jpg", root=self.root, confined=self.confined);
         "https://shop.example/a.jpg" -> ImageRef("ab/ab12", root=<cache>, confined=True, url=<the address>).
         Raises: UnusableRecord.
         """
-        place = f"column {column or self.images!r}"
+        place = f"column {self.images!r}"
         path, data = cell, None
         if isinstance(cell, Mapping):
             path, data = cell.get("path"), cell.get("bytes")
@@ -151,23 +151,25 @@ def check_images(row: Row, max_pixels: int) -> None:
 
 
 def group_keys(row: Row) -> list[str]:
-    """What ties a row to other rows: its images, by content where it holds them, by address or by path below the root
-    where it names them; for a row without images a hash of its text.
+    """What ties a row to other rows: the contents of its images, each once; for a row without images that of its text.
 
-    Example: ImageRef("/photos/a.jpg", root="/photos") and ImageRef("a.jpg", root="/photos") both give "path:a.jpg".
+    A file is read whole for it; what was downloaded is named by its hash already, and what is still to come has its
+    address. Example: a.jpg, a copy of it and the same bytes embedded all give "bytes:" and their SHA-256.
     """
     if not row.images:
         texts = "\0".join(message.text for message in row.messages)
         return ["text:" + sha256(texts.encode("utf-8", "surrogatepass")).hexdigest()]
-    return [_image_key(image) for image in row.images]
+    return list(dict.fromkeys(_image_key(image) for image in row.images))
 
 
 def _image_key(image: ImageRef) -> str:
-    """The key of one image."""
-    if image.url is not None:
-        return "url:" + image.url
+    """The key of one image; a file that cannot be read just now has its path."""
     if image.data is not None:
         return "bytes:" + sha256(image.data).hexdigest()
-    root = Path(image.root or ".").resolve()
-    path = resolve_path(replace(image, confined=False))
-    return "path:" + (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+    if image.url is not None:
+        return "url:" + image.url if image.path is None else "bytes:" + Path(image.path).name
+    try:
+        with open(resolve_path(image), "rb") as file:
+            return "bytes:" + file_digest(file, "sha256").hexdigest()
+    except (OSError, ImageError):
+        return f"path:{image.path}"

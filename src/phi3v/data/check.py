@@ -4,6 +4,8 @@ In come the facts and problems of its rows (`survey`); out come plain values tha
 show. Opens nothing and counts no token itself. Knows no recipes, models or devices.
 """
 
+from __future__ import annotations
+
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ from typing import Any
 
 from phi3v.data.advice import advice
 from phi3v.data.duplicates import Duplicates
+from phi3v.data.fetch import FetchSummary
 from phi3v.data.schema import RowProblem
 from phi3v.data.survey import RowFacts
 from phi3v.errors import ImageError
@@ -173,6 +176,46 @@ class Images:
     not_cached: list[str]
 
 
+@dataclass(frozen=True)
+class FetchedPart:
+    """What the download of one part of the images gave.
+
+    Attributes:
+        shard: (i, n): the i-th of n parts, from 0.
+        total: addresses of this part that were not in the cache.
+        downloaded: those that came.
+        failures: the others, each with url, reason_code, message and fix.
+        trouble: why too few came, by the limit for rows; None when enough did.
+    """
+
+    shard: tuple[int, int]
+    total: int
+    downloaded: int
+    failures: list[dict[str, str]]
+    trouble: str | None
+
+    @classmethod
+    def of(
+        cls, shard: tuple[int, int], found: FetchSummary | None, *, max_skipped: float, on_problem: str
+    ) -> FetchedPart:
+        """From what `fetch_images` says; None where nothing was to be downloaded.
+
+        Example: 40 addresses, 3 of which fail, max_skipped 0.05 -> trouble "part 0/2: 3 of 40 images did not come, and
+        5 % may be missing (data.max_skipped)".
+        """
+        if found is None:
+            return cls(shard, 0, 0, [], None)
+        failures = [{"url": url, **asdict(why), "fix": advice(why.reason_code)} for url, why in found.failures.items()]
+        allowed = 0.0 if on_problem == "stop" else max_skipped
+        trouble = None
+        if len(failures) > allowed * found.total:
+            trouble = (
+                f"part {shard[0]}/{shard[1]}: {len(failures)} of {found.total} images did not come, and "
+                f"{100 * allowed:.3g} % may be missing (data.max_skipped, data.on_problem)"
+            )
+        return cls(shard, found.total, found.downloaded, failures, trouble)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What `phi3v data check` knows. `rows` is `usable` and the rows of `problems` together.
@@ -188,7 +231,8 @@ class Report:
         reasons: reason code -> rows, the most frequent first.
         max_skipped: share of rows that may be left out.
         on_problem: "skip", or "stop" for none.
-        trouble: why the rows cannot be split into training and validation rows; None when they can.
+        trouble: why `phi3v train` would refuse the rows, in one line; None when it would not.
+        part: what the download of one part of the images gave; None where all were asked for, or none.
         sampled: whether these are the first rows of a stream, and not all.
         decoded: whether every image was decoded, or headers were taken for enough.
         images: how many, and which are still to be downloaded.
@@ -230,6 +274,7 @@ class Report:
     duplicates: Duplicates
     crops: list[CropPrice]
     outlook: dict[str, Any] | None = None
+    part: FetchedPart | None = None
 
     @property
     def skipped_share(self) -> float:
@@ -238,9 +283,8 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether `phi3v train` would take the set as it is."""
-        allowed = 0 if self.on_problem == "stop" else self.max_skipped * self.rows
-        return self.usable > 0 and self.trouble is None and len(self.problems) <= allowed
+        """Whether `phi3v train` would take the set as it is, and enough of a part's downloads came."""
+        return self.trouble is None and (self.part is None or self.part.trouble is None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -323,6 +323,8 @@ def _place_images(spoken: Sequence[tuple[Role, list[str | None]]], images: int) 
         if blank and role == "system":
             continue
         if blank:
-            raise UnusableRecord("empty_answer" if role == "assistant" else "empty_question", f"a {role} turn is empty")
+            raise UnusableRecord(
+                "empty_answer" if role == "assistant" else "empty_question", f"a turn of the {role} is empty"
+            )
         messages.append(Message(role, tuple(parts)))
     return tuple(messages)

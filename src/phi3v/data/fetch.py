@@ -55,7 +55,6 @@ def fetch_images(
     *,
     on_progress: Callable[[int, int], None] | None = None,
     shard: tuple[int, int] = (0, 1),
-    retry_failed: bool = False,
 ) -> FetchSummary:
     """Downloads the images that are not in the cache.
 
@@ -67,7 +66,6 @@ def fetch_images(
             address.
         shard: (i, n) takes the i-th of n parts, from 0; an address belongs to a part by its hash, so n calls with the
             same addresses, in any order, ask for each once.
-        retry_failed: True also asks again for what has failed for good.
     Example: of ten addresses four were cached, five came and one answered 404 -> FetchSummary(total=10, cached=4,
         downloaded=5, failures={"https://...": FetchFailure("url_not_found", "image https://...")}, bytes=180442)
     Raises: ConfigError for a shard or an allowed host that is none; DataError when the cache cannot be written.
@@ -80,7 +78,7 @@ def fetch_images(
     wanted: list[str] = []
     for url in mine:
         if cache.path(url) is None:
-            failure = None if retry_failed else cache.failure(url)
+            failure = cache.failure(url)
             if failure is None:
                 wanted.append(url)
             else:

@@ -16,7 +16,6 @@ from phi3v.data.conversations import ConversationMap
 from phi3v.data.image_cache import FetchFailure
 from phi3v.data.opening import Table, narrowed, records_of
 from phi3v.data.schema import Row, RowProblem, UnusableRecord
-from phi3v.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ def read_rows(records: RecordSet, *, with_keys: bool) -> FirstLook:
 
     Args:
         records: the set; its columns have been checked.
-        with_keys: whether keys are wanted, which means a hash of every embedded image.
+        with_keys: whether keys are wanted, which means a hash of every image, for which its file is read whole.
     """
     patient = records.waiting_for_downloads()
     usable, waiting = array("q"), array("q")
@@ -168,14 +167,21 @@ def look_again(look: FirstLook, failures: Mapping[str, FetchFailure]) -> FirstLo
             failed[number] = RowProblem(number, error.reason_code, str(error), records.map.source)
     kept = [place for place, number in enumerate(look.usable) if number not in failed]
     problems = sorted([*look.problems, *failed.values()], key=lambda problem: problem.row)
-    keys = [look.keys[place] for place in kept] if look.keys else []
+    waited = set(look.waiting) if look.keys else set()
+    keys = [
+        group_keys(told.row(look.usable[place])) if look.usable[place] in waited else look.keys[place]
+        for place in (kept if look.keys else [])
+    ]
     return FirstLook(records, array("q", (look.usable[place] for place in kept)), keys, problems, array("q"), [])
 
 
-def refuse_problems(
+def refusal(
     problems: Sequence[RowProblem], total: int, source: str, *, max_skipped: float, on_problem: str
-) -> None:
-    """Raises: DataError when more rows are left out than the recipe allows, none is usable, or there is none.
+) -> str | None:
+    """Why rows are refused: more are left out than the recipe allows, none is usable, or there is none; else None.
+
+    Example: 3 problems of 40 rows, max_skipped 0.05 -> "shop.csv: 3 of 40 rows cannot be used (3 missing_value): ...;
+    at most 5% may be left out (data.max_skipped): ..."; 2 of 40 -> None.
 
     Args:
         problems: rows that were left out.
@@ -185,15 +191,21 @@ def refuse_problems(
         on_problem: "stop" allows none.
     """
     if not total:
-        raise DataError(f"{source} has no rows")
+        return f"{source} has no rows"
     line = describe_problems(problems, total, source)
     if on_problem == "stop" and problems:
-        raise DataError(f"{line}; data.on_problem is stop: mend them, or set it to skip")
+        return f"{line}; data.on_problem is stop: mend them, or set it to skip"
     if max_skipped < 1.0 and (len(problems) == total or len(problems) > max_skipped * total):
-        raise DataError(
+        return (
             f"{line}; at most {100 * max_skipped:.3g}% may be left out (data.max_skipped): mend the data, or the "
             "columns in the recipe"
         )
+    return None
+
+
+def shared_image_problem(source: str, row: int) -> RowProblem:
+    """A training row that is left out because of its image."""
+    return RowProblem(row, "held_out_image", "it shares an image with a validation row", source)
 
 
 def describe_problems(problems: Sequence[RowProblem], total: int, source: str) -> str:

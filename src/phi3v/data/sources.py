@@ -1,8 +1,7 @@
 """From the names of data sets to rows: training and validation rows, and the problems of what is left out.
 
 In come sources and options named as in the recipe's section `data`; out come `Rows`. Sets are opened by `opening`,
-images behind web addresses downloaded once by `fetch`, records read by `rows`. Rows count from 0 in the order of their
-source.
+images behind web addresses downloaded once by `fetch`, records read by `rows`. Rows count from 0 as their source does.
 
 Validation rows: `validation` where it is given; else the sets' own `validation`, `valid`, `val`, `dev` or `test`, when
 each set has one; else rows split off `train`.
@@ -20,10 +19,19 @@ from phi3v.data.cells import Cells
 from phi3v.data.columns import RowOptions
 from phi3v.data.conversations import record_map
 from phi3v.data.fetch import FetchLimits, fetch_images
-from phi3v.data.image_cache import ImageCache
+from phi3v.data.image_cache import FetchFailure, ImageCache
 from phi3v.data.mixing import mix
 from phi3v.data.opening import VALIDATION_NAMES, OpenedTable, narrowed, open_set
-from phi3v.data.rows import FirstLook, RecordSet, Rows, describe_problems, look_again, read_rows, refuse_problems
+from phi3v.data.rows import (
+    FirstLook,
+    RecordSet,
+    Rows,
+    describe_problems,
+    look_again,
+    read_rows,
+    refusal,
+    shared_image_problem,
+)
 from phi3v.data.schema import Row, RowProblem
 from phi3v.data.split import split_rows
 from phi3v.data.streaming import RowStream
@@ -42,6 +50,8 @@ class Reading:
         download: False downloads nothing: what is not cached is listed, and is no problem.
         max_skipped: share of a set's rows that may be left out; 1.0 allows all.
         on_problem: "stop" allows none.
+        refuse: False reads on where a set is refused, and says why in `LoadedData.refusal`.
+        failures: web address -> why it could not be downloaded just now.
         on_fetch: told of the downloads' progress, (done, total).
     """
 
@@ -50,6 +60,8 @@ class Reading:
     download: bool = True
     max_skipped: float = 0.05
     on_problem: Literal["skip", "stop"] = "skip"
+    refuse: bool = True
+    failures: Mapping[str, FetchFailure] = field(default_factory=dict)
     on_fetch: Callable[[int, int], None] | None = None
 
     @classmethod
@@ -83,6 +95,7 @@ class LoadedData:
         rows_in: rows read, of all sets. Without weights and max_rows it is the number of training rows, validation
             rows and problems together.
         not_cached: web addresses of images that are still to be downloaded, each once.
+        refusal: why a set is refused, with `Reading.refuse` False; else None.
     """
 
     train: Rows
@@ -91,6 +104,7 @@ class LoadedData:
     origin: str
     rows_in: int = 0
     not_cached: list[str] = field(default_factory=list)
+    refusal: str | None = None
 
 
 def load_data(
@@ -129,19 +143,22 @@ def load_data(
     looks = _look([*parts, *held], how, with_keys=splitting)
     rows = _joined(looks[: len(parts)])
     held_out = _joined(looks[len(parts) :]) if held else None
+    shared: list[RowProblem] = []
     if splitting and validation_split is not None:
         keys = [key for look in looks for key in look.keys]
-        kept, chosen = split_rows(keys, validation_split, split_seed)
-        rows, held_out, origin = rows.take(kept), rows.take(chosen), "split"
+        split = split_rows(keys, validation_split, split_seed)
+        shared = [shared_image_problem(row.source, row.index) for row in rows.take(split.left_out)]
+        rows, held_out, origin = rows.take(split.train), rows.take(split.validation), "split"
     if weights is not None:
         rows = rows.take(mix(rows.set_numbers, len(parts), weights, split_seed))
     return LoadedData(
         train=rows[:max_rows],
         validation=held_out,
-        problems=[problem for look in looks for problem in look.problems],
+        problems=[*(problem for look in looks for problem in look.problems), *shared],
         origin=origin,
         rows_in=sum(len(part.table) for part in [*parts, *held]),
         not_cached=list(dict.fromkeys(url for look in looks for url in look.not_cached)),
+        refusal=next((line for look in looks if (line := _set_refusal(look, how)) is not None), None),
     )
 
 
@@ -341,6 +358,7 @@ def _records(opened: OpenedTable, source: str, choice: _SetChoice, how: Reading)
         labels=opened.labels,
         single_floats=opened.single_floats,
         cache=how.cache,
+        failures=how.failures,
     )
     columns = record_map(opened.table.column_names, options, source, cells)
     columns.check(opened.table.column_names)
@@ -360,11 +378,18 @@ def _look(parts: Sequence[RecordSet], how: Reading, *, with_keys: bool) -> list[
     elif missing:
         looks = [replace(look, records=look.records.waiting_for_downloads()) for look in looks]
     for look in looks:
-        source, total = look.records.map.source, len(look.records.table)
-        refuse_problems(look.problems, total, source, max_skipped=how.max_skipped, on_problem=how.on_problem)
+        if how.refuse and (line := _set_refusal(look, how)) is not None:
+            raise DataError(line)
         if look.problems:
+            source, total = look.records.map.source, len(look.records.table)
             _logger.warning("%s", describe_problems(look.problems, total, source))
     return looks
+
+
+def _set_refusal(look: FirstLook, how: Reading) -> str | None:
+    """Why one set is refused, by itself; None when it is not."""
+    source, total = look.records.map.source, len(look.records.table)
+    return refusal(look.problems, total, source, max_skipped=how.max_skipped, on_problem=how.on_problem)
 
 
 def _joined(looks: Sequence[FirstLook]) -> Rows:

@@ -14,7 +14,7 @@ from typing import Literal
 from phi3v.data.cells import check_images, group_keys
 from phi3v.data.fetch import FetchLimits, fetch_images
 from phi3v.data.image_cache import FetchFailure
-from phi3v.data.rows import RecordSet, describe_problems
+from phi3v.data.rows import RecordSet, describe_problems, shared_image_problem
 from phi3v.data.schema import Row, RowProblem, UnusableRecord
 from phi3v.errors import DataError
 
@@ -104,8 +104,7 @@ class RowStream:
             elif not self.held_out_keys.isdisjoint(group_keys(outcome) if self.held_out_keys else ()):
                 if number not in told:
                     told.add(number)
-                    message = "it shares an image with a validation row"
-                    tell(RowProblem(number, "held_out_image", message, records.map.source))
+                    tell(shared_image_problem(records.map.source, number))
             else:
                 yield outcome
             if problems and seen % CHECKED_EVERY == 0:

@@ -5,7 +5,6 @@ In come rows and, where tokens are to be counted, a processor; out come, in the 
 and hashes is kept. Knows no recipes, splits or tables.
 """
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -62,7 +61,7 @@ class SurveyOptions:
         max_pixels: larger images are refused.
         max_length: the limit of a row in tokens; None for none.
         on_too_long: what is done about a longer row, see `fit`.
-        threads: that decode at once; None for one a processor core, eight at most.
+        threads: that decode at once, each with a decoded photo in memory: up to 320 MB at the largest that is allowed.
     """
 
     decode: bool = True
@@ -71,7 +70,7 @@ class SurveyOptions:
     max_pixels: int = MAX_PIXELS
     max_length: int | None = None
     on_too_long: OnTooLong = "skip"
-    threads: int | None = None
+    threads: int = 2
 
 
 def survey(
@@ -89,7 +88,7 @@ def survey(
         that is too long has facts, so that lengths are known of all; `too_long_problem` makes a problem of them.
     """
     waiting = iter(rows)
-    with ThreadPoolExecutor(options.threads or min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(options.threads) as pool:
         while group := list(islice(waiting, _BATCH)):
             yield from _look(group, processor, options, pool)
 

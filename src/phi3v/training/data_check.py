@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from phi3v.data.check import (
+    FetchedPart,
     Images,
     Report,
     count_images,
@@ -21,7 +22,16 @@ from phi3v.data.duplicates import find_duplicates
 from phi3v.data.fetch import FetchSummary, fetch_images
 from phi3v.data.sources import Reading
 from phi3v.errors import DataError
-from phi3v.first_look import HELD_OUT, FoundRows, Progress, Surveyed, find_rows, survey_options, survey_rows
+from phi3v.first_look import (
+    HELD_OUT,
+    FoundRows,
+    Progress,
+    Surveyed,
+    find_refusal,
+    find_rows,
+    survey_options,
+    survey_rows,
+)
 from phi3v.loading import load_config, load_processor
 from phi3v.recipe import Recipe
 from phi3v.training.outlook import outlook
@@ -51,10 +61,10 @@ def check_recipe(
     processor = load_processor(name, revision=revision, **recipe.image.processor_options) if model else None
     config = load_config(name, revision=revision) if model else None
     context = recipe.data.max_length or (config.max_position_embeddings if config is not None else None)
-    if fetch and shard != (0, 1):
-        _fetch_part(recipe, shard, on_progress)
+    part = _fetch_part(recipe, shard, on_progress) if fetch and shard != (0, 1) else None
+    failures = {} if part is None else part.failures
     whole = fetch and shard == (0, 1)
-    data, trouble = _open(recipe, download=whole, on_progress=on_progress)
+    data, unsplit = _open(recipe, download=whole, failures=failures, on_progress=on_progress)
     options = survey_options(recipe, context, decode=decode, hashes=True)
     train = survey_rows(data.train, processor, options, on_progress=on_progress)
     held_out = survey_rows(data.validation, processor, options, stage=HELD_OUT, on_progress=on_progress)
@@ -73,9 +83,8 @@ def check_recipe(
         origin=data.origin,
         problems=listed(problems),
         reasons=count_reasons(problems),
-        max_skipped=recipe.data.max_skipped,
-        on_problem=recipe.data.on_problem,
-        trouble=trouble,
+        **_limits(recipe),
+        trouble=data.refusal or unsplit or find_refusal(recipe, data, problems, len(train.kept)),
         sampled=data.sampled,
         decoded=decode,
         images=Images(count_images(facts), len({url for fact in facts for url in fact.web}), data.not_cached),
@@ -89,6 +98,7 @@ def check_recipe(
         beyond_rope=rows_beyond(facts, rope_limit),
         duplicates=find_duplicates(train.facts, held_out.facts),
         crops=crop_prices(facts, num_crops=crops, max_tokens=recipe.image.max_tokens, context=context),
+        part=None if whole or not fetch else FetchedPart.of(shard, part, **_limits(recipe)),
         outlook=_outlook(recipe, train, config, crops) if model else None,
     )
 
@@ -111,6 +121,11 @@ def _fetch_part(recipe: Recipe, shard: tuple[int, int], on_progress: Progress | 
         return None
     told = None if on_progress is None else lambda done, total: on_progress("downloading images", done, total)
     return fetch_images(missing, reading.cache, reading.limits, shard=shard, on_progress=told)
+
+
+def _limits(recipe: Recipe) -> dict[str, Any]:
+    """How much may be missing."""
+    return {"max_skipped": recipe.data.max_skipped, "on_problem": recipe.data.on_problem}
 
 
 def _outlook(recipe: Recipe, train: Surveyed, config: Any, num_crops: int | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from phi3v.data.collate import Collator
 from phi3v.data.sources import LoadedData, StreamedData
-from phi3v.errors import DataError, DeviceError, TrainingError
+from phi3v.errors import DeviceError, TrainingError
 from phi3v.evaluation.report_run import write_report
 from phi3v.evaluation.run import evaluate, held_out_rows
 from phi3v.first_look import RowUse
@@ -129,7 +129,7 @@ def _tune(recipe: Recipe, run: RunFolder, watch: Watcher) -> RunResult:
     data = _usable_data(recipe, processor, watch)
     model, autocast = _prepare_model(recipe, device)
     report = trainable_report(model)
-    _refuse_idle_training(report, data)
+    _refuse_idle_training(report)
     arguments = training_arguments(recipe, run, device=device, autocast=autocast, validated=bool(data.validation))
     check_optimiser(arguments, model)
     run.start(recipe)  # nothing was written so far
@@ -230,13 +230,10 @@ def _prepare_model(recipe: Recipe, device: torch.device) -> tuple[Any, torch.dty
     return model, None if compute == torch.float32 else compute
 
 
-def _refuse_idle_training(report: TrainableReport, data: LoadedData | StreamedData) -> None:
-    """TrainingError or DataError when there is nothing to train, or nothing to train on."""
+def _refuse_idle_training(report: TrainableReport) -> None:
+    """TrainingError when there is nothing to train; that there are rows to train on is known by now."""
     if report.trainable == 0:
         raise TrainingError("nothing trains: the recipe's lora and vision sections leave no weight to tune")
-    if not isinstance(data, StreamedData) and not len(data.train):
-        first = f"; the first problem is {data.problems[0]}" if data.problems else ""
-        raise DataError(f"data.train has no usable row{first}")
 
 
 def _callbacks(recipe: Recipe, run: RunFolder, report: TrainableReport, watch: Watcher) -> list[TrainerCallback]:
