@@ -17,7 +17,7 @@ SIGNATURES = {
     "evaluate": ["target", "data", "against", "rows", "on_progress"],
     "ask": ["target", "images", "question", "options"],
     "register": [],
-    "ChatModel": ["model", "processor"],
+    "ChatModel": ["model", "processor", "system"],
     "ChatModel.from_target": ["target", "options"],
     "ChatModel.ask": ["self", "images", "question", "system", "max_new_tokens", "stream", "generation"],
     "ChatModel.answer": ["self", "conversations", "batch_size", "max_new_tokens", "generation"],

@@ -45,9 +45,10 @@ def test_the_guides_run_in_numbers(tmp_path: Path) -> None:
     found = []
     for shop in range(8):  # a share is near, not exact: other addresses, other rows held out
         keys = [[f"https://shop{shop}.example/{row}.jpg"] for row in range(rows)]
-        train, held_out = split_rows(keys, split.validation, split.seed)
-        assert rows == 3040 == len(train) + len(held_out) and abs(len(held_out) - 304) < 60
-        order = epoch_order(len(train), samples, recipe.training.seed, 0)
+        sides = split_rows(keys, split.validation, split.seed)
+        assert rows == 3040 == len(sides.train) + len(sides.validation) and not sides.left_out
+        assert abs(len(sides.validation) - 304) < 60
+        order = epoch_order(len(sides.train), samples, recipe.training.seed, 0)
         found.append(len(order) / samples * recipe.training.epochs)
     assert sum(found) / len(found) == pytest.approx(steps, abs=4)
     assert arguments.save_steps * 5 < steps and 500 < steps < 1000  # the guide saves every 500
