@@ -30,6 +30,14 @@ def golden() -> Path:
     return Path(__file__).parent / "golden"
 
 
+@pytest.fixture
+def datasets_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `datasets` prepares goes into a folder of the test run."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Declares the marker of tests that `make test` leaves out."""
     config.addinivalue_line("markers", "slow: takes long; run by `make test-slow`")

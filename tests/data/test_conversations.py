@@ -13,11 +13,7 @@ from phi3v.data.schema import ImagePart, ImageRef, Message, TextPart
 from phi3v.data.sources import load_data, load_rows
 from phi3v.errors import DataError
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `datasets` prepares goes into a folder of the test run."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 @pytest.fixture

@@ -17,10 +17,7 @@ OPTIONS = RowOptions(images=None, prompt="?", answer="{title}")
 ANYWHERE = RowOptions(images=None, prompt="?", answer="{title}", allow_outside_root=True)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `datasets` prepares goes into a folder of the test run."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def fill(folder: Path, *names: str, text: str = "title\na\nb\n") -> None:

@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import datasets
 import pytest
 from PIL import Image
 
@@ -13,11 +12,7 @@ from phi3v.data.mixing import choose, mix, shares
 from phi3v.data.sources import load_data
 from phi3v.errors import DataError
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `datasets` prepares goes into a folder of the test run."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def test_an_epoch_is_divided_as_the_weights_say() -> None:

@@ -20,10 +20,7 @@ OPTIONS = RowOptions(prompt="What is it?", answer="{txt}")
 LOOSE = Reading(max_skipped=1.0)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `datasets` prepares goes into a folder of the test run."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def shard(path: Path, members: list[tuple[str, bytes | str]]) -> Path:

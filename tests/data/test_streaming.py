@@ -18,11 +18,7 @@ from phi3v.data.sources import Reading, load_rows, stream_data
 from phi3v.data.streamed_examples import StreamedExamples
 from phi3v.errors import DataError, TooLongError
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `datasets` prepares goes into a folder of the test run."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def ignore(problem: RowProblem) -> None:

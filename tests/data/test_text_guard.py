@@ -17,10 +17,7 @@ OPTIONS = RowOptions(images=None, prompt="?", answer="{title}")
 LOOSE = Reading(max_skipped=1.0)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `datasets` prepares goes into a folder of the test run."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def nested(depth: int) -> str:

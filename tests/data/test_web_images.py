@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 from image_server import image_server, picture
 
@@ -20,10 +19,7 @@ OPTIONS = RowOptions(prompt="What is it?", answer="{title}")
 URI = "data:image/png;base64," + base64.b64encode(picture(1)).decode()
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `datasets` prepares goes into a folder of the test run."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def reading(folder: Path, **more: Any) -> Reading:
