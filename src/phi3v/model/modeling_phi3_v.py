@@ -63,6 +63,9 @@ class Phi3VRotaryEmbedding(nn.Module):
         self.config = config
         self.limit = config.original_max_position_embeddings
         short, long, self.attention_scaling = self.frequencies()
+        built_on = torch.get_default_device()
+        if built_on.type != "meta":  # under meta they stay real: nothing fills a buffer that no file holds
+            short, long = short.to(built_on), long.to(built_on)
         self.register_buffer("short_inv_freq", short, persistent=False)
         self.register_buffer("long_inv_freq", long, persistent=False)
 
