@@ -83,7 +83,7 @@ class TestLayout:
         assert real.chat_template == CHAT_TEMPLATE and tokenizer.chat_template != CHAT_TEMPLATE
         conversations = [
             [user("hi")],
-            [user("<|image_1|>\n<|image_2|>\ncompare"), assistant("done"), user("  sure?\n\n")],
+            [user("compare\nthem"), assistant("done"), user("  sure?\n\n")],
             [{"role": "system", "content": "x < y | é"}, user(""), assistant("{{ braces }}")],
         ]
         for conversation in conversations:
@@ -165,13 +165,27 @@ class TestLayout:
         for settings in ({"add_special_tokens": False}, {"chat_template": with_bos}, {"add_special_tokens": True}):
             assert run(processor, [user("what is")], **settings)["input_ids"] == expected
 
-    def test_images_beside_prompts_in_microsofts_style(self, processor, photos):
-        conversation = [user("<|image_2|>\n<|image_1|>\nWhat?")]
+    def test_images_beside_parts_that_name_none(self, processor, photos):
+        """What trl does: parts mark the places, images come apart."""
+        conversation = [user({"type": "image"}, {"type": "image"}, text("What?"))]
         prompt = processor.apply_chat_template(conversation, add_generation_prompt=True)
         expected = processor(text=prompt, images=photos[:2], return_tensors="pt")
         settings = {"processor_kwargs": {"images": photos[:2]}, "add_generation_prompt": True, "return_tensors": "pt"}
         out = run(processor, conversation, **settings)
         assert all(torch.equal(out[key], expected[key]) for key in expected)
+
+    def test_prompts_in_microsofts_style_are_rendered_by_the_tokenizer(self, shared, real, photos):
+        """As the model's own page does it: tags in strings, the tokenizer's template, then the processor."""
+        assert real.tokenizer.chat_template != real.chat_template
+        conversation = [user("<|image_2|>\n<|image_1|>\nWhat?")]
+        prompt = real.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        assert prompt == "<|user|>\n<|image_2|>\n<|image_1|>\nWhat?<|end|>\n<|assistant|>\n"
+        swapped = real(prompt, photos[:2], return_tensors="pt")
+        expected = real.image_processor([photos[1], photos[0]], return_tensors="pt")
+        assert torch.equal(swapped["pixel_values"], expected["pixel_values"])
+        guarded = real.apply_chat_template(conversation, add_generation_prompt=True)
+        with pytest.raises(DataError, match="no tag <.image_1.> .*an image in a chat is a part of the content"):
+            real(guarded, photos[:2])
 
 
 class TestAssistantMasks:
@@ -315,8 +329,6 @@ class TestTextStaysText:
         checked = 0
         while checked < 200:
             conversation, control, said, images = random_conversation(rng, photos)
-            if through_text and not images:
-                continue  # strings with tags are prompts in Microsoft's style there
             check_conversation(processor, conversation, control, said, images, through_text)
             checked += 1
 
@@ -362,7 +374,7 @@ class TestTextStaysText:
         guard = TextGuard(CONTROL)
         for harmless in ("2 < 3", "<br>", "<|", "|>", "< s >", "<|image_x|>", "<image>", "é中😀", ""):
             assert guard.literal(harmless) == harmless
-        assert guard.literal("<s><|image_7|>", keep_tags=True) == f"<{GUARD}s><|image_7|>"
+        assert guard.literal("<s><|image_7|>") == f"<{GUARD}s><{GUARD}|image_7|>"
         assert guard.literal(f"<{GUARD}s>") == "<\ufffds>"
 
     def test_special_tokens_that_are_added_later_are_guarded_and_words_are_not(self, photos):

@@ -115,17 +115,15 @@ class TextGuard:
         rests: dict[str, list[str]] = {}
         for token in tokens:
             rests.setdefault(token[0], []).append(re.escape(token[1:]))
-        self._tokens = _first_characters(rests)
         rests.setdefault("<", []).append(IMAGE_TAG.pattern[1:])
-        self._tokens_and_tags = _first_characters(rests)
+        self._marked = _first_characters(rests)
 
-    def literal(self, text: str, keep_tags: bool = False) -> str:
-        """`text` with the guard in every control token and, unless `keep_tags`, in every image tag.
+    def literal(self, text: str) -> str:
+        """`text` with the guard in every control token and every image tag.
 
         A guard character that the text itself holds becomes U+FFFD, the replacement character.
         """
-        pattern = self._tokens if keep_tags else self._tokens_and_tags
-        return pattern.sub(r"\g<0>" + GUARD, text.replace(GUARD, "\N{REPLACEMENT CHARACTER}"))
+        return self._marked.sub(r"\g<0>" + GUARD, text.replace(GUARD, "\N{REPLACEMENT CHARACTER}"))
 
 
 def _first_characters(rests: Mapping[str, list[str]]) -> re.Pattern[str]:
@@ -167,13 +165,11 @@ def restore_normalizer(file: Path) -> None:
     file.write_text(json.dumps(saved, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
-def prepare_conversation(
-    conversation: Sequence[Any], guard: TextGuard, keep_tags: bool
-) -> tuple[list[dict[str, Any]], list[Any]]:
+def prepare_conversation(conversation: Sequence[Any], guard: TextGuard) -> tuple[list[dict[str, Any]], list[Any]]:
     """Guarded copies of a conversation's messages, and the images of its image parts in order.
 
-    Text parts are text. A string is text too, with one exception for prompts in Microsoft's style: with `keep_tags`, in
-    a conversation without image parts, image tags in a user's string are kept as tags. Neighbouring text parts are
+    Strings and text parts are text, image tags in them too: an image is a part of the content. (Prompts in Microsoft's
+    style, with tags in strings, are rendered by the tokenizer's own `apply_chat_template`.) Neighbouring text parts are
     joined without anything between them before the guard looks at them. An image part without an image gives None.
 
     Example: `[{"role": "user", "content": [{"type": "image", "image": photo}, {"type": "text", "text": "What?"}]}]`
@@ -188,22 +184,18 @@ def prepare_conversation(
     prepared = [_read_message(index, message, guard) for index, message in enumerate(conversation)]
     parts = [part for message in prepared if isinstance(message["content"], list) for part in message["content"]]
     images = [part.get("image") for part in parts if part["type"] == "image"]
-    for message in prepared:
-        if isinstance(message["content"], str):
-            tags = keep_tags and not images and message["role"] == "user"
-            message["content"] = guard.literal(message["content"], keep_tags=tags)
     return prepared, images
 
 
 def _read_message(index: int, message: Any, guard: TextGuard) -> dict[str, Any]:
-    """Copy of a message with guarded parts; a string is not guarded yet."""
+    """Copy of a message with guarded content."""
     if not isinstance(message, Mapping):
         raise DataError(f"message {index} is a {type(message).__name__}: a message has a role and content")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise DataError(f"message {index} has the role {role!r}: Phi-3-V knows {', '.join(ROLES)}")
     if isinstance(content, str):
-        return {"role": role, "content": content}
+        return {"role": role, "content": guard.literal(content)}
     if not isinstance(content, Sequence):
         kind = type(content).__name__
         raise DataError(f"message {index} has content of type {kind}: it must be a string or a list of parts")

@@ -9,7 +9,7 @@ from typing import Any, overload
 
 from phi3v.errors import DataError
 
-from .chat_phi3_v import IMAGE_TAG
+from .chat_phi3_v import GUARD, IMAGE_TAG
 
 
 def match_images(texts: list[str], images: Any) -> list[Any]:
@@ -33,8 +33,10 @@ def match_images(texts: list[str], images: Any) -> list[Any]:
                 )
         unused = sorted(set(range(1, len(own) + 1)) - set(tags))
         if unused:
+            hint = "; an image in a chat is a part of the content, a tag in its text is text"
             raise DataError(
                 f"prompt {index} has no tag <|image_{unused[0]}|> for its image: {_count(len(own))} given for it"
+                f"{hint if GUARD in texts[index] else ''}"
             )
         matched += [own[tag - 1] for tag in tags]
     return matched

@@ -221,10 +221,9 @@ class Phi3VProcessor(ProcessorMixin):
     ) -> Any:
         """Renders one conversation or many, and with `tokenize` also processes them, images included.
 
-        Text of messages stays text: it never becomes a control token, nor an image tag (see `chat_phi3_v`; with
-        `tokenize=False`, or with images in `processor_kwargs`, tags in a user's string content are kept, as Microsoft's
-        style of prompts has them). Arguments are transformers' own; keywords of `__call__` may stand beside them or in
-        `processor_kwargs`.
+        Text of messages stays text: it never becomes a control token, nor an image tag (see `chat_phi3_v`). Arguments
+        are transformers' own; keywords of `__call__` may stand beside them or in `processor_kwargs`, which may also
+        hold the `images` of image parts that name none.
 
         Returns:
             Prompts, or with `tokenize` input ids, or with `return_dict` too what `__call__` returns; with
@@ -242,7 +241,6 @@ class Phi3VProcessor(ProcessorMixin):
         is_batched = bool(conversation) and isinstance(conversation[0], list | tuple)
         prompts, spans, found = self._render_chats(
             conversation if is_batched else [conversation],
-            keep_tags=not tokenize or images is not None,
             chat_template=self._named_template(chat_template),
             tools=tools,
             documents=documents,
@@ -267,14 +265,14 @@ class Phi3VProcessor(ProcessorMixin):
         return templates["default"] if name is None else templates.get(name, name)
 
     def _render_chats(
-        self, conversations: Sequence[Any], keep_tags: bool, **template_settings: Any
+        self, conversations: Sequence[Any], **template_settings: Any
     ) -> tuple[list[str], list[list[tuple[int, int]]], list[list[Any]]]:
         """Prompts, the characters that assistant turns span in them (when asked for), and the images of each."""
         for already_done in ("sanitize_control_tokens", "load_audio_from_video"):
             template_settings.pop(already_done, None)
         added = self.tokenizer.added_tokens_decoder.values()
         guard = TextGuard(token.content for token in added if not token.normalized)
-        prepared = [prepare_conversation(messages, guard, keep_tags) for messages in conversations]
+        prepared = [prepare_conversation(messages, guard) for messages in conversations]
         prompts, spans = render_jinja_template(
             conversations=[messages for messages, _ in prepared],
             **{**self.tokenizer.special_tokens_map, **template_settings},
