@@ -8,7 +8,7 @@ no weights and writes nothing.
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from phi3v.data.columns import RowOptions
@@ -35,7 +35,7 @@ class Surveyed:
         kept: positions of the rows that can be used.
         facts: what is known of each row, too long ones among them; every row once however often it is repeated.
         problems: the rows that cannot be used, every row once.
-        lengths: tokens of each kept row; of one that is made to fit the limit, where it is not known, the limit.
+        lengths: tokens of each kept row, and the limit for one that is made to fit it.
     """
 
     kept: list[int]
@@ -267,6 +267,5 @@ def measured_rows(
     if (line := find_refusal(recipe, data, problems, len(train.kept))) is not None:
         raise DataError(line)
     validation = None if data.validation is None else data.validation.take(held_out.kept)
-    known = {each.name: getattr(data, each.name) for each in fields(LoadedData)}
-    changed = {"train": data.train.take(train.kept), "validation": validation, "problems": problems}
-    return MeasuredData(**{**known, **changed}, lengths=train.lengths)
+    found = replace(data, train=data.train.take(train.kept), validation=validation, problems=problems)
+    return MeasuredData(**vars(found), lengths=train.lengths)

@@ -158,10 +158,10 @@ def test_the_kernel_for_several_lengths_is_called_in_both_of_its_forms(
         made = [sdpa(*(p.transpose(0, 1) for p in one), is_causal=True, **scale) for one in zip(*parts, strict=True)]
         return torch.cat(made, dim=1).transpose(0, 1)
 
-    def old(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):  # noqa: ANN001
+    def old(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
         return attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=is_causal)
 
-    def new(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), scale=None):  # noqa: ANN001
+    def new(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), scale=None):
         return attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window_size, scale=scale)
 
     module = ModuleType("torch.nn.attention.varlen")
@@ -209,6 +209,22 @@ def test_flash_attention_gets_the_borders_by_its_own_names(monkeypatch: pytest.M
     for kwargs in seen:
         assert kwargs["cu_seq_lens_q"] is kwargs["cu_seq_lens_k"] is pack["cu_seqlens"]
         assert kwargs["max_length_q"] == kwargs["max_length_k"] == pack["max_seqlen"]
+
+
+def test_on_the_meta_device_the_kernel_stands_for_the_gpus(calls: Counter) -> None:
+    """So that operations, bytes and launches can be counted without one."""
+    kernel = varlen_kernel()
+    if kernel is None:
+        pytest.skip("needs torch 2.10: this one has no torch.nn.attention.varlen")
+    assert packed_attention._runs_varlen(torch.device("meta")) and not packed_attention._runs_varlen(
+        torch.device("cpu")
+    )
+    rows = [torch.empty(1, 2, 5, 96, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3)]
+    borders = {"cu_seqlens": torch.empty(3, dtype=torch.int32, device="meta"), "max_seqlen": 3}
+    found, _ = packed_attention.packed_attention(torch.nn.Module(), *rows, None, kernel=kernel, **borders)
+    assert found.shape == (1, 5, 2, 96) and not calls
+    found.sum().backward()
+    assert all(row.grad.shape == row.shape for row in rows)
 
 
 def test_a_window_over_part_of_the_context_stays_with_transformers(calls: Counter) -> None:

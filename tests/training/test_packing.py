@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from safetensors.torch import load_file
 from tiny_models import PREPROCESSOR, write_tiny_model
 
 import phi3v
-from phi3v.data import images
 from phi3v.data.plan import plan_steps
 from phi3v.errors import ConfigError
 from phi3v.kernels import packed_attention
@@ -66,6 +65,12 @@ def make(world: Path, tmp_path: Path) -> MakeRecipe:
         )
 
     return recipe
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows a training is not looked at here."""
+    monkeypatch.setattr(training, "_report", lambda *args: None)
 
 
 @pytest.fixture
@@ -122,8 +127,7 @@ def test_the_plan_is_made_of_headers_and_the_steps_follow_it(make: MakeRecipe, m
     recipe = make(micro_batch_size=2, max_steps=3)
     processor = load_processor(recipe.model.name)
     with monkeypatch.context() as patch:
-        patch.setattr(images, "open_image", lambda *args, **kwargs: pytest.fail("decoded an image"))
-        patch.setattr(Image.Image, "load", lambda *args, **kwargs: pytest.fail("decoded an image"))
+        patch.setattr(ImageFile.ImageFile, "load", lambda *args: pytest.fail("decoded an image"))
         data = read_data(recipe, processor, lambda *told: None)
     how = micro_batches_of(recipe, max(data.lengths))
     assert how.tokens == 2 * max(data.lengths)
@@ -147,7 +151,7 @@ def test_the_plan_is_made_of_headers_and_the_steps_follow_it(make: MakeRecipe, m
 def test_the_budget(make: MakeRecipe) -> None:
     recipe = make(micro_batch_size=2)
     data = read_data(recipe, load_processor(recipe.model.name), lambda *told: None)
-    step, padded = make_collators(recipe, data, 0)
+    step, _ = make_collators(recipe, data, 0)
     assert step.micro_batches.tokens == 2 * max(data.lengths) and len(data.lengths) == len(data.train)
     assert make_collators(make(tokens_per_micro_batch=77), data, 0)[0].micro_batches.tokens == 77
     assert micro_batches_of(recipe, 0).tokens is None  # of a stream: each step by its own longest
@@ -180,10 +184,7 @@ def test_features_that_are_kept_stand_in_packs(make: MakeRecipe, packs: list) ->
     assert losses(kept) == pytest.approx(losses(plain), abs=1e-5)
 
 
-def test_validation_rows_are_padded_and_go_the_plain_way(
-    make: MakeRecipe, packs: list, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(training, "_report", lambda *args: None)
+def test_validation_rows_are_padded_and_go_the_plain_way(make: MakeRecipe, packs: list) -> None:
     validated = []
     for changes in ({}, {"packing": False}):
         values = make(f"run{len(validated)}", max_steps=1, eval_strategy="steps", eval_steps=1, **changes).model_dump()

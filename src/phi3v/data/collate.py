@@ -103,7 +103,7 @@ class StepCollator:
     def __call__(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
         """The micro-batches of a step; every example is in one of them.
 
-        Example, packs of 10 tokens: examples of 6, 5, 4 and 3 tokens -> the batches of examples 0 and 2, and of 1 and 3.
+        Example, packs of 10 tokens: of examples with 6, 5, 4 and 3 tokens 0 and 2 are a batch, and 1 and 3.
         """
         groups = self.micro_batches.groups([len(example["input_ids"]) for example in examples])
         return [self.collate([examples[place] for place in group]) for group in groups]
