@@ -1,8 +1,9 @@
-"""How many rows a second are planned: image, text and trained tokens from JPEG headers and text, nothing decoded.
+"""How many rows a second are planned: their tokens from JPEG headers and text, and from these the packs of all steps.
 
     python benchmarks/planning.py [--rows 2000] [--model FOLDER]
 
-Paints JPEGs of many sizes into a temporary folder, plans them five times on one thread and prints the fastest.
+Nothing is decoded. Paints JPEGs of many sizes into a temporary folder, plans them five times on one thread, in steps of
+16 samples, and prints the fastest.
 """
 
 import argparse
@@ -17,8 +18,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from PIL import Image
 
 from phi3v.data.lengths import row_lengths
+from phi3v.data.plan import MicroBatches, plan_steps
 from phi3v.data.schema import ImagePart, ImageRef, Message, Row, TextPart
 from phi3v.loading import load_processor
+
+SAMPLES = 16
+"""Of a step."""
 
 TINY = Path(__file__).resolve().parents[1] / "src" / "phi3v" / "demo" / "tiny"
 
@@ -45,13 +50,15 @@ def main() -> None:
     processor = load_processor(chosen.model)
     with tempfile.TemporaryDirectory() as folder:
         rows = make_rows(Path(folder), chosen.rows)
-        seconds, cpu_seconds, tokens = [], [], 0
+        seconds, cpu_seconds, lengths, packs = [], [], [], 0
         for _ in range(5):
             began, cpu_began = time.perf_counter(), time.process_time()
-            tokens = sum(length.total for length in row_lengths(rows, processor))
+            lengths = [length.total for length in row_lengths(rows, processor)]
+            how = MicroBatches(1, tokens=max(lengths))
+            packs = sum(len(step) for step in plan_steps(lengths, range(len(rows)), SAMPLES, how))
             seconds.append(time.perf_counter() - began)
             cpu_seconds.append(time.process_time() - cpu_began)
-    print(f"{chosen.rows} rows, {tokens:,} tokens, one thread, the fastest of five:")
+    print(f"{chosen.rows} rows, {sum(lengths):,} tokens in {packs:,} packs, one thread, the fastest of five:")
     print(f"{chosen.rows / min(seconds):,.0f} rows/s, {chosen.rows / min(cpu_seconds):,.0f} rows a second of CPU time")
 
 

@@ -31,6 +31,8 @@ LAYERS = (
     ("generate", 3),
     ("data", 2),
     ("data.*", 2),
+    ("kernels", 1),
+    ("kernels.*", 1),
     ("model", 1),
     ("model.*", 1),
     ("errors", 0),
@@ -43,9 +45,20 @@ LAYERS = (
 
 # Where each library may be imported (lazily or not). A library that is not here may not be imported at all.
 LIBRARIES = {
-    "torch": ("model.*", "loading", "tuning", "generate", "data.*", "evaluation.*", "training.*", "demo.*"),
+    "torch": (
+        "model.*",
+        "kernels.*",
+        "loading",
+        "tuning",
+        "generate",
+        "data.*",
+        "evaluation.*",
+        "training.*",
+        "demo.*",
+    ),
     "transformers": (
         "model.*",
+        "kernels.*",
         "loading",
         "tuning",
         "generate",

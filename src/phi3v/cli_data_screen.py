@@ -187,6 +187,9 @@ def outlook_lines(report: Report) -> Iterator[str]:
         yield f"steps: {counted(found['steps_per_epoch'], 'step')} of {samples} an epoch, {found['steps']} in all"
     if found["operations"] is None:
         return
+    how = "packed" if found["packed"] else "padded"
+    mean, largest = short_number(found["micro_batches"]), short_number(found["largest"])
+    yield f"micro-batches: {mean} a step, {how}, of at most {largest} tokens"
     work = f"{short_number(found['tokens'])} tokens, {found['operations']:.2g} floating-point operations"
     stated = found["operations"] / STATED_RATE
     at_that_rate = f": {duration(stated)} at {STATED_RATE / 1e12:.0f} TFLOP/s" if stated >= 60 else ""

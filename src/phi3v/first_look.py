@@ -5,9 +5,10 @@ before a step is taken (`data.survey`), so that none that is too long or cannot 
 no weights and writes nothing.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from phi3v.data.columns import RowOptions
@@ -34,11 +35,24 @@ class Surveyed:
         kept: positions of the rows that can be used.
         facts: what is known of each row, too long ones among them; every row once however often it is repeated.
         problems: the rows that cannot be used, every row once.
+        lengths: tokens of each kept row, and the limit for one that is made to fit it.
     """
 
     kept: list[int]
     facts: list[RowFacts]
     problems: list[RowProblem]
+    lengths: list[int]
+
+
+@dataclass(frozen=True)
+class MeasuredData(LoadedData):
+    """Rows whose lengths are known.
+
+    Attributes:
+        lengths: tokens of each training row, see `Surveyed`.
+    """
+
+    lengths: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -182,10 +196,12 @@ def survey_rows(
     """
     places: list[int] = []  # for each position a number that equal rows share
     distinct = survey(_first_times(rows, places), processor, options)
-    facts, problems, bad = [], [], set()
+    facts, problems, bad, tokens = [], [], set(), {}
+    limit = options.max_length or sys.maxsize
     for number, found in enumerate(distinct):
         if isinstance(found, RowFacts):
             facts.append(found)
+            tokens[number] = min(found.length.total, limit) if found.length is not None else 0
         problem = found if isinstance(found, RowProblem) else too_long_problem(found)
         if problem is not None:
             problems.append(problem)
@@ -194,7 +210,8 @@ def survey_rows(
             on_progress(stage, len(places), len(rows))
     if on_progress is not None and len(rows):
         on_progress(stage, len(rows), len(rows))
-    return Surveyed([position for position, number in enumerate(places) if number not in bad], facts, problems)
+    kept = [position for position, number in enumerate(places) if number not in bad]
+    return Surveyed(kept, facts, problems, [tokens[places[position]] for position in kept])
 
 
 def _first_times(rows: Iterable[Row], places: list[int]) -> Iterator[Row]:
@@ -232,7 +249,7 @@ def find_refusal(
 
 def measured_rows(
     recipe: Recipe, data: LoadedData, processor: Any, context: int, *, on_progress: Progress | None = None
-) -> LoadedData:
+) -> MeasuredData:
     """The rows whose samples the model can take, by headers and text; the others are problems.
 
     Args:
@@ -250,4 +267,5 @@ def measured_rows(
     if (line := find_refusal(recipe, data, problems, len(train.kept))) is not None:
         raise DataError(line)
     validation = None if data.validation is None else data.validation.take(held_out.kept)
-    return replace(data, train=data.train.take(train.kept), validation=validation, problems=problems)
+    found = replace(data, train=data.train.take(train.kept), validation=validation, problems=problems)
+    return MeasuredData(**vars(found), lengths=train.lengths)

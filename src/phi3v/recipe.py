@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from phi3v.errors import ConfigError
 from phi3v.recipe_data import DataSection, Section, shorthand
 from phi3v.recipe_errors import explain
-from phi3v.recipe_yaml import read_yaml, write_yaml
+from phi3v.recipe_yaml import apply_override, read_yaml, write_yaml
 
 LORA_DEFAULTS: dict[str, Any] = {
     "r": 16,
@@ -126,6 +126,12 @@ class TrainingSection(BaseModel):
     micro_batch_size: int = Field(
         default=1, ge=1, description="Samples that go through the model at once: memory, not the result."
     )
+    packing: bool = Field(
+        default=True, description="Samples of a step end to end in rows, each attending to itself alone; false pads."
+    )
+    tokens_per_micro_batch: int | None = Field(
+        default=None, ge=1, description="Most tokens of a pack; null: micro_batch_size times the longest sample."
+    )
     epochs: float = Field(
         default=3.0, gt=0, allow_inf_nan=False, description="Passes over the training rows; max_steps wins."
     )
@@ -148,6 +154,11 @@ class TrainingSection(BaseModel):
             raise ValueError(
                 f"training.samples_per_step is {self.samples_per_step}, which is no multiple of "
                 f"training.micro_batch_size, {self.micro_batch_size}; change one of them"
+            )
+        if self.tokens_per_micro_batch is not None and not self.packing:
+            raise ValueError(
+                "training.tokens_per_micro_batch is the budget of packs, and training.packing is false: take one of "
+                "them out"
             )
         return self
 
@@ -272,7 +283,7 @@ class Recipe(Section):
             )
         values = {"output": f"runs/{name}", **values}
         for override in overrides:
-            values = _apply(values, override)
+            values = apply_override(values, override, _SHORTHANDS)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -333,32 +344,6 @@ _PLACES = (
 )
 _PLACE_KEYS = {*(key for _, key in _PLACES), "source"}
 _SHORTHANDS = {"model": "name", "data": "train"}
-
-
-def _apply(values: Mapping[str, Any], override: str) -> dict[str, Any]:
-    """A copy of `values` with one override applied.
-
-    Example: {"model": "a/b"}, "model.dtype=float32" -> {"model": {"name": "a/b", "dtype": "float32"}}.
-    Raises: ConfigError when it is not key=value, its value is not YAML, or its key goes through a plain value.
-    """
-    key, equals, text = override.partition("=")
-    path = [part.strip() for part in key.split(".")]
-    if not equals or not all(path):
-        raise ConfigError(f"override {override!r} is not of the form section.key=value, training.seed=1 for instance")
-    result = dict(values)
-    inner = result
-    for depth, part in enumerate(path[:-1]):
-        below = inner.get(part)
-        if depth == 0 and isinstance(below, str) and part in _SHORTHANDS:
-            below = {_SHORTHANDS[part]: below}
-        if below is not None and not isinstance(below, Mapping):
-            raise ConfigError(
-                f"override {override!r}: {'.'.join(path[: depth + 1])} is {below!r}, which has no keys below it"
-            )
-        inner[part] = dict(below or {})
-        inner = inner[part]
-    inner[path[-1]] = read_yaml(text, f"override {override!r}")
-    return result
 
 
 def _there(place: str) -> bool:

@@ -6,6 +6,7 @@ mappings with text keys. Knows nothing of what the keys mean; every error is a `
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -108,3 +109,34 @@ def write_yaml(value: Any) -> str:
     Example: write_yaml({"rate": 0.0001, "name": "1e-4"}) -> "rate: 0.0001\\nname: '1e-4'\\n".
     """
     return yaml.dump(value, Dumper=_Writer, sort_keys=False, allow_unicode=True, width=1000, default_flow_style=False)
+
+
+def apply_override(values: Mapping[str, Any], override: str, shorthands: Mapping[str, str]) -> dict[str, Any]:
+    """A copy of `values` with one override, "section.key=value", applied.
+
+    Args:
+        values: nested mappings.
+        override: the value is YAML.
+        shorthands: sections that may be written as one value -> the key that it stands for.
+    Example: {"model": "a/b"}, "model.dtype=float32", {"model": "name"} -> {"model": {"name": "a/b", "dtype":
+        "float32"}}.
+    Raises: ConfigError when it is not key=value, its value is not YAML, or its key goes through a plain value.
+    """
+    key, equals, text = override.partition("=")
+    path = [part.strip() for part in key.split(".")]
+    if not equals or not all(path):
+        raise ConfigError(f"override {override!r} is not of the form section.key=value, training.seed=1 for instance")
+    result = dict(values)
+    inner = result
+    for depth, part in enumerate(path[:-1]):
+        below = inner.get(part)
+        if depth == 0 and isinstance(below, str) and part in shorthands:
+            below = {shorthands[part]: below}
+        if below is not None and not isinstance(below, Mapping):
+            raise ConfigError(
+                f"override {override!r}: {'.'.join(path[: depth + 1])} is {below!r}, which has no keys below it"
+            )
+        inner[part] = dict(below or {})
+        inner = inner[part]
+    inner[path[-1]] = read_yaml(text, f"override {override!r}")
+    return result

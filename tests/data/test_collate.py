@@ -5,7 +5,8 @@ import inspect
 import pytest
 import torch
 
-from phi3v.data.collate import Collator, join_images
+from phi3v.data.collate import Collator, PackedCollator, StepCollator, join_images
+from phi3v.data.plan import MicroBatches
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 
 
@@ -80,3 +81,42 @@ def test_joining_keeps_the_number_type() -> None:
 def test_keys_are_arguments_of_forward() -> None:
     batch = Collator(pad_token_id=0)([example([1, 2], (1, 1))])
     assert set(batch) <= set(inspect.signature(Phi3VForCausalLM.forward).parameters)
+
+
+def test_a_pack_is_one_row_without_padding() -> None:
+    batch = PackedCollator()([example([5, 6, 7], (1, 1)), example([8]), example([9, 4], (1, 2))])
+    longest = batch.pop("max_seqlen")
+    assert longest == 3 and batch["cu_seqlens"].dtype == torch.int32
+    assert {key: value.tolist() for key, value in batch.items() if not key.startswith("pixel")} == {
+        "input_ids": [[5, 6, 7, 8, 9, 4]],
+        "position_ids": [[0, 1, 2, 0, 0, 1]],
+        "labels": [[-100, 6, 7, -100, -100, 4]],
+        "cu_seqlens": [0, 3, 4, 6],
+        "image_sizes": [[2, 2], [2, 4]],
+    }
+    assert batch["pixel_values"][:, :, 0, 0, 0].tolist() == [[1, 2, 0], [1, 2, 3]]
+
+
+def test_nothing_is_learned_across_a_border() -> None:
+    """Labels that a collator of another library copied whole: the first token of a sample has no one before it."""
+    rows = [{"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)} for ids in ([5, 6], [7, 8])]
+    copies = [row["labels"].clone() for row in rows]
+    assert PackedCollator()(rows)["labels"].tolist() == [[-100, 6, -100, 8]]
+    assert all(torch.equal(row["labels"], copy) for row, copy in zip(rows, copies, strict=True))
+
+
+def test_a_step_is_the_list_of_its_micro_batches() -> None:
+    rows = [example([1] * length) for length in (6, 5, 4, 3)]
+    packs = StepCollator(PackedCollator(), MicroBatches(1, tokens=10))(rows)
+    assert [pack["cu_seqlens"].tolist() for pack in packs] == [[0, 6, 9], [0, 5, 9]]
+    padded = StepCollator(Collator(0), MicroBatches(2, packed=False))(rows)
+    assert [batch["input_ids"].shape for batch in padded] == [(2, 6), (2, 4)]
+
+
+def test_packs_follow_from_the_samples_that_came() -> None:
+    """A longer row stands in for one that did not decode: another pack, no sample lost, the budget kept."""
+    planned, came = [6, 4, 5, 5], [6, 9, 5, 5]
+    how = MicroBatches(1, tokens=10)
+    assert len(how.groups(planned)) == 2
+    packs = StepCollator(PackedCollator(), how)([example([1] * length) for length in came])
+    assert [pack["cu_seqlens"].diff().tolist() for pack in packs] == [[5, 5], [9], [6]]

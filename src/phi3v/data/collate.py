@@ -1,16 +1,18 @@
-"""From examples to a batch: rows padded to one length, images one after the other.
+"""From examples to a batch: rows padded to one length or packed end to end, images one after the other.
 
-In come examples of `encode` (or `encode_prompt`); out comes a dict whose keys are exactly argument names of the model's
-`forward`. Knows nothing of rows, text or images beyond their shapes.
+In come examples of `encode` (or `encode_prompt`); out comes a dict whose keys are exactly arguments of the model's
+`forward`, or a list of these, the micro-batches of one step. Knows nothing of rows, text or images beyond their shapes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import accumulate
+from typing import Any, Literal
 
 import torch
 
 from phi3v.data.encode import IGNORED, Example
+from phi3v.data.plan import MicroBatches
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,7 @@ class Collator:
         batch = {"input_ids": self._pad(ids, self.pad_token_id), "attention_mask": self._pad(masks, 0)}
         if any("labels" in example for example in examples):
             batch["labels"] = self._pad([example["labels"] for example in examples], IGNORED)
-        with_images = [example for example in examples if "pixel_values" in example]
-        if with_images:
-            batch["pixel_values"] = join_images([example["pixel_values"] for example in with_images])
-            batch["image_sizes"] = torch.cat([example["image_sizes"] for example in with_images])
-        return batch
+        return batch | images_of(examples)
 
     def _pad(self, rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
         """Rows of different lengths as one tensor."""
@@ -55,6 +53,71 @@ class Collator:
             start = longest - len(row) if self.padding_side == "left" else 0
             padded[place, start : start + len(row)] = row
         return padded
+
+
+@dataclass(frozen=True)
+class PackedCollator:
+    """Makes one row of several examples, end to end, for attention that stays inside each of them."""
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """The batch.
+
+        Args:
+            examples: as for `Collator`, with labels; a mask of theirs is left out, as no position is padding.
+        Returns: input_ids, position_ids and labels [1, T]; cu_seqlens, int32 [examples + 1], and max_seqlen, a number,
+            for the attention; the images as `Collator` gives them.
+        Example: input_ids [5, 6, 7] and [8, 9] -> [[5, 6, 7, 8, 9]], position_ids [[0, 1, 2, 0, 1]], cu_seqlens
+            [0, 3, 5], max_seqlen 3. Labels [5, 6, 7] and [8, 9] -> [[-100, 6, 7, -100, 9]]: the first token of an
+            example follows on nothing, least of all on its neighbour.
+        """
+        lengths = [len(example["input_ids"]) for example in examples]
+        borders = [0, *accumulate(lengths)]
+        labels = torch.cat([example["labels"] for example in examples])
+        labels[borders[:-1]] = IGNORED
+        batch: dict[str, Any] = {
+            "input_ids": torch.cat([example["input_ids"] for example in examples])[None],
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+            "labels": labels[None],
+            "cu_seqlens": torch.tensor(borders, dtype=torch.int32),
+            "max_seqlen": max(lengths),
+        }
+        return batch | images_of(examples)
+
+
+@dataclass(frozen=True)
+class StepCollator:
+    """Makes the micro-batches of one optimiser step out of its samples.
+
+    They are cut by the lengths that the samples have now. That is the plan made from headers and texts, except where a
+    row could not be decoded and a longer or shorter one stands in for it: the packs then follow from what is there,
+    stay within the budget, and the step keeps its number of samples.
+
+    Attributes:
+        collate: makes a batch of the samples of one micro-batch.
+        micro_batches: how a step is cut.
+    """
+
+    collate: Callable[[list[Example]], dict[str, Any]]
+    micro_batches: MicroBatches
+
+    def __call__(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        """The micro-batches of a step; every example is in one of them.
+
+        Example, packs of 10 tokens: of examples with 6, 5, 4 and 3 tokens 0 and 2 are a batch, and 1 and 3.
+        """
+        groups = self.micro_batches.groups([len(example["input_ids"]) for example in examples])
+        return [self.collate([examples[place] for place in group]) for group in groups]
+
+
+def images_of(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """The images of several examples: pixel_values and image_sizes, or nothing where no example has any."""
+    with_images = [example for example in examples if "pixel_values" in example]
+    if not with_images:
+        return {}
+    return {
+        "pixel_values": join_images([example["pixel_values"] for example in with_images]),
+        "image_sizes": torch.cat([example["image_sizes"] for example in with_images]),
+    }
 
 
 def join_images(pixels: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -193,6 +193,8 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
                 position_ids = positions_from_mask(attention_mask, length)
             else:
                 position_ids = torch.arange(past, past + length, device=inputs_embeds.device)[None]
+        if kwargs.get("cu_seqlens") is not None:
+            use_cache = False  # beside a cache transformers takes a pack for one sequence
         return super().forward(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -277,6 +279,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
             trained_logits_only: compute logits only where a label asks for them; `logits` are then
                 `[trained tokens, vocabulary]`. (An argument with "label" in its name would be taken for labels by
                 transformers' Trainer.)
+            **kwargs: to the attention; for a row of several samples `cu_seqlens` and `max_seqlen`, see
+                `kernels.packed_attention`. Its `position_ids` restart at 0 and it has no mask.
 
         Example: with `labels=[[-100, -100, 7, 8]]` and `trained_logits_only=True` the logits are those of positions 1
         and 2, which predict 7 and 8.

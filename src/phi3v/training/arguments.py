@@ -24,6 +24,7 @@ _DECIDED_ELSEWHERE = {
     "fp16": "model.dtype",
     "use_cpu": "model.device",
     "dataloader_drop_last": "training.samples_per_step (the last step of an epoch is filled up)",
+    "auto_find_batch_size": "training.micro_batch_size (a step keeps its number of samples)",
     "resume_from_checkpoint": "output (a run goes on by itself)",
 }
 _SEVERAL_PROCESSES = {"fsdp", "fsdp_config", "deepspeed", "parallelism_config", "local_rank"}
@@ -62,8 +63,8 @@ def training_arguments(
     }
     computed: dict[str, Any] = {
         "output_dir": str(run.checkpoints),
-        "per_device_train_batch_size": training.micro_batch_size,
-        "gradient_accumulation_steps": training.samples_per_step // training.micro_batch_size,
+        "per_device_train_batch_size": training.samples_per_step,  # a step is one item of the loader, see `StepTrainer`
+        "gradient_accumulation_steps": 1,
         "per_device_eval_batch_size": recipe.evaluation.batch_size,
         "num_train_epochs": training.epochs,
         "max_steps": training.max_steps or -1,

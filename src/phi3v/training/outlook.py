@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 
+from phi3v.data.plan import plan_steps
 from phi3v.data.survey import RowFacts
 from phi3v.image_tokens import crop_grid
 from phi3v.recipe import Recipe
+from phi3v.training.samples import micro_batches_of
+from phi3v.training.sampling import epoch_order
 
 STATED_RATE = 100e12
 """Operations a second that the outlook is told for, beside what was measured on the machine at hand."""
@@ -31,6 +34,9 @@ class Outlook:
         samples_per_step: samples of an optimiser step.
         steps_per_epoch: optimiser steps of one pass; None for a stream, which has no end.
         steps: optimiser steps of the run.
+        micro_batches: micro-batches of a step, the mean of the first epoch; None without lengths.
+        largest: tokens of the largest of them, padding included.
+        packed: whether they are packs, which hold no padding.
         tokens: tokens of the run; None where they were not counted.
         operations: floating-point operations of the run, checkpointing's second forward pass included; None without
             lengths.
@@ -42,6 +48,9 @@ class Outlook:
     samples_per_step: int
     steps_per_epoch: int | None
     steps: int
+    micro_batches: float | None
+    largest: int | None
+    packed: bool
     tokens: int | None
     operations: float | None
     machine: str | None
@@ -65,14 +74,36 @@ def outlook(recipe: Recipe, rows: int, facts: Sequence[RowFacts], config: Any, n
     steps = training.max_steps or int(-(-whole * training.epochs // 1))
     samples = steps * training.samples_per_step
     known = [fact for fact in facts if fact.length is not None]
+    counts = (rows, training.samples_per_step, per_epoch, steps)
     if config is None or num_crops is None or not known or not rows:
-        return Outlook(rows, training.samples_per_step, per_epoch, steps, None, None, None, None)
+        return Outlook(*counts, None, None, training.packing, None, None, None, None)
     tokens = round(sum(fact.length.total for fact in known if fact.length) / len(known) * samples)
     language = sum(language_operations(recipe, config, fact.length.total) for fact in known if fact.length)
     vision = sum(vision_operations(recipe, config, fact, num_crops) for fact in known)
     operations = (language * samples + vision * (rows if recipe.vision.cache else samples)) / len(known)
+    limit = recipe.data.max_length or config.max_position_embeddings
+    fitting = [min(fact.length.total, limit) for fact in known if fact.length and fact.too_long is None]
     machine, rate = measure_rate(recipe)
-    return Outlook(rows, training.samples_per_step, per_epoch, steps, tokens, operations, machine, rate)
+    return Outlook(*counts, *micro_batches(recipe, fitting), training.packing, tokens, operations, machine, rate)
+
+
+def micro_batches(recipe: Recipe, lengths: Sequence[int]) -> tuple[float, int]:
+    """How many micro-batches the steps of the first epoch have on average, and the tokens of the largest of all.
+
+    Args:
+        recipe: its section training.
+        lengths: tokens of each row.
+    Example: lengths 300, 900, 500 and 300, all in one step: 3 packs of at most 900 tokens.
+    """
+    training = recipe.training
+    if not lengths:
+        return 0.0, 0
+    how = micro_batches_of(recipe, 0 if recipe.data.streaming else max(lengths))
+    order = epoch_order(len(lengths), training.samples_per_step, training.seed, 0)
+    steps = list(plan_steps(lengths, order, training.samples_per_step, how))
+    groups = [[lengths[row] for row in group] for step in steps for group in step]
+    sizes = [sum(group) if how.packed else len(group) * max(group) for group in groups]
+    return len(groups) / len(steps), max(sizes)
 
 
 def language_operations(recipe: Recipe, config: Any, tokens: int) -> float:

@@ -9,18 +9,20 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from phi3v.data.collate import Collator, PackedCollator, StepCollator
 from phi3v.data.columns import RowOptions
 from phi3v.data.encode import EncodedRows, Example, encode
+from phi3v.data.plan import MicroBatches
 from phi3v.data.schema import Row, RowProblem
 from phi3v.data.sources import LoadedData, Reading, StreamedData, stream_data
 from phi3v.data.stand_ins import StandIns
 from phi3v.data.streamed_examples import StreamedExamples
 from phi3v.errors import TrainingError
-from phi3v.first_look import Progress, measured_rows, open_data
+from phi3v.first_look import MeasuredData, Progress, measured_rows, open_data
 from phi3v.loading import load_config
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
-from phi3v.training.feature_cache import FeatureRows, keep_features
+from phi3v.training.feature_cache import CollateFeatures, FeatureRows, keep_features
 
 
 def read_data(recipe: Recipe, processor: Any, on_look: Progress) -> LoadedData | StreamedData:
@@ -86,6 +88,33 @@ def make_samples(
     return kept, keep(held_out, len(train), limit - used)
 
 
+def make_collators(recipe: Recipe, data: LoadedData | StreamedData, pad_token_id: int) -> tuple[Any, Any]:
+    """What makes the micro-batches of a step, and what makes a batch of validation rows, which are padded.
+
+    Args:
+        recipe: its section training.
+        data: the rows; the longest one of a stream is not known, so there each step counts with its own longest.
+        pad_token_id: the tokenizer's.
+    """
+    padded = CollateFeatures(Collator(pad_token_id, padding_side="right"))
+    lengths = data.lengths if isinstance(data, MeasuredData) else []
+    micro_batches = micro_batches_of(recipe, max(lengths, default=0))
+    return StepCollator(CollateFeatures(PackedCollator()) if micro_batches.packed else padded, micro_batches), padded
+
+
+def micro_batches_of(recipe: Recipe, longest: int) -> MicroBatches:
+    """How a recipe cuts its steps.
+
+    Args:
+        recipe: its section training.
+        longest: tokens of the longest sample of the run; 0 where it is not known.
+    Example: micro_batch_size 2 and a longest sample of 2,539 tokens make packs of at most 5,078.
+    """
+    training = recipe.training
+    tokens = training.tokens_per_micro_batch or training.micro_batch_size * longest or None
+    return MicroBatches(training.micro_batch_size, training.packing, tokens)
+
+
 def _stand_ins(
     recipe: Recipe,
     run: RunFolder,
@@ -112,7 +141,7 @@ def _streamed(
     examples = StreamedExamples(
         data.train,
         partial(_encode, processor=processor, options=_encode_options(recipe, longest)),
-        micro_batch=recipe.training.micro_batch_size,
+        micro_batch=recipe.training.samples_per_step,  # the loader's batch is a step
         start=steps_done * recipe.training.samples_per_step,
         tell=partial(note_problem, run),
     )

@@ -1,10 +1,12 @@
 """transformers' Trainer, with what our steps promise.
 
 A step is N samples and its loss the mean over all their trained tokens, however they are cut into micro-batches; logits
-are computed at trained positions only; the validation loss is a mean over tokens too, whatever the batch size. Nothing
-else of the Trainer is changed.
+are computed at trained positions only; the validation loss is a mean over tokens too, whatever the batch size. For the
+Trainer a step is one batch of N samples without accumulation: the loader's item is the list of its micro-batches, of
+which packing makes now more, now fewer. Nothing else of the Trainer is changed.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,13 +16,26 @@ from transformers.trainer_utils import EvalLoopOutput
 from phi3v.errors import TrainingError
 from phi3v.training.sampling import WholeSteps
 
+MicroBatch = dict[str, Any]
+"""Arguments of the model's `forward`."""
+
 
 class StepTrainer(Trainer):
     """The Trainer of phi3v.
 
-    `Trainer` counts the labels of all micro-batches of a step (`num_items_in_batch`) and hands the count to the model,
+    The labels of all micro-batches of a step are counted (`num_items_in_batch`) and the count is handed to the model,
     whose loss is then a sum divided by it; gradients of micro-batches add up to those of one large batch.
     """
+
+    def __init__(self, *, step_collator: Callable[[list[Any]], list[MicroBatch]], **arguments: Any) -> None:
+        """A Trainer.
+
+        Args:
+            step_collator: makes the micro-batches of a step out of its samples.
+            **arguments: the Trainer's own; its `data_collator` makes validation batches.
+        """
+        super().__init__(**arguments)
+        self.step_collator = step_collator
 
     def _get_train_sampler(self, train_dataset: Any = None) -> WholeSteps:
         """Whole steps, in an order that depends on seed and epoch alone."""
@@ -29,28 +44,47 @@ class StepTrainer(Trainer):
         return WholeSteps(len(dataset), samples, self.args.seed)
 
     def get_train_dataloader(self) -> Any:
-        """The Trainer's loader; that of a stream draws its seed apart from the random state that a checkpoint keeps.
-
-        A resumed run sets that state first and makes its loader then, which would draw from it once more.
+        """The Trainer's loader, whose items are steps; that of a stream draws its seed apart from the random state
+        that a checkpoint keeps: a resumed run sets that state first and makes its loader then, which would draw from it
+        once more.
         """
-        loader = super().get_train_dataloader()
+        collate, self.data_collator = self.data_collator, self.step_collator
+        try:
+            loader = super().get_train_dataloader()
+        finally:
+            self.data_collator = collate
+        loader.device = None  # a micro-batch goes to the device at its turn, not two whole steps of pixels
         if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
             inner = getattr(loader, "base_dataloader", loader)  # accelerate puts its own around torch's
             inner.generator = torch.Generator().manual_seed(self.args.seed)
         return loader
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The micro-batches of one step and the number of their trained tokens.
+    def _get_num_items_in_batch(self, batch_samples: list[list[MicroBatch]], device: torch.device) -> Any:
+        """The trained tokens of one step.
 
         Raises:
             TrainingError: nothing in the step is to be learned.
         """
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches and items is not None and int(items) == 0:
+        micro_batches = [micro_batch for step in batch_samples for micro_batch in step]
+        if micro_batches and not any(bool((one["labels"][:, 1:] != -100).any()) for one in micro_batches):
             raise TrainingError(
                 f"step {self.state.global_step + 1} has no trained token: every answer in it is empty, see data.answer"
             )
-        return batches, items
+        return super()._get_num_items_in_batch(micro_batches, device)
+
+    def training_step(self, model: Any, inputs: list[MicroBatch], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of all micro-batches of a step; the sum of their losses, which is the step's."""
+        losses = [super(StepTrainer, self).training_step(model, one, num_items_in_batch) for one in inputs]
+        return torch.stack(losses).sum()
+
+    def floating_point_ops(self, inputs: list[MicroBatch]) -> int:
+        """Operations of a step, as the Trainer estimates them."""
+        return sum(super(StepTrainer, self).floating_point_ops(one) for one in inputs)
+
+    def _track_num_input_tokens(self, inputs: list[MicroBatch]) -> None:
+        """Counts the tokens of a step; a pack has none that is padding, and so no mask to see it by."""
+        for one in inputs:
+            super()._track_num_input_tokens({"attention_mask": torch.ones_like(one["input_ids"]), **one})
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's own loss; label smoothing needs all logits, everything else only those at labels."""

@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from phi3v.data.collate import Collator
 from phi3v.data.sources import LoadedData, StreamedData
 from phi3v.errors import DeviceError, TrainingError
 from phi3v.evaluation.report_run import write_report
 from phi3v.evaluation.run import evaluate, held_out_rows
 from phi3v.first_look import RowUse
+from phi3v.kernels.packed_attention import attach_packed_attention
 from phi3v.loading import load_base, load_processor, resolve_device, resolve_dtype
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
@@ -34,9 +34,8 @@ from phi3v.training.callbacks import (
     Watcher,
 )
 from phi3v.training.checkpoints import checkpoint_step, newest_checkpoint
-from phi3v.training.feature_cache import CollateFeatures
 from phi3v.training.preflight import check_recipe_alone
-from phi3v.training.samples import make_samples, read_data
+from phi3v.training.samples import make_collators, make_samples, read_data
 from phi3v.training.step_trainer import StepTrainer
 from phi3v.training.trackers import tracker_callbacks
 from phi3v.tuning import TrainableReport, attach_lora, freeze, trainable_report
@@ -144,11 +143,13 @@ def _tune(recipe: Recipe, run: RunFolder, watch: Watcher) -> RunResult:
         steps_done=checkpoint_step(checkpoint) if checkpoint else 0,
         on_features=lambda done, total: watch(TrainingEvent("features", done, total)),
     )
+    step_collator, eval_collator = make_collators(recipe, data, processor.tokenizer.pad_token_id)
     with library_errors():
         trainer = StepTrainer(
             model=model,
             args=arguments,
-            data_collator=CollateFeatures(Collator(processor.tokenizer.pad_token_id, padding_side="right")),
+            step_collator=step_collator,
+            data_collator=eval_collator,
             train_dataset=train_samples,
             eval_dataset=eval_samples if data.validation else None,
             callbacks=_callbacks(recipe, run, report, watch),
@@ -227,6 +228,8 @@ def _prepare_model(recipe: Recipe, device: torch.device) -> tuple[Any, torch.dty
         model = attach_lora(model, recipe.lora, revision=recipe.model.revision, **vision)
     if reentrant(recipe.training.options):
         model.enable_input_require_grads()  # re-entrant checkpoints need an input that asks for a gradient
+    if recipe.training.packing:
+        attach_packed_attention(model)
     return model, None if compute == torch.float32 else compute
 
 

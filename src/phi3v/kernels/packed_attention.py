@@ -1,0 +1,204 @@
+"""Attention of packed rows: each sample attends to itself alone, and no mask of the whole row is made.
+
+In come a row `[1, T]` of several samples, `cu_seqlens` (int32, where each begins and the last ends) and `max_seqlen`;
+they reach an attention function of transformers as keyword arguments of the model's `forward`. Any attention of
+transformers gives the same: it reads the borders off positions that restart at 0 and makes a mask `[T, T]` of them.
+What is attached here does without that mask:
+
+| `attn_implementation` | what a pack goes through |
+|---|---|
+| sdpa, on a GPU of compute capability 8.0 in bfloat16 or float16 | `torch.nn.attention.varlen`, torch 2.10 or newer |
+| sdpa, anywhere else | sdpa for one sample after the other |
+| flash_attention_2, _3, _4 | the package's own kernel for several lengths, which transformers calls |
+| flex_attention | transformers' block mask |
+| eager | transformers' mask |
+
+A row without `cu_seqlens` goes the plain way: sdpa as transformers calls it. Knows no collators, adapters or trainers.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from phi3v.model.modeling_phi3_v import Phi3VModel
+
+VARLEN = "phi3v_packed_varlen"
+"""Name of the attention with one kernel for all samples of a row."""
+
+SLICES = "phi3v_packed_slices"
+"""Name of the attention that takes one sample after the other."""
+
+_HALF = (torch.bfloat16, torch.float16)
+_MOST_HEAD_SIZE = 256
+
+Kernel = Callable[..., torch.Tensor]
+
+
+def attach_packed_attention(model: nn.Module) -> str:
+    """Lets packed rows of a model go through the fastest attention that its device and its choice of attention allow.
+
+    The tower keeps its own attention. Attaching twice is attaching once.
+
+    Args:
+        model: a Phi-3-V, or a PeftModel around one, on the device that it trains on.
+    Returns: the name of the attention: `VARLEN`, `SLICES`, or the model's own, which then stays.
+    """
+    (decoder,) = (module for module in model.modules() if isinstance(module, Phi3VModel))
+    chosen = str(decoder.config._attn_implementation)
+    if chosen in (VARLEN, SLICES) or decoder.config.sliding_window is not None:
+        return chosen
+    if chosen.startswith("flash_attention"):
+        decoder.register_forward_pre_hook(_name_for_flash, with_kwargs=True)
+    if chosen != "sdpa":
+        return chosen
+    kernel = varlen_kernel() if _runs_varlen(decoder.embed_tokens.weight.device) else None
+    name = SLICES if kernel is None else VARLEN
+    AttentionInterface.register(name, partial(packed_attention, kernel=kernel))
+    AttentionMaskInterface.register(name, sdpa_mask)
+    decoder.set_attn_implementation({"": name, "vision_config": decoder.config.vision_config._attn_implementation})
+    decoder.register_forward_pre_hook(_make_no_mask, with_kwargs=True)
+    return name
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    kernel: Kernel | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+    sample_lengths: list[int] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention in the form that transformers' AttentionInterface asks for.
+
+    Args:
+        module: the attention layer.
+        query: `[1, heads, T, head size]`, rotated.
+        key: `[1, key heads, T, head size]`.
+        value: as `key`.
+        attention_mask: of rows without `cu_seqlens`.
+        kernel: what `varlen_kernel` gave; None takes slices.
+        dropout: on attention weights; the kernel has none, so with it slices are taken.
+        scaling: of scores.
+        cu_seqlens: `[0, 3, 5]` for samples of 3 and 2 tokens.
+        max_seqlen: tokens of the longest sample.
+        sample_lengths: `[3, 2]`, where slices are taken; they are read off `cu_seqlens` where it is None.
+    Returns: `[1, T, heads, head size]`, and no weights.
+    """
+    if cu_seqlens is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    assert query.shape[0] == 1, "a pack is one row"
+    if torch.is_autocast_enabled(query.device.type):  # rope leaves float32 queries beside values in half precision
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    size = query.shape[-1]
+    if kernel is None or dropout or query.dtype not in _HALF or size % 8 or size > _MOST_HEAD_SIZE:
+        lengths = cu_seqlens.diff().tolist() if sample_lengths is None else sample_lengths
+        return by_slices(module, query, key, value, lengths, dropout=dropout, scaling=scaling), None
+    groups = query.shape[1] // key.shape[1]
+    rows = [part[0].transpose(0, 1) for part in (query, repeat_kv(key, groups), repeat_kv(value, groups))]
+    return kernel(*rows, cu_seqlens, max_seqlen, scaling)[None], None
+
+
+def by_slices(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: list[int],
+    *,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """One call of sdpa for each sample: `[1, heads, T, head size]` to `[1, T, heads, head size]`.
+
+    Example: lengths [3, 2] attend over positions 0 to 2 and 3 to 4, each causally and without a mask.
+    """
+    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    return torch.cat(
+        [sdpa_attention_forward(module, *part, None, dropout=dropout, scaling=scaling)[0] for part in parts], dim=1
+    )
+
+
+def varlen_kernel() -> Kernel | None:
+    """`torch.nn.attention.varlen` as a function of queries, keys, values `[T, heads, head size]`, borders, the longest
+    sample and the scale of scores; None where this torch has none.
+
+    Its arguments changed: causal is `is_causal` in torch 2.10 and a window without a right side later, and not each of
+    them takes the scale.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    takes_scale = "scale" in known
+
+    def attend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        scaling: float | None,
+    ) -> torch.Tensor:
+        own = query.shape[-1] ** -0.5
+        wanted = own if scaling is None else scaling
+        options = {**causal, "scale": wanted} if takes_scale else causal
+        if not takes_scale and wanted != own:
+            query = query * (wanted / own)
+        return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+
+    return attend
+
+
+def _runs_varlen(device: torch.device) -> bool:
+    """Whether the kernel runs there: on GPUs of compute capability 8.0, and on the meta device, where it is counted."""
+    if device.type == "meta":
+        return True
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _make_no_mask(
+    decoder: Phi3VModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Keeps transformers from making a mask of a pack, and from waiting for the device to see whether it is one.
+
+    A mask of four dimensions is handed on as it is: here an empty one, which `packed_attention` does not read.
+    """
+    cu_seqlens = kwargs.get("cu_seqlens")
+    if cu_seqlens is None:
+        return None
+    more: dict[str, Any] = {"attention_mask": torch.empty(1, 1, 1, 1, device=cu_seqlens.device)}
+    weight = decoder.embed_tokens.weight
+    half = weight.dtype in _HALF or torch.is_autocast_enabled(weight.device.type)
+    if decoder.config._attn_implementation == SLICES or not half:
+        more["sample_lengths"] = cu_seqlens.diff().tolist()  # once for all layers: on a GPU it waits
+    return args, {**kwargs, **more}
+
+
+def _name_for_flash(
+    decoder: Phi3VModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Gives the borders the names under which transformers hands them to FlashAttention."""
+    borders, longest = kwargs.get("cu_seqlens"), kwargs.get("max_seqlen")
+    if borders is None:
+        return None
+    names = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
+    return args, {**kwargs, **names}
