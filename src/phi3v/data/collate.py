@@ -6,11 +6,12 @@ In come examples of `encode` (or `encode_prompt`); out comes a dict whose keys a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from phi3v.data.encode import IGNORED, Example
+from phi3v.data.step_batch import step_batch
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,14 @@ class Collator:
     Attributes:
         pad_token_id: what fills input_ids.
         padding_side: "right" for training, "left" for generation, which goes on at the right end.
+        image_token_id: given, the batch is one of a training step, see `step_batch`.
     """
 
     pad_token_id: int
     padding_side: Literal["left", "right"] = "right"
+    image_token_id: int | None = None
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """The batch.
 
         Args:
@@ -45,7 +48,7 @@ class Collator:
         if with_images:
             batch["pixel_values"] = join_images([example["pixel_values"] for example in with_images])
             batch["image_sizes"] = torch.cat([example["image_sizes"] for example in with_images])
-        return batch
+        return batch if self.image_token_id is None else step_batch(batch, self.image_token_id)
 
     def _pad(self, rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
         """Rows of different lengths as one tensor."""

@@ -46,6 +46,8 @@ class StepTrainer(Trainer):
             TrainingError: nothing in the step is to be learned.
         """
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.args.world_size == 1 and all("trained_positions" in batch for batch in batches):
+            items = sum(len(batch["trained_positions"]) for batch in batches)  # known here: the device is not asked
         if batches and items is not None and int(items) == 0:
             raise TrainingError(
                 f"step {self.state.global_step + 1} has no trained token: every answer in it is empty, see data.answer"
@@ -54,13 +56,16 @@ class StepTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's own loss; label smoothing needs all logits, everything else only those at labels."""
-        if self.label_smoother is None and self.compute_loss_func is None:
+        if self.label_smoother is not None or self.compute_loss_func is not None:
+            inputs = {name: value for name, value in inputs.items() if name != "trained_positions"}
+        elif "trained_positions" not in inputs:
             inputs = {**inputs, "trained_logits_only": True}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """One validation batch, noted with its number of trained tokens."""
-        tokens = int((inputs["labels"][:, 1:] != -100).sum())
+        known = inputs.get("trained_positions")
+        tokens = int((inputs["labels"][:, 1:] != -100).sum()) if known is None else len(known)
         result = super().prediction_step(model, inputs, *args, **kwargs)
         self._evaluated.append((float(result[0]) * tokens, tokens))
         return result

@@ -148,7 +148,9 @@ def _tune(recipe: Recipe, run: RunFolder, watch: Watcher) -> RunResult:
         trainer = StepTrainer(
             model=model,
             args=arguments,
-            data_collator=CollateFeatures(Collator(processor.tokenizer.pad_token_id, padding_side="right")),
+            data_collator=CollateFeatures(
+                Collator(processor.tokenizer.pad_token_id, image_token_id=processor.image_token_id)
+            ),
             train_dataset=train_samples,
             eval_dataset=eval_samples if data.validation else None,
             callbacks=_callbacks(recipe, run, report, watch),
