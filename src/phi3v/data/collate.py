@@ -33,7 +33,8 @@ class Collator:
 
         Args:
             examples: each with input_ids [T] and optionally attention_mask [T] (ones), labels [T], pixel_values
-                [images, crops + 1, 3, side, side] and image_sizes [images, 2]; labels in all of them or in none.
+                [images, crops + 1, 3, side, side] and image_sizes [images, 2], or for a step crops as bytes; labels in
+                all of them or in none.
         Returns: input_ids, attention_mask and labels [examples, longest T]; where there are images, pixel_values [all
             images, most crops + 1, 3, side, side], those of the first example first, and image_sizes [all images, 2].
         Example, pad_token_id 0: input_ids [5, 6, 7] and [8] -> [[5, 6, 7], [8, 0, 0]], attention_mask
@@ -46,7 +47,7 @@ class Collator:
             batch["labels"] = self._pad([example["labels"] for example in examples], IGNORED)
         with_images = [example for example in examples if "pixel_values" in example]
         if with_images:
-            batch["pixel_values"] = join_images([example["pixel_values"] for example in with_images])
+            batch |= join_crops(with_images) if self.image_token_id is not None else join_padded(with_images)
             batch["image_sizes"] = torch.cat([example["image_sizes"] for example in with_images])
         return batch if self.image_token_id is None else step_batch(batch, self.image_token_id)
 
@@ -58,6 +59,29 @@ class Collator:
             start = longest - len(row) if self.padding_side == "left" else 0
             padded[place, start : start + len(row)] = row
         return padded
+
+
+def join_padded(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """`pixel_values` of examples as the processor makes them, all images with as many slots as the largest has."""
+    return {"pixel_values": join_images([example["pixel_values"] for example in examples])}
+
+
+def join_crops(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """The real crops of all images, one after the other, in the forms of `model.crops_phi3_v`.
+
+    Example: bytes of two examples, pixel_values [1, 3, 336, 336] and [6, 3, 336, 336], global_views [1, 3, 336, 336]
+    and [2, 3, 336, 336] -> [7, 3, 336, 336] and [3, 3, 336, 336]. Floats of one image of 1 crop and one of 2, [1, 2, 3,
+    336, 336] and [1, 3, 3, 336, 336] -> pixel_values [5, 3, 336, 336].
+    """
+    if "global_views" in examples[0]:
+        return {name: torch.cat([one[name] for one in examples]) for name in ("pixel_values", "global_views")}
+    side = examples[0]["pixel_values"].shape[-1]
+    real = [
+        slots[: int(height) // side * (int(width) // side) + 1]
+        for one in examples
+        for slots, (height, width) in zip(one["pixel_values"], one["image_sizes"], strict=True)
+    ]
+    return {"pixel_values": torch.cat(real)}
 
 
 def join_images(pixels: Sequence[torch.Tensor]) -> torch.Tensor:

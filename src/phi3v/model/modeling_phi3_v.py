@@ -140,10 +140,14 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         self.post_init()
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | list, **kwargs: Any
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor | list,
+        global_views: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Embeddings of the images: `pooler_output` is a tuple with one tensor `[tokens of the image, H]` per image."""
-        features, counts = self.vision_embed_tokens(pixel_values, image_sizes)
+        features, counts = self.vision_embed_tokens(pixel_values, image_sizes, global_views)
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features.split(counts))
 
     def embed(
@@ -153,6 +157,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         image_sizes: torch.Tensor | list | None,
         image_features: torch.Tensor | None = None,
         image_positions: torch.Tensor | None = None,
+        global_views: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Input embeddings `[B, S, H]`: text from the table, image tokens from the images.
 
@@ -165,7 +170,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         if image_sizes is None:
             raise ValueError("images were given without image_sizes: pass what the processor returned, both together")
         if image_features is None:
-            image_features, _ = self.vision_embed_tokens(pixel_values, image_sizes)
+            image_features, _ = self.vision_embed_tokens(pixel_values, image_sizes, global_views)
         if image_positions is not None:
             return place_at(embeddings, self.vision_embed_tokens.drop(image_features), image_positions)
         counts = self.vision_embed_tokens.token_counts(image_sizes)
@@ -187,6 +192,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         use_cache: bool | None = None,
         trained_positions: torch.Tensor | None = None,
         image_positions: torch.Tensor | None = None,
+        global_views: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """See `Phi3VForCausalLM.forward`; returns hidden states after the final norm, `[B, S, H]`.
@@ -199,7 +205,9 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         if inputs_embeds is None:
             assert input_ids is not None
             self._refuse_blind_images(input_ids, pixel_values, image_features, past, image_positions)
-            inputs_embeds = self.embed(input_ids, pixel_values, image_sizes, image_features, image_positions)
+            inputs_embeds = self.embed(
+                input_ids, pixel_values, image_sizes, image_features, image_positions, global_views
+            )
         if trained_positions is not None:
             if attention_mask is not None or past_key_values is not None:
                 raise ValueError("trained_positions are for rows padded on the right, without attention_mask and cache")
@@ -280,6 +288,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
         trained_logits_only: bool = False,
         trained_positions: torch.Tensor | None = None,
         image_positions: torch.Tensor | None = None,
+        global_views: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         r"""Runs the model.
@@ -291,7 +300,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
             position_ids: `[B, S]`; without them padding is not counted.
             past_key_values: keys and values of earlier positions.
             inputs_embeds: `[B, S, H]` instead of `input_ids`; images are then already in it.
-            pixel_values: `[images, crops, 3, 336, 336]`, the images of row 0 first, then those of row 1.
+            pixel_values: `[images, crops, 3, 336, 336]`, the images of row 0 first, then those of row 1; or one of the
+                other forms of `crops_phi3_v`: flat, or sub crops as bytes beside `global_views`.
             image_sizes: `[images, 2]`, canvas height and width in pixels.
             image_features: `[T, H]` instead of `pixel_values`: what `get_image_features` returned as
                 `last_hidden_state`.
@@ -308,6 +318,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
                 taken as they are, `attention_mask` and cache are left out.
             image_positions: flat positions `[T]` of the image tokens; images are then placed there, in the order of the
                 text, without a look at `input_ids`.
+            global_views: `[images, 3, 336, 336]`, where `pixel_values` are bytes.
 
         Example: with `labels=[[-100, -100, 7, 8]]` and `trained_logits_only=True` the logits are those of positions 1
         and 2, which predict 7 and 8.
@@ -324,6 +335,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
             use_cache=use_cache,
             trained_positions=trained_positions,
             image_positions=image_positions,
+            global_views=global_views,
             **(kwargs if trained_positions is None else without_loss(kwargs)),
         )
         hidden_states = outputs.last_hidden_state
@@ -368,7 +380,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
 
 
 def without_loss(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Keywords of `forward` without that of the loss: a number that differs in each step would compile a layer again."""
+    """Keywords of `forward` without that of the loss: a number of each step's own would compile layers again."""
     return {name: value for name, value in arguments.items() if name != "num_items_in_batch"}
 
 

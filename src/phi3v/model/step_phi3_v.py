@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.phi3 import modeling_phi3
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
@@ -134,7 +134,8 @@ def hidden_at(
     """
     if position_ids is None:
         position_ids = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
-    mask = create_causal_mask(
+    make_mask = create_causal_mask if decoder.config.sliding_window is None else create_sliding_window_causal_mask
+    mask = make_mask(
         config=decoder.config,
         inputs_embeds=embeddings,
         attention_mask=None,

@@ -95,7 +95,7 @@ def _stand_ins(
     longest: int,
 ) -> StandIns:
     """Samples of rows that are all known."""
-    encoded = EncodedRows(rows, processor, **_encode_options(recipe, longest))
+    encoded = EncodedRows(rows, processor, **_encode_options(recipe, processor, longest))
     known = data.rows_in if isinstance(data, LoadedData) else len(rows)
     return StandIns(
         encoded,
@@ -111,7 +111,7 @@ def _streamed(
     """Samples of a stream."""
     examples = StreamedExamples(
         data.train,
-        partial(_encode, processor=processor, options=_encode_options(recipe, longest)),
+        partial(_encode, processor=processor, options=_encode_options(recipe, processor, longest)),
         micro_batch=recipe.training.micro_batch_size,
         start=steps_done * recipe.training.samples_per_step,
         tell=partial(note_problem, run),
@@ -121,9 +121,14 @@ def _streamed(
     return examples
 
 
-def _encode_options(recipe: Recipe, longest: int) -> dict[str, Any]:
+def _encode_options(recipe: Recipe, processor: Any, longest: int) -> dict[str, Any]:
     """The arguments of `encode` by name."""
-    return {**recipe.data.encode_options, "max_length": longest, "max_pixels": recipe.image.max_pixels}
+    return {
+        **recipe.data.encode_options,
+        "max_length": longest,
+        "max_pixels": recipe.image.max_pixels,
+        "byte_crops": processor.image_processor.normalises_as_clip,
+    }
 
 
 def _encode(row: Row, *, processor: Any, options: dict[str, Any]) -> Example:
