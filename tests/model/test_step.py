@@ -1,5 +1,6 @@
 """A training step's batch: the plain loss and gradients, the last layer at trained positions alone, no waiting."""
 
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from no_waiting import Waited, no_waiting
 from tiny_prompts import IMAGE, batch_of, prompt, without
 from torch.testing import assert_close
 
+from phi3v.data.collate import Collator
 from phi3v.data.step_batch import step_batch
 
 MIXES = {
@@ -132,6 +134,32 @@ def test_a_short_row_beside_a_long_one_keeps_its_rope() -> None:
     longer = step_batch(batch_of(rows, "right"), IMAGE)
     longer["position_ids"] = torch.arange(80)[None].expand(2, -1)
     assert (model(**longer).logits - together).abs().max() > 1e-3  # the test would see it
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_packed_rows_stay_apart(attn: str) -> None:
+    model = tiny_model(attn=attn, image_token_id=IMAGE)
+    rows = [step_batch(one, IMAGE) for one in rows_of("images_and_text")]
+    lengths = [one["input_ids"].shape[1] for one in rows]
+    packed = {name: torch.cat([one[name] for one in rows], 1) for name in ("input_ids", "labels", "position_ids")}
+    slots = [
+        Collator(0, image_token_id=IMAGE)([unbatched(one)])["pixel_values"] for one in rows_of("images_and_text")[:2]
+    ]
+    packed |= {"pixel_values": torch.cat(slots), "image_sizes": rows[0]["image_sizes"] + rows[1]["image_sizes"]}
+    packed |= {"cu_seqlens": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), "max_seqlen": max(lengths)}
+    with torch.no_grad():
+        together = model(**step_batch(packed, IMAGE)).logits
+        alone = torch.cat([model(**one).logits for one in rows])
+        assert_close(together, alone, rtol=0, atol=1e-4)
+        leaking = model(**without(step_batch(packed, IMAGE), "cu_seqlens", "max_seqlen")).logits
+    assert (leaking - alone).abs().max() > 1e-3  # the test would see it
+
+
+def unbatched(row: dict) -> dict:
+    """A prompt of one row as an example of the data."""
+    return {
+        name: value[0] if name in ("input_ids", "labels", "attention_mask") else value for name, value in row.items()
+    }
 
 
 def test_checkpointing_reaches_the_last_layer_too() -> None:

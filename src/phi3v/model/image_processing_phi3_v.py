@@ -8,7 +8,7 @@ an image file means (EXIF rotation, alpha, depth) is decided where images are op
 Shape letters: N images, K crop slots (1 + crops), C 3 channels, H and W 336 unless a line says canvas.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,7 +86,7 @@ class Phi3VImageProcessor(PilBackend):
     @property
     def normalises_as_clip(self) -> bool:
         """Whether mean and std are CLIP's, as the model's own normalisation of `byte_crops` has them."""
-        return [*self.image_mean, *self.image_std] == [*OPENAI_CLIP_MEAN, *OPENAI_CLIP_STD]
+        return _as_clip(self.image_mean, self.image_std)
 
     def calc_num_image_tokens_from_image_size(self, width: int, height: int) -> int:
         """Image tokens of an image of this size, at this processor's `num_crops`. Example: 601 for 1000 x 300 at 4."""
@@ -161,7 +161,7 @@ class Phi3VImageProcessor(PilBackend):
         for setting in ("size", "crop_size", "pad_size", "resample", "do_center_crop", "do_pad"):
             if kwargs.get(setting):
                 raise ValueError(f"{setting} cannot be set: num_crops alone decides the size of Phi-3-V's images")
-        if kwargs.get("byte_crops") and not self.normalises_as_clip:
+        if kwargs.get("byte_crops") and not _as_clip(kwargs["image_mean"], kwargs["image_std"]):
             raise ValueError(
                 "byte_crops are normalised by the model, with CLIP's mean and std: this processor has others"
             )
@@ -206,6 +206,11 @@ class Phi3VImageProcessor(PilBackend):
         data["image_sizes"] = np.array(grids, dtype=np.int64) * CROP_SIZE
         data["num_img_tokens"] = np.array([grid_tokens(*grid) for grid in grids], dtype=np.int64)
         return BatchFeature(data=data, tensor_type=return_tensors)
+
+
+def _as_clip(mean: Sequence[float], std: Sequence[float]) -> bool:
+    """Whether a normalisation is CLIP's."""
+    return [*mean, *std] == [*OPENAI_CLIP_MEAN, *OPENAI_CLIP_STD]
 
 
 def _in_bytes(

@@ -209,9 +209,9 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
                 input_ids, pixel_values, image_sizes, image_features, image_positions, global_views
             )
         if trained_positions is not None:
-            if attention_mask is not None or past_key_values is not None:
+            if past_key_values is not None or (attention_mask is not None and attention_mask.ndim == 2):
                 raise ValueError("trained_positions are for rows padded on the right, without attention_mask and cache")
-            states = hidden_at(self, inputs_embeds, position_ids, trained_positions, **kwargs)
+            states = hidden_at(self, inputs_embeds, position_ids, trained_positions, attention_mask, **kwargs)
             return BaseModelOutputWithPast(last_hidden_state=states)
         if position_ids is None:
             length = inputs_embeds.shape[1]
@@ -340,12 +340,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
         )
         hidden_states = outputs.last_hidden_state
         if trained_positions is not None:
-            if labels is None:
-                raise ValueError("trained_positions need labels")
-            logits = self.lm_head(hidden_states[0])
-            targets = labels.flatten().index_select(0, trained_positions + 1)
-            loss = self._loss_at_labels(logits, targets, kwargs.get("num_items_in_batch"))
-            return CausalLMOutputWithPast(loss=loss, logits=logits)
+            return self._step_output(hidden_states[0], labels, trained_positions, kwargs.get("num_items_in_batch"))
         if labels is not None:  # collators of other libraries copy all ids
             labels = labels.masked_fill(image_mask(labels, self.config.image_token_id), -100)
         if trained_logits_only:
@@ -368,6 +363,20 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _step_output(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor | None,
+        trained_positions: torch.Tensor,
+        num_items: torch.Tensor | int | None,
+    ) -> CausalLMOutputWithPast:
+        """Logits `[K, vocabulary]` and loss of a training step, from hidden states `[K, H]`."""
+        if labels is None:
+            raise ValueError("trained_positions need labels")
+        logits = self.lm_head(hidden_states)
+        targets = labels.flatten().index_select(0, trained_positions + 1)
+        return CausalLMOutputWithPast(loss=self._loss_at_labels(logits, targets, num_items), logits=logits)
 
     @staticmethod
     def _loss_at_labels(

@@ -53,12 +53,17 @@ class Phi3VLastDecoderLayer(Phi3DecoderLayer):
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         kept_positions: torch.Tensor | None = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """`[B, S, H]`, or `[1, K, H]` where `kept_positions`, flat positions `[K]`, are given."""
+        """`[B, S, H]`, or `[1, K, H]` where `kept_positions`, flat positions `[K]`, are given; that caches nothing."""
         if kept_positions is None:
             return super().forward(
-                hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
+                hidden_states,
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                **kwargs,
             )
         attended = attend_at(
             self.self_attn,
@@ -117,32 +122,37 @@ def hidden_at(
     embeddings: torch.Tensor,
     position_ids: torch.Tensor | None,
     kept_positions: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Hidden states `[1, K, H]` after the final norm, of rows that begin in column 0 and are padded on the right.
 
     Such rows need no mask beside the causal one: padding stands behind everything that is read. The mask is made
-    without positions, from which transformers would look for packed rows and wait for the answer; rows that are packed
-    bring `cu_seqlens` for an attention that knows them.
+    without positions, from which transformers would look for packed rows and wait for the answer. Rows that are packed
+    say so by `cu_seqlens`, and bring a mask, or have it made from positions that restart at 0.
 
     Args:
         decoder: a `Phi3VModel`.
         embeddings: `[B, S, H]`.
         position_ids: `[B, S]`; padding repeats the last position, so that it does not count for a row's length.
         kept_positions: flat positions `[K]`.
+        attention_mask: a mask of four dimensions in the form of the attention, handed on as it is; None has it made.
         **kwargs: for the attention.
     """
     if position_ids is None:
         position_ids = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
+    borders = kwargs.get("cu_seqlens") is not None and not decoder.config._attn_implementation.startswith("flash")
     make_mask = create_causal_mask if decoder.config.sliding_window is None else create_sliding_window_causal_mask
-    mask = make_mask(
-        config=decoder.config,
-        inputs_embeds=embeddings,
-        attention_mask=None,
-        past_key_values=None,
-        position_ids=None,
-    )
-    inputs = {"attention_mask": mask, "position_embeddings": decoder.rotary_emb(embeddings, position_ids=position_ids)}
+    if attention_mask is None:
+        attention_mask = make_mask(
+            config=decoder.config,
+            inputs_embeds=embeddings,
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=position_ids if borders else None,
+        )
+    rope = decoder.rotary_emb(embeddings, position_ids=position_ids)
+    inputs = {"attention_mask": attention_mask, "position_embeddings": rope}
     hidden_states = embeddings
     for layer in decoder.layers[:-1]:
         hidden_states = layer(hidden_states, **inputs, **kwargs)
