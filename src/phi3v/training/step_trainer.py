@@ -12,6 +12,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from phi3v.errors import TrainingError
+from phi3v.training.master_weights import precise_state, shorten_weights, step_masters
 from phi3v.training.sampling import WholeSteps
 
 
@@ -20,7 +21,40 @@ class StepTrainer(Trainer):
 
     `Trainer` counts the labels of all micro-batches of a step (`num_items_in_batch`) and hands the count to the model,
     whose loss is then a sum divided by it; gradients of micro-batches add up to those of one large batch.
+
+    With `short_dtype` the weights that train compute in it, see `master_weights`.
     """
+
+    def __init__(self, *, short_dtype: torch.dtype | None = None, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.short_dtype = short_dtype
+        self.masters: dict[str, torch.nn.Parameter] = {}
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's optimiser, over float32 masters where weights compute in a shorter type.
+
+        A checkpoint's weights, which are masters, are in the model by now.
+        """
+        if self.short_dtype is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        self.masters = shorten_weights(self.model, self.short_dtype)
+        optimizer = super().create_optimizer(model)
+        step_masters(optimizer, self.model, self.masters)
+        return optimizer
+
+    def _prepare_input(self, data: Any) -> Any:
+        """What the Trainer sends to the device; pinned tensors go while the device computes."""
+        if isinstance(data, torch.Tensor) and data.is_pinned():
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
+    def precise_state(self) -> dict[str, Any] | None:
+        """What to save of the model: its masters where it has some, None to save it as it is."""
+        return precise_state(self.model, self.masters)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """A checkpoint's weights, in full precision."""
+        super()._save(output_dir, self.precise_state() if state_dict is None else state_dict)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> WholeSteps:
         """Whole steps, in an order that depends on seed and epoch alone."""
