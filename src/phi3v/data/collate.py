@@ -13,6 +13,7 @@ import torch
 
 from phi3v.data.encode import IGNORED, Example
 from phi3v.data.plan import MicroBatches
+from phi3v.data.step_batch import step_batch
 
 
 @dataclass(frozen=True)
@@ -22,17 +23,20 @@ class Collator:
     Attributes:
         pad_token_id: what fills input_ids.
         padding_side: "right" for training, "left" for generation, which goes on at the right end.
+        image_token_id: given, the batch is one of a training step, see `step_batch`.
     """
 
     pad_token_id: int
     padding_side: Literal["left", "right"] = "right"
+    image_token_id: int | None = None
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """The batch.
 
         Args:
             examples: each with input_ids [T] and optionally attention_mask [T] (ones), labels [T], pixel_values
-                [images, crops + 1, 3, side, side] and image_sizes [images, 2]; labels in all of them or in none.
+                [images, crops + 1, 3, side, side] and image_sizes [images, 2], or for a step crops as bytes; labels in
+                all of them or in none.
         Returns: input_ids, attention_mask and labels [examples, longest T]; where there are images, pixel_values [all
             images, most crops + 1, 3, side, side], those of the first example first, and image_sizes [all images, 2].
         Example, pad_token_id 0: input_ids [5, 6, 7] and [8] -> [[5, 6, 7], [8, 0, 0]], attention_mask
@@ -43,7 +47,8 @@ class Collator:
         batch = {"input_ids": self._pad(ids, self.pad_token_id), "attention_mask": self._pad(masks, 0)}
         if any("labels" in example for example in examples):
             batch["labels"] = self._pad([example["labels"] for example in examples], IGNORED)
-        return batch | images_of(examples)
+        batch |= images_of(examples, flat=self.image_token_id is not None)
+        return batch if self.image_token_id is None else step_batch(batch, self.image_token_id)
 
     def _pad(self, rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
         """Rows of different lengths as one tensor."""
@@ -57,7 +62,13 @@ class Collator:
 
 @dataclass(frozen=True)
 class PackedCollator:
-    """Makes one row of several examples, end to end, for attention that stays inside each of them."""
+    """Makes one row of several examples, end to end, for attention that stays inside each of them.
+
+    Attributes:
+        image_token_id: makes a batch of a training step, as in `Collator`; None leaves it as it is.
+    """
+
+    image_token_id: int | None = None
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """The batch.
@@ -81,7 +92,8 @@ class PackedCollator:
             "cu_seqlens": torch.tensor(borders, dtype=torch.int32),
             "max_seqlen": max(lengths),
         }
-        return batch | images_of(examples)
+        batch |= images_of(examples, flat=self.image_token_id is not None)
+        return batch if self.image_token_id is None else step_batch(batch, self.image_token_id)
 
 
 @dataclass(frozen=True)
@@ -109,15 +121,39 @@ class StepCollator:
         return [self.collate([examples[place] for place in group]) for group in groups]
 
 
-def images_of(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-    """The images of several examples: pixel_values and image_sizes, or nothing where no example has any."""
+def images_of(examples: Sequence[Example], *, flat: bool) -> dict[str, torch.Tensor]:
+    """The images of several examples: pixels and image_sizes, or nothing where no example has any.
+
+    `flat` gives the real crops one after the other, otherwise all images get as many slots as the largest has.
+    """
     with_images = [example for example in examples if "pixel_values" in example]
     if not with_images:
         return {}
-    return {
-        "pixel_values": join_images([example["pixel_values"] for example in with_images]),
-        "image_sizes": torch.cat([example["image_sizes"] for example in with_images]),
-    }
+    pixels = join_crops(with_images) if flat else join_padded(with_images)
+    return {**pixels, "image_sizes": torch.cat([example["image_sizes"] for example in with_images])}
+
+
+def join_padded(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """`pixel_values` of examples as the processor makes them, all images with as many slots as the largest has."""
+    return {"pixel_values": join_images([example["pixel_values"] for example in examples])}
+
+
+def join_crops(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """The real crops of all images, one after the other, in the forms of `model.crops_phi3_v`.
+
+    Example: bytes of two examples, pixel_values [1, 3, 336, 336] and [6, 3, 336, 336], global_views [1, 3, 336, 336]
+    and [2, 3, 336, 336] -> [7, 3, 336, 336] and [3, 3, 336, 336]. Floats of one image of 1 crop and one of 2, [1, 2, 3,
+    336, 336] and [1, 3, 3, 336, 336] -> pixel_values [5, 3, 336, 336].
+    """
+    if "global_views" in examples[0]:
+        return {name: torch.cat([one[name] for one in examples]) for name in ("pixel_values", "global_views")}
+    side = examples[0]["pixel_values"].shape[-1]
+    real = [
+        slots[: int(height) // side * (int(width) // side) + 1]
+        for one in examples
+        for slots, (height, width) in zip(one["pixel_values"], one["image_sizes"], strict=True)
+    ]
+    return {"pixel_values": torch.cat(real)}
 
 
 def join_images(pixels: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -25,7 +25,8 @@ IGNORED = -100
 
 Example = dict[str, torch.Tensor]
 """input_ids [T], attention_mask [T], labels [T] (samples only); with images pixel_values [images, crops + 1, 3, 336,
-336] and image_sizes [images, 2]."""
+336] and image_sizes [images, 2]; with byte_crops pixel_values uint8 [sub crops, 3, 336, 336] and global_views [images,
+3, 336, 336]."""
 
 
 def encode(
@@ -36,6 +37,7 @@ def encode(
     max_length: int | None = None,
     on_too_long: OnTooLong = "skip",
     max_pixels: int = MAX_PIXELS,
+    byte_crops: bool = False,
 ) -> Example:
     """A row as a training sample.
 
@@ -46,6 +48,7 @@ def encode(
         max_length: the limit in tokens, images included; None for none.
         on_too_long: "skip" refuses a longer row, "fewer_crops" and "cut_text" make it fit where they can; see `fit`.
         max_pixels: larger images are refused.
+        byte_crops: sub crops as bytes, which the model normalises: a quarter of the floats to keep and to send.
     Returns: input_ids, attention_mask, labels, and with images pixel_values (no crops beyond the largest grid's) and
         image_sizes.
     Raises: DataError in one line that names the row: an image, the last turn, or the length (TooLongError).
@@ -66,7 +69,7 @@ def encode(
                 max_length=max_length,
                 on_too_long=on_too_long,
             )
-        example = _encode_messages(fitted.messages, images, processor, fitted.num_crops)
+        example = _encode_messages(fitted.messages, images, processor, fitted.num_crops, byte_crops=byte_crops)
     ids = [*example["input_ids"].tolist(), tokenizer.convert_tokens_to_ids("<|endoftext|>")]
     labels = label_answers(
         ids,
@@ -155,6 +158,7 @@ class EncodedRows(torch.utils.data.Dataset[Example]):
         max_length: int | None = None,
         on_too_long: OnTooLong = "skip",
         max_pixels: int = MAX_PIXELS,
+        byte_crops: bool = False,
     ) -> None:
         """Keep rows, processor and the arguments of `encode`."""
         self.rows = rows
@@ -163,6 +167,7 @@ class EncodedRows(torch.utils.data.Dataset[Example]):
         self.max_length = max_length
         self.on_too_long: OnTooLong = on_too_long
         self.max_pixels = max_pixels
+        self.byte_crops = byte_crops
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -177,6 +182,7 @@ class EncodedRows(torch.utils.data.Dataset[Example]):
             max_length=self.max_length,
             on_too_long=self.on_too_long,
             max_pixels=self.max_pixels,
+            byte_crops=self.byte_crops,
         )
 
 
@@ -213,9 +219,14 @@ def _encode_messages(
     num_crops: int | None,
     *,
     add_generation_prompt: bool = False,
+    byte_crops: bool = False,
 ) -> Example:
     """Messages through the processor, as one unbatched example without labels."""
-    settings = {"pad_crops": False, "num_crops": num_crops or processor.image_processor.num_crops}
+    settings = {
+        "pad_crops": False,
+        "byte_crops": byte_crops,
+        "num_crops": num_crops or processor.image_processor.num_crops,
+    }
     batch = processor.apply_chat_template(
         [as_chat(message, images) for message in messages],
         tokenize=True,
@@ -226,8 +237,8 @@ def _encode_messages(
     )
     example = {"input_ids": batch["input_ids"][0], "attention_mask": batch["attention_mask"][0]}
     if images:
-        example["pixel_values"] = batch["pixel_values"]
-        example["image_sizes"] = batch["image_sizes"]
+        names = ("pixel_values", "global_views", "image_sizes")
+        example |= {name: batch[name] for name in names if name in batch}
     return example
 
 

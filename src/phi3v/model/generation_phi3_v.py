@@ -17,7 +17,7 @@ from .placement_phi3_v import images_per_row
 # <|end|> and <|endoftext|>. `generate` stops at all three unless it is told otherwise.
 PUBLISHED_EOS, PUBLISHED_STOPS = 2, [2, 32000, 32007]
 
-IMAGE_ARGUMENTS = ("pixel_values", "image_sizes", "image_features")
+IMAGE_ARGUMENTS = ("pixel_values", "image_sizes", "image_features", "global_views")
 
 
 def move_padding_left(attention_mask: torch.Tensor) -> torch.Tensor | None:
@@ -170,9 +170,13 @@ def pick_images(arguments: dict, counts: list[int], picks: list[int]) -> dict[st
     """The image arguments of some images, in the order of `picks`; `counts` are the tokens of each image.
 
     Example: `picks=[1, 1]` with features of two images of 2 and 3 tokens gives the last 3 rows twice.
+
+    Raises: ValueError for pixels that are not one row of crops an image.
     """
     picked = {"image_sizes": torch.as_tensor(arguments["image_sizes"])[picks]}
     if arguments.get("pixel_values") is not None:
+        if arguments["pixel_values"].ndim != 5:
+            raise ValueError("flat crops are for training: to answer, pass pixel_values [images, crops, 3, 336, 336]")
         picked["pixel_values"] = arguments["pixel_values"][picks]
     if arguments.get("image_features") is not None:
         pieces = arguments["image_features"].split(counts)

@@ -8,7 +8,7 @@ an image file means (EXIF rotation, alpha, depth) is decided where images are op
 Shape letters: N images, K crop slots (1 + crops), C 3 channels, H and W 336 unless a line says canvas.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from transformers.utils import TensorType
 from phi3v.errors import ImageError
 from phi3v.image_tokens import CROP_SIZE, crop_grid, grid_tokens, num_image_tokens
 
-from .pixels_phi3_v import draw_canvas, fill_crops, image_size
+from .pixels_phi3_v import draw_canvas, fill_bytes, fill_crops, image_size
 
 
 class Phi3VImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -40,11 +40,14 @@ class Phi3VImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call
         pad_crops: True pads every image to `num_crops` + 1 crop slots with zeros, as the original; False only to the
             largest grid of the call, which is all the model needs.
         fast: True resizes with torch, in a third of the time; crops then differ by at most one grey level.
+        byte_crops: True gives sub crops as bytes, without gaps, and the views of the whole beside them, for a model
+            that normalises where it computes (see `crops_phi3_v`).
     """
 
     num_crops: int | None
     pad_crops: bool | None
     fast: bool | None
+    byte_crops: bool | None
 
 
 class Phi3VImageProcessor(PilBackend):
@@ -64,6 +67,7 @@ class Phi3VImageProcessor(PilBackend):
     num_crops = 1
     pad_crops = True
     fast = False
+    byte_crops = False
 
     def __init__(self, **kwargs: Unpack[Phi3VImageProcessorKwargs]) -> None:
         """Takes the keys of Microsoft's `preprocessor_config.json` too.
@@ -78,6 +82,11 @@ class Phi3VImageProcessor(PilBackend):
     def to_dict(self) -> dict[str, Any]:
         """The settings to save, with the `num_img_tokens` (144) that Microsoft's own processor asks for."""
         return {**super().to_dict(), "num_img_tokens": 144}
+
+    @property
+    def normalises_as_clip(self) -> bool:
+        """Whether mean and std are CLIP's, as the model's own normalisation of `byte_crops` has them."""
+        return _as_clip(self.image_mean, self.image_std)
 
     def calc_num_image_tokens_from_image_size(self, width: int, height: int) -> int:
         """Image tokens of an image of this size, at this processor's `num_crops`. Example: 601 for 1000 x 300 at 4."""
@@ -152,6 +161,10 @@ class Phi3VImageProcessor(PilBackend):
         for setting in ("size", "crop_size", "pad_size", "resample", "do_center_crop", "do_pad"):
             if kwargs.get(setting):
                 raise ValueError(f"{setting} cannot be set: num_crops alone decides the size of Phi-3-V's images")
+        if kwargs.get("byte_crops") and not _as_clip(kwargs["image_mean"], kwargs["image_std"]):
+            raise ValueError(
+                "byte_crops are normalised by the model, with CLIP's mean and std: this processor has others"
+            )
         num_crops = kwargs["num_crops"]
         if num_crops is None or num_crops < 1:
             raise ValueError(f"num_crops must be at least 1, not {num_crops}")
@@ -163,6 +176,7 @@ class Phi3VImageProcessor(PilBackend):
         num_crops: int,
         pad_crops: bool,
         fast: bool,
+        byte_crops: bool,
         image_mean: tuple[float, ...],
         image_std: tuple[float, ...],
         return_tensors: str | TensorType | None = None,
@@ -172,22 +186,43 @@ class Phi3VImageProcessor(PilBackend):
 
         Returns:
             `pixel_values` float32 [N, K, 3, 336, 336]: view of the whole, crops row by row, then zeros. `image_sizes`
-            int64 [N, 2]: height and width of the canvas in pixels. `num_img_tokens` int64 [N].
+            int64 [N, 2]: height and width of the canvas in pixels. `num_img_tokens` int64 [N]. With `byte_crops`
+            `pixel_values` are uint8 [C, 3, 336, 336], the crops of all images, and `global_views` float32
+            [N, 3, 336, 336].
         """
         grids = [crop_grid(*image_size(image), num_crops) for image in images]
-        slots = 1 + (num_crops if pad_crops else max(rows * columns for rows, columns in grids))
         mean = torch.tensor(image_mean, dtype=torch.float32).view(3, 1, 1)
         std = torch.tensor(image_std, dtype=torch.float32).view(3, 1, 1)
-        pixel_values_NKCHW = torch.empty(len(images), slots, 3, CROP_SIZE, CROP_SIZE)
-        for image, (rows, columns), crops_KCHW in zip(images, grids, pixel_values_NKCHW, strict=True):
-            fill_crops(crops_KCHW, draw_canvas(image, num_crops, fast).transpose(2, 0, 1), mean, std)
-            crops_KCHW[1 + rows * columns :].zero_()
-        data = {
-            "pixel_values": pixel_values_NKCHW.numpy(),
-            "image_sizes": np.array(grids, dtype=np.int64) * CROP_SIZE,
-            "num_img_tokens": np.array([grid_tokens(*grid) for grid in grids], dtype=np.int64),
-        }
+        canvases = (draw_canvas(image, num_crops, fast).transpose(2, 0, 1) for image in images)
+        if byte_crops:
+            data = _in_bytes(canvases, grids, mean, std)
+        else:
+            slots = 1 + (num_crops if pad_crops else max(rows * columns for rows, columns in grids))
+            pixel_values_NKCHW = torch.empty(len(images), slots, 3, CROP_SIZE, CROP_SIZE)
+            for canvas_CHW, (rows, columns), crops_KCHW in zip(canvases, grids, pixel_values_NKCHW, strict=True):
+                fill_crops(crops_KCHW, canvas_CHW, mean, std)
+                crops_KCHW[1 + rows * columns :].zero_()
+            data = {"pixel_values": pixel_values_NKCHW.numpy()}
+        data["image_sizes"] = np.array(grids, dtype=np.int64) * CROP_SIZE
+        data["num_img_tokens"] = np.array([grid_tokens(*grid) for grid in grids], dtype=np.int64)
         return BatchFeature(data=data, tensor_type=return_tensors)
+
+
+def _as_clip(mean: Sequence[float], std: Sequence[float]) -> bool:
+    """Whether a normalisation is CLIP's."""
+    return [*mean, *std] == [*OPENAI_CLIP_MEAN, *OPENAI_CLIP_STD]
+
+
+def _in_bytes(
+    canvases: Iterable[np.ndarray], grids: list[tuple[int, int]], mean: torch.Tensor, std: torch.Tensor
+) -> dict[str, np.ndarray]:
+    """`pixel_values` uint8 and `global_views` of images, from their canvases uint8 [3, height, width]."""
+    counts = [rows * columns for rows, columns in grids]
+    crops_CCHW = torch.empty(sum(counts), 3, CROP_SIZE, CROP_SIZE, dtype=torch.uint8)
+    views_NCHW = torch.empty(len(grids), 3, CROP_SIZE, CROP_SIZE)
+    for canvas_CHW, view_CHW, crops_KCHW in zip(canvases, views_NCHW, crops_CCHW.split(counts), strict=True):
+        fill_bytes(view_CHW, crops_KCHW, canvas_CHW, mean, std)
+    return {"pixel_values": crops_CCHW.numpy(), "global_views": views_NCHW.numpy()}
 
 
 def _leaves(images: Any) -> Iterator[Any]:

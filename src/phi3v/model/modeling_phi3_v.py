@@ -22,6 +22,7 @@ from transformers.utils import can_return_tuple
 from .configuration_phi3_v import Phi3VConfig
 from .generation_phi3_v import Phi3VGenerationMixin
 from .placement_phi3_v import image_mask, image_order, place_features
+from .step_phi3_v import Phi3VLastDecoderLayer, hidden_at, place_at
 from .vision_phi3_v import Phi3VImageEmbedding
 
 
@@ -108,7 +109,7 @@ class Phi3VPreTrainedModel(Phi3PreTrainedModel):
     config_class = Phi3VConfig
     config: Phi3VConfig
     input_modalities = ("image", "text")
-    _no_split_modules = ["Phi3DecoderLayer", "Phi3VImageEmbedding"]
+    _no_split_modules = ["Phi3DecoderLayer", "Phi3VLastDecoderLayer", "Phi3VImageEmbedding"]
     # `wte` is a second name of `embed_tokens` in files written with shared tensors; `position_ids` was a buffer in old
     # CLIP files.
     _keys_to_ignore_on_load_unexpected = [
@@ -133,15 +134,20 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
 
     def __init__(self, config: Phi3VConfig):
         super().__init__(config)
+        self.layers[-1].__class__ = Phi3VLastDecoderLayer  # the same weights; a second layer is never made
         self.rotary_emb = Phi3VRotaryEmbedding(config)
         self.vision_embed_tokens = Phi3VImageEmbedding(config)
         self.post_init()
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | list, **kwargs: Any
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor | list,
+        global_views: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Embeddings of the images: `pooler_output` is a tuple with one tensor `[tokens of the image, H]` per image."""
-        features, counts = self.vision_embed_tokens(pixel_values, image_sizes)
+        features, counts = self.vision_embed_tokens(pixel_values, image_sizes, global_views)
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features.split(counts))
 
     def embed(
@@ -150,8 +156,13 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         pixel_values: torch.Tensor | None,
         image_sizes: torch.Tensor | list | None,
         image_features: torch.Tensor | None = None,
+        image_positions: torch.Tensor | None = None,
+        global_views: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Input embeddings `[B, S, H]`: text from the table, image tokens from the images."""
+        """Input embeddings `[B, S, H]`: text from the table, image tokens from the images.
+
+        With `image_positions` (see `Phi3VForCausalLM.forward`) images are placed without a look at the ids.
+        """
         is_image = image_mask(input_ids, self.config.image_token_id)
         embeddings = self.embed_tokens(input_ids.masked_fill(is_image, 0))
         if pixel_values is None and image_features is None:
@@ -159,7 +170,9 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         if image_sizes is None:
             raise ValueError("images were given without image_sizes: pass what the processor returned, both together")
         if image_features is None:
-            image_features, _ = self.vision_embed_tokens(pixel_values, image_sizes)
+            image_features, _ = self.vision_embed_tokens(pixel_values, image_sizes, global_views)
+        if image_positions is not None:
+            return place_at(embeddings, self.vision_embed_tokens.drop(image_features), image_positions)
         counts = self.vision_embed_tokens.token_counts(image_sizes)
         order = image_order(input_ids, counts)
         image_features = self.vision_embed_tokens.drop(place_features(image_features, counts, order, is_image))
@@ -177,16 +190,29 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         image_sizes: torch.Tensor | list | None = None,
         image_features: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        trained_positions: torch.Tensor | None = None,
+        image_positions: torch.Tensor | None = None,
+        global_views: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """See `Phi3VForCausalLM.forward`; returns hidden states `[B, S, H]` after the final norm."""
+        """See `Phi3VForCausalLM.forward`; returns hidden states after the final norm, `[B, S, H]`.
+
+        With `trained_positions` they are `[1, K, H]`, of these K positions alone; nothing is cached then.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if inputs_embeds is None:
             assert input_ids is not None
-            self._refuse_blind_images(input_ids, pixel_values, image_features, past)
-            inputs_embeds = self.embed(input_ids, pixel_values, image_sizes, image_features)
+            self._refuse_blind_images(input_ids, pixel_values, image_features, past, image_positions)
+            inputs_embeds = self.embed(
+                input_ids, pixel_values, image_sizes, image_features, image_positions, global_views
+            )
+        if trained_positions is not None:
+            if past_key_values is not None or (attention_mask is not None and attention_mask.ndim == 2):
+                raise ValueError("trained_positions are for rows padded on the right, without attention_mask and cache")
+            states = hidden_at(self, inputs_embeds, position_ids, trained_positions, attention_mask, **kwargs)
+            return BaseModelOutputWithPast(last_hidden_state=states)
         if position_ids is None:
             length = inputs_embeds.shape[1]
             if attention_mask is not None and attention_mask.ndim == 2:
@@ -210,13 +236,18 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         pixel_values: torch.Tensor | None,
         image_features: torch.Tensor | None,
         past: int | torch.Tensor,
+        image_positions: torch.Tensor | None,
     ) -> None:
         """A prompt with image tokens and no image would be answered without looking: an error instead."""
         if pixel_values is not None or image_features is not None or isinstance(past, torch.Tensor) or past > 0:
             return
         if torch.compiler.is_compiling() or input_ids.device.type == "meta":
             return
-        if bool(image_mask(input_ids, self.config.image_token_id).any()):
+        if image_positions is not None:
+            blind = image_positions.shape[0] > 0
+        else:
+            blind = bool(image_mask(input_ids, self.config.image_token_id).any())
+        if blind:
             raise ValueError(
                 "input_ids hold image tokens, but no pixel_values were given: the model would answer blindly"
             )
@@ -257,6 +288,9 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         trained_logits_only: bool = False,
+        trained_positions: torch.Tensor | None = None,
+        image_positions: torch.Tensor | None = None,
+        global_views: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         r"""Runs the model.
@@ -268,7 +302,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
             position_ids: `[B, S]`; without them padding is not counted.
             past_key_values: keys and values of earlier positions.
             inputs_embeds: `[B, S, H]` instead of `input_ids`; images are then already in it.
-            pixel_values: `[images, crops, 3, 336, 336]`, the images of row 0 first, then those of row 1.
+            pixel_values: `[images, crops, 3, 336, 336]`, the images of row 0 first, then those of row 1; or one of the
+                other forms of `crops_phi3_v`: flat, or sub crops as bytes beside `global_views`.
             image_sizes: `[images, 2]`, canvas height and width in pixels.
             image_features: `[T, H]` instead of `pixel_values`: what `get_image_features` returned as
                 `last_hidden_state`.
@@ -281,6 +316,13 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
                 transformers' Trainer.)
             **kwargs: to the attention; for a row of several samples `cu_seqlens` and `max_seqlen`, see
                 `kernels.packed_attention`. Its `position_ids` restart at 0 and it has no mask.
+            trained_positions: flat positions `[K]`, `row * S + column`, whose logits are compared with the label behind
+                them, as `data.step_batch` makes them; `logits` are then `[K, vocabulary]`, and the last layer works
+                there alone. For a training step: rows begin in column 0 and are padded on the right, `labels` are
+                taken as they are, `attention_mask` and cache are left out.
+            image_positions: flat positions `[T]` of the image tokens; images are then placed there, in the order of the
+                text, without a look at `input_ids`.
+            global_views: `[images, 3, 336, 336]`, where `pixel_values` are bytes.
 
         Example: with `labels=[[-100, -100, 7, 8]]` and `trained_logits_only=True` the logits are those of positions 1
         and 2, which predict 7 and 8.
@@ -295,9 +337,14 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
             image_sizes=image_sizes,
             image_features=image_features,
             use_cache=use_cache,
-            **kwargs,
+            trained_positions=trained_positions,
+            image_positions=image_positions,
+            global_views=global_views,
+            **(kwargs if trained_positions is None else without_loss(kwargs)),
         )
         hidden_states = outputs.last_hidden_state
+        if trained_positions is not None:
+            return self._step_output(hidden_states[0], labels, trained_positions, kwargs.get("num_items_in_batch"))
         if labels is not None:  # collators of other libraries copy all ids
             labels = labels.masked_fill(image_mask(labels, self.config.image_token_id), -100)
         if trained_logits_only:
@@ -321,6 +368,20 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
             attentions=outputs.attentions,
         )
 
+    def _step_output(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor | None,
+        trained_positions: torch.Tensor,
+        num_items: torch.Tensor | int | None,
+    ) -> CausalLMOutputWithPast:
+        """Logits `[K, vocabulary]` and loss of a training step, from hidden states `[K, H]`."""
+        if labels is None:
+            raise ValueError("trained_positions need labels")
+        logits = self.lm_head(hidden_states)
+        targets = labels.flatten().index_select(0, trained_positions + 1)
+        return CausalLMOutputWithPast(loss=self._loss_at_labels(logits, targets, num_items), logits=logits)
+
     @staticmethod
     def _loss_at_labels(
         logits: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor | int | None
@@ -329,6 +390,11 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
         if num_items is None:
             return total / max(targets.numel(), 1)
         return total / (num_items.to(total.device) if isinstance(num_items, torch.Tensor) else num_items)
+
+
+def without_loss(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Keywords of `forward` without that of the loss: a number of each step's own would compile layers again."""
+    return {name: value for name, value in arguments.items() if name != "num_items_in_batch"}
 
 
 __all__ = ["Phi3VForCausalLM", "Phi3VModel", "Phi3VPreTrainedModel"]

@@ -9,6 +9,8 @@ Everything is done plane by plane (channel, height, width): so each crop is made
 side, and no float image of the whole canvas is ever made.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from PIL import Image
@@ -65,14 +67,42 @@ def fill_crops(crops_KCHW: torch.Tensor, canvas_CHW: np.ndarray, mean: torch.Ten
         mean: [3, 1, 1], subtracted from values 0..1.
         std: [3, 1, 1], divides them.
     """
-    crops_KCHW[0].copy_(torch.from_numpy(_whole_view(canvas_CHW))).div_(255).sub_(mean).div_(std)
+    _fill_view(crops_KCHW[0], canvas_CHW, mean, std)
+    for tile, tile_CHW in enumerate(_tiles(canvas_CHW)):
+        crop_CHW = crops_KCHW[1 + tile].copy_(tile_CHW)
+        # In this order and in place: the original's arithmetic, to the last bit, while the crop is in the cache.
+        crop_CHW.div_(255).sub_(mean).div_(std)
+
+
+def fill_bytes(
+    view_CHW: torch.Tensor, crops_KCHW: torch.Tensor, canvas_CHW: np.ndarray, mean: torch.Tensor, std: torch.Tensor
+) -> None:
+    """As `fill_crops`, with the view of the whole normalised and the tiles as they are, in grey levels.
+
+    Args:
+        view_CHW: float32 [3, 336, 336].
+        crops_KCHW: uint8 [tiles, 3, 336, 336].
+        canvas_CHW: uint8 [3, rows * 336, columns * 336].
+        mean: [3, 1, 1], of the view.
+        std: [3, 1, 1], of the view.
+    """
+    _fill_view(view_CHW, canvas_CHW, mean, std)
+    for tile, tile_CHW in enumerate(_tiles(canvas_CHW)):
+        crops_KCHW[tile].copy_(tile_CHW)
+
+
+def _fill_view(view_CHW: torch.Tensor, canvas_CHW: np.ndarray, mean: torch.Tensor, std: torch.Tensor) -> None:
+    """Writes the normalised view of the whole canvas."""
+    view_CHW.copy_(torch.from_numpy(_whole_view(canvas_CHW))).div_(255).sub_(mean).div_(std)
+
+
+def _tiles(canvas_CHW: np.ndarray) -> Iterator[torch.Tensor]:
+    """The canvas's tiles, uint8 [3, 336, 336], row by row."""
     canvas = torch.from_numpy(canvas_CHW)
     columns = canvas.shape[2] // CROP_SIZE
     for tile in range(canvas.shape[1] // CROP_SIZE * columns):
         top, left = tile // columns * CROP_SIZE, tile % columns * CROP_SIZE
-        crop_CHW = crops_KCHW[1 + tile].copy_(canvas[:, top : top + CROP_SIZE, left : left + CROP_SIZE])
-        # In this order and in place: the original's arithmetic, to the last bit, while the crop is in the cache.
-        crop_CHW.div_(255).sub_(mean).div_(std)
+        yield canvas[:, top : top + CROP_SIZE, left : left + CROP_SIZE]
 
 
 def image_size(image: Image.Image | np.ndarray) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPPreTrainedModel, CLIPVisionEmbeddings
 
 from .configuration_phi3_v import Phi3VConfig
+from .crops_phi3_v import real_crops, to_device
 
 
 def image_layout(grids: list[tuple[int, int]], side: int = 12) -> tuple[torch.Tensor, list[int]]:
@@ -132,41 +133,32 @@ class Phi3VImageEmbedding(nn.Module):
         side = self.side
         return [(h * w + 1) * side * side + 1 + (h + 1) * side for h, w in self.grids(image_sizes)]
 
-    def forward(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | list) -> tuple[torch.Tensor, list[int]]:
-        """Embeddings of all images, one after the other.
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor | list,
+        global_views: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Embeddings of all images, one after the other; a frozen tower leaves no trace for a backward pass.
 
         Args:
             pixel_values: `[N, K, 3, 336, 336]`, slot 0 the global view, then the sub crops, then padding that is never
-                looked at.
+                looked at; or one of the other forms of `crops_phi3_v`.
             image_sizes: `[N, 2]`, canvas height and width in pixels.
+            global_views: `[N, 3, 336, 336]`, where `pixel_values` are bytes.
 
         Returns the embeddings `[T, H]` and the number of tokens of each image.
 
         Raises: ValueError if sizes and pixels do not belong together.
         """
         grids = self.grids(image_sizes)
-        self._check(pixel_values, grids)
-        slots = pixel_values.shape[1]
-        if all(h * w + 1 == slots for h, w in grids):
-            crops = pixel_values.flatten(0, 1)
-        else:  # padding slots do not go through the tower: their content has no influence on any output
-            crops = torch.cat([pixel_values[i, : h * w + 1] for i, (h, w) in enumerate(grids)])
-        embeddings = self.img_processor.vision_model.embeddings
-        features = merge_patches(self.img_processor(crops.to(embeddings.patch_embedding.weight.dtype)))
+        crops = real_crops(pixel_values, global_views, grids, self.crop_size)
+        crops = crops.to(self.img_processor.vision_model.embeddings.patch_embedding.weight.dtype)
+        # Said, not left to requires_grad: checkpointing makes the outputs of all embeddings ask for a gradient.
+        wanted = crops.requires_grad or any(weight.requires_grad for weight in self.img_processor.parameters())
+        with torch.set_grad_enabled(wanted and torch.is_grad_enabled()):
+            features = merge_patches(self.img_processor(crops))
         features = features.to(cast(torch.Tensor, self.img_projection[0].weight).dtype).flatten(0, 1)
         table = torch.cat([features, self.sub_GN.view(1, -1), self.glb_GN.view(1, -1)])
         index, counts = image_layout(grids, self.side)
-        return self.img_projection(table[index.to(table.device, non_blocking=True)]), counts
-
-    def _check(self, pixel_values: torch.Tensor, grids: list[tuple[int, int]]) -> None:
-        if pixel_values.ndim != 5 or pixel_values.shape[0] != len(grids):
-            raise ValueError(
-                f"pixel_values must be [images, crops, 3, {self.crop_size}, {self.crop_size}], one image per row of "
-                f"image_sizes, but have shape {list(pixel_values.shape)} for {len(grids)} sizes"
-            )
-        for number, (h, w) in enumerate(grids):
-            if h < 1 or w < 1 or h * w + 1 > pixel_values.shape[1]:
-                raise ValueError(
-                    f"image {number} has a grid of {h}x{w} crops, but pixel_values hold "
-                    f"{pixel_values.shape[1] - 1} sub crops an image"
-                )
+        return self.img_projection(table[to_device(index, table.device)]), counts

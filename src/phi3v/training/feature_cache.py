@@ -56,9 +56,11 @@ def keep_features(
     used = 0
     for row in range(len(dataset)):
         example = dict(dataset[row])
-        pixels = example.pop("pixel_values", None)
-        if pixels is not None:
-            output = model.get_image_features(pixels.to(model.device), example["image_sizes"])
+        pixels = {
+            name: example.pop(name).to(model.device) for name in ("pixel_values", "global_views") if name in example
+        }
+        if pixels:
+            output = model.get_image_features(**pixels, image_sizes=example["image_sizes"])
             example["image_features"] = output.last_hidden_state.to("cpu", copy=True)
             used += example["image_features"].nbytes
         examples.append(example)

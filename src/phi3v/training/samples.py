@@ -88,18 +88,21 @@ def make_samples(
     return kept, keep(held_out, len(train), limit - used)
 
 
-def make_collators(recipe: Recipe, data: LoadedData | StreamedData, pad_token_id: int) -> tuple[Any, Any]:
+def make_collators(recipe: Recipe, data: LoadedData | StreamedData, processor: Any) -> tuple[Any, Any]:
     """What makes the micro-batches of a step, and what makes a batch of validation rows, which are padded.
 
     Args:
         recipe: its section training.
         data: the rows; the longest one of a stream is not known, so there each step counts with its own longest.
-        pad_token_id: the tokenizer's.
+        processor: whose tokens pad rows and stand for images.
     """
-    padded = CollateFeatures(Collator(pad_token_id, padding_side="right"))
+    image = processor.image_token_id
+    padded = CollateFeatures(Collator(processor.tokenizer.pad_token_id, image_token_id=image))
     lengths = data.lengths if isinstance(data, MeasuredData) else []
     micro_batches = micro_batches_of(recipe, max(lengths, default=0))
-    return StepCollator(CollateFeatures(PackedCollator()) if micro_batches.packed else padded, micro_batches), padded
+    return StepCollator(
+        CollateFeatures(PackedCollator(image)) if micro_batches.packed else padded, micro_batches
+    ), padded
 
 
 def micro_batches_of(recipe: Recipe, longest: int) -> MicroBatches:
@@ -124,7 +127,7 @@ def _stand_ins(
     longest: int,
 ) -> StandIns:
     """Samples of rows that are all known."""
-    encoded = EncodedRows(rows, processor, **_encode_options(recipe, longest))
+    encoded = EncodedRows(rows, processor, **_encode_options(recipe, processor, longest))
     known = data.rows_in if isinstance(data, LoadedData) else len(rows)
     return StandIns(
         encoded,
@@ -140,7 +143,7 @@ def _streamed(
     """Samples of a stream."""
     examples = StreamedExamples(
         data.train,
-        partial(_encode, processor=processor, options=_encode_options(recipe, longest)),
+        partial(_encode, processor=processor, options=_encode_options(recipe, processor, longest)),
         micro_batch=recipe.training.samples_per_step,  # the loader's batch is a step
         start=steps_done * recipe.training.samples_per_step,
         tell=partial(note_problem, run),
@@ -150,9 +153,14 @@ def _streamed(
     return examples
 
 
-def _encode_options(recipe: Recipe, longest: int) -> dict[str, Any]:
+def _encode_options(recipe: Recipe, processor: Any, longest: int) -> dict[str, Any]:
     """The arguments of `encode` by name."""
-    return {**recipe.data.encode_options, "max_length": longest, "max_pixels": recipe.image.max_pixels}
+    return {
+        **recipe.data.encode_options,
+        "max_length": longest,
+        "max_pixels": recipe.image.max_pixels,
+        "byte_crops": processor.image_processor.normalises_as_clip,
+    }
 
 
 def _encode(row: Row, *, processor: Any, options: dict[str, Any]) -> Example:

@@ -14,6 +14,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from phi3v.errors import TrainingError
+from phi3v.training.master_weights import precise_state, shorten_weights, step_masters
 from phi3v.training.sampling import WholeSteps
 
 MicroBatch = dict[str, Any]
@@ -25,17 +26,54 @@ class StepTrainer(Trainer):
 
     The labels of all micro-batches of a step are counted (`num_items_in_batch`) and the count is handed to the model,
     whose loss is then a sum divided by it; gradients of micro-batches add up to those of one large batch.
+
+    With `short_dtype` the weights that train compute in it, see `master_weights`.
     """
 
-    def __init__(self, *, step_collator: Callable[[list[Any]], list[MicroBatch]], **arguments: Any) -> None:
+    def __init__(
+        self,
+        *,
+        step_collator: Callable[[list[Any]], list[MicroBatch]],
+        short_dtype: torch.dtype | None = None,
+        **arguments: Any,
+    ) -> None:
         """A Trainer.
 
         Args:
             step_collator: makes the micro-batches of a step out of its samples.
+            short_dtype: what weights that train compute in; None for their own.
             **arguments: the Trainer's own; its `data_collator` makes validation batches.
         """
         super().__init__(**arguments)
         self.step_collator = step_collator
+        self.short_dtype = short_dtype
+        self.masters: dict[str, torch.nn.Parameter] = {}
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's optimiser, over float32 masters where weights compute in a shorter type.
+
+        A checkpoint's weights, which are masters, are in the model by now.
+        """
+        if self.short_dtype is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        self.masters = shorten_weights(self.model, self.short_dtype)
+        optimizer = super().create_optimizer(model)
+        step_masters(optimizer, self.model, self.masters)
+        return optimizer
+
+    def _prepare_input(self, data: Any) -> Any:
+        """What the Trainer sends to the device; pinned tensors go while the device computes."""
+        if isinstance(data, torch.Tensor) and data.is_pinned():
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
+    def precise_state(self) -> dict[str, Any] | None:
+        """What to save of the model: its masters where it has some, None to save it as it is."""
+        return precise_state(self.model, self.masters)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """A checkpoint's weights, in full precision."""
+        super()._save(output_dir, self.precise_state() if state_dict is None else state_dict)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> WholeSteps:
         """Whole steps, in an order that depends on seed and epoch alone."""
@@ -66,10 +104,12 @@ class StepTrainer(Trainer):
             TrainingError: nothing in the step is to be learned.
         """
         micro_batches = [micro_batch for step in batch_samples for micro_batch in step]
-        if micro_batches and not any(bool((one["labels"][:, 1:] != -100).any()) for one in micro_batches):
+        if micro_batches and not any(len(one["trained_positions"]) for one in micro_batches):
             raise TrainingError(
                 f"step {self.state.global_step + 1} has no trained token: every answer in it is empty, see data.answer"
             )
+        if self.args.world_size == 1:
+            return sum(len(one["trained_positions"]) for one in micro_batches)  # known here: the device is not asked
         return super()._get_num_items_in_batch(micro_batches, device)
 
     def training_step(self, model: Any, inputs: list[MicroBatch], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -88,13 +128,16 @@ class StepTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's own loss; label smoothing needs all logits, everything else only those at labels."""
-        if self.label_smoother is None and self.compute_loss_func is None:
+        if self.label_smoother is not None or self.compute_loss_func is not None:
+            inputs = {name: value for name, value in inputs.items() if name != "trained_positions"}
+        elif "trained_positions" not in inputs:
             inputs = {**inputs, "trained_logits_only": True}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """One validation batch, noted with its number of trained tokens."""
-        tokens = int((inputs["labels"][:, 1:] != -100).sum())
+        known = inputs.get("trained_positions")
+        tokens = int((inputs["labels"][:, 1:] != -100).sum()) if known is None else len(known)
         result = super().prediction_step(model, inputs, *args, **kwargs)
         self._evaluated.append((float(result[0]) * tokens, tokens))
         return result

@@ -143,7 +143,7 @@ def _tune(recipe: Recipe, run: RunFolder, watch: Watcher) -> RunResult:
         steps_done=checkpoint_step(checkpoint) if checkpoint else 0,
         on_features=lambda done, total: watch(TrainingEvent("features", done, total)),
     )
-    step_collator, eval_collator = make_collators(recipe, data, processor.tokenizer.pad_token_id)
+    step_collator, eval_collator = make_collators(recipe, data, processor)
     with library_errors():
         trainer = StepTrainer(
             model=model,
