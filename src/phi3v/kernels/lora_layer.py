@@ -1,0 +1,302 @@
+"""A decoder layer of frozen base weights and LoRA, forward and backward by hand, put into a PEFT model from outside.
+
+`attach_fast_lora(model)` gives the decoder layers that it can serve another class and leaves everything else as it was:
+parameters, their names, what PEFT stores, what checkpointing does. Attention goes through transformers' interface with
+the arguments that the layer was called with, so packed, padded, sdpa and FlashAttention runs work alike. A layer, or a
+call, that is not served takes transformers' own forward, and the reason is kept: `fast_lora_state` tells.
+
+Gradients equal those of the plain layer to rounding. Generation (a cache and no gradient) takes the plain forward.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, eager_attention_forward
+
+from phi3v.kernels.lora_functions import Heads, Norm, NormQkvRope, OutputAndMlp
+from phi3v.kernels.lora_operands import WidenedWeights, active_adapter, adapter_weights
+
+_SERVED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class LayerState:
+    """What a hand-written layer keeps beside the module's own parts.
+
+    Attributes:
+        widened: its base weights with columns for B.
+        calls: how many forward passes went which way: {"fast": 64, "an adapter is disabled": 2} for instance.
+    """
+
+    widened: WidenedWeights = field(default_factory=WidenedWeights)
+    calls: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class FastLoraState:
+    """Which way the decoder layers of a model went.
+
+    Attributes:
+        layers: decoder layers of the model.
+        attached: those that are hand-written.
+        reasons: why the others are not, and how many there are for each reason.
+        calls: forward passes by the way they took, over all hand-written layers, "fast" or a reason.
+    """
+
+    layers: int
+    attached: int
+    reasons: dict[str, int]
+    calls: dict[str, int]
+
+
+class HandWrittenLayer(Phi3DecoderLayer):
+    """transformers' Phi-3 decoder layer with both halves around attention written by hand; `attach_fast_lora` makes it.
+
+    It has the parameters and submodules of the plain layer; their own forward passes are not called, so a hook on one of
+    them sends the layer back to the plain way.
+    """
+
+    lora_state: LayerState
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """As the plain layer's; `[B, S, H]` to `[B, S, H]`."""
+        reason = _obstacle_now(self, hidden_states, past_key_values, position_embeddings)
+        self.lora_state.calls[reason or "fast"] += 1
+        if reason:
+            return super().forward(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        assert position_embeddings is not None
+        queries, keys, values, residual = self._before_attention(hidden_states, *position_embeddings)
+        kwargs = {**kwargs, "position_ids": position_ids, "use_cache": use_cache}
+        attended = self._attend(queries, keys, values, attention_mask, past_key_values, kwargs)
+        return self._after_attention(attended.reshape(*hidden_states.shape[:2], -1), residual)
+
+    def _before_attention(
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values `[B, S, heads, D]`, and the residual."""
+        attention, size = self.self_attn, self.self_attn.head_dim
+        heads = Heads(attention.config.num_attention_heads, attention.num_key_value_heads, size)
+        operands = self.lora_state.widened.operands("qkv_proj", attention.qkv_proj, training=self.training)
+        return NormQkvRope.apply(
+            hidden,
+            *adapter_weights(attention.qkv_proj),
+            _norm(self.input_layernorm),
+            operands,
+            cos.reshape(-1, size).contiguous(),
+            sin.reshape(-1, size).contiguous(),
+            heads,
+        )
+
+    def _attend(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Any,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """Attention as the plain layer calls it, `[B, S, heads, D]`."""
+        module = self.self_attn
+        queries, keys, values = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, module.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention_forward)
+        return attend(
+            module,
+            queries,
+            keys,
+            values,
+            attention_mask,
+            dropout=module.attention_dropout if self.training else 0.0,
+            scaling=module.scaling,
+            sliding_window=getattr(module.config, "sliding_window", None),
+            **kwargs,
+        )[0]
+
+    def _after_attention(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Output projection, residual, norm, MLP, residual."""
+        mlp, widened, training = self.mlp, self.lora_state.widened, self.training
+        o_proj = self.self_attn.o_proj
+        return OutputAndMlp.apply(
+            attended,
+            residual,
+            _norm(self.post_attention_layernorm),
+            widened.operands("o_proj", o_proj, training=training, join=False),
+            widened.operands("gate_up_proj", mlp.gate_up_proj, training=training),
+            widened.operands("down_proj", mlp.down_proj, training=training),
+            *adapter_weights(o_proj),
+            *adapter_weights(mlp.gate_up_proj),
+            *adapter_weights(mlp.down_proj),
+        )
+
+
+def attach_fast_lora(model: nn.Module, *, force: bool = False) -> int:
+    """Makes the decoder layers of a PEFT model hand-written where that is possible.
+
+    Args:
+        model: frozen base weights with LoRA on some of qkv_proj, o_proj, gate_up_proj, down_proj.
+        force: also where there is no CUDA; torch's operations then stand in for the kernels.
+
+    Returns:
+        How many layers were replaced, 0 when none could be; `fast_lora_state` says why.
+
+    Example: a PEFT model of 32 layers on a GPU gives 32; the same model in 4 bits gives 0.
+    """
+    replaced = 0
+    for layer in _decoder_layers(model):
+        if type(layer) is Phi3DecoderLayer and obstacle(layer, force=force) is None:
+            layer.__class__ = HandWrittenLayer
+            layer.lora_state = LayerState()
+            replaced += 1
+    return replaced
+
+
+def detach_fast_lora(model: nn.Module) -> int:
+    """Undoes `attach_fast_lora`: plain layers, each weight in one piece. Returns how many were put back."""
+    restored = 0
+    for layer in _decoder_layers(model):
+        if isinstance(layer, HandWrittenLayer):
+            for name, projection in _projections(layer):
+                layer.lora_state.widened.release(name, projection)
+            del layer.lora_state
+            layer.__class__ = Phi3DecoderLayer
+            restored += 1
+    return restored
+
+
+def fast_lora_state(model: nn.Module, *, force: bool = False) -> FastLoraState:
+    """Which layers are hand-written, why the others are not, and which way the forward passes went so far."""
+    layers = list(_decoder_layers(model))
+    reasons: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    for layer in layers:
+        if isinstance(layer, HandWrittenLayer):
+            calls.update(layer.lora_state.calls)
+        else:
+            reasons[obstacle(layer, force=force) or "it was not asked for"] += 1
+    return FastLoraState(len(layers), len(layers) - sum(reasons.values()), dict(reasons), dict(calls))
+
+
+def obstacle(layer: nn.Module, *, force: bool = False) -> str | None:
+    """Why a decoder layer cannot be hand-written, in a few words; None when it can.
+
+    Example: "down_proj uses DoRA or another variant of LoRA".
+    """
+    if type(layer) not in (Phi3DecoderLayer, HandWrittenLayer):
+        return f"the layer is a {type(layer).__name__}"
+    if layer.config.hidden_act not in ("silu", "swish"):
+        return f"the MLP uses {layer.config.hidden_act}"
+    if layer.resid_attn_dropout.p or layer.resid_mlp_dropout.p:
+        return "the residual has dropout"
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    if any(type(norm).__name__ != "Phi3RMSNorm" or norm.weight.requires_grad for norm in norms):
+        return "a norm is trained or of another kind"
+    for name, projection in _projections(layer):
+        if reason := _projection_obstacle(projection):
+            return f"{name} {reason}"
+    bases = [getattr(projection, "base_layer", projection).weight for _, projection in _projections(layer)]
+    weights = [*bases, *(norm.weight for norm in norms)]
+    if len({(weight.dtype, weight.device) for weight in weights}) > 1 or weights[0].dtype not in _SERVED_DTYPES:
+        return "the base weights are not of one floating-point type on one device"
+    if not any(active_adapter(projection) for _, projection in _projections(layer)):
+        return "no LoRA on it"
+    if not force and (weights[0].device.type != "cuda" or find_spec("triton") is None):
+        return "no CUDA device" if weights[0].device.type != "cuda" else "Triton is not installed"
+    return None
+
+
+def _projection_obstacle(projection: Any) -> str | None:
+    """Why a projection cannot be served: the end of a sentence that begins with its name."""
+    base = getattr(projection, "base_layer", projection)
+    kind, weight = type(base), getattr(base, "weight", None)
+    if kind is not nn.Linear or type(weight) not in (nn.Parameter, torch.Tensor) or base.bias is not None:
+        return f"is a {kind.__name__}" + (" with a bias" if getattr(base, "bias", None) is not None else "")
+    if weight.requires_grad:
+        return "is trained itself"
+    if base is projection:
+        return None
+    if (type(projection).__module__, type(projection).__name__) != ("peft.tuners.lora.layer", "Linear"):
+        return f"has an adapter of another kind ({type(projection).__name__})"
+    names = [name for name in projection.active_adapters if name in projection.lora_A]
+    if len(names) > 1:
+        return f"has {len(names)} active adapters"
+    if any(name in projection.lora_variant for name in names):
+        return "uses DoRA or another variant of LoRA"
+    if projection.fan_in_fan_out or any(projection.lora_bias.get(name) for name in names):
+        return "has a LoRA bias or a transposed weight"
+    if any(not isinstance(projection.lora_dropout[name], nn.Identity | nn.Dropout) for name in names):
+        return "has a dropout of another kind"
+    return None
+
+
+def _obstacle_now(
+    layer: HandWrittenLayer, hidden: torch.Tensor, cache: Any, angles: tuple[torch.Tensor, torch.Tensor] | None
+) -> str | None:
+    """Why this call takes the plain way, None when it is hand-written."""
+    if cache is not None and not torch.is_grad_enabled():
+        return "generation"
+    for _, projection in _projections(layer):
+        if getattr(projection, "disable_adapters", False) or getattr(projection, "merged", False):
+            return "an adapter is disabled or merged"
+        if reason := _projection_obstacle(projection):
+            return f"a projection {reason}"
+    weight = getattr(layer.mlp.down_proj, "base_layer", layer.mlp.down_proj).weight
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != weight.dtype:
+        return "autocast to another type than the base weights'"
+    if hidden.dtype != weight.dtype or hidden.device != weight.device:
+        return "hidden states of another type or place than the weights"
+    if hidden.is_cuda and hidden.get_device() != torch.cuda.current_device():
+        return "not the current CUDA device"
+    if angles is None or angles[0].shape[-1] != layer.self_attn.head_dim:
+        return "rope on a part of each head"
+    if any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules() if module is not layer):
+        return "a hook on a part of the layer"
+    if not any(active_adapter(projection) for _, projection in _projections(layer)):
+        return "no active adapter"
+    return None
+
+
+def _projections(layer: Any) -> list[tuple[str, Any]]:
+    """The four projections of a decoder layer by name."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return [
+        ("qkv_proj", attention.qkv_proj),
+        ("o_proj", attention.o_proj),
+        ("gate_up_proj", mlp.gate_up_proj),
+        ("down_proj", mlp.down_proj),
+    ]
+
+
+def _norm(module: Any) -> Norm:
+    """A norm's operands."""
+    return Norm(module.weight.detach(), module.variance_epsilon)
+
+
+def _decoder_layers(model: nn.Module) -> Iterator[Any]:
+    """Every Phi-3 decoder layer of a model, in order."""
+    yield from (module for module in model.modules() if isinstance(module, Phi3DecoderLayer))
