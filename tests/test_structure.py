@@ -31,6 +31,8 @@ LAYERS = (
     ("generate", 3),
     ("data", 2),
     ("data.*", 2),
+    ("kernels", 1),
+    ("kernels.*", 1),
     ("model", 1),
     ("model.*", 1),
     ("errors", 0),
@@ -43,8 +45,19 @@ LAYERS = (
 
 # Where each library may be imported (lazily or not). A library that is not here may not be imported at all.
 LIBRARIES = {
-    "torch": ("model.*", "loading", "tuning", "generate", "data.*", "evaluation.*", "training.*", "demo.*"),
+    "torch": (
+        "kernels.*",
+        "model.*",
+        "loading",
+        "tuning",
+        "generate",
+        "data.*",
+        "evaluation.*",
+        "training.*",
+        "demo.*",
+    ),
     "transformers": (
+        "kernels.*",
         "model.*",
         "loading",
         "tuning",
@@ -66,6 +79,7 @@ LIBRARIES = {
     "peft": ("loading", "tuning"),
     "bitsandbytes": ("loading",),
     "datasets": ("data.opening", "data.saved", "data.undecoded"),
+    "triton": ("kernels.triton_passes",),
     "simplejpeg": ("data.fast_jpeg",),
     "jinja2": ("evaluation.report*", "data.show_page"),
     "markupsafe": ("evaluation.report*",),

@@ -2,9 +2,9 @@
 
 `NormQkvRope` goes from hidden states to rotated queries, keys and values; `OutputAndMlp` from attention's result to the
 next hidden states. Both take PEFT's A and B as inputs, so their gradients arrive where autograd puts any. Kept for the
-backward pass are per token: hidden states before each norm, attention's inputs and result (attention itself keeps its
-inputs), gate_up, and R numbers a projection; normed rows and the MLP's inner rows are made again. Under LoRA dropout one
-byte an input says what was kept. Frozen weights (norms, projections) get no gradient.
+backward pass are per token: hidden states before each norm, attention's result (attention keeps its inputs itself),
+gate_up, and R numbers a projection; normed rows and the MLP's inner rows are made again. Under LoRA dropout one byte an
+input says what was kept. Frozen weights (norms, projections) get no gradient.
 
 Letters: B rows, S positions, T = B * S tokens, H hidden size, D head size, F width of the MLP, R see `lora_operands`.
 """

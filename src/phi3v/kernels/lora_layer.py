@@ -8,6 +8,8 @@ call, that is not served takes transformers' own forward, and the reason is kept
 Gradients equal those of the plain layer to rounding. Generation (a cache and no gradient) takes the plain forward.
 """
 
+import functools
+import inspect
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,11 +33,17 @@ class LayerState:
 
     Attributes:
         widened: its base weights with columns for B.
-        calls: how many forward passes went which way: {"fast": 64, "an adapter is disabled": 2} for instance.
+        calls: how many forward passes went which way: {"fast": 64, "generation": 2} for instance.
+        looked_at: the projections, with their active adapters, that `reason` and `parts` are of.
+        reason: why these projections cannot be served, None when they can.
+        parts: every module of the layer.
     """
 
     widened: WidenedWeights = field(default_factory=WidenedWeights)
     calls: Counter[str] = field(default_factory=Counter)
+    looked_at: tuple[Any, ...] = ()
+    reason: str | None = None
+    parts: tuple[nn.Module, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,14 +63,19 @@ class FastLoraState:
     calls: dict[str, int]
 
 
-class HandWrittenLayer(Phi3DecoderLayer):
-    """transformers' Phi-3 decoder layer with both halves around attention written by hand; `attach_fast_lora` makes it.
+class HandWrittenLayer:
+    """A Phi-3 decoder layer's forward with both halves around attention written by hand.
 
-    It has the parameters and submodules of the plain layer; their own forward passes are not called, so a hook on one of
-    them sends the layer back to the plain way.
+    `attach_fast_lora` puts it before a layer's own class, whose parameters and submodules stay. Forward passes of the
+    submodules are not called, so a hook on one of them sends the layer back to the plain way.
     """
 
     lora_state: LayerState
+    training: bool
+    self_attn: Any
+    mlp: Any
+    input_layernorm: Any
+    post_attention_layernorm: Any
 
     def forward(
         self,
@@ -72,13 +85,20 @@ class HandWrittenLayer(Phi3DecoderLayer):
         past_key_values: Any = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        kept_positions: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """As the plain layer's; `[B, S, H]` to `[B, S, H]`."""
+        """As the plain layer's, `[B, S, H]` to `[B, S, H]`.
+
+        With `kept_positions`, flat positions `[K]`, which the last layer of a training step may be given, the result is
+        `[1, K, H]`, and what stands behind attention works at those positions alone.
+        """
         reason = _obstacle_now(self, hidden_states, past_key_values, position_embeddings)
         self.lora_state.calls[reason or "fast"] += 1
         if reason:
-            return super().forward(
+            if kept_positions is not None:
+                kwargs["kept_positions"] = kept_positions
+            return super().forward(  # type: ignore[misc]  # of the layer's own class, which stands behind this one
                 hidden_states,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -91,7 +111,12 @@ class HandWrittenLayer(Phi3DecoderLayer):
         queries, keys, values, residual = self._before_attention(hidden_states, *position_embeddings)
         kwargs = {**kwargs, "position_ids": position_ids, "use_cache": use_cache}
         attended = self._attend(queries, keys, values, attention_mask, past_key_values, kwargs)
-        return self._after_attention(attended.reshape(*hidden_states.shape[:2], -1), residual)
+        attended = attended.reshape(*hidden_states.shape[:2], -1)
+        if kept_positions is not None:
+            attended, residual = (
+                rows.flatten(0, 1).index_select(0, kept_positions)[None] for rows in (attended, residual)
+            )
+        return self._after_attention(attended, residual)
 
     def _before_attention(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -168,8 +193,8 @@ def attach_fast_lora(model: nn.Module, *, force: bool = False) -> int:
     """
     replaced = 0
     for layer in _decoder_layers(model):
-        if type(layer) is Phi3DecoderLayer and obstacle(layer, force=force) is None:
-            layer.__class__ = HandWrittenLayer
+        if not isinstance(layer, HandWrittenLayer) and obstacle(layer, force=force) is None:
+            layer.__class__ = _hand_written(type(layer))
             layer.lora_state = LayerState()
             replaced += 1
     return replaced
@@ -183,7 +208,7 @@ def detach_fast_lora(model: nn.Module) -> int:
             for name, projection in _projections(layer):
                 layer.lora_state.widened.release(name, projection)
             del layer.lora_state
-            layer.__class__ = Phi3DecoderLayer
+            layer.__class__ = type(layer).__mro__[2]
             restored += 1
     return restored
 
@@ -201,13 +226,14 @@ def fast_lora_state(model: nn.Module, *, force: bool = False) -> FastLoraState:
     return FastLoraState(len(layers), len(layers) - sum(reasons.values()), dict(reasons), dict(calls))
 
 
-def obstacle(layer: nn.Module, *, force: bool = False) -> str | None:
+def obstacle(layer: Any, *, force: bool = False) -> str | None:
     """Why a decoder layer cannot be hand-written, in a few words; None when it can.
 
     Example: "down_proj uses DoRA or another variant of LoRA".
     """
-    if type(layer) not in (Phi3DecoderLayer, HandWrittenLayer):
-        return f"the layer is a {type(layer).__name__}"
+    plain = type(layer).__mro__[2] if isinstance(layer, HandWrittenLayer) else type(layer)
+    if plain is not Phi3DecoderLayer and "kept_positions" not in inspect.signature(plain.forward).parameters:
+        return f"the layer is a {plain.__name__}"
     if layer.config.hidden_act not in ("silu", "swish"):
         return f"the MLP uses {layer.config.hidden_act}"
     if layer.resid_attn_dropout.p or layer.resid_mlp_dropout.p:
@@ -254,16 +280,16 @@ def _projection_obstacle(projection: Any) -> str | None:
 
 
 def _obstacle_now(
-    layer: HandWrittenLayer, hidden: torch.Tensor, cache: Any, angles: tuple[torch.Tensor, torch.Tensor] | None
+    layer: Any, hidden: torch.Tensor, cache: Any, angles: tuple[torch.Tensor, torch.Tensor] | None
 ) -> str | None:
     """Why this call takes the plain way, None when it is hand-written."""
     if cache is not None and not torch.is_grad_enabled():
         return "generation"
-    for _, projection in _projections(layer):
-        if getattr(projection, "disable_adapters", False) or getattr(projection, "merged", False):
-            return "an adapter is disabled or merged"
-        if reason := _projection_obstacle(projection):
-            return f"a projection {reason}"
+    projections = [projection for _, projection in _projections(layer)]
+    if any(getattr(one, "disable_adapters", False) or getattr(one, "merged", False) for one in projections):
+        return "an adapter is disabled or merged"
+    if reason := _obstacle_of_parts(layer, projections):
+        return reason
     weight = getattr(layer.mlp.down_proj, "base_layer", layer.mlp.down_proj).weight
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != weight.dtype:
@@ -274,11 +300,31 @@ def _obstacle_now(
         return "not the current CUDA device"
     if angles is None or angles[0].shape[-1] != layer.self_attn.head_dim:
         return "rope on a part of each head"
-    if any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules() if module is not layer):
+    if any(module._forward_hooks or module._forward_pre_hooks for module in layer.lora_state.parts):
         return "a hook on a part of the layer"
-    if not any(active_adapter(projection) for _, projection in _projections(layer)):
-        return "no active adapter"
     return None
+
+
+def _obstacle_of_parts(layer: Any, projections: list[Any]) -> str | None:
+    """Why the layer's parts cannot be served; looked at again when a projection or its adapter is another one."""
+    state: LayerState = layer.lora_state
+    looked_at = tuple((id(one), tuple(getattr(one, "active_adapters", ()))) for one in projections)
+    if looked_at != state.looked_at:
+        reasons = [reason for one in projections if (reason := _projection_obstacle(one))]
+        state.reason = f"a projection {reasons[0]}" if reasons else None
+        if not reasons and not any(active_adapter(one) for one in projections):
+            state.reason = "no active adapter"
+        # the modules are held, so that an id is not given to another one
+        state.looked_at, state.parts = looked_at, tuple(part for part in layer.modules() if part is not layer)
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    frozen = [norm.weight for norm in norms] + [getattr(one, "base_layer", one).weight for one in projections]
+    return "a base weight is trained" if any(weight.requires_grad for weight in frozen) else state.reason
+
+
+@functools.cache
+def _hand_written(plain: type) -> type:
+    """A layer's class with the hand-written forward before its own; checkpointing wraps it as it does any layer."""
+    return type(f"HandWritten{plain.__name__}", (HandWrittenLayer, plain), {})
 
 
 def _projections(layer: Any) -> list[tuple[str, Any]]:

@@ -79,7 +79,7 @@ def rotate(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int) 
 def rotate_backward(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
-    """Gradients `[T, heads, D]` of rotated queries and keys, and of values, as that of the matrix, `[T, all heads * D]`.
+    """Gradients of rotated queries and keys, and of values, `[T, heads, D]` each, as one matrix `[T, all heads * D]`.
 
     Example: with a quarter turn the gradients `[[-2, 1]]`, `[[-4, 3]]` and `[[5, 6]]` give `[1, 2, 3, 4, 5, 6]`.
     """

@@ -22,9 +22,7 @@ def _rms_norm(hidden, weight, out, scale, hidden_stride, out_stride, eps, H: tl.
 
 
 @triton.jit
-def _rms_norm_backward(
-    grad, hidden, weight, scale, residual, out, grad_stride, H: tl.constexpr, BLOCK: tl.constexpr
-):
+def _rms_norm_backward(grad, hidden, weight, scale, residual, out, grad_stride, H: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     inside = col < H
@@ -39,9 +37,7 @@ def _rms_norm_backward(
 
 
 @triton.jit
-def _turn(
-    source, target, head, col, cos, sin, sign, angle, inside, HALF: tl.constexpr, D: tl.constexpr
-):
+def _turn(source, target, head, col, cos, sin, sign, angle, inside, HALF: tl.constexpr, D: tl.constexpr):
     """Heads of one row, from `source` turned to `target`; `sign` -1 turns back."""
     place = head * D + col
     c = tl.load(cos + angle + col, mask=col < HALF, other=0.0).to(tl.float32)
@@ -54,7 +50,15 @@ def _turn(
 
 @triton.jit
 def _rotate(
-    qkv, cos, sin, stride, angles, HEADS: tl.constexpr, HEAD_BLOCK: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr
+    qkv,
+    cos,
+    sin,
+    stride,
+    angles,
+    HEADS: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEAD_BLOCK)[:, None]
