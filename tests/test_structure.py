@@ -79,6 +79,7 @@ LIBRARIES = {
     "peft": ("loading", "tuning"),
     "bitsandbytes": ("loading",),
     "datasets": ("data.opening", "data.saved", "data.undecoded"),
+    "triton": ("kernels.triton_passes",),
     "simplejpeg": ("data.fast_jpeg",),
     "jinja2": ("evaluation.report*", "data.show_page"),
     "markupsafe": ("evaluation.report*",),

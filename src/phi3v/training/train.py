@@ -7,7 +7,7 @@ newest complete checkpoint, or says that the run is finished. It prints nothing:
 
 import gc
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from phi3v.errors import DeviceError, TrainingError
 from phi3v.evaluation.report_run import write_report
 from phi3v.evaluation.run import evaluate, held_out_rows
 from phi3v.first_look import RowUse
+from phi3v.kernels.lora_layer import attach_fast_lora, fast_lora_state
 from phi3v.kernels.packed_attention import attach_packed_attention
 from phi3v.loading import load_base, load_processor, resolve_device, resolve_dtype
 from phi3v.recipe import Recipe
@@ -55,6 +56,8 @@ class RunResult:
         trainable: parameters per part of the model, `{"projector": {"trainable": 0, "total": 22034432}, ...}`.
         held_out: rows kept for validation.
         resumed_from: step of the checkpoint that a resumed run went on from.
+        fast_lora: which decoder layers were hand-written and why others were not, `{"layers": 32, "attached": 0,
+            "reasons": {"no CUDA device": 32}, "calls": {}}`; calls are forward passes by the way that they took.
     """
 
     status: Literal["trained", "resumed", "finished"]
@@ -65,6 +68,7 @@ class RunResult:
     trainable: dict[str, dict[str, int]]
     held_out: int
     resumed_from: int | None = None
+    fast_lora: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -129,6 +133,8 @@ def _tune(recipe: Recipe, run: RunFolder, watch: Watcher) -> RunResult:
     model, autocast = _prepare_model(recipe, device)
     report = trainable_report(model)
     _refuse_idle_training(report)
+    if recipe.training.fast_lora == "auto" and not recipe.training.options.get("torch_compile"):
+        attach_fast_lora(model)
     arguments = training_arguments(recipe, run, device=device, autocast=autocast, validated=bool(data.validation))
     check_optimiser(arguments, model)
     run.start(recipe)  # nothing was written so far
@@ -168,6 +174,7 @@ def _tune(recipe: Recipe, run: RunFolder, watch: Watcher) -> RunResult:
         trainable={part: asdict(count) for part, count in report.parts.items()},
         held_out=len(data.validation or []),
         resumed_from=checkpoint_step(checkpoint) if checkpoint else None,
+        fast_lora=asdict(fast_lora_state(model)),
     )
 
 

@@ -1,0 +1,181 @@
+"""What the hand-written layer multiplies with: a frozen projection and its adapter, side by side in one matrix.
+
+In comes a projection of the model, plain or wrapped by PEFT, out come its operands of one forward pass. Base weights
+are kept with columns to spare, `[W | s B]`, and the module's own weight becomes the view of its first columns: same
+name, same values, one copy in memory. Then x W' + s (x A') B' is one product, `[x | x A'] [W | s B]'`, and dy [W | s B]
+gives the gradients of x and of x A' at once. Knows PEFT's layers by their attributes, and imports nothing of PEFT.
+
+Letters: N outputs, K inputs, r rank of the adapter, R columns to spare: r rounded up, 16 at least.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Operands:
+    """One projection in one forward pass.
+
+    Attributes:
+        weight: `[N, K]`, frozen.
+        joined: `[N, K + R]`, weight and scaled B; None without an adapter, or where they were not asked for.
+        a: `[R, K]` in the dtype of the weight, zero below row r; None without an adapter.
+        b: `[N, R]`, B times its scale, zero behind column r; None without an adapter.
+        rank: r, 0 without an adapter.
+        scale: alpha / r, or alpha / sqrt(r) under rsLoRA.
+        dropout: share of the adapter's input that is dropped, 0.0 outside training.
+    """
+
+    weight: torch.Tensor
+    joined: torch.Tensor | None = None
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+    rank: int = 0
+    scale: float = 0.0
+    dropout: float = 0.0
+
+    @property
+    def spare(self) -> int:
+        """R: columns behind the input for x A', 0 without an adapter."""
+        return 0 if self.a is None else self.a.shape[0]
+
+
+def spare_columns(rank: int) -> int:
+    """Columns for an adapter: a power of two, as Triton's blocks are, and a multiple of 16 that keeps rows aligned.
+
+    Example: 4 -> 16, 16 -> 16, 24 -> 32.
+    """
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def active_adapter(projection: nn.Module) -> str | None:
+    """The adapter that a projection adds, None where it is a plain layer or the active adapter leaves it alone."""
+    names = [name for name in getattr(projection, "active_adapters", ()) if name in projection.lora_A]  # type: ignore
+    return names[0] if names else None
+
+
+def adapter_weights(projection: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """A `[r, K]` and B `[N, r]` as PEFT trains them, or None and None."""
+    name = active_adapter(projection)
+    return (None, None) if name is None else (projection.lora_A[name].weight, projection.lora_B[name].weight)
+
+
+@dataclass
+class WidenedWeights:
+    """The widened base weights of one layer, by projection; they follow a module that is moved or loaded anew."""
+
+    matrices: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def operands(self, name: str, projection: Any, *, training: bool, join: bool = True) -> Operands:
+        """The operands of a projection with the adapter's weights of this moment.
+
+        Args:
+            name: which of the layer's projections it is.
+            projection: the module, a linear layer or PEFT's around one.
+            training: whether the adapter's dropout is at work.
+            join: whether weight and B are wanted in one matrix.
+        """
+        base = getattr(projection, "base_layer", projection)
+        adapter = active_adapter(projection)
+        if adapter is None:
+            return Operands(base.weight.detach())
+        a, b = projection.lora_A[adapter].weight.detach(), projection.lora_B[adapter].weight.detach()
+        rank, scale = a.shape[0], float(projection.scaling[adapter])
+        spare = spare_columns(rank)
+        joined = self._widened(name, base, spare) if join else None
+        outputs, inputs = base.weight.shape
+        scaled = base.weight.new_zeros(outputs, spare) if joined is None else joined[:, inputs:]
+        torch.mul(b, scale, out=scaled[:, :rank])
+        if a.dtype != base.weight.dtype or rank != spare:
+            padded = base.weight.new_zeros(spare, inputs)
+            padded[:rank] = a
+            a = padded
+        drop = projection.lora_dropout[adapter]
+        share = float(drop.p) if training and isinstance(drop, nn.Dropout) else 0.0
+        return Operands(base.weight.detach(), joined, a, scaled, rank, scale, share)
+
+    def _widened(self, name: str, base: nn.Linear, spare: int) -> torch.Tensor:
+        """`[N, K + R]` whose first K columns are the module's weight; made anew when that is another one now."""
+        weight, matrix = base.weight, self.matrices.get(name)
+        outputs, inputs = weight.shape
+        if (
+            matrix is None
+            or matrix.shape != (outputs, inputs + spare)
+            or (matrix.dtype, matrix.device, matrix.data_ptr()) != (weight.dtype, weight.device, weight.data_ptr())
+            or matrix.stride(0) != weight.stride(0)
+        ):
+            matrix = weight.new_zeros(outputs, inputs + spare)
+            matrix[:, :inputs] = weight
+            weight.data = matrix[:, :inputs]
+            self.matrices[name] = matrix
+        return matrix
+
+    def release(self, name: str, projection: Any) -> None:
+        """Gives a module a weight of its own again, in one piece."""
+        base = getattr(projection, "base_layer", projection)
+        if self.matrices.pop(name, None) is not None:
+            base.weight.data = base.weight.data.contiguous()
+
+
+def project(rows: torch.Tensor, operands: Operands, residual: torch.Tensor | None = None) -> tuple[Any, Any, Any]:
+    """The projection of rows that stand in the first K columns of `[T, K + R]`; the columns behind are filled here.
+
+    Args:
+        rows: `[T, K + R]`.
+        operands: with the joined matrix where there is an adapter.
+        residual: `[T, N]`, added.
+
+    Returns:
+        The result `[T, N]`; x A' `[T, R]` for the backward pass, or None; and which inputs of the adapter were kept
+        under dropout, `[T, K]`, or None.
+    """
+    low = kept = None
+    matrix = operands.weight
+    if operands.a is not None:
+        assert operands.joined is not None
+        inputs = operands.weight.shape[1]
+        low, kept = to_low_rank(rows[:, :inputs], operands, out=rows[:, inputs:])
+        matrix, low = operands.joined, low.contiguous()
+    result = torch.mm(rows, matrix.t()) if residual is None else torch.addmm(residual, rows, matrix.t())
+    return result, low, kept
+
+
+def to_low_rank(rows: torch.Tensor, operands: Operands, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x A' `[T, R]`, written to `out`, of rows `[T, K]`; and which inputs were kept, None without dropout."""
+    assert operands.a is not None
+    kept = None
+    if operands.dropout:
+        rows, kept = torch.native_dropout(rows, operands.dropout, True)
+    return torch.mm(rows, operands.a.t(), out=out), kept
+
+
+def dropped(rows: torch.Tensor, kept: torch.Tensor | None, operands: Operands) -> torch.Tensor:
+    """Rows as the adapter saw them, or a gradient as it passes them: what was kept, scaled up; all without dropout.
+
+    Example: `[1, 2, 3]` with `[True, False, True]` and dropout 0.5 is `[2, 0, 6]`.
+    """
+    if kept is None:
+        return rows
+    scale = 1.0 / (1.0 - operands.dropout) if operands.dropout < 1.0 else 0.0
+    return torch.ops.aten.native_dropout_backward(rows, kept, scale)
+
+
+def factor_gradients(
+    grad: torch.Tensor, low: torch.Tensor, grad_low: torch.Tensor, seen: torch.Tensor, operands: Operands
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of A and B, `[r, K]` and `[N, r]`.
+
+    Args:
+        grad: of the projection's result, `[T, N]`.
+        low: x A', `[T, R]`.
+        grad_low: its gradient, the scale in it.
+        seen: the adapter's input x, `[T, K]`.
+        operands: of the projection.
+    """
+    to_b = grad.new_empty(grad.shape[1], low.shape[1])
+    torch.addmm(to_b, grad.t(), low, beta=0, alpha=operands.scale, out=to_b)
+    return torch.mm(grad_low.t(), seen)[: operands.rank], to_b[:, : operands.rank]

@@ -1,0 +1,36 @@
+"""Training with hand-written layers: the same adapter as without, and the run says which way it went."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import phi3v
+from phi3v.kernels.lora_layer import attach_fast_lora
+
+
+def adapter(run: Path) -> dict[str, torch.Tensor]:
+    """The trained weights of a run."""
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_run_ends_with_the_same_adapter_either_way(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers, six steps of two micro-batches, a dropout that must draw the same masks."""
+    settings = {"lora": {"r": 4, "lora_dropout": 0.1}, "training": {"max_steps": 6}}
+    plain = phi3v.train(make("plain", **settings))
+    monkeypatch.setattr("phi3v.training.train.attach_fast_lora", partial(attach_fast_lora, force=True))
+    fast = phi3v.train(make("fast", **settings))
+    assert plain.fast_lora == {"layers": 2, "attached": 0, "reasons": {"no CUDA device": 2}, "calls": {}}
+    assert fast.fast_lora == {"layers": 2, "attached": 2, "reasons": {}, "calls": {"fast": 2 * 6 * 2}}
+    expected, found = adapter(plain.folder), adapter(fast.folder)
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert float((found[name] - weight).norm()) <= 1e-5 * float(weight.norm()), name
+
+
+def test_the_setting_turns_it_off(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phi3v.training.train.attach_fast_lora", partial(attach_fast_lora, force=True))
+    result = phi3v.train(make(training={"fast_lora": "off", "max_steps": 1}))
+    assert result.fast_lora["attached"] == 0 and result.fast_lora["calls"] == {}
