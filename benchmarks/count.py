@@ -59,11 +59,11 @@ def to_meta(batch: dict[str, Any]) -> dict[str, Any]:
 
     Without padding attention needs no mask: a GPU's path finds out by one wait, which the meta device cannot.
     """
-    whole = batch.get("attention_mask") is None or bool(batch["attention_mask"].all())
+    if batch.get("attention_mask") is not None and bool(batch["attention_mask"].all()):
+        batch = {**batch, "attention_mask": None}
     return {
         key: value.to("meta") if isinstance(value, torch.Tensor) and key != "image_sizes" else value
         for key, value in batch.items()
-        if key != "attention_mask" or not whole
     }
 
 

@@ -4,10 +4,9 @@ In comes real code that runs on meta tensors inside a `Counter`; out come `Count
 read and written, kernel launches, places where the host waits for the device, and the most bytes alive at once. Knows
 no model.
 
-Meta tensors take no GPU kernels, so `GpuKernels` stands in for three things that a GPU does in one kernel and torch
-would otherwise split on the meta device: attention (forward saves its inputs, output and a row of sums), dropout, and
-autocast's casts. Views count nothing; an operation reads all its inputs and writes all its outputs once (expanded
-dimensions once).
+Meta tensors take no GPU kernels, so `GpuKernels` stands in for what a GPU does in one kernel and torch would split on
+the meta device: attention (forward saves its inputs, its result and a row of sums), and for autocast's casts. Views
+count nothing; an operation reads all its inputs and writes all its results once (expanded dimensions once).
 """
 
 import weakref
@@ -34,7 +33,9 @@ class Rates:
     """A device for a prediction: operations and bytes a second that kernels reach, seconds of a launch at least."""
 
     products: float = 700e12
+    products_of_attention: float = 380e12
     bytes: float = 3.7e12
+    bytes_of_adapters: float = 2.4e12
     launch: float = 2.5e-6
 
 
@@ -106,13 +107,15 @@ class Counter(TorchDispatchMode):
         self._seen.discard(key)
         self.live -= size
 
-    def kernel(self, kind: str, operations: float, moved: float, rate: float | None = None) -> None:
+    def kernel(
+        self, kind: str, operations: float, moved: float, rate: float | None = None, bandwidth: float | None = None
+    ) -> None:
         """One launch."""
         counts, rates = self.counts, self.rates
         counts.operations += operations
         counts.bytes += moved
         counts.launches += 1
-        seconds = max(operations / (rate or rates.products), moved / rates.bytes, rates.launch)
+        seconds = max(operations / (rate or rates.products), moved / (bandwidth or rates.bytes), rates.launch)
         counts.predicted_seconds += seconds
         tally = counts.kinds.setdefault(kind, Tally())
         tally["launches"] += 1
@@ -124,20 +127,14 @@ class Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if not any(tensor.device.type == "meta" for tensor in given) and name not in FREE:
-            made = func(*args, **kwargs)  # on the host, or the first of its kind
-            for tensor in tree_leaves(made):
-                if isinstance(tensor, torch.Tensor):
-                    self.hold(tensor)
-            return made
-        if name == "_local_scalar_dense":
+        if name == "_local_scalar_dense" and given[0].device.type == "meta":
             self.counts.waits += 1
             return False if given[0].dtype == torch.bool else 0
         made = self._masked(func, name, args, kwargs)
         results = [leaf for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)]
         for tensor in results:
             self.hold(tensor)
-        if name not in FREE:
+        if name not in FREE and any(tensor.device.type == "meta" for tensor in [*given, *results]):
             self._count(func, name, args, kwargs, given, made, results)
         return made
 
@@ -167,9 +164,13 @@ class Counter(TorchDispatchMode):
         if counted is None:
             self.kernel(name, 0, moved)
             return
-        narrow = min(min(tensor.shape[-2:]) for tensor in given if tensor.ndim >= 2)
-        kind = "products of attention" if name in ("bmm", "baddbmm") else "products"
-        self.kernel("products of adapters" if narrow <= 64 else kind, counted(*args, **kwargs, out_val=made), moved)
+        operations = counted(*args, **kwargs, out_val=made)
+        if name in ("bmm", "baddbmm"):
+            self.kernel("products of attention", operations, moved, self.rates.products_of_attention)
+        elif name in ("mm", "addmm") and min(min(tensor.shape[-2:]) for tensor in given if tensor.ndim > 1) <= 64:
+            self.kernel("products of adapters", operations, moved, bandwidth=self.rates.bytes_of_adapters)
+        else:
+            self.kernel("products", operations, moved)
 
 
 class _Attention(torch.autograd.Function):

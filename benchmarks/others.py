@@ -39,12 +39,6 @@ class JoinedPhi3V(nn.Module):
         vision = type(config.vision_config)(**config.vision_config.to_dict())
         self.guide, self.padded = guide, padded
         self.image_token_id = config.image_token_id
-        if not guide:  # the last layer's output is never read: a user who counts layers leaves it out
-            vision.num_hidden_layers -= 1
-        self.tower = build(CLIPVisionModel, vision, device=device, dtype=dtype, attention=attention)
-        self.language_model: Any = build(
-            Phi3ForCausalLM, phi3_config(config), device=device, dtype=dtype, attention=attention
-        )
         merged = 4 * vision.hidden_size
         with torch.device(device):
             self.img_projection = nn.Sequential(
@@ -54,7 +48,13 @@ class JoinedPhi3V(nn.Module):
             )
             self.sub_GN = nn.Parameter(torch.empty(1, merged, dtype=dtype))
             self.glb_GN = nn.Parameter(torch.empty(1, merged, dtype=dtype))
-        fill(self)
+        fill(self)  # the rest is filled as it is built, by its own names
+        if not guide:  # the last layer's output is never read: a user who counts layers leaves it out
+            vision.num_hidden_layers -= 1
+        self.tower = build(CLIPVisionModel, vision, device=device, dtype=dtype, attention=attention)
+        self.language_model: Any = build(
+            Phi3ForCausalLM, phi3_config(config), device=device, dtype=dtype, attention=attention
+        )
         self.requires_grad_(False)
 
     def image_features(self, crops: torch.Tensor, grids: list[tuple[int, int]]) -> torch.Tensor:
