@@ -199,6 +199,18 @@ class GpuKernels(TorchFunctionMode):
     def __init__(self, counter: Counter, autocast: torch.dtype | None) -> None:
         super().__init__()
         self.counter, self.autocast = counter, autocast
+        self._asked = (torch.is_autocast_enabled, torch.get_autocast_dtype)
+
+    def __enter__(self) -> Any:
+        """Answers for the meta device, of which torch knows no autocast, as a GPU would be answered for."""
+        enabled, dtype = self._asked
+        torch.is_autocast_enabled = lambda *kind: self.autocast is not None if kind == ("meta",) else enabled(*kind)
+        torch.get_autocast_dtype = lambda kind: self.autocast if kind == "meta" else dtype(kind)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.is_autocast_enabled, torch.get_autocast_dtype = self._asked
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """One call of torch."""

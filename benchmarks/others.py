@@ -16,7 +16,7 @@ import importlib.util
 from typing import Any
 
 import torch
-from sizes import LORA, build, fill, phi3_config
+from sizes import LORA, build, fill, fill_adapters, phi3_config
 from torch import nn
 from transformers import CLIPVisionModel, Phi3ForCausalLM
 
@@ -136,6 +136,7 @@ def joined(
     decoder = model.language_model
     with torch.device(device):
         model.language_model = get_peft_model(decoder, lora, autocast_adapter_dtype=fp32_adapters)
+    fill_adapters(model.language_model)
     if guide:
         decoder.gradient_checkpointing_enable({"use_reentrant": False})
     if way == "compiled":

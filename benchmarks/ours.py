@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from sizes import LORA, build, bytes_of
+from sizes import LORA, build, bytes_of, fill_adapters
 from torch import nn
 
 from phi3v.data.collate import Collator
@@ -82,6 +82,7 @@ def set_up(config: Phi3VConfig, parts: Parts, *, device: str, dtype: torch.dtype
         quantise(base)
     with torch.device(device):
         tuned = attach_lora(base, LORA)
+    fill_adapters(tuned)
     if parts.checkpointing:
         enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
@@ -145,6 +146,16 @@ def batches_of(config: Phi3VConfig, *, packed: bool) -> tuple[Batches, str]:
 def _known(kind: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Those arguments that a class of this version takes."""
     return {name: value for name, value in arguments.items() if name in inspect.signature(kind).parameters}
+
+
+def paths_of(model: Any) -> str:
+    """Which way the decoder's layers went so far: "32 of 32 layers hand-written, calls: fast 640" for instance."""
+    fast = part("kernels.lora_layer")
+    if fast is None or not hasattr(fast, "fast_lora_state"):
+        return ""
+    state = fast.fast_lora_state(model)
+    calls = ", ".join(f"{way} {count}" for way, count in state.calls.items())
+    return f"{state.attached} of {state.layers} layers hand-written" + (f", calls: {calls}" if calls else "")
 
 
 def loss_of(model: Any, batch: Batch, items: int) -> torch.Tensor:

@@ -126,6 +126,15 @@ def fill(model: torch.nn.Module) -> None:
             weight.normal_(0, 0.02, generator=dice)
 
 
+@torch.no_grad()
+def fill_adapters(model: torch.nn.Module) -> None:
+    """The first matrix of each LoRA adapter, filled by its name as `fill` does; the second stays zero."""
+    for name, weight in model.named_parameters():
+        if "lora_A" in name and weight.device.type != "meta":
+            dice = torch.Generator(device=weight.device).manual_seed(zlib.crc32(name.rpartition("layers.")[2].encode()))
+            weight.normal_(0, 0.02, generator=dice)
+
+
 def image_tokens(grid: tuple[int, int]) -> int:
     """Tokens of an image of rows x columns crops: (4, 4) is 2509, (2, 2) is 757."""
     rows, columns = grid

@@ -22,7 +22,7 @@ import torch
 from count import SHAPES, TEXT, TRAINED, Grid
 from floor import matrix_rate
 from measure import Measured, measure_if_it_fits, release
-from ours import Parts
+from ours import Parts, paths_of
 from results import draw_bars, machine, write
 from sizes import config_of, image_tokens, make_example
 from ways import WAYS, make_way
@@ -125,7 +125,9 @@ def step(bench: Bench) -> None:
             if bench.late(f"{name} {shape}"):
                 continue
             micro_batch, measured = largest_that_fits(bench, way, examples)
-            bench.line(values_of(bench, name, shape, micro_batch, measured, bench.floor_seconds(grids, text), way.note))
+            floor = bench.floor_seconds(grids, text)
+            note = "; ".join(filter(None, [way.note, paths_of(way.model) if name.startswith("ours") else ""]))
+            bench.line(values_of(shape, name, micro_batch, measured, floor, note))
             if measured:
                 bench.bars.setdefault(f"{shape}: samples/s", {})[name] = measured.rate
         del way
@@ -143,7 +145,7 @@ def largest_that_fits(bench: Bench, way: Any, examples: list) -> tuple[int, Meas
 
 
 def values_of(
-    bench: Bench, way: str, shape: str, micro_batch: int, measured: Measured | None, floor: float, note: str
+    shape: str, way: str, micro_batch: int, measured: Measured | None, floor: float, note: str
 ) -> dict[str, Any]:
     """One line of the result."""
     if measured is None:
