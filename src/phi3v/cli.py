@@ -5,6 +5,7 @@
     phi3v ask TARGET IMAGE... "question"    the answer, streamed
     phi3v data check RECIPE|DATASET         what is in a data set, what is wrong with it, what it costs
     phi3v data show RECIPE                  some rows as the model sees them
+    phi3v profile RECIPE [key=value ...]    where time and memory of a training go
     phi3v demo                              all of it on the model and the products that come with the package
 
 TARGET is a run, an adapter, a model folder or a hub id. Every command takes `--json` (one object on standard output)
@@ -21,6 +22,7 @@ import typer
 from phi3v import __version__
 from phi3v.cli_command import AsJson, Command, Debug, Overrides, refuse_options
 from phi3v.cli_data import data_app
+from phi3v.cli_profile import profile
 from phi3v.cli_session import session
 
 app = typer.Typer(
@@ -155,6 +157,9 @@ def demo(
             story = run_demo(output, on_event=screen.on_event, on_progress=screen.on_progress, say=screen.say)
         show_demo(here.screen, story)
         here.result(story)
+
+
+app.command(cls=Command, short_help="See where the time of a training goes.")(profile)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ newest complete checkpoint, or says that the run is finished. It prints nothing:
 
 import gc
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -123,7 +124,15 @@ def _report(run: RunFolder, result: RunResult, watch: Watcher) -> None:
         evaluate(run.path, on_progress=lambda *told: watch(_answers_event(*told)))
 
 
-def _tune(recipe: Recipe, run: RunFolder, watch: Watcher) -> RunResult:
+def train_watched(
+    recipe: Recipe, callbacks: Sequence[TrainerCallback], *, on_event: Watcher | None = None
+) -> RunResult:
+    """Trains as `train` does in a new folder, with callbacks of the Trainer beside ours, and writes no report."""
+    check_recipe_alone(recipe)
+    return _tune(recipe, RunFolder(recipe.output), on_event or (lambda event: None), callbacks)
+
+
+def _tune(recipe: Recipe, run: RunFolder, watch: Watcher, callbacks: Sequence[TrainerCallback] = ()) -> RunResult:
     """Trains from the start or from the newest checkpoint, and writes the tuned weights."""
     device = _training_device(recipe.model.device)
     training_arguments(recipe, run, device=device, autocast=None, validated=True)  # its errors before rows are read
@@ -158,7 +167,7 @@ def _tune(recipe: Recipe, run: RunFolder, watch: Watcher) -> RunResult:
             data_collator=eval_collator,
             train_dataset=train_samples,
             eval_dataset=eval_samples if data.validation else None,
-            callbacks=_callbacks(recipe, run, report, watch),
+            callbacks=[*_callbacks(recipe, run, report, watch), *callbacks],
         )
     trainer.remove_callback(PrinterCallback)
     run.keep_metrics(checkpoint_step(checkpoint) if checkpoint else -1)

@@ -1,0 +1,78 @@
+"""How long a device was busy: the kernels that torch's profiler saw between two moments.
+
+In comes nothing but the device's own record; out come seconds. On a machine without a GPU there is no such record, and
+the answer is None. Knows nothing of models or of the Trainer.
+"""
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+
+def covered(intervals: Iterable[tuple[int, int]]) -> int:
+    """Length of what intervals cover together.
+
+    Example: (0, 4), (2, 5) and (8, 9) cover 6.
+    """
+    total, reached = 0, None
+    for begin, end in sorted(intervals):
+        if reached is None or begin > reached:
+            total += end - begin
+            reached = end
+        elif end > reached:
+            total += end - reached
+            reached = end
+    return total
+
+
+class DeviceWatch:
+    """Watches kernels from `start` to `stop`.
+
+    Attributes:
+        busy_seconds: time in which at least one kernel or copy ran; None without a GPU.
+        seconds: time between the two.
+    """
+
+    def __init__(self, device: torch.device, *, traced: bool = False) -> None:
+        """Watches kernels of a device of type cuda; what the host does is seen where a trace is wanted."""
+        activity = torch.profiler.ProfilerActivity
+        self.device = device
+        self.busy_seconds: float | None = None
+        self.seconds = 0.0
+        kinds = [activity.CPU] if traced else []
+        kinds += [activity.CUDA] if device.type == "cuda" else []
+        self._profiler = torch.profiler.profile(activities=kinds) if kinds else None
+
+    def start(self) -> None:
+        """Begins, when all that was asked of the device before is done."""
+        self._wait()
+        if self._profiler is not None:
+            self._profiler.start()
+        self._began = time.perf_counter()
+
+    def stop(self) -> None:
+        """Ends, when the device has done what it was asked."""
+        self._wait()
+        self.seconds = time.perf_counter() - self._began
+        if self._profiler is None:
+            return
+        self._profiler.stop()
+        if self.device.type == "cuda":
+            events = self._profiler.profiler.kineto_results.events()
+            kernels = [
+                (event.start_ns(), event.start_ns() + event.duration_ns())
+                for event in events
+                if event.device_type() == torch.autograd.DeviceType.CUDA
+            ]
+            self.busy_seconds = covered(kernels) / 1e9
+
+    def write_trace(self, file: Path) -> None:
+        """Writes what was seen as a file for Perfetto."""
+        assert self._profiler is not None, "nothing was watched"
+        self._profiler.export_chrome_trace(str(file))
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

@@ -1,0 +1,231 @@
+"""`profile(recipe)`: where time and memory of a training go, and the one setting that would change most.
+
+In comes a recipe, out comes a `Profile`. A few steps of the recipe's own training run in a folder that is thrown away,
+on the recipe's rows or on generated ones; nothing of its own run is touched. It prints nothing.
+"""
+
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from phi3v.data.synthetic import write_synthetic_rows
+from phi3v.image_tokens import CROP_SIZE, grid_tokens
+from phi3v.loading import load_config, resolve_device
+from phi3v.recipe import Recipe
+from phi3v.training.callbacks import Watcher
+from phi3v.training.floor import useful_operations, vision_operations
+from phi3v.training.outlook import measure_rate
+from phi3v.training.step_marks import SeenBatch, StepMarks
+from phi3v.training.train import train_watched
+
+NOT_WATCHED = ("save", "eval", "load_best_model", "metric_for_best_model", "greater_is_better", "push_to_hub")
+"""Beginnings of TrainingArguments that say what happens beside steps."""
+
+
+@dataclass(frozen=True)
+class PartTime:
+    """One part of a step: its name, seconds a step, and most memory during it (None without a GPU)."""
+
+    name: str
+    seconds: float
+    gib: float | None
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The setting to change: its dotted key, the value to try, and what was seen that speaks for it."""
+
+    key: str
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What some steps of a training took.
+
+    Attributes:
+        device: what they ran on, with the number type.
+        steps: steps that were watched, behind those that warmed up.
+        samples_per_step: samples of a step.
+        micro_batches: micro-batches of a step, the mean.
+        tokens: tokens of a step, padding left out, the mean.
+        padding: share of padding among all positions.
+        seconds: of a step.
+        parts: where they went, in the order of a step.
+        decode_seconds: making one sample from its row, on one core, in the loader; None for a stream.
+        device_idle: share of the time in which nothing ran on the GPU; None without one.
+        weights_gib: of the model as loaded.
+        floor_share: the least arithmetic of these steps at `rate`, over their time; None when the whole model is tuned.
+        rate: operations a second of a large matrix product there.
+        advice: the one setting to change; None when nothing stands out.
+        trace: the file for Perfetto, None without.
+    """
+
+    device: str
+    steps: int
+    samples_per_step: int
+    micro_batches: float
+    tokens: float
+    padding: float
+    seconds: float
+    parts: list[PartTime]
+    decode_seconds: float | None
+    device_idle: float | None
+    weights_gib: float
+    floor_share: float | None
+    rate: float
+    advice: Advice | None
+    trace: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def share(self, name: str) -> float:
+        """Share of a step's time that a part takes."""
+        return next(part.seconds for part in self.parts if part.name == name) / self.seconds if self.seconds else 0.0
+
+
+def profile(
+    recipe: Recipe,
+    *,
+    steps: int = 5,
+    warm: int = 2,
+    rows: int | None = None,
+    image: tuple[int, int] = (1200, 1600),
+    words: int = 60,
+    trace: Path | None = None,
+    on_event: Watcher | None = None,
+) -> Profile:
+    """Watches some steps of a recipe's training.
+
+    Args:
+        recipe: everything about the run.
+        steps: that are watched.
+        warm: steps before them, in which kernels are chosen and compiled.
+        rows: train on so many generated rows instead of the recipe's.
+        image: width and height of generated photos in pixels.
+        words: of a generated answer.
+        trace: writes what ran to this file, for Perfetto.
+        on_event: told what `train` tells.
+    Raises: as `train`.
+    """
+    with tempfile.TemporaryDirectory(prefix="phi3v_profile_") as folder:
+        values = watched_recipe(recipe, steps + warm, Path(folder))
+        if rows is not None:
+            values["data"] = write_synthetic_rows(Path(folder) / "rows", rows, image, words)
+        watched = type(recipe).from_dict(values)
+        marks = StepMarks(resolve_device(recipe.model.device), warm, traced=trace is not None)
+        train_watched(watched, [marks], on_event=on_event)
+    if trace is not None:
+        marks.device_watch.write_trace(trace)
+    return summarise(recipe, marks, trace)
+
+
+def watched_recipe(recipe: Recipe, steps: int, folder: Path) -> dict[str, Any]:
+    """The recipe's values for so many steps and nothing beside them, in a folder of its own.
+
+    Example: 7 steps of 16 samples -> training.max_steps 7, data.max_rows 112, no validation, no checkpoint, no tracker.
+    """
+    values = recipe.model_dump()
+    training = {key: value for key, value in values["training"].items() if not key.startswith(NOT_WATCHED)}
+    values["training"] = {**training, "max_steps": steps, "save_strategy": "no"}
+    values["data"] = {**values["data"], "split": None, "validation": None}
+    if not recipe.data.streaming:
+        needed = steps * recipe.training.samples_per_step
+        values["data"]["max_rows"] = min(recipe.data.max_rows or needed, needed)
+    values["report"] = {**values["report"], "to": []}
+    values["output"] = str(folder / "run")
+    return values
+
+
+def summarise(recipe: Recipe, marks: StepMarks, trace: Path | None) -> Profile:
+    """What the marks of some steps say."""
+    machine, rate = measure_rate(recipe)
+    steps = max(marks.steps, 1)
+    on_gpu = marks.device.type == "cuda"
+    lengths = [length for batch in marks.batches for length in batch.lengths]
+    positions = sum(rows * columns for rows, columns in (batch.shape for batch in marks.batches))
+    floor = floor_operations(recipe, marks.batches) / rate if recipe.lora is not None else None
+    watch = marks.device_watch
+    found = Profile(
+        device=machine,
+        steps=marks.steps,
+        samples_per_step=recipe.training.samples_per_step,
+        micro_batches=len(marks.batches) / steps,
+        tokens=sum(lengths) / steps,
+        padding=1 - sum(lengths) / max(positions, 1),
+        seconds=marks.seconds / steps,
+        parts=[
+            PartTime(name, use.seconds / steps, use.peak_bytes / 2**30 if on_gpu else None)
+            for name, use in marks.parts().items()
+        ],
+        decode_seconds=marks.decode_seconds,
+        device_idle=None if watch.busy_seconds is None else max(0.0, 1 - watch.busy_seconds / watch.seconds),
+        weights_gib=marks.weights_bytes / 2**30,
+        floor_share=None if floor is None or not marks.seconds else floor / marks.seconds,
+        rate=rate,
+        advice=None,
+        trace=None if trace is None else str(trace),
+    )
+    return Profile(**{**found.__dict__, "advice": advise(recipe, found)})
+
+
+def floor_operations(recipe: Recipe, batches: Sequence[SeenBatch]) -> float:
+    """The least arithmetic of these micro-batches under LoRA."""
+    config = load_config(recipe.model.name, revision=recipe.model.revision)
+    rank = int((recipe.lora or {}).get("r", 16))
+    total = 0.0
+    for batch in batches:
+        lengths = batch.lengths
+        trained = batch.trained // max(len(lengths), 1)
+        total += sum(
+            useful_operations(config, tokens=length, image=0, crops=0, trained=trained, rank=rank) for length in lengths
+        )
+        if batch.image_sizes is not None and not batch.kept:
+            sizes = batch.image_sizes.tolist() if hasattr(batch.image_sizes, "tolist") else batch.image_sizes
+            grids = [(int(height) // CROP_SIZE, int(width) // CROP_SIZE) for height, width in sizes]
+            tokens = sum(grid_tokens(*grid) for grid in grids)
+            total += vision_operations(config, tokens, sum(h * w + 1 for h, w in grids))
+    return total
+
+
+def advise(recipe: Recipe, found: Profile) -> Advice | None:
+    """The one setting that would change most; None when nothing stands out.
+
+    What waits is told first, since nothing else helps while the device waits; then what is done in vain.
+    Example: a step of 2 s, 1 s of it waiting for data and 16 samples of 0.1 s each, wants 3 workers of the loader.
+    """
+    training, options = recipe.training, recipe.training.options
+    waiting = found.share("waiting for data")
+    frozen = recipe.vision.frozen and not recipe.data.streaming
+    if waiting > 0.05 and found.decode_seconds:
+        computing = max(found.seconds * (1 - waiting), 1e-3)
+        workers = math.ceil(1.5 * found.decode_seconds * found.samples_per_step / computing)
+        if workers > int(options.get("dataloader_num_workers") or 0):
+            seen = (
+                f"{waiting:.0%} of a step waits for data; a sample takes {1000 * found.decode_seconds:.0f} ms of a core"
+            )
+            return Advice("training.dataloader_num_workers", str(workers), seen)
+        if not recipe.image.fast:
+            return Advice("image.fast", "true", f"{waiting:.0%} of a step waits for data, in spite of all workers")
+    if found.padding > 0.1:
+        key, value = ("training.packing", "true") if getattr(training, "packing", None) is False else (None, "")
+        if key:
+            return Advice(key, value, f"{found.padding:.0%} of all positions are padding")
+    if frozen and recipe.vision.cache is None and training.epochs > 1 and found.share("tower") > 0.1:
+        seen = (
+            f"{found.share('tower'):.0%} of a step is the frozen tower, and each epoch sends the same images through it"
+        )
+        return Advice("vision.cache", "memory", seen)
+    if options.get("gradient_checkpointing") or options.get("activation_checkpointing"):
+        seen = "each layer is computed twice; without it memory grows, and more samples fit than one may think"
+        return Advice("training.gradient_checkpointing", "false", seen)
+    if found.device_idle is not None and found.device_idle - waiting > 0.15:
+        seen = f"the GPU has nothing to do in {found.device_idle:.0%} of the time: its kernels are short"
+        return Advice("training.micro_batch_size", str(2 * training.micro_batch_size), seen)
+    return None

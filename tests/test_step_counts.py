@@ -1,0 +1,132 @@
+"""The guard of a step's speed: what one of our steps asks of a GPU at full size, counted on the meta device.
+
+No clock: operations, bytes, launches, waits of the host and memory are counted from the code that a training runs, and
+may not grow. A change that lowers a number lowers its limit here, in the same commit.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+LIMITS = json.loads((BENCHMARKS / "step_limits.json").read_text())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def benchmarks():
+    """The benchmarks import each other by name, as programs do."""
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+def count(way: str, shape: str, size: str = "full") -> dict:
+    from count import count_way
+
+    return count_way(way, [shape], size)[shape]
+
+
+@pytest.mark.parametrize("shape", ["2509", "mixed"])
+def test_our_step_stays_within_its_limits(shape):
+    counted = count("ours", shape)
+    over = {name: (counted[name], limit) for name, limit in LIMITS[shape].items() if counted[name] > limit}
+    assert not over, f"(counted, limit), see benchmarks/step_limits.json: {over}"
+    slack = {name: (counted[name], limit) for name, limit in LIMITS[shape].items() if counted[name] < 0.8 * limit}
+    assert not slack, f"the step became cheaper: lower these limits (counted, limit): {slack}"
+
+
+def test_the_guard_sees_a_pass_more_in_each_layer(monkeypatch):
+    """One copy of the hidden states a layer, as a careless `.contiguous()` makes it."""
+    from transformers.models.phi3.modeling_phi3 import Phi3MLP
+
+    before = count("ours-eager", "2509", "tiny")
+    plain = Phi3MLP.forward
+    monkeypatch.setattr(Phi3MLP, "forward", lambda self, hidden: plain(self, hidden.clone()))
+    after = count("ours-eager", "2509", "tiny")
+    assert after["launches"] > before["launches"] and after["bytes_1e9"] >= before["bytes_1e9"]
+
+
+def test_a_counter_counts_what_can_be_counted_by_hand():
+    """y = x W' with x [4, 8] and W [16, 8] in float32, both trained, then backward of sum(y)."""
+    from counter import Counter
+
+    with torch.device("meta"):
+        x, weight = torch.empty(4, 8, requires_grad=True), torch.empty(16, 8, requires_grad=True)
+    counter = Counter()
+    for tensor in (x, weight):
+        counter.hold(tensor)
+    with counter:
+        made = torch.nn.functional.linear(x, weight)
+    assert counter.counts.operations == 2 * 4 * 8 * 16
+    assert counter.counts.launches == 1 and counter.counts.waits == 0
+    assert counter.counts.bytes == 4 * (4 * 8 + 16 * 8 + 4 * 16)
+    assert counter.counts.peak_bytes == 4 * (4 * 8 + 16 * 8 + 4 * 16)
+    with counter:
+        made.sum().backward()
+    assert counter.counts.operations == 3 * 2 * 4 * 8 * 16
+
+
+def test_memory_that_is_given_back_is_not_counted_twice():
+    from counter import Counter
+
+    with torch.device("meta"), Counter() as counter:
+        for _ in range(3):
+            torch.empty(1000, dtype=torch.uint8).add(1)
+    assert counter.counts.peak_bytes == 2000 and counter.live == 0
+
+
+def test_a_wait_of_the_host_is_seen():
+    from counter import Counter
+
+    with torch.device("meta"):
+        values = torch.empty(4)
+    with Counter(rows=2) as counter:
+        assert not bool((values > 0).any())
+        assert values[values > 0].shape == (2,)
+    assert counter.counts.waits == 2
+
+
+@pytest.mark.parametrize("way", ["guide", "peft", "ours-eager", "ours-padded", "ours"])
+def test_every_way_counts_the_useful_arithmetic_at_least(way):
+    """A way that computes less than the floor does not compute the step."""
+    from count import SHAPES, floor_of
+    from sizes import config_of
+
+    counted = count(way, "757", "tiny")
+    assert counted["operations_1e12"] * 1e12 >= 0.95 * floor_of(config_of("tiny"), SHAPES["757"])
+
+
+def test_the_floor_is_that_of_the_research():
+    """17 crops and 2,609 tokens: 61.2 ms at 788e12 operations a second; 5 crops and 857 tokens: 54.0 samples/s."""
+    from sizes import config_of
+
+    from phi3v.training.floor import useful_operations
+
+    config = config_of("full")
+    large = useful_operations(config, tokens=2609, image=2509, crops=17, trained=40)
+    small = useful_operations(config, tokens=857, image=757, crops=5, trained=40)
+    assert large / 788e12 == pytest.approx(61.2e-3, rel=0.003)
+    assert 788e12 / small == pytest.approx(54.0, rel=0.01)
+
+
+def test_all_ways_compute_the_same_loss():
+    """What is compared is the same step: equal weights, equal samples, equal loss; and after a step still so."""
+    from sizes import config_of, make_example
+    from ways import make_optimiser, make_way, run_step, trained_tokens
+
+    config = config_of("tiny")
+    grids = [(1, 2), (1, 1), (1, 1)]
+    examples = [make_example(config, [grid], text=20, trained=6, seed=seed) for seed, grid in enumerate(grids)]
+    losses = {}
+    for name in ("guide", "peft", "ours-eager", "ours-padded", "ours"):
+        way = make_way(name, config, device="cpu", dtype=torch.float32)
+        batches = way.batches(examples, 2)
+        optimiser, items = make_optimiser(way, "cpu", 1e-3), trained_tokens(batches)
+        assert items == 18
+        losses[name] = torch.tensor([float(run_step(way, batches, items, optimiser, "cpu")) for _ in range(3)])
+    for name, found in losses.items():
+        torch.testing.assert_close(found, losses["peft"], rtol=1e-5, atol=1e-5, msg=f"{name}: {losses}")
+    assert losses["peft"][2] < losses["peft"][0]

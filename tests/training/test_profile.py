@@ -1,0 +1,107 @@
+"""`phi3v profile`: a few steps of a recipe's training, taken apart."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from phi3v.data.synthetic import write_synthetic_rows
+from phi3v.training.device_time import covered
+from phi3v.training.profile import PartTime, Profile, advise, profile
+from phi3v.training.step_marks import PARTS, SeenBatch
+
+
+@pytest.fixture(scope="module")
+def found(world, tmp_path_factory):
+    """A profile of a recipe on its own rows, with a trace, and where that lies."""
+    import phi3v
+
+    folder = tmp_path_factory.mktemp("profiled")
+    recipe = phi3v.Recipe.from_dict(
+        {
+            "model": str(world / "model"),
+            "data": {"train": str(world / "photos" / "rows.jsonl"), "prompt": "Which?", "answer": "{colour}"},
+            "lora": {"r": 4},
+            "training": {"samples_per_step": 4, "micro_batch_size": 2, "save_steps": 1, "eval_steps": 1},
+            "output": str(folder / "run"),
+        }
+    )
+    return profile(recipe, steps=2, warm=1, trace=folder / "trace.json"), folder
+
+
+def test_the_parts_of_a_step_add_up(found):
+    told, _ = found
+    assert [part.name for part in told.parts] == list(PARTS)
+    assert told.steps == 2 and told.samples_per_step == 4 and told.micro_batches >= 1
+    assert sum(part.seconds for part in told.parts) == pytest.approx(told.seconds)
+    for name in ("waiting for data", "tower", "decoder forward", "loss", "decoder backward", "optimiser"):
+        assert told.share(name) > 0, name
+    assert told.tokens > 4 * 300, "four photos of 313 tokens each, and text"
+    assert told.decode_seconds > 0 and told.device_idle is None
+    assert 0 < told.floor_share < 1
+
+
+def test_the_run_of_the_recipe_is_not_touched(found):
+    _, folder = found
+    assert not (folder / "run").exists()
+
+
+def test_the_trace_is_one_that_perfetto_reads(found):
+    _, folder = found
+    trace = json.loads((folder / "trace.json").read_text())
+    assert any("mm" in event.get("name", "") for event in trace["traceEvents"])
+
+
+def test_generated_rows_take_the_place_of_the_recipes(make):
+    recipe = make(data={"train": "there/is/no/such/file.csv"})
+    told = profile(recipe, steps=1, warm=1, rows=8, image=(64, 48), words=20)
+    assert told.steps == 1 and told.tokens > 4 * 300
+
+
+def test_generated_rows_are_of_the_stated_shape(tmp_path):
+    from PIL import Image
+
+    section = write_synthetic_rows(tmp_path / "rows", 3, (90, 60), 10)
+    lines = [json.loads(line) for line in Path(section["train"]).read_text().splitlines()]
+    assert len(lines) == 3 and all(len(line["answer"].split()) == 10 for line in lines)
+    pictures = {Image.open(tmp_path / "rows" / line["image"]).tobytes() for line in lines}
+    assert len(pictures) == 3 and all(Image.open(tmp_path / "rows" / f"{n}.jpg").size == (90, 60) for n in range(3))
+
+
+def test_lengths_are_read_off_whatever_says_them():
+    def batch(borders=None, mask=None, labels=None) -> SeenBatch:
+        return SeenBatch((2, 3), borders, mask, labels, None, False)
+
+    assert batch(borders=torch.tensor([0, 3, 5])).lengths == [3, 2]
+    assert batch(mask=torch.tensor([[1, 1, 0], [1, 1, 1]])).lengths == [2, 3]
+    assert batch(mask=torch.tensor([[0, 1, 1], [0, 1, 2]])).lengths == [2, 3]
+    assert batch().lengths == [3, 3]
+    assert batch(labels=torch.tensor([[5, -100, 7], [-100, 6, 7]])).trained == 3
+
+
+def test_intervals_cover_what_they_cover():
+    assert covered([(2, 5), (0, 4), (8, 9)]) == 6
+    assert covered([(0, 9), (1, 2), (3, 4)]) == 9
+    assert covered([]) == 0
+
+
+SHARES = {"waiting for data": 0.0, "tower": 0.02, "decoder forward": 0.4, "decoder backward": 0.58}
+
+
+@pytest.mark.parametrize(
+    ("shares", "changes", "key"),
+    [
+        ({"waiting for data": 0.5}, {}, "training.dataloader_num_workers"),
+        ({"tower": 0.3}, {}, "vision.cache"),
+        ({"tower": 0.3}, {"vision": {"tower": "train"}}, None),
+        ({}, {"training": {"gradient_checkpointing": True}}, "training.gradient_checkpointing"),
+        ({}, {}, None),
+    ],
+)
+def test_the_advice_follows_from_what_was_seen(make, shares, changes, key):
+    parts = [PartTime(name, {**SHARES, **shares}.get(name, 0.0), None) for name in PARTS]
+    seconds = sum(part.seconds for part in parts)
+    told = Profile("cpu", 5, 4, 2.0, 900.0, 0.0, seconds, parts, 0.2, None, 1.0, 0.3, 1e12, None, None)
+    advice = advise(make(**changes), told)
+    assert (advice.key if advice else None) == key
