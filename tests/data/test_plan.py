@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from phi3v.data.plan import MicroBatches, packs_within, plan_steps
+from phi3v.data.plan import MicroBatches, best_fit, packs_within, plan_steps
 
 
 def tokens(packs: list[list[int]], lengths: list[int]) -> list[int]:
@@ -55,6 +55,14 @@ def test_a_budget_that_is_smaller_than_samples_splits_all_it_can() -> None:
         packs = MicroBatches(1, tokens=1000).groups(lengths)
         assert all(len(pack) == 1 or held <= 1000 for pack, held in zip(packs, tokens(packs, lengths), strict=True))
         assert sorted(number for pack in packs for number in pack) == list(range(16))
+
+
+def test_packs_are_as_few_as_best_fit_makes_and_smaller() -> None:
+    assert best_fit([4, 4, 4, 3], 12) == [[0, 1, 2], [3]] and packs_within([4, 4, 4, 3], 12) == [[0, 2], [1, 3]]
+    for seed in range(30):
+        lengths = drawn(seed, 16)
+        few, fit = packs_within(lengths, 6000), best_fit(lengths, 6000)
+        assert len(few) <= len(fit) and (len(few) < len(fit) or max(tokens(few, lengths)) <= max(tokens(fit, lengths)))
 
 
 def test_padding_takes_the_samples_as_they_come() -> None:

@@ -54,8 +54,8 @@ def packs_within(lengths: Sequence[int], budget: int) -> Groups:
     Returns: the numbers of the samples, in order inside a pack; the largest pack first, as it asks for the most memory.
     Example: lengths 6, 5, 4, 3, 2 and budget 10 give [[0, 2], [1, 3, 4]].
     """
-    order = sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
-    fit = _best_fit(order, lengths, budget)
+    order = _longest_first(lengths)
+    fit = best_fit(lengths, budget)
     for count in range(max(-(-sum(lengths) // budget), 1) if lengths else 0, len(fit) + 1):
         spread = _spread(order, lengths, count)
         if all(len(pack) == 1 or _tokens(pack, lengths) <= budget for pack in spread):
@@ -83,11 +83,14 @@ def plan_steps(
         yield [[step[place] for place in group] for group in groups]
 
 
-def _best_fit(order: Sequence[int], lengths: Sequence[int], budget: int) -> Groups:
-    """Each sample goes to the fullest pack that has room, or opens one."""
+def best_fit(lengths: Sequence[int], budget: int) -> Groups:
+    """Best fit decreasing: the longest sample first, each to the fullest pack that has room, or to one of its own.
+
+    Example: lengths 6, 5, 4, 3, 2 and budget 10 give [[0, 2], [1, 3, 4]]; 4, 4, 4, 3 and budget 12 [[0, 1, 2], [3]].
+    """
     packs: Groups = []
     room: list[tuple[int, int]] = []  # tokens left and number of each pack, the fullest first
-    for number in order:
+    for number in _longest_first(lengths):
         place = bisect_left(room, (lengths[number], -1))
         if place == len(room):
             packs.append([])
@@ -97,6 +100,11 @@ def _best_fit(order: Sequence[int], lengths: Sequence[int], budget: int) -> Grou
         packs[pack].append(number)
         insort(room, (left - lengths[number], pack))
     return packs
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    """The numbers of the samples, the longest first and equal ones in order."""
+    return sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
 
 
 def _spread(order: Sequence[int], lengths: Sequence[int], count: int) -> Groups:

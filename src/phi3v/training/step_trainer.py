@@ -97,20 +97,21 @@ class StepTrainer(Trainer):
             inner.generator = torch.Generator().manual_seed(self.args.seed)
         return loader
 
-    def _get_num_items_in_batch(self, batch_samples: list[list[MicroBatch]], device: torch.device) -> Any:
-        """The trained tokens of one step.
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The micro-batches of one step, as the only batch of it, and the number of their trained tokens.
 
         Raises:
             TrainingError: nothing in the step is to be learned.
         """
-        micro_batches = [micro_batch for step in batch_samples for micro_batch in step]
+        steps, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        micro_batches = [micro_batch for step in steps for micro_batch in step]
         if micro_batches and not any(len(one["trained_positions"]) for one in micro_batches):
             raise TrainingError(
                 f"step {self.state.global_step + 1} has no trained token: every answer in it is empty, see data.answer"
             )
-        if self.args.world_size == 1:
-            return sum(len(one["trained_positions"]) for one in micro_batches)  # known here: the device is not asked
-        return super()._get_num_items_in_batch(micro_batches, device)
+        if self.args.world_size == 1:  # known here: the device is not asked
+            return steps, sum(len(one["trained_positions"]) for one in micro_batches)
+        return steps, self._get_num_items_in_batch(micro_batches, device)
 
     def training_step(self, model: Any, inputs: list[MicroBatch], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of all micro-batches of a step; the sum of their losses, which is the step's."""
