@@ -65,6 +65,7 @@ LIBRARIES = {
     "accelerate": ("training.*",),
     "peft": ("loading", "tuning"),
     "bitsandbytes": ("loading",),
+    "liger_kernel": ("training.faster_layers",),
     "datasets": ("data.opening", "data.saved", "data.undecoded"),
     "simplejpeg": ("data.fast_jpeg",),
     "jinja2": ("evaluation.report*", "data.show_page"),

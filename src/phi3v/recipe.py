@@ -132,6 +132,9 @@ class TrainingSection(BaseModel):
     max_steps: int | None = Field(default=None, ge=1, description="Stop after so many steps; null to go by epochs.")
     seed: int = Field(default=0, ge=0, description="Order of the samples, dropout and fresh adapter weights.")
     learning_rate: float = Field(default=2e-4, gt=0, allow_inf_nan=False, description="Peak learning rate.")
+    compile_layers: Literal["auto"] | bool = Field(
+        default="auto", description="torch.compile for each layer; auto: on GPUs, unless the base is quantised."
+    )
 
     @property
     def options(self) -> dict[str, Any]:
