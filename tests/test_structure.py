@@ -78,6 +78,7 @@ LIBRARIES = {
     "accelerate": ("training.*",),
     "peft": ("loading", "tuning"),
     "bitsandbytes": ("loading",),
+    "liger_kernel": ("training.faster_layers",),
     "datasets": ("data.opening", "data.saved", "data.undecoded"),
     "triton": ("kernels.triton_passes",),
     "simplejpeg": ("data.fast_jpeg",),

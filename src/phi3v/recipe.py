@@ -144,6 +144,9 @@ class TrainingSection(BaseModel):
     fast_lora: Literal["auto", "off"] = Field(
         default="auto", description="auto: hand-written decoder layers for LoRA, on GPUs; off: PEFT's on transformers'."
     )
+    compile_layers: Literal["auto"] | bool = Field(
+        default="auto", description="torch.compile for each layer; auto: on GPUs, unless the base is quantised."
+    )
 
     @property
     def options(self) -> dict[str, Any]:

@@ -51,6 +51,8 @@ def training_arguments(
     training = recipe.training
     check_options(training.options)
     options = _today(training.options)
+    transfer = {"non_blocking": device.type == "cuda"}  # from pinned memory, while the device computes
+    transfer |= {"dispatch_batches": False} if recipe.data.streaming else {}
     defaults: dict[str, Any] = {
         "logging_steps": 10,
         "logging_first_step": True,
@@ -79,11 +81,18 @@ def training_arguments(
         "prediction_loss_only": True,
         "logging_nan_inf_filter": False,  # it would log a NaN as 0.0
         "dataloader_pin_memory": device.type == "cuda",
+        "accelerator_config": _with_transfer(options.get("accelerator_config"), transfer),
+        "use_liger_kernel": False,  # transformers knows no kernels for phi3_v, see `liger`
     }
     with library_errors():
         arguments = TrainingArguments(**{**defaults, **options, **computed})
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs in one process would be torch's DataParallel
     return arguments
+
+
+def _with_transfer(given: Any, transfer: dict[str, bool]) -> Any:
+    """accelerate's configuration with ours where a recipe's mapping says nothing; a file's name stays."""
+    return given if isinstance(given, str) else {**transfer, **(given or {})}
 
 
 def _of_streams(steps: int, validated: bool) -> dict[str, Any]:
@@ -98,7 +107,6 @@ def _of_streams(steps: int, validated: bool) -> dict[str, Any]:
         "eval_strategy": "steps" if validated else "no",
         "eval_steps": tenth,
         "ignore_data_skip": True,
-        "accelerator_config": {"dispatch_batches": False},
     }
 
 

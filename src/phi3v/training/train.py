@@ -36,6 +36,8 @@ from phi3v.training.callbacks import (
     Watcher,
 )
 from phi3v.training.checkpoints import checkpoint_step, newest_checkpoint
+from phi3v.training.faster_layers import check_faster_layers, use_faster_layers
+from phi3v.training.master_weights import same_in
 from phi3v.training.preflight import check_recipe_alone
 from phi3v.training.samples import make_collators, make_samples, read_data
 from phi3v.training.step_trainer import StepTrainer
@@ -136,10 +138,11 @@ def _tune(recipe: Recipe, run: RunFolder, watch: Watcher, callbacks: Sequence[Tr
     """Trains from the start or from the newest checkpoint, and writes the tuned weights."""
     device = _training_device(recipe.model.device)
     training_arguments(recipe, run, device=device, autocast=None, validated=True)  # its errors before rows are read
+    check_faster_layers(recipe, device)
     set_seed(recipe.training.seed)
     processor = load_processor(recipe.model.name, revision=recipe.model.revision, **recipe.image.processor_options)
     data = _usable_data(recipe, processor, watch)
-    model, autocast = _prepare_model(recipe, device)
+    model, autocast, short = _prepare_model(recipe, device)
     report = trainable_report(model)
     _refuse_idle_training(report)
     if recipe.training.fast_lora == "auto" and not recipe.training.options.get("torch_compile"):
@@ -159,6 +162,7 @@ def _tune(recipe: Recipe, run: RunFolder, watch: Watcher, callbacks: Sequence[Tr
         on_features=lambda done, total: watch(TrainingEvent("features", done, total)),
     )
     step_collator, eval_collator = make_collators(recipe, data, processor)
+    use_faster_layers(model, recipe, device)
     with library_errors():
         trainer = StepTrainer(
             model=model,
@@ -168,6 +172,7 @@ def _tune(recipe: Recipe, run: RunFolder, watch: Watcher, callbacks: Sequence[Tr
             train_dataset=train_samples,
             eval_dataset=eval_samples if data.validation else None,
             callbacks=[*_callbacks(recipe, run, report, watch), *callbacks],
+            short_dtype=short,
         )
     trainer.remove_callback(PrinterCallback)
     run.keep_metrics(checkpoint_step(checkpoint) if checkpoint else -1)
@@ -222,10 +227,11 @@ def _training_device(device: str) -> torch.device:
     return wanted
 
 
-def _prepare_model(recipe: Recipe, device: torch.device) -> tuple[Any, torch.dtype | None]:
-    """The model with what trains marked, and the dtype of mixed precision (None: the weights' own).
+def _prepare_model(recipe: Recipe, device: torch.device) -> tuple[Any, torch.dtype | None, torch.dtype | None]:
+    """The model with what trains marked in float32, and the dtypes of mixed precision and of shortened weights.
 
-    Whatever trains is float32: LoRA on a base in the compute dtype, or the whole model when all of it is tuned.
+    Under LoRA on a bfloat16 base everything computes in bfloat16 and the optimiser keeps float32 masters. float16,
+    whose gradients need scaling, and a model tuned as a whole compute under autocast. None where that does not apply.
     """
     compute = resolve_dtype(recipe.model.dtype, device)
     wholly = recipe.lora is None
@@ -246,7 +252,18 @@ def _prepare_model(recipe: Recipe, device: torch.device) -> tuple[Any, torch.dty
         model.enable_input_require_grads()  # re-entrant checkpoints need an input that asks for a gradient
     if recipe.training.packing:
         attach_packed_attention(model)
-    return model, None if compute == torch.float32 else compute
+    if wholly:
+        _shorten_frozen_tower(model, compute)
+    short = torch.bfloat16 if compute == torch.bfloat16 and not wholly else None
+    return model, None if compute in (torch.float32, short) else compute, short
+
+
+def _shorten_frozen_tower(model: Any, dtype: torch.dtype) -> None:
+    """Puts a frozen tower into the compute dtype, where that changes none of its weights, to spare casts."""
+    tower = model.model.vision_embed_tokens.img_processor
+    weights = list(tower.parameters())
+    if not any(weight.requires_grad for weight in weights) and same_in(dtype, weights):
+        tower.to(dtype)
 
 
 def _refuse_idle_training(report: TrainableReport) -> None:
@@ -272,7 +289,9 @@ def _save(run: RunFolder, recipe: Recipe, trainer: StepTrainer, processor: Any) 
     model = trainer.accelerator.unwrap_model(trainer.model)
 
     def save(folder: Path) -> None:
-        model.save_pretrained(folder)
+        if recipe.lora is None:
+            model.float()  # a frozen tower may have been shortened
+        model.save_pretrained(folder, state_dict=trainer.precise_state())
         processor.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's form with every field left open
 

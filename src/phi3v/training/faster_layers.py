@@ -1,0 +1,126 @@
+"""Faster forms of the model's layers from libraries, as a recipe chooses them: torch.compile, Liger's kernels.
+
+In comes a model that is ready to train; the same model computes the same things with fewer passes over memory. Nothing
+of it is saved. Knows nothing of data or of the Trainer.
+"""
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import nn
+
+from phi3v.errors import ConfigError, DeviceError, MissingPackageError
+from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
+from phi3v.passthrough import first_line
+from phi3v.recipe import Recipe
+
+CHECKPOINTING = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+"""Where TrainingArguments takes how activations are checkpointed, by its new name and its old one."""
+
+
+def check_faster_layers(recipe: Recipe, device: torch.device) -> None:
+    """Refuses what cannot be had here, before anything is loaded.
+
+    Raises:
+        MissingPackageError: Triton or Liger is not installed.
+        DeviceError: Liger's kernels, or offloaded checkpoints, without a GPU.
+    """
+    training = recipe.training
+    if device.type != "cuda" and any((training.options.get(name) or {}).get("offload") for name in CHECKPOINTING):
+        raise DeviceError(
+            "training: offload moves checkpoints from a GPU to the machine's memory, and this run is on "
+            f"{device.type}: take it out"
+        )
+    if training.compile_layers is True and device.type == "cuda" and not _installed("triton"):
+        raise MissingPackageError(
+            "training.compile_layers is true and Triton, which torch.compile needs on a GPU, is not installed: "
+            "pip install triton, or set compile_layers to auto"
+        )
+    if not training.options.get("use_liger_kernel"):
+        return
+    if device.type != "cuda":
+        raise DeviceError(f"training.use_liger_kernel needs a GPU, and this run is on {device.type}: take it out")
+    if not _installed("liger_kernel"):
+        raise MissingPackageError(
+            "training.use_liger_kernel is true and Liger is not installed: pip install 'phi3v[liger]'"
+        )
+
+
+def use_faster_layers(model: Any, recipe: Recipe, device: torch.device) -> dict[str, int]:
+    """Does what the recipe asks for; how many layers each way has now, {"liger": 32, "compiled": 55} for instance.
+
+    Args:
+        model: a Phi-3-V, or a PEFT model of one.
+        recipe: training.compile_layers, use_liger_kernel and liger_kernel_config are read.
+        device: where it trains.
+    """
+    base = model if isinstance(model, Phi3VForCausalLM) else model.get_base_model()
+    options, done = recipe.training.options, {"liger": 0, "compiled": 0}
+    if options.get("use_liger_kernel"):
+        done["liger"] = use_liger(base, options.get("liger_kernel_config") or {})
+    if compiles(recipe.training.compile_layers, device, quantized=recipe.quantization is not None):
+        done["compiled"] = compile_layers(base)
+    return done
+
+
+def compiles(choice: bool | str, device: torch.device, *, quantized: bool) -> bool:
+    """What `training.compile_layers` comes to: "auto" compiles on a GPU with Triton, except 4-bit and 8-bit bases.
+
+    bitsandbytes' layers break a compiled layer into pieces, and on a CPU compiling takes longer than it gives back.
+    """
+    if choice == "auto":
+        return device.type == "cuda" and not quantized and _installed("triton")
+    return bool(choice)
+
+
+def compile_layers(model: Phi3VForCausalLM, **options: Any) -> int:
+    """Compiles each layer of the decoder and of the tower by itself; the number of layers.
+
+    Layers of one kind share their code, so few are compiled. Sizes are left open: a batch of another length or with
+    other crops is no reason to compile again.
+
+    Args:
+        model: a Phi-3-V.
+        **options: of torch.compile.
+    """
+    tower = model.model.vision_embed_tokens.img_processor
+    transformer = _active(tower).vision_model
+    layers: list[nn.Module] = [*model.model.layers, *transformer.encoder.layers[: transformer.layers_read]]
+    for layer in layers:
+        layer.compile(**{"dynamic": True, **options})
+    return len(layers)
+
+
+def use_liger(model: Phi3VForCausalLM, options: dict[str, Any]) -> int:
+    """Puts Liger's Phi-3 kernels for rope, norm and MLP into the decoder; the number of its layers.
+
+    The loss stays ours: logits are made at trained positions alone, so there is little to fuse.
+
+    Args:
+        model: a Phi-3-V on a GPU.
+        options: arguments of Liger's `apply_liger_kernel_to_phi3`.
+    Raises: ConfigError for a loss of Liger's, or an argument that it does not know.
+    """
+    from liger_kernel.transformers import apply_liger_kernel_to_phi3
+
+    if options.get("fused_linear_cross_entropy") or options.get("cross_entropy"):
+        raise ConfigError(
+            "training.liger_kernel_config: the loss is phi3v's own, take (fused_linear_)cross_entropy out"
+        )
+    losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    try:
+        apply_liger_kernel_to_phi3(**{**options, **losses}, model=model)
+    except TypeError as error:
+        raise ConfigError(f"training.liger_kernel_config: {first_line(error)}") from error
+    return len(model.model.layers)
+
+
+def _active(module: Any) -> Any:
+    """What computes behind PEFT's holder of a module that it trains as a whole."""
+    return module.modules_to_save["default"] if hasattr(module, "modules_to_save") else module
+
+
+def _installed(package: str) -> bool:
+    """Whether a package is there."""
+    return importlib.util.find_spec(package) is not None
