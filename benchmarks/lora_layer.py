@@ -111,20 +111,22 @@ def attention_operations() -> float:
     return 2.0 * TOKENS * TOKENS * WIDTH
 
 
-def flash_attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+def attention_on_shapes(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
     return Flash.apply(query, key, value).transpose(1, 2), None
 
 
 def make_layer(device: str, *, dropout: float = 0.0, adapters: torch.dtype = torch.bfloat16) -> Any:
     """A model of one layer under LoRA, bfloat16."""
     sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": HEADS}
-    config = Phi3Config(**sizes, num_key_value_heads=HEADS, num_hidden_layers=1, vocab_size=64, pad_token_id=0)
-    AttentionInterface.register("flash_on_shapes", flash_attention)
-    config._attn_implementation = "flash_on_shapes" if device == "meta" else "sdpa"
+    names = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = Phi3Config(**sizes, **names, num_key_value_heads=HEADS, num_hidden_layers=1)
     with no_init_weights(), torch.device(device):
         base = Phi3ForCausalLM(config).to(torch.bfloat16)
         options = LoraConfig(r=RANK, lora_alpha=32, lora_dropout=dropout, target_modules=PROJECTIONS)
         model = get_peft_model(base, options, autocast_adapter_dtype=False).train()
+    if device == "meta":
+        AttentionInterface.register("on_shapes", attention_on_shapes)
+        base.config._attn_implementation = "on_shapes"
     for weight in model.parameters():
         weight.data = weight.data.to(adapters) if weight.requires_grad else weight.data
     return model

@@ -265,6 +265,20 @@ def test_other_layers_say_why() -> None:
         assert fast_lora_state(other, force=True).reasons == {text: 1}
 
 
+def test_compiling_layer_by_layer_passes_hand_written_ones_by() -> None:
+    plain, fast = twice(layers_to_transform=[0, 2])
+    assert attach_fast_lora(fast, force=True) == 2
+    layers = fast.base_model.model.model.layers
+    for layer in layers:
+        layer.compile(backend="eager")
+    assert [layer._compiled_call_impl is not None for layer in layers] == [False, True, False]
+    compare(plain, fast, calls=2)
+    for layer in plain.base_model.model.model.layers:
+        layer.compile(backend="eager")
+    assert attach_fast_lora(plain, force=True) == 0
+    assert fast_lora_state(plain, force=True).reasons == {"the layer is compiled": LAYERS}
+
+
 def test_a_hook_on_a_part_is_called() -> None:
     _, fast = twice()
     attach_fast_lora(fast, force=True)
@@ -292,4 +306,4 @@ def test_less_is_kept_for_the_backward_pass() -> None:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss_and_gradients(model, embeddings(2, 64))
         kept.append(sum(seen.values()))
-    assert kept[1] < 0.6 * kept[0], kept
+    assert kept[1] < 0.65 * kept[0], kept

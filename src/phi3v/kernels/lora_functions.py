@@ -75,8 +75,8 @@ class NormQkvRope(torch.autograd.Function):
         """Gradients of hidden states, A and B."""
         rows, scale, low, kept, cos, sin = ctx.saved_tensors
         shape, width = grads[3].shape, rows.shape[1]
-        flat = [grad.reshape(-1, *grad.shape[2:]) for grad in grads[:3]]
-        grad = passes.rotate_backward(*flat, cos, sin)
+        queries, keys, values = (grad.reshape(-1, *grad.shape[2:]) for grad in grads[:3])
+        grad = passes.rotate_backward(queries, keys, values, cos, sin)
         residual = grads[3].reshape(-1, width).contiguous()
         to_rows, to_a, to_b = _behind_norm(
             grad, rows, scale, low, kept, ctx.norm, ctx.qkv_proj, residual, ctx.needs_input_grad[:2]

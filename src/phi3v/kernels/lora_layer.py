@@ -118,6 +118,9 @@ class HandWrittenLayer:
             )
         return self._after_attention(attended, residual)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing where layers are compiled one by one: between the products there is nothing left to fuse."""
+
     def _before_attention(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -194,7 +197,8 @@ def attach_fast_lora(model: nn.Module, *, force: bool = False) -> int:
     replaced = 0
     for layer in _decoder_layers(model):
         if not isinstance(layer, HandWrittenLayer) and obstacle(layer, force=force) is None:
-            layer.__class__ = _hand_written(type(layer))
+            plain: Any = type(layer)
+            layer.__class__ = _hand_written(plain)
             layer.lora_state = LayerState()
             replaced += 1
     return replaced
@@ -231,9 +235,11 @@ def obstacle(layer: Any, *, force: bool = False) -> str | None:
 
     Example: "down_proj uses DoRA or another variant of LoRA".
     """
-    plain = type(layer).__mro__[2] if isinstance(layer, HandWrittenLayer) else type(layer)
+    plain: Any = type(layer).__mro__[2] if isinstance(layer, HandWrittenLayer) else type(layer)
     if plain is not Phi3DecoderLayer and "kept_positions" not in inspect.signature(plain.forward).parameters:
         return f"the layer is a {plain.__name__}"
+    if layer._compiled_call_impl is not None:
+        return "the layer is compiled"
     if layer.config.hidden_act not in ("silu", "swish"):
         return f"the MLP uses {layer.config.hidden_act}"
     if layer.resid_attn_dropout.p or layer.resid_mlp_dropout.p:
@@ -258,7 +264,8 @@ def obstacle(layer: Any, *, force: bool = False) -> str | None:
 def _projection_obstacle(projection: Any) -> str | None:
     """Why a projection cannot be served: the end of a sentence that begins with its name."""
     base = getattr(projection, "base_layer", projection)
-    kind, weight = type(base), getattr(base, "weight", None)
+    kind = type(base)
+    weight: Any = getattr(base, "weight", None)
     if kind is not nn.Linear or type(weight) not in (nn.Parameter, torch.Tensor) or base.bias is not None:
         return f"is a {kind.__name__}" + (" with a bias" if getattr(base, "bias", None) is not None else "")
     if weight.requires_grad:

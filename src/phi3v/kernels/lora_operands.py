@@ -149,7 +149,8 @@ def to_low_rank(rows: torch.Tensor, operands: Operands, out: torch.Tensor) -> tu
     assert operands.a is not None
     kept = None
     if operands.dropout:
-        rows, kept = torch.native_dropout(rows, operands.dropout, True)
+        # in one piece: on CUDA the order of random numbers depends on it, and the masks are to be those of plain PEFT
+        rows, kept = torch.native_dropout(rows.contiguous(), operands.dropout, True)
     return torch.mm(rows, operands.a.t(), out=out), kept
 
 
