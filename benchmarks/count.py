@@ -80,7 +80,8 @@ def count_step(way: Way, grids: Sequence[Grid], config: Any, micro_batch: int = 
     with GpuKernels(counter, way.autocast), counter, kernels:
         for batch in batches:
             counter.lengths = batch["cu_seqlens"].diff().tolist() if "cu_seqlens" in batch else []
-            way.loss(to_meta(batch), items).backward()
+            # as a function: the method would leave `GpuKernels` for as long as it runs, recomputation included
+            torch.autograd.backward(way.loss(to_meta(batch), items))
         _count_optimiser(counter, stepped)
     for weight in way.trained:
         assert weight.grad is not None, "a trained weight has no gradient"
