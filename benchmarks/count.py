@@ -80,7 +80,8 @@ def count_step(way: Way, grids: Sequence[Grid], config: Any, micro_batch: int = 
     with GpuKernels(counter, way.autocast), counter, kernels:
         for batch in batches:
             counter.lengths = batch["cu_seqlens"].diff().tolist() if "cu_seqlens" in batch else []
-            way.loss(to_meta(batch), items).backward()
+            # as a function: the method would leave `GpuKernels` for as long as it runs, recomputation included
+            torch.autograd.backward(way.loss(to_meta(batch), items))
         _count_optimiser(counter, stepped)
     for weight in way.trained:
         assert weight.grad is not None, "a trained weight has no gradient"
@@ -125,9 +126,9 @@ def write_limits() -> None:
     """Writes what the test holds our step to: what it takes today and 1 % more; waits of the host as they are."""
     limits = {}
     for shape, counted in count_way("ours", LIMITED).items():
-        names = ("operations_1e12", "bytes_1e9", "launches", "peak_gib")
+        names = ("operations_1e12", "bytes_1e9", "peak_gib")
         limits[shape] = {name: round(1.01 * counted[name], 2) for name in names}
-        limits[shape]["host_waits"] = counted["host_waits"]
+        limits[shape] |= {"launches": int(1.01 * counted["launches"]), "host_waits": counted["host_waits"]}
     LIMITS.write_text(json.dumps(limits, indent=2) + "\n")
     print(LIMITS.read_text())
 

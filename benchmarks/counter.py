@@ -160,6 +160,9 @@ class Counter(TorchDispatchMode):
             rate = FLASH_BACKWARD if backward else FLASH_FORWARD
             self.kernel("attention", forward * (2.5 if backward else 1), moved, rate)
             return
+        if name == "addmm_":  # as addmm, which writes to a matrix of its own
+            func = torch.ops.aten.addmm.default
+            name = "addmm"
         counted = flop_registry.get(func._overloadpacket) or flop_registry.get(func)
         if counted is None:
             self.kernel(name, 0, moved)

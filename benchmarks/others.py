@@ -137,6 +137,9 @@ def joined(
     with torch.device(device):
         model.language_model = get_peft_model(decoder, lora, autocast_adapter_dtype=fp32_adapters)
     fill_adapters(model.language_model)
+    for name, weight in model.language_model.named_parameters():
+        if "lora_" in name and not fp32_adapters:
+            weight.data = weight.data.to(dtype)  # PEFT leaves those on the meta device as they are
     if guide:
         decoder.gradient_checkpointing_enable({"use_reentrant": False})
     if way == "compiled":

@@ -127,7 +127,8 @@ def run_step(way: Way, batches: list[Batch], items: int, optimiser: torch.optim.
         total += loss.detach()
     torch.nn.utils.clip_grad_norm_(way.trained, 1.0)
     optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
+    for weight in way.trained:  # an optimiser of masters would forget theirs alone
+        weight.grad = None
     return total
 
 

@@ -7,7 +7,7 @@ on the recipe's rows or on generated ones; nothing of its own run is touched. It
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +172,7 @@ def summarise(recipe: Recipe, marks: StepMarks, trace: Path | None) -> Profile:
         advice=None,
         trace=None if trace is None else str(trace),
     )
-    return Profile(**{**found.__dict__, "advice": advise(recipe, found)})
+    return replace(found, advice=advise(recipe, found))
 
 
 def floor_operations(recipe: Recipe, batches: Sequence[SeenBatch]) -> float:
