@@ -51,8 +51,9 @@ def attach_packed_attention(model: nn.Module) -> str:
     Returns: the name of the attention: `VARLEN`, `SLICES`, or the model's own, which then stays.
     """
     (decoder,) = (module for module in model.modules() if isinstance(module, Phi3VModel))
-    chosen = str(decoder.config._attn_implementation)
-    if chosen in (VARLEN, SLICES) or decoder.config.sliding_window is not None:
+    config: Any = decoder.config
+    chosen = str(config._attn_implementation)
+    if chosen in (VARLEN, SLICES) or config.sliding_window is not None:
         return chosen
     if chosen.startswith("flash_attention"):
         decoder.register_forward_pre_hook(_name_for_flash, with_kwargs=True)
@@ -62,7 +63,7 @@ def attach_packed_attention(model: nn.Module) -> str:
     name = SLICES if kernel is None else VARLEN
     AttentionInterface.register(name, partial(packed_attention, kernel=kernel))
     AttentionMaskInterface.register(name, sdpa_mask)
-    decoder.set_attn_implementation({"": name, "vision_config": decoder.config.vision_config._attn_implementation})
+    decoder.set_attn_implementation({"": name, "vision_config": config.vision_config._attn_implementation})
     decoder.register_forward_pre_hook(_make_no_mask, with_kwargs=True)
     return name
 
