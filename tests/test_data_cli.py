@@ -97,6 +97,7 @@ def test_check_says_it_to_people(run: Any, folder: Path) -> None:
         "5.0 % of the rows are left out, 5.0 % may be",
     ]
     assert [line for line in lines if line not in done.stdout.replace("rows.jsonl:", "rows.jsonl")] == []
+    assert "micro-batches: 2 a step, packed, of at most " in done.stdout
 
 
 def test_too_many_problems_are_exit_code_1_with_the_whole_report(run: Any, folder: Path) -> None:

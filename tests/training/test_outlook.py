@@ -8,7 +8,7 @@ from phi3v.data.lengths import RowLength
 from phi3v.data.survey import RowFacts
 from phi3v.model.configuration_phi3_v import Phi3VConfig
 from phi3v.recipe import Recipe
-from phi3v.training.outlook import language_operations, measure_rate, outlook, vision_operations
+from phi3v.training.outlook import language_operations, measure_rate, micro_batches, outlook, vision_operations
 from phi3v.training.sampling import epoch_order
 
 SQUARE = RowFacts("shop.csv", 0, RowLength(757, 100, 30, ((640, 640),)), ((640, 640),), (), b"")
@@ -33,6 +33,15 @@ def test_steps_are_those_of_the_sampler(rows: int, samples: int, epochs: float) 
     assert (found.tokens, found.operations, found.rate) == (None, None, None)
     capped = outlook(recipe(training={"max_steps": 7}), rows, [], None, None)
     assert capped.steps == 7
+
+
+def test_micro_batches_are_those_of_the_plan(config: Phi3VConfig) -> None:
+    lengths, step = [300, 900, 500, 300], {"samples_per_step": 4}
+    assert micro_batches(recipe(training=step), lengths) == (3.0, 900)
+    assert micro_batches(recipe(training={**step, "tokens_per_micro_batch": 1200}), lengths) == (2.0, 1100)
+    assert micro_batches(recipe(training={**step, "micro_batch_size": 2, "packing": False}), lengths) == (2.0, 1800)
+    found = outlook(recipe(training=step), 4, [SQUARE] * 4, config, 4)
+    assert (found.micro_batches, found.largest, found.packed) == (4.0, 857, True)
 
 
 def test_operations_of_the_real_sizes(config: Phi3VConfig) -> None:

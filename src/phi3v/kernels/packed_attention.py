@@ -51,8 +51,9 @@ def attach_packed_attention(model: nn.Module) -> str:
     Returns: the name of the attention: `VARLEN`, `SLICES`, or the model's own, which then stays.
     """
     (decoder,) = (module for module in model.modules() if isinstance(module, Phi3VModel))
-    chosen = str(decoder.config._attn_implementation)
-    if chosen in (VARLEN, SLICES) or decoder.config.sliding_window is not None:
+    config: Any = decoder.config
+    chosen = str(config._attn_implementation)
+    if chosen in (VARLEN, SLICES) or config.sliding_window is not None:
         return chosen
     if chosen.startswith("flash_attention"):
         decoder.register_forward_pre_hook(_name_for_flash, with_kwargs=True)
@@ -62,7 +63,7 @@ def attach_packed_attention(model: nn.Module) -> str:
     name = SLICES if kernel is None else VARLEN
     AttentionInterface.register(name, partial(packed_attention, kernel=kernel))
     AttentionMaskInterface.register(name, sdpa_mask)
-    decoder.set_attn_implementation({"": name, "vision_config": decoder.config.vision_config._attn_implementation})
+    decoder.set_attn_implementation({"": name, "vision_config": config.vision_config._attn_implementation})
     decoder.register_forward_pre_hook(_make_no_mask, with_kwargs=True)
     return name
 
@@ -103,8 +104,8 @@ def packed_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     assert query.shape[0] == 1, "a pack is one row"
-    if torch.is_autocast_enabled(query.device.type):  # rope leaves float32 queries beside values in half precision
-        dtype = torch.get_autocast_dtype(query.device.type)
+    dtype = _autocast_dtype(query.device)
+    if dtype is not None:  # rope leaves float32 queries beside values in half precision
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     size = query.shape[-1]
     if kernel is None or dropout or query.dtype not in _HALF or size % 8 or size > _MOST_HEAD_SIZE:
@@ -175,6 +176,13 @@ def _runs_varlen(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The number type of mixed precision where it is on; the meta device has none, and refuses the question."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def _make_no_mask(
     decoder: Phi3VModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -187,7 +195,7 @@ def _make_no_mask(
         return None
     more: dict[str, Any] = {"attention_mask": torch.empty(1, 1, 1, 1, device=cu_seqlens.device)}
     weight = decoder.embed_tokens.weight
-    half = weight.dtype in _HALF or torch.is_autocast_enabled(weight.device.type)
+    half = (_autocast_dtype(weight.device) or weight.dtype) in _HALF
     if decoder.config._attn_implementation == SLICES or not half:
         more["sample_lengths"] = cu_seqlens.diff().tolist()  # once for all layers: on a GPU it waits
     return args, {**kwargs, **more}

@@ -45,7 +45,7 @@ class StepTrainer(Trainer):
             **arguments: the Trainer's own; its `data_collator` makes validation batches.
         """
         super().__init__(**arguments)
-        self.step_collator = step_collator
+        self.step_collator: Any = step_collator
         self.short_dtype = short_dtype
         self.masters: dict[str, torch.nn.Parameter] = {}
 
@@ -88,7 +88,7 @@ class StepTrainer(Trainer):
         """
         collate, self.data_collator = self.data_collator, self.step_collator
         try:
-            loader = super().get_train_dataloader()
+            loader: Any = super().get_train_dataloader()
         finally:
             self.data_collator = collate
         loader.device = None  # a micro-batch goes to the device at its turn, not two whole steps of pixels
