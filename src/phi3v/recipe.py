@@ -46,9 +46,8 @@ COMPUTED_TRAINING_KEYS: dict[str, str] = {
 RUN_FILES = ("recipe.yaml", "versions.json")
 """The files that make a folder a run."""
 
-SETTINGS = (
-    *("evaluation", "report", "model.device", "data.image_cache", "data.allow_hosts", "vision.cache_gb"),
-    "training.fast_lora",
+SETTINGS = tuple(
+    "evaluation report model.device data.image_cache data.allow_hosts vision.cache_gb training.fast_lora".split()
 )
 """Sections and keys that do not change what is trained: where and how fast it happens, and what is done afterwards."""
 
@@ -141,12 +140,8 @@ class TrainingSection(BaseModel):
     max_steps: int | None = Field(default=None, ge=1, description="Stop after so many steps; null to go by epochs.")
     seed: int = Field(default=0, ge=0, description="Order of the samples, dropout and fresh adapter weights.")
     learning_rate: float = Field(default=2e-4, gt=0, allow_inf_nan=False, description="Peak learning rate.")
-    fast_lora: Literal["auto", "off"] = Field(
-        default="auto", description="auto: hand-written decoder layers for LoRA, on GPUs; off: PEFT's on transformers'."
-    )
-    compile_layers: Literal["auto"] | bool = Field(
-        default="auto", description="torch.compile for each layer; auto: on GPUs, unless the base is quantised."
-    )
+    fast_lora: Literal["auto", "off"] = Field(default="auto", description="auto: hand-written LoRA layers on GPUs.")
+    compile_layers: Literal["auto"] | bool = Field(default="auto", description="torch.compile for each layer; auto: GPUs.")
 
     @property
     def options(self) -> dict[str, Any]:
