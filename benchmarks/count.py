@@ -21,6 +21,7 @@ from ours import part
 from results import draw_bars, machine, write
 from sizes import config_of, image_tokens
 from torch import nn
+from torch.autograd.graph import _engine_run_backward
 from ways import WAYS, Way, make_way
 
 from phi3v.image_tokens import CROP_SIZE
@@ -80,13 +81,18 @@ def count_step(way: Way, grids: Sequence[Grid], config: Any, micro_batch: int = 
     with GpuKernels(counter, way.autocast), counter, kernels:
         for batch in batches:
             counter.lengths = batch["cu_seqlens"].diff().tolist() if "cu_seqlens" in batch else []
-            # as a function: the method would leave `GpuKernels` for as long as it runs, recomputation included
-            torch.autograd.backward(way.loss(to_meta(batch), items))
+            run_backward(way.loss(to_meta(batch), items))
         _count_optimiser(counter, stepped)
     for weight in way.trained:
         assert weight.grad is not None, "a trained weight has no gradient"
         weight.grad = None
     return counter.counts
+
+
+def run_backward(loss: torch.Tensor) -> None:
+    """`loss.backward()`, which itself would leave `GpuKernels` for as long as it runs, recomputation included."""
+    ones = (torch.ones_like(loss),)
+    _engine_run_backward((loss,), ones, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def _count_optimiser(counter: Counter, trained: list[nn.Parameter]) -> None:

@@ -161,4 +161,4 @@ def paths_of(model: Any) -> str:
 def loss_of(model: Any, batch: Batch, items: int) -> torch.Tensor:
     """A micro-batch's part of the step's loss, with logits at trained positions alone, as StepTrainer asks for it."""
     wanted = {} if "trained_positions" in batch else {"trained_logits_only": True}
-    return model(**batch, **wanted, num_items_in_batch=items).loss
+    return model(**batch, **wanted, num_items_in_batch=items, use_cache=False).loss
