@@ -175,6 +175,14 @@ ANSWERS = (
     b"HTTP/1.1 429 Busy\r\nRetry-After: Wed, 21 Oct 2015 07:28:00 GMT\r\nContent-Length: 0\r\n\r\n",
     b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Encoding: gzip, br\r\nContent-Length: 0\r\n\r\n",
 )
+
+
+def elsewhere(handler: Handler) -> None:
+    """A redirect to another port of this machine: /elsewhere/8080/good/7.png leads to port 8080 and /good/7.png."""
+    _, _, port, *rest = handler.server.seen[-1][1].split(b" ")[1].decode().split("/")
+    handler.send(302, Location=f"http://127.0.0.1:{port}/{'/'.join(rest)}")
+
+
 BOMB = gzip.compress(bytes(50_000_000))
 CUT = picture(1, "JPEG", (200, 150))
 BEHAVIOURS: dict[str, Callable[[Handler], None]] = {
@@ -198,6 +206,7 @@ BEHAVIOURS: dict[str, Callable[[Handler], None]] = {
     "/to-secret": lambda handler: handler.send(302, Location="http://user:secret@127.0.0.1/"),
     "/to-odd": lambda handler: handler.send(302, Location="http://shop.example\\@127.0.0.1/"),
     "/to-good": lambda handler: handler.send(308, Location="../good/7.png?token=abc"),
+    "/elsewhere": elsewhere,
     "/no-location": lambda handler: handler.send(302),
     "/bomb": lambda handler: handler.send(200, BOMB, "image/png", Content_Encoding="gzip"),
     "/html": lambda handler: handler.send(200, HTML, "image/jpeg"),

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 
 import pytest
+import torch
 import transformers
 import typer
 from tiny_models import write_photos, write_tiny_model
@@ -18,7 +20,9 @@ from typer.testing import CliRunner
 
 from phi3v import cli_session
 from phi3v.cli import app
+from phi3v.data.quiet_tiff import silence_libtiff
 from phi3v.evaluation.figures import short_number
+from phi3v.generate import ask
 
 BARE = """
 import typer
@@ -90,8 +94,8 @@ def test_commands_and_flags_are_frozen():
     assert [option for p in root.params for option in p.opts] == ["--version", "--debug"]
     assert found == {
         "train": ["recipe", "overrides", "--json", "--debug"],
-        "evaluate": ["target", "--data", "--rows", "--json", "--debug"],
-        "ask": ["target", "images_and_question", "--json", "--debug"],
+        "evaluate": ["target", "--data", "--rows", "--device", "--json", "--debug"],
+        "ask": ["target", "images_and_question", "--device", "--json", "--debug"],
         "profile": ["recipe", "overrides", "--steps", "--rows", "--image", "--trace", "--json", "--debug"],
         "demo": ["--output", "--json", "--debug"],
         "data": [],
@@ -311,6 +315,25 @@ def test_ask_streams_and_answers_the_same_for_machines(trained, folder):
     assert streamed.stderr == "" and done.stderr == ""
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_run_that_was_trained_on_a_gpu_is_asked_and_evaluated_on_a_cpu(trained, folder, inside, tmp_path):
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    recipe = (run / "recipe.yaml").read_text()
+    assert recipe.count("device: auto") == 1
+    (run / "recipe.yaml").write_text(recipe.replace("device: auto", "device: cuda"))
+    question = ["ask", run, folder / "photos" / "0.png", "What colour?"]
+    evaluation = ["evaluate", run, "--rows", 1]
+    for words in (question, evaluation):
+        refused, done = inside(*words), inside(*words, "--device", "cpu", "--json")
+        assert refused.exit_code == 1 and "sees no GPU" in refused.stderr and "--device cpu" in refused.stderr
+        assert done.exit_code == 0, done.output
+    assert json.loads(inside(*question, "--device", "cpu", "--json").stdout)["answer"] == ask(
+        run, folder / "photos" / "0.png", "What colour?", device="cpu"
+    )
+    wrong = inside(*evaluation, "--device", "gpu")
+    assert wrong.exit_code == 1 and "'gpu' names no device" in wrong.stderr
+
+
 def test_libraries_say_nothing_beside_our_line(folder):
     (folder / "photos" / "broken.jsonl").write_text('{"image": "0.png", "colour": "red"}\n{"image":\n')
     (folder / "photos" / "broken.csv").write_bytes(b"image,colour\n0.png,\xff\n")
@@ -319,6 +342,37 @@ def test_libraries_say_nothing_beside_our_line(folder):
         done = phi3v("train", folder / "recipe.yaml", data, f"output={folder}/broken_run")
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.count("\n") == 1 and f"{name} cannot be read: line 2 is not" in done.stderr
+
+
+DAMAGED_TIFF = """
+import io, sys
+from PIL import Image
+from phi3v.cli_session import session
+from phi3v.data.images import open_image
+from phi3v.errors import ImageError
+
+buffer = io.BytesIO()
+Image.linear_gradient("L").save(buffer, "TIFF", compression="tiff_adobe_deflate")
+data, strip = bytearray(buffer.getvalue()), Image.open(buffer).tag_v2[273][0]
+data[strip + 2 : strip + 102] = b"\\xff" * 100
+with session(debug=sys.argv[1] == "debug"):
+    try:
+        open_image(bytes(data))
+        print("opened")
+    except ImageError as error:
+        print(error)
+"""
+
+
+def test_what_libtiff_writes_past_python_does_not_reach_the_terminal():
+    def run(mode):
+        return subprocess.run([sys.executable, "-c", DAMAGED_TIFF, mode], capture_output=True, text=True, check=True)
+
+    if not silence_libtiff():
+        pytest.skip("PIL's libtiff does not show its switches here")
+    loud, quiet = run("debug"), run("quiet")
+    assert loud.stdout == quiet.stdout and "embedded image does not decode" in quiet.stdout
+    assert "ZIPDecode" in loud.stderr and quiet.stderr == ""
 
 
 def test_a_reader_that_goes_away_is_no_traceback(trained, folder):

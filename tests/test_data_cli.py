@@ -163,6 +163,36 @@ def test_of_a_stream_the_first_rows_are_looked_at(run: Any, folder: Path) -> Non
     assert run("show", folder / "recipe.yaml", *words, "--text", "--rows", 1).exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("rows", "bad", "more", "line"),
+    [
+        (40, True, [], "40 of 40 rows cannot be used (40 missing_value): row 0: column 'colour' is empty; "),
+        (2500, True, [], "1000 of 1000 rows cannot be used (1000 missing_value): row 0: "),
+        (2500, True, ["data.max_skipped=1.0"], "; no row is left to train on: mend the data"),
+        (2500, True, ["data.split.validation=4"], "1000 of 1000 rows cannot be used (1000 missing_value): row 0: "),
+        (40, False, ["data.max_length=10"], "40 of 40 rows cannot be used (40 too_long): row 0: "),
+        (40, False, [], None),
+    ],
+)
+def test_a_stream_of_bad_rows_is_refused_before_a_model_is_loaded_with_the_reasons(
+    rows: int, bad: bool, more: list[str], line: str | None, run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(folder, [{"image": f"{n % 3}.png", "colour": None if bad else "red"} for n in range(rows)])
+    split = [] if "split" in "".join(more) else ["data.split=null"]
+    words = ["data.streaming=true", "training.max_steps=5", *split, *more]
+    done = run("check", folder / "recipe.yaml", "--quick", "--json", *words)
+    found = json.loads(done.stdout)
+    assert found["rows"] == min(rows, 1000) and len(found["problems"]) == (0 if line is None else found["rows"])
+    monkeypatch.setattr(training, "_prepare_model", lambda recipe, device: pytest.fail("the model is loaded"))
+    with pytest.raises((DataError, pytest.fail.Exception)) as caught:
+        phi3v.train(Recipe.load(folder / "recipe.yaml", words))
+    if line is None:
+        assert (done.exit_code, found["trouble"]) == (0, None) and isinstance(caught.value, pytest.fail.Exception)
+    else:
+        assert done.exit_code == 1 and line in found["trouble"] == str(caught.value)
+    assert not (folder / "run").exists()
+
+
 def test_a_data_set_alone_is_counted_without_tokens_and_with_a_model_in_full(
     run: Any, folder: Path, model: Path
 ) -> None:

@@ -38,6 +38,9 @@ app = typer.Typer(
 
 app.add_typer(data_app)
 
+Device = Annotated[
+    str | None, typer.Option(help="Where the model runs: auto, cpu, cuda; where nothing is said, as its recipe says.")
+]
 Target = Annotated[str, typer.Argument(metavar="TARGET", help="A run, an adapter, a model folder or a hub id.")]
 
 
@@ -97,6 +100,7 @@ def evaluate(
         typer.Option(help="A recipe, whose held-out rows are used, or data to read with the run's templates."),
     ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Answer the first so many rows only.")] = None,
+    device: Device = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -106,7 +110,9 @@ def evaluate(
         from phi3v.evaluation.run import evaluate as evaluate_target
 
         with Screen(here.screen) as screen:
-            evaluation = evaluate_target(target, data, rows=rows, on_progress=screen.on_progress).to_dict()
+            evaluation = evaluate_target(
+                target, data, rows=rows, device=device, on_progress=screen.on_progress
+            ).to_dict()
         show_evaluation(here.screen, evaluation)
         here.result(evaluation)
 
@@ -119,6 +125,7 @@ def ask(
         list[str],
         typer.Argument(metavar='IMAGE... "question"', help="Image files, then the question in quotes."),
     ],
+    device: Device = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -135,7 +142,7 @@ def ask(
             here.answers.write(text)
             here.answers.flush()
 
-        answer = ask_target(target, images, question, stream=None if as_json else show)
+        answer = ask_target(target, images, question, device=device, stream=None if as_json else show)
         if not as_json:
             show("\n")
         here.result({"target": target, "images": images, "question": question, "answer": answer})

@@ -2,7 +2,7 @@
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted from the keyboard. With `--json` standard output carries
 exactly one JSON object, whatever the libraries print; everything else goes to standard error. Imports no heavy library
-itself, huggingface_hub aside, which has to be told how long to wait (`cli_hub`).
+itself, huggingface_hub aside, which has to be told how long to wait (`cli_hub`), and PIL when a command runs.
 """
 
 from __future__ import annotations
@@ -123,6 +123,9 @@ def hush(debug: bool, as_json: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if as_json or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from phi3v.data.quiet_tiff import silence_libtiff
+
+    silence_libtiff()
 
 
 def _show_warnings_of(name: str) -> None:

@@ -22,6 +22,14 @@ class ImageError(DataError):
     """An image cannot be read, decoded or is refused by a limit."""
 
 
+class ImagePathError(ImageError):
+    """An image file is not there, is no regular file, or lies outside its root."""
+
+
+class NoUsableRowError(DataError):
+    """A stream gives no row that can be used, or none among so many records that it is given up."""
+
+
 class TooLongError(DataError):
     """A row has more tokens than the limit, and what may be done about it is not enough.
 

@@ -5,19 +5,22 @@ before a step is taken (`data.survey`), so that none that is too long or cannot 
 no weights and writes nothing.
 """
 
+import contextlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, Self
 
 from phi3v.data.columns import RowOptions
 from phi3v.data.image_cache import FetchFailure
+from phi3v.data.reading import Reading
 from phi3v.data.rows import describe_problems, refusal
 from phi3v.data.schema import Row, RowProblem
-from phi3v.data.sources import LoadedData, Reading, load_data, stream_data
+from phi3v.data.sources import LoadedData, StreamedData, load_data, stream_data
 from phi3v.data.survey import RowFacts, SurveyOptions, survey, too_long_problem
-from phi3v.errors import ConfigError, DataError
+from phi3v.errors import ConfigError, DataError, NoUsableRowError
 from phi3v.recipe import Recipe
 
 HELD_OUT = "looking at the held-out rows"
@@ -75,6 +78,11 @@ class RowUse:
         return cls(len(data.train), len(data.validation or []), len(data.problems), reasons)
 
 
+def row_options(recipe: Recipe) -> RowOptions:
+    """How the records of a recipe become rows."""
+    return RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels)
+
+
 def open_data(
     recipe: Recipe,
     *,
@@ -96,7 +104,7 @@ def open_data(
     """
     if recipe.data.streaming:
         raise ConfigError("data.streaming reads rows as they come, and here all are looked at: set it to false")
-    options = RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels)
+    options = row_options(recipe)
     on_fetch = None if on_progress is None else lambda done, total: on_progress("downloading images", done, total)
     how: dict[str, Any] = {"download": download, "refuse": refuse, "failures": failures or {}, "on_fetch": on_fetch}
     reading = Reading.of(**recipe.data.reading_options, **how)
@@ -104,7 +112,10 @@ def open_data(
 
 
 STREAM_SAMPLE = 1000
-"""Rows of a stream that are looked at."""
+"""Records of a stream that are looked at: the first ones, in the order of the sets, rows and problems together."""
+
+_ASKED_FIRST = 100
+"""Rows of a stream that may turn out to be too long or too narrow before the first good one."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +143,8 @@ def find_rows(
     failures: Mapping[str, FetchFailure] | None = None,
     on_progress: Progress | None = None,
 ) -> FoundRows:
-    """The rows of a recipe, however many of them cannot be used; of a stream the first, one pass at most.
+    """The rows of a recipe, however many of them cannot be used; of a stream the first `STREAM_SAMPLE` records, one
+    pass at most.
 
     Args:
         recipe: whose section `data`.
@@ -153,21 +165,32 @@ def find_rows(
             data.refusal,
         )
     how = recipe.data.reading_options | {"max_skipped": 1.0, "on_problem": "skip"}
-    options = RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels)
+    options = row_options(recipe)
     reading = Reading.of(**how, download=download, refuse=False, failures=failures or {})
     stream = stream_data(options=options, reading=reading, **recipe.data.load_options)
     told = list(stream.problems)
     first: dict[tuple[str, int], Row] = {}
-    for row in stream.train.rows(told.append, shuffled=False):
-        if len(first) == STREAM_SAMPLE or (row.source, row.index) in first:
-            break
-        first[row.source, row.index] = row
+
+    def note(problem: RowProblem) -> None:
+        told.append(problem)
+        if len(told) + len(first) >= STREAM_SAMPLE:
+            raise _SampleTaken
+
+    with contextlib.suppress(_SampleTaken, NoUsableRowError):  # of the latter all problems have been noted
+        for row in stream.train.rows(note, shuffled=False):
+            if len(told) + len(first) >= STREAM_SAMPLE or (row.source, row.index) in first:
+                break
+            first[row.source, row.index] = row
     problems = list({(problem.source, problem.row): problem for problem in told}.values())
     held_out = stream.validation or []
     absent = [image.url for row in [*first.values(), *held_out] for image in row.images if image.path is None]
     not_cached = list(dict.fromkeys(url for url in absent if url is not None))
     total = len(first) + len(held_out) + len(problems)
     return FoundRows(list(first.values()), held_out, problems, stream.origin, total, not_cached, sampled=True)
+
+
+class _SampleTaken(Exception):
+    """So many records of a stream were looked at as are wanted."""
 
 
 def survey_options(recipe: Recipe, context: int | None, *, decode: bool, hashes: bool) -> SurveyOptions:
@@ -269,3 +292,31 @@ def measured_rows(
     validation = None if data.validation is None else data.validation.take(held_out.kept)
     found = replace(data, train=data.train.take(train.kept), validation=validation, problems=problems)
     return MeasuredData(**vars(found), lengths=train.lengths)
+
+
+def refuse_bad_stream(recipe: Recipe, data: StreamedData, processor: Any, context: int) -> None:
+    """Takes rows of a stream until one can be trained on, by header and text: of a sound stream that is one row.
+
+    Args:
+        recipe: whose limits apply.
+        data: what `stream_data` found.
+        processor: a Phi3VProcessor.
+        context: the longest row that the model takes, in tokens.
+    Raises: DataError as `find_refusal` says, with the reasons, when none of the first 1,000 records is usable, or none
+        of the first 100 rows fits the model.
+    """
+    options = survey_options(recipe, context, decode=False, hashes=False)
+    problems: list[RowProblem] = []
+    seen: set[tuple[str, int]] = set()
+    for row in islice(data.train.rows(problems.append, shuffled=False), _ASKED_FIRST):
+        if (row.source, row.index) in seen:
+            continue  # a small set comes by again
+        seen.add((row.source, row.index))
+        look = survey_rows([row], processor, options)
+        problems += look.problems
+        if look.kept and not (problems and recipe.data.on_problem == "stop"):
+            return
+        if recipe.data.on_problem == "stop":
+            break
+    found = FoundRows([], [], problems, data.origin, len(problems), [], sampled=True)
+    raise DataError(find_refusal(recipe, found, problems, 0) or "")

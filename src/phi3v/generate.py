@@ -225,12 +225,27 @@ class _PieceStreamer(BaseStreamer):
             self._sent = len(text)
 
 
-def ask(target: str | Path, images: Photo | Sequence[Photo] | None, question: str, **options: Any) -> str:
-    """Loads `target` and answers one question; `options` are those of `ChatModel.ask`.
+def ask(
+    target: str | Path,
+    images: Photo | Sequence[Photo] | None,
+    question: str,
+    *,
+    device: str | None = None,
+    **options: Any,
+) -> str:
+    """Loads `target` and answers one question.
 
     For more than one question, keep the model: `ChatModel.from_target(target)`.
+
+    Args:
+        target: run, adapter, model folder or hub id.
+        images: photos or their paths.
+        question: text of the user.
+        device: "auto", "cpu" or "cuda"; None as the run's recipe says, else "auto".
+        options: those of `ChatModel.ask`.
     """
-    return ChatModel.from_target(target).ask(images, question, **options)
+    loading = {} if device is None else {"device": device}
+    return ChatModel.from_target(target, **loading).ask(images, question, **options)
 
 
 def _fixed_system(template: str | None, target: str | Path) -> str | None:

@@ -76,7 +76,8 @@ def resolve_device(device: str = "auto") -> torch.device:
         raise ConfigError(f"model.device {device!r} names no device: use auto, cpu, cuda or cuda:0") from error
     if wanted.type == "cuda" and not torch.cuda.is_available():
         raise DeviceError(
-            f"model.device is {device!r} and torch {torch.__version__} sees no GPU: use model.device=cpu or auto"
+            f"model.device is {device!r} and torch {torch.__version__} sees no GPU: use model.device=cpu or auto, or "
+            "--device cpu for a run that is asked or evaluated"
         )
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         raise DeviceError(

@@ -141,7 +141,9 @@ class TrainingSection(BaseModel):
     seed: int = Field(default=0, ge=0, description="Order of the samples, dropout and fresh adapter weights.")
     learning_rate: float = Field(default=2e-4, gt=0, allow_inf_nan=False, description="Peak learning rate.")
     fast_lora: Literal["auto", "off"] = Field(default="auto", description="auto: hand-written LoRA layers on GPUs.")
-    compile_layers: Literal["auto"] | bool = Field(default="auto", description="torch.compile for each layer; auto: GPUs.")
+    compile_layers: Literal["auto"] | bool = Field(
+        default="auto", description="torch.compile for each layer; auto: GPUs."
+    )
 
     @property
     def options(self) -> dict[str, Any]:

@@ -1,12 +1,19 @@
 """Files that cannot be read: one line that names the line of the file and the way out."""
 
+import gzip
+import io
+import zipfile
 from pathlib import Path
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from phi3v.data.columns import RowOptions
 from phi3v.data.faults import find_fault
-from phi3v.data.sources import load_rows
+from phi3v.data.schema import RowProblem
+from phi3v.data.sources import load_rows, stream_data
 from phi3v.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -60,3 +67,99 @@ def test_faults_are_found_where_they_are(name: str, content: str, fault: str | N
     (tmp_path / name).write_bytes(content.encode())
     found = find_fault(tmp_path / name)
     assert found == fault if fault is None else found is not None and found.startswith(fault)
+
+
+def zipped(data: bytes) -> bytes:
+    """A ZIP archive with one file."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a.csv", data)
+    return buffer.getvalue()
+
+
+TEXT = b"a,b\n1,2\n"
+BINARIES = {
+    "zip": (zipped(TEXT), "it is a ZIP archive, as new Excel workbooks are, and no text, whatever its name says"),
+    "gzip": (gzip.compress(TEXT), "it is a file compressed with gzip, and no text"),
+    "utf-16": (TEXT.decode().encode("utf-16"), "it is UTF-16 text: save it as UTF-8"),
+    "parquet": (b"PAR1....PAR1", "it is a Parquet file, and no text"),
+    "png": (b"\x89PNG\r\n\x1a\n", "it is an image, and no text"),
+    "zeros": (TEXT + bytes(100), "it is no text: byte 8 is zero; save the rows as UTF-8 text"),
+}
+
+
+@pytest.mark.parametrize("kind", BINARIES)
+@pytest.mark.parametrize("ending", ["csv", "tsv", "json", "jsonl"])
+def test_what_is_no_text_is_one_line_and_no_reader_sees_it(
+    ending: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` would unpack an archive before it looks at what is in it."""
+    content, words = BINARIES[kind]
+    (tmp_path / f"a.{ending}").write_bytes(content)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: pytest.fail("a reader sees it"))
+    with pytest.raises(DataError) as caught:
+        load_rows(str(tmp_path / f"a.{ending}"), options=TITLES)
+    assert str(caught.value).startswith(f"data set {tmp_path / f'a.{ending}'} cannot be read: {words}")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_archive_named_parquet_is_seen_by_no_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.parquet").write_bytes(zipped(TEXT))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: pytest.fail("a reader sees it"))
+    with pytest.raises(DataError, match=r"a.parquet cannot be read: it is no Parquet file, which begins with PAR1"):
+        load_rows(str(tmp_path), options=TITLES)
+
+
+TITLES = RowOptions(images=None, prompt="?", answer="{title}")
+
+
+def titles(path: Path, rows: int = 300, bad_text: int | None = None) -> Path:
+    """A Parquet file with row groups of 100; the title of one row may be no UTF-8."""
+    words = [b"\xff\xfe" if number == bad_text else f"scarf {number}".encode() for number in range(rows)]
+    column = pa.array(words, pa.binary()).view(pa.string())
+    table = pa.table({"number": pa.array(range(rows)), "title": column})
+    pq.write_table(table, path, row_group_size=100, compression="snappy", use_dictionary=False)
+    return path
+
+
+def break_group(path: Path, group: int) -> None:
+    """Writes over the second half of a row group's titles."""
+    chunk = pq.ParquetFile(path).metadata.row_group(group).column(1)
+    data, half = bytearray(path.read_bytes()), chunk.total_compressed_size // 2
+    place = chunk.data_page_offset + half
+    data[place : place + half] = b"\xff" * half
+    path.write_bytes(bytes(data))
+
+
+def test_a_broken_page_of_a_parquet_file_is_named_by_file_row_group_and_column(tmp_path: Path) -> None:
+    titles(tmp_path / "train-0.parquet")
+    break_group(titles(tmp_path / "train-1.parquet"), 1)
+    line = (
+        r"train-1.parquet cannot be read: row group 1, column 'title': nothing reads from row 100 on \(.+\): copy the"
+    )
+    with pytest.raises(DataError, match=line):
+        load_rows(str(tmp_path), options=TITLES)
+    rows = stream_data(str(tmp_path), options=TITLES, validation_split=None).train.rows(ignore, shuffled=False)
+    with pytest.raises(DataError, match=line):
+        for _ in range(600):
+            next(rows)
+
+
+def ignore(problem: RowProblem) -> None:
+    """Nobody is told."""
+
+
+def test_a_row_of_a_parquet_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    titles(tmp_path / "a.parquet", bad_text=234)
+    with pytest.raises(DataError, match=r"a.parquet cannot be read: row group 2, column 'title': .* from row 234 on"):
+        load_rows(str(tmp_path / "a.parquet"), options=TITLES)
+    assert find_fault(titles(tmp_path / "b.parquet")) is None
+
+
+def test_a_parquet_file_with_other_columns_is_named(tmp_path: Path) -> None:
+    titles(tmp_path / "train-0.parquet")
+    pq.write_table(pa.table({"number": [1], "name": ["x"]}), tmp_path / "train-1.parquet")
+    with pytest.raises(
+        DataError, match=r"train-1.parquet cannot be read: its columns are number, name, and those of t"
+    ):
+        load_rows(str(tmp_path), options=TITLES)

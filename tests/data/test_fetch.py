@@ -108,6 +108,34 @@ def test_a_server_that_asks_for_a_long_pause_is_left_alone(path: str, told: str,
         assert fetch_images(urls[1:3], ImageCache(tmp_path), limits).downloaded == 2  # the next command asks again
 
 
+def test_a_server_behind_redirects_gets_the_pause_that_it_asks_for(tmp_path: Path) -> None:
+    """Only the server that asked is spared: the one that redirects to it goes on answering for others."""
+    with image_server() as first, image_server() as busy:
+        behind = [first.url(f"/elsewhere/{busy.port}{path}") for path in ("/busy-once", "/good/0.png", "/good/1.png")]
+        limits = FetchLimits(workers=1, attempts=2, backoff=0.01, allow_hosts=("127.0.0.1",))
+        assert fetch_images([*behind, first.url("/good/2.png")], ImageCache(tmp_path), limits).downloaded == 4
+        times = [when for when, _ in busy.seen]
+        own = next(when for when, head in first.seen if b"/good/2.png " in head)
+    assert (busy.count("/busy-once"), len(busy.seen)) == (2, 4)
+    assert min(times[1:]) - times[0] >= 0.95
+    assert own < times[1]
+    assert len(first.seen) <= 4 + 3  # each address behind it once in vain, and then when its turn has come
+
+
+def test_a_server_behind_redirects_that_asks_for_a_long_pause_is_left_alone(tmp_path: Path) -> None:
+    with image_server() as first, image_server() as busy:
+        behind = [first.url(f"/elsewhere/{busy.port}{path}") for path in ("/429-hour", "/good/0.png", "/good/1.png")]
+        limits = FetchLimits(workers=1, backoff=0.01, allow_hosts=("127.0.0.1",))
+        found = fetch_images([*behind, first.url("/good/2.png")], ImageCache(tmp_path), limits)
+        assert (len(busy.seen), len(first.seen), found.downloaded) == (1, 4, 1)
+        assert [found.failures[url].reason_code for url in behind] == ["url_busy"] * 3
+        assert found.failures[behind[1]].message == (
+            f"image {behind[1]}: it is redirected to {busy.url('/good/0.png')}: not asked: its server has just asked "
+            "for a pause of 3,600 s; run the command again later"
+        )
+        assert fetch_images(behind[1:], ImageCache(tmp_path), limits).downloaded == 2  # the next command asks again
+
+
 def test_requests_on_their_way_are_all_that_a_server_gets_that_wants_none(tmp_path: Path) -> None:
     with image_server() as server:
         urls = [server.url(f"/429-hour?{number}") for number in range(40)]

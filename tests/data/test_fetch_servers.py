@@ -75,7 +75,7 @@ def visit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:
 
 
 def test_every_behaviour_of_the_server_is_expected() -> None:
-    assert set(BEHAVIOURS) == {*EXPECTED, *LEFT_ALONE, "/mutated"}
+    assert set(BEHAVIOURS) == {*EXPECTED, *LEFT_ALONE, "/mutated", "/elsewhere"}
 
 
 def test_every_reason_is_in_the_documentation() -> None:

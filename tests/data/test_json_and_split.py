@@ -1,42 +1,19 @@
 """JSON as it is written, whatever Arrow would make of it; and which rows are held out, by what their images hold."""
 
-import io
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from PIL import Image
+from product_sets import png, records, write, write_photos
 
+from phi3v.data import record_table
 from phi3v.data.columns import RowOptions
+from phi3v.data.json_table import JsonTable
 from phi3v.data.sources import Reading, load_data, load_rows
 
 OPTIONS = RowOptions(prompt="What is it?", answer="Product: {title}, Price: {price}")
 
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
-
-
-def png(number: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8 + number, 6), (number * 20, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def records(count: int) -> list[dict[str, Any]]:
-    return [{"image": f"photos/{n}.png", "title": f"Scarf {n}", "price": 400 + n} for n in range(count)]
-
-
-def write_photos(folder: Path, count: int) -> None:
-    (folder / "photos").mkdir(parents=True)
-    for number in range(count):
-        (folder / "photos" / f"{number}.png").write_bytes(png(number))
-
-
-def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> str:
-    lines = [json.dumps(row) for row in rows]
-    (folder / name).write_text("\n".join(lines) if name.endswith("l") else f"[{', '.join(lines)}]")
-    return str(folder / name)
 
 
 LITERAL = [
@@ -82,6 +59,23 @@ def test_a_folder_of_json_files_is_read_in_order_with_its_splits(tmp_path: Path)
     data = load_data(str(tmp_path), options=RowOptions(images=None, prompt="?", answer="{title}"))
     assert [row.answer for row in data.train] == ["a", "2024-05-01", "12345678901234567890"]
     assert ([row.answer for row in data.validation or ()], data.origin) == (["c"], "test")
+
+
+def test_records_are_the_same_one_by_one_and_in_a_row_which_opens_each_file_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [Path(write(tmp_path, f"{name}.jsonl", records(count))) for name, count in (("a", 3), ("b", 1), ("c", 2))]
+    table = JsonTable(files)
+    one_by_one = [table[number] for number in range(6)]
+    opened: list[str] = []
+    noted = lambda path, mode: opened.append(path) or open(path, mode)  # noqa: E731, SIM115
+    monkeypatch.setattr(record_table, "open", noted, raising=False)
+    assert list(table) == one_by_one == [*records(3), *records(1), *records(2)]
+    assert opened == [str(path) for path in files]
+    assert table.__getitems__([0, 2, 4, 5, 1]) == [one_by_one[number] for number in (0, 2, 4, 5, 1)]
+    assert opened[3:] == [str(files[place]) for place in (0, 2, 0)]
+    with pytest.raises(IndexError):
+        table[-1]
 
 
 def test_copies_of_a_photo_under_other_names_stay_on_one_side(tmp_path: Path) -> None:

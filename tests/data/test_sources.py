@@ -1,6 +1,5 @@
 """Data sets of every kind become the same rows; what cannot be used is named; splits are the set's own or ours."""
 
-import io
 import json
 import logging
 import os
@@ -10,7 +9,7 @@ from typing import Any
 
 import datasets
 import pytest
-from PIL import Image
+from product_sets import png, records, write, write_photos
 
 from phi3v.data.columns import RowOptions
 from phi3v.data.images import open_image
@@ -23,39 +22,6 @@ OPTIONS = RowOptions(prompt="What is it?", answer="Product: {title}, Price: {pri
 
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
-
-
-def png(number: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8 + number, 6), (number * 20, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def records(count: int = 5) -> list[dict[str, Any]]:
-    return [{"image": f"photos/{n}.png", "title": f"Scarf {n}", "price": 400 + n} for n in range(count)]
-
-
-def write_photos(folder: Path, count: int = 5) -> None:
-    (folder / "photos").mkdir(parents=True)
-    for number in range(count):
-        (folder / "photos" / f"{number}.png").write_bytes(png(number))
-
-
-def write(folder: Path, name: str, rows: list[dict[str, Any]], features: datasets.Features | None = None) -> str:
-    """Writes a data file of the kind that its name says."""
-    path = folder / name
-    if path.suffix == ".csv":
-        lines = [",".join(rows[0]), *(",".join("" if v is None else str(v) for v in row.values()) for row in rows)]
-        path.write_text("\n".join(lines) + "\n")
-    elif path.suffix == ".tsv":
-        path.write_text("\n".join("\t".join(map(str, line)) for line in [rows[0], *(r.values() for r in rows)]) + "\n")
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    else:
-        datasets.Dataset.from_list(rows, features=features).to_parquet(path)
-    return str(path)
 
 
 def images_folder(folder: Path) -> str:
@@ -122,6 +88,8 @@ def test_rows_are_a_sequence_that_can_be_pickled(tmp_path: Path) -> None:
     assert isinstance(rows[1:3], Rows) and [row.index for row in rows[1:3]] == [1, 2]
     assert [row.index for row in rows.take([3, 0])] == [3, 0] and rows[-1].index == 4
     assert list(pickle.loads(pickle.dumps(rows))) == list(rows)
+    mixed = (rows + load_rows(make("parquet with bytes", tmp_path), options=OPTIONS)[0]).take([7, 1, 0, 9, 2] * 20)
+    assert list(mixed) == [mixed[position] for position in range(100)]
     with pytest.raises(IndexError):
         rows[5]
 

@@ -16,7 +16,7 @@ from phi3v.data.columns import RowOptions
 from phi3v.data.schema import Row, RowProblem
 from phi3v.data.sources import Reading, load_rows, stream_data
 from phi3v.data.streamed_examples import StreamedExamples
-from phi3v.errors import DataError, TooLongError
+from phi3v.errors import DataError, NoUsableRowError, TooLongError
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
@@ -83,6 +83,27 @@ def test_a_streams_problems_are_told_once_and_counted(tmp_path: Path) -> None:
     strict = stream_data(str(tmp_path / "t.jsonl"), options=options, reading=Reading(max_skipped=0.09))
     with pytest.raises(DataError, match=r"100 of 1000 rows cannot be used .*at most 9% may be left out"):
         first(strict.train.rows(ignore), 1000)
+
+
+def test_a_stream_of_nothing_but_problems_is_given_up_with_its_reasons(tmp_path: Path) -> None:
+    lines = [json.dumps({"q": f"q{number}", "a": [] if number % 3 else None}) for number in range(2500)]
+    (tmp_path / "t.jsonl").write_text("\n".join([*lines, *texts(1)]) + "\n")
+    options = RowOptions(images=None, prompt="{q}", answer="{a}")
+    for allowed, error, end in (
+        (1.0, NoUsableRowError, "; no row is left to train on: mend the data"),
+        (
+            0.5,
+            DataError,
+            "; at most 50% may be left out (data.max_skipped): mend the data, or the columns in the recipe",
+        ),
+    ):
+        told: list[RowProblem] = []
+        data = stream_data(str(tmp_path / "t.jsonl"), options=options, reading=Reading(max_skipped=allowed))
+        with pytest.raises(error) as caught:
+            next(data.train.rows(told.append))
+        head = f"{tmp_path / 't.jsonl'}: 1000 of 1000 rows cannot be used (666 value_type, 334 missing_value): row 0: "
+        assert str(caught.value).startswith(head) and str(caught.value).endswith(end)
+        assert [problem.row for problem in told] == list(range(1000))
 
 
 @pytest.mark.filterwarnings("ignore:.*worker processes in total")

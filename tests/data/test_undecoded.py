@@ -1,6 +1,5 @@
 """What a set calls a picture is not opened by `datasets`, at any depth and in any column, however the set is opened."""
 
-import io
 import json
 import os
 from pathlib import Path
@@ -10,11 +9,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from product_sets import png
 
 from phi3v.data.columns import RowOptions
 from phi3v.data.images import open_image
-from phi3v.data.opening import open_set
+from phi3v.data.opening import narrowed, open_set
 from phi3v.data.sources import Reading, load_data, load_rows, stream_data
 from phi3v.data.undecoded import undecoded_feature
 from phi3v.errors import DataError
@@ -24,12 +23,6 @@ LOOSE = Reading(max_skipped=1.0)
 
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
-
-
-def png() -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 6)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def write(path: Path, features: datasets.Features, rows: list[dict[str, Any]]) -> str:
@@ -79,14 +72,14 @@ def test_a_column_nobody_named_is_not_opened(kind: str, tmp_path: Path) -> None:
 def test_an_image_part_of_a_conversation_takes_our_way(kind: str, tmp_path: Path) -> None:
     part = {"type": datasets.Value("string"), "text": datasets.Value("string"), "image": datasets.Image()}
     turn = {"role": datasets.Value("string"), "content": datasets.List(part)}
-    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "a.png").write_bytes(png(0))
 
     def record(cell: dict[str, Any]) -> dict[str, Any]:
         asked = [{"type": "image", "text": None, "image": cell}, {"type": "text", "text": "What?", "image": None}]
         said = [{"type": "text", "text": "A hat.", "image": None}]
         return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
 
-    good = [record({"bytes": png(), "path": None}), record({"bytes": None, "path": "a.png"})]
+    good = [record({"bytes": png(0), "path": None}), record({"bytes": None, "path": "a.png"})]
     features = datasets.Features({"messages": datasets.List(turn)})
     source = write(tmp_path / "a.parquet", features, [*good, record(cell_of(kind, tmp_path))])
     data = load_data(source, options=RowOptions(), validation_split=None, reading=LOOSE)
@@ -97,8 +90,8 @@ def test_an_image_part_of_a_conversation_takes_our_way(kind: str, tmp_path: Path
 
 def test_every_type_that_opens_files_is_turned_off_or_refused() -> None:
     kinds = datasets.features.features._FEATURE_TYPES.values()
-    opening = [kind for kind in kinds if hasattr(kind, "decode_example") and kind is not datasets.Json]
-    assert {datasets.Image, datasets.Audio, datasets.Video} <= set(opening)
+    opening = [kind for kind in kinds if hasattr(kind, "decode_example")]
+    assert {datasets.Image, datasets.Audio, datasets.Video, datasets.Json} <= set(opening)
     for kind in opening:
         plain = undecoded_feature({"a": [kind()], "b": datasets.List({"c": kind()}, length=2)}, "x")
         assert plain == {"a": [kind(decode=False)], "b": datasets.List({"c": kind(decode=False)}, length=2)}
@@ -120,3 +113,52 @@ def test_tables_of_the_hub_are_opened_no_further_either(streaming: bool, monkeyp
     answer = table.to_iterable_dataset() if streaming else table
     monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: {"train": answer})
     assert list(open_set("owner/name", streaming=streaming)["train"].table) == [record]
+
+
+JSON_CELLS = [
+    '["a", {"b": 12345678901234567890}]',
+    '"007"',
+    "null",
+    None,
+    "2",
+    '"2024-05-01"',
+    "{broken",
+    "[" * 100_000,
+]
+PARSED = [["a", {"b": 12345678901234567890}], "007", None, None, 2, "2024-05-01", None, None]
+
+
+def json_table() -> datasets.Dataset:
+    """Columns of the type Json, one of them two levels down; `datasets` looks at the first five texts and no more."""
+    cells = pa.ExtensionArray.from_storage(pa.json_(), pa.array(JSON_CELLS))
+    nested = pa.StructArray.from_arrays([pa.ListArray.from_arrays(range(len(cells) + 1), cells)], ["x"])
+    features = datasets.Features({"title": datasets.Json(), "other": {"x": datasets.List(datasets.Json())}})
+    return datasets.Dataset(pa.table({"title": cells, "other": nested}).cast(features.arrow_schema))
+
+
+@pytest.mark.parametrize("way", ["parquet", "saved", "hub", "stream", "hub stream"])
+def test_json_is_parsed_cell_by_cell_and_a_bad_text_is_an_empty_cell(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = json_table()
+    with pytest.raises(ValueError):
+        list(table)  # what `datasets` makes of it by itself
+    source = "owner/name"
+    if way in ("parquet", "stream"):
+        source = str(tmp_path / "a.parquet")
+        pq.write_table(table.data.table, source)
+    elif way == "saved":
+        source = str(tmp_path / "saved")
+        table.save_to_disk(source)
+    else:
+        answer = table.to_iterable_dataset() if "stream" in way else table
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: {"train": answer})
+    opened = open_set(source, streaming="stream" in way)["train"].table
+    assert list(opened) == [{"title": cell, "other": {"x": [cell]}} for cell in PARSED]
+    assert list(narrowed(opened, ["title"])) == [{"title": cell} for cell in PARSED]
+    if "stream" not in way:
+        assert opened[4] == {"title": 2, "other": {"x": [2]}} and len(opened) == len(PARSED)
+        data = load_data(source, options=OPTIONS, validation_split=None, reading=LOOSE)
+        assert [row.answer for row in data.train] == ["007", "2", "2024-05-01"]
+        codes = {0: "value_type"} | dict.fromkeys((2, 3, 6, 7), "missing_value")
+        assert {problem.row: problem.reason_code for problem in data.problems} == codes

@@ -8,9 +8,11 @@ import torch
 from PIL import Image
 from tiny_tokenizer import ADDED_AFTER_BASE, build_tokenizer
 from transformers import AutoTokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from phi3v.errors import DataError
-from phi3v.model.chat_phi3_v import CHAT_TEMPLATE, GUARD, TextGuard, choose_template
+from phi3v.model import processing_phi3_v
+from phi3v.model.chat_phi3_v import CHAT_TEMPLATE, GUARD, TextGuard, choose_template, prepare_conversation
 from phi3v.model.image_processing_phi3_v import Phi3VImageProcessor
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 
@@ -77,6 +79,28 @@ class TestLayout:
         out = run(processor, conversation)
         singles = [processor.image_processor(photo)["pixel_values"] for photo in photos]
         np.testing.assert_array_equal(out["pixel_values"], np.concatenate(singles))
+
+    def test_the_usual_template_is_rendered_without_jinja_and_alike(self, processor, monkeypatch):
+        dice = random.Random(0)
+        pieces = ["", "  \n", "What </s>?", "{{ x }} {% if %}", "<|image_1|>", "\r\n\u2028é", "a" * 50]
+
+        def parts():
+            listed = [{"type": "image"} if dice.random() < 0.4 else text(dice.choice(pieces)) for _ in range(4)]
+            return dice.choice(pieces) if dice.random() < 0.3 else listed[: dice.randrange(5)]
+
+        roles = ["system", "user", "assistant"]
+        sizes = [dice.randrange(1, 5) for _ in range(300)]
+        chats = [[{"role": dice.choice(roles), "content": parts()} for _ in range(size)] for size in sizes]
+        asked = []
+        monkeypatch.setattr(processing_phi3_v, "render_jinja_template", lambda **how: asked.append(how))
+        for add_generation_prompt in (False, True):
+            found = processor.apply_chat_template(chats, add_generation_prompt=add_generation_prompt)
+            guard = TextGuard(CONTROL)
+            prepared = [prepare_conversation(chat, guard, True)[0] for chat in chats]
+            expected, _ = render_jinja_template(
+                conversations=prepared, chat_template=CHAT_TEMPLATE, add_generation_prompt=add_generation_prompt
+            )
+            assert found == expected and asked == []
 
     def test_plain_content_renders_as_microsofts_template_does(self, shared, real):
         tokenizer = AutoTokenizer.from_pretrained(shared / "phi3v" / "hub" / "Phi-3-vision-128k-instruct")

@@ -9,9 +9,9 @@ which begin with `url_` too. Downloads nothing: a web address is looked up in th
 import base64
 import binascii
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ import numpy as np
 
 from phi3v.data.address_guard import shorten
 from phi3v.data.image_cache import FetchFailure, ImageCache
-from phi3v.data.images import image_name, may_be_cut_off, open_image, resolve_path
+from phi3v.data.images import ImageLook, content_digest, image_name, look_at
 from phi3v.data.schema import ImageRef, Row, UnusableRecord
 from phi3v.data.templates import cell_text, whole_text
-from phi3v.errors import ImageError
+from phi3v.errors import ImageError, ImagePathError
 
 MAX_EMBEDDED_BYTES = 20_000_000
 """The longest file in a data URI."""
@@ -128,48 +128,58 @@ def _embedded(text: str, place: str) -> bytes:
         raise UnusableRecord("data_uri", f"{place} holds a data URI that is no base64 ({error})") from error
 
 
-def check_images(row: Row, max_pixels: int) -> None:
-    """Looks at the path, the header and the end of every image of a row.
+Looks = Sequence[ImageLook | None]
+"""What was seen of the images of a row; None for one that is still to be downloaded."""
 
-    A file that does not end as its format ends may be cut off, so it is decoded here; a sound one is not. Images that
-    are still to be downloaded are passed over. Raises: UnusableRecord.
+
+def check_images(row: Row, max_pixels: int, *, digests: bool = False) -> Looks:
+    """Looks at every image of a row, each file opened once, see `images.look_at`.
+
+    Args:
+        row: the row.
+        max_pixels: larger images are unusable.
+        digests: whether contents are hashed, for `group_keys`; what was downloaded is named by its hash already.
+    Raises: UnusableRecord.
     """
+    looks: list[ImageLook | None] = []
     for image in row.images:
         if image.url is not None and image.path is None:
+            looks.append(None)
             continue
         try:
-            if image.data is None:
-                resolve_path(image)
-        except ImageError as error:
+            looks.append(look_at(image, max_pixels=max_pixels, digest=digests and image.url is None))
+        except ImagePathError as error:
             raise UnusableRecord("image_path", str(error)) from error
-        try:
-            if may_be_cut_off(image, max_pixels=max_pixels):
-                open_image(image, max_pixels=max_pixels)
         except ImageError as error:
             told = str(error) if image.url is None else str(error).replace(image_name(image), shorten(image.url), 1)
             raise UnusableRecord("image_unreadable", told) from error
+    return looks
 
 
-def group_keys(row: Row) -> list[str]:
+def group_keys(row: Row, looks: Looks = ()) -> list[str]:
     """What ties a row to other rows: the contents of its images, each once; for a row without images that of its text.
 
-    A file is read whole for it; what was downloaded is named by its hash already, and what is still to come has its
-    address. Example: a.jpg, a copy of it and the same bytes embedded all give "bytes:" and their SHA-256.
+    Example: a.jpg, a copy of it and the same bytes embedded all give "bytes:" and their SHA-256.
+
+    Args:
+        row: the row.
+        looks: what `check_images` saw of it with digests; without them files are read here. What was downloaded is
+            named by its hash already, and what is still to come has its address.
     """
     if not row.images:
         texts = "\0".join(message.text for message in row.messages)
         return ["text:" + sha256(texts.encode("utf-8", "surrogatepass")).hexdigest()]
-    return list(dict.fromkeys(_image_key(image) for image in row.images))
+    seen = looks or [None] * len(row.images)
+    return list(dict.fromkeys(_image_key(image, look) for image, look in zip(row.images, seen, strict=True)))
 
 
-def _image_key(image: ImageRef) -> str:
+def _image_key(image: ImageRef, look: ImageLook | None) -> str:
     """The key of one image; a file that cannot be read just now has its path."""
-    if image.data is not None:
-        return "bytes:" + sha256(image.data).hexdigest()
     if image.url is not None:
         return "url:" + image.url if image.path is None else "bytes:" + Path(image.path).name
+    if look is not None and look.digest:
+        return "bytes:" + look.digest
     try:
-        with open(resolve_path(image), "rb") as file:
-            return "bytes:" + file_digest(file, "sha256").hexdigest()
-    except (OSError, ImageError):
+        return "bytes:" + content_digest(image)
+    except (OSError, ValueError):
         return f"path:{image.path}"

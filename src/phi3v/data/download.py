@@ -10,6 +10,7 @@ images. Knows nothing of other attempts, other addresses or the cache.
 
 import ssl
 import time
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -90,6 +91,23 @@ class UrlProblem(Exception):
         self.host = ""
 
 
+class PausedHost(Exception):
+    """A machine is not asked now, because it has said that it wants no requests for a while.
+
+    Attributes:
+        machine: as "host:port".
+        seconds: until it may be asked; None for not in this call.
+        shown: what a message says first: "it is redirected to http://...: ", or nothing.
+    """
+
+    def __init__(self, machine: str, seconds: float | None) -> None:
+        """Keep who and how long."""
+        super().__init__(machine)
+        self.machine = machine
+        self.seconds = seconds
+        self.shown = ""
+
+
 class Downloader:
     """Asks for one address after the other and keeps connections between them; one for each worker.
 
@@ -124,20 +142,24 @@ class Downloader:
         """Close all connections."""
         self._pool.close()
 
-    def download(self, url: str, file: Path, seconds: float) -> None:
+    def download(
+        self, url: str, file: Path, seconds: float, *, may_ask: Callable[[str], None] = lambda machine: None
+    ) -> None:
         """Writes the image behind an address into a file.
 
         Args:
             url: the address as the data set has it.
             file: is written, or overwritten.
             seconds: what the whole of it may take.
-        Raises: UrlProblem; OSError when the file cannot be written.
+            may_ask: told of each machine before it is asked, those of redirects included; raises PausedHost.
+        Raises: UrlProblem; PausedHost; OSError when the file cannot be written.
         """
         self._backend.give(seconds)
         shown = ""
         try:
             address = parse_address(url)
             for _ in range(MOST_REDIRECTS + 1):
+                may_ask(address.machine)
                 location = self._ask(address, file, url)
                 if location is None:
                     return
@@ -147,6 +169,9 @@ class Downloader:
             raise problem(
                 url, "url_redirects", f"it is redirected more than {MOST_REDIRECTS} times; name the last address"
             )
+        except PausedHost as paused:
+            paused.shown = shown
+            raise
         except AddressError as error:
             what = "that address" if shown else "the address"
             raise problem(url, "url_invalid", f"{shown}{what} {error}") from error

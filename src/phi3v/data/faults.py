@@ -2,7 +2,7 @@
 
 In comes the path of a CSV, TSV, JSON, JSONL or Parquet file after a failure; out comes half a sentence, or None where
 looking at the file does not show it. Reads line by line and stops at the first fault. Lines count from 1, as editors
-count them.
+count them. What is wrong with a Parquet file is the business of `parquet_faults`.
 """
 
 import json
@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from phi3v.data.parquet_faults import parquet_fault
 from phi3v.data.text_guard import find_text_fault
 
 _TEXT_FILES = (".csv", ".tsv", ".json", ".jsonl")
-_PARQUET = b"PAR1"
 _JSON_KINDS = {
     dict: "a mapping",
     list: "a list",
@@ -31,7 +31,7 @@ def find_fault(path: Path) -> str | None:
     write one JSON object a line".
     """
     if path.suffix.lower() == ".parquet":
-        return _parquet_fault(path)
+        return parquet_fault(path)
     if path.suffix.lower() not in _TEXT_FILES:
         return None
     if (found := find_text_fault(path)) is not None:
@@ -45,18 +45,6 @@ def find_fault(path: Path) -> str | None:
     if path.suffix.lower() == ".jsonl":
         return _lines_fault(path)
     return _json_fault(path) if path.suffix.lower() == ".json" else None
-
-
-def _parquet_fault(path: Path) -> str | None:
-    """What begin and end of a Parquet file show: both are the word PAR1."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        head = file.read(len(_PARQUET))
-        file.seek(max(0, size - len(_PARQUET)))
-        tail = file.read()
-    if head != _PARQUET:
-        return f"it is no Parquet file, which begins with PAR1 ({size} bytes): save it again, or name it as what it is"
-    return None if tail == _PARQUET else f"it is cut off behind {size} bytes: copy it again"
 
 
 def _json_fault(path: Path) -> str | None:

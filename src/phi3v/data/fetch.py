@@ -2,9 +2,10 @@
 
 In come addresses and a cache; out comes what is there and what is not, with a reason each. What is cached is not asked
 again, nor what has failed for good (404, 410, no image); everything else is, in the next call. A server that answers
-429 or 503 with Retry-After gets its pause from all workers, not only from the one that was told; one that asks for
-more than `FetchLimits.longest_wait` is left alone for the rest of the call. Safe to kill at any moment and to run
-beside itself: `image_cache` says why. One attempt is the business of `download`.
+429 or 503 with Retry-After gets its pause from all workers, not only from the one that was told, and from addresses of
+other servers that redirect to it; one that asks for more than `FetchLimits.longest_wait` is left alone for the rest of
+the call. Safe to kill at any moment and to run beside itself: `image_cache` says why. One attempt is the business of
+`download`.
 """
 
 import heapq
@@ -13,12 +14,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import httpcore2
 
 from phi3v.data.address_guard import AddressError, AllowedHosts, parse_address, shorten
-from phi3v.data.download import Downloader, FetchLimits, UrlProblem
+from phi3v.data.download import Downloader, FetchLimits, PausedHost, UrlProblem
 from phi3v.data.image_cache import CacheWriter, FetchFailure, ImageCache, url_digest
 from phi3v.errors import ConfigError
 
@@ -112,12 +113,19 @@ def _shard(urls: Iterable[str], shard: tuple[int, int]) -> list[str]:
 
 @dataclass
 class _Job:
-    """An address on its way: which machine it asks, attempts so far, seconds of its time that are left."""
+    """An address on its way.
+
+    Attributes:
+        url: the address.
+        left: seconds of its time that are left.
+        attempts: how often it was asked.
+        machines: whom it asks, as far as that matters: its own, and those behind redirects that asked for a pause.
+    """
 
     url: str
-    host: str
     left: float
     attempts: int = 0
+    machines: set[str] = field(default_factory=set)
 
 
 class _Crew:
@@ -135,7 +143,7 @@ class _Crew:
         self._writer = writer
         self._limits = limits
         self._allowed = allowed
-        self._turns = _Turns([_Job(url, _host(url), limits.seconds) for url in urls])
+        self._turns = _Turns([_Job(url, limits.seconds, machines={_machine(url)}) for url in urls])
         self._results: queue.SimpleQueue[tuple[str, int | FetchFailure] | Exception] = queue.SimpleQueue()
         self._number = len(urls)
         self._tls = httpcore2.default_ssl_context()
@@ -173,46 +181,58 @@ class _Crew:
         try:
             with Downloader(self._limits, self._allowed, self._tls, self._decoders) as downloader:
                 while (job := self._turns.take()) is not None:
-                    outcome = self._unasked(job) or self._attempt(job, downloader)
+                    outcome = self._attempt(job, downloader)
                     if outcome is not None:
                         self._results.put((job.url, outcome))
                         self._turns.finish()
         except Exception as error:
             self._results.put(error)
 
-    def _unasked(self, job: _Job) -> FetchFailure | None:
-        """Why an address is not asked: its server has said that it wants no requests now; None for one to ask."""
-        closed = self._turns.closed(job.host)
-        if closed is None:
-            return None
-        code, pause = closed
-        words = f"not asked: its server has just asked for a pause of {pause:,.0f} s; run the command again later"
-        return FetchFailure(code, f"image {shorten(job.url)}: {words}")
-
     def _attempt(self, job: _Job, downloader: Downloader) -> int | FetchFailure | None:
         """One attempt: the size of the image, the failure, or None when the job got another turn."""
         file = self._writer.temporary()
         began = time.monotonic()
-        job.attempts += 1
         try:
-            downloader.download(job.url, file, job.left)
+            downloader.download(job.url, file, job.left, may_ask=self._turns.check)
             return self._writer.keep(job.url, file)
-        except UrlProblem as problem:
+        except PausedHost as paused:
             job.left -= time.monotonic() - began
-            if problem.pause is not None and problem.pause > self._limits.longest_wait:
-                self._turns.close(problem.host, problem.failure.reason_code, min(problem.pause, _LONGEST_TOLD))
+            return self._unasked(job, paused)
+        except UrlProblem as problem:
+            job.attempts += 1
+            job.left -= time.monotonic() - began
+            if problem.pause is not None:
+                job.machines.add(problem.host)
+                if problem.pause > self._limits.longest_wait:
+                    told = min(problem.pause, _LONGEST_TOLD)
+                    self._turns.close(problem.host, problem.failure.reason_code, told)
             if problem.again and job.attempts < self._limits.attempts and job.left > 0:
                 wait = self._limits.backoff * 2 ** (job.attempts - 1)
                 if problem.pause is not None:
                     wait = max(wait, problem.pause)
                 if wait <= self._limits.longest_wait:
-                    self._turns.again(job, wait, whole_host=problem.pause is not None)
+                    self._turns.again(job, wait, pausing=problem.host if problem.pause is not None else None)
                     return None
             if problem.lasting:
                 self._writer.remember(job.url, problem.failure)
             return problem.failure
         finally:
             file.unlink(missing_ok=True)
+
+    def _unasked(self, job: _Job, paused: PausedHost) -> FetchFailure | None:
+        """What becomes of an address whose server, or one that it redirects to, wants no requests now.
+
+        It gets another turn when the pause is over, which is no further attempt; None then. A server that is left alone
+        for the rest of the call is its failure.
+        """
+        job.machines.add(paused.machine)
+        closed = self._turns.closed(paused.machine)
+        if closed is None:
+            self._turns.again(job, paused.seconds or 0.0)
+            return None
+        code, pause = closed
+        words = f"not asked: its server has just asked for a pause of {pause:,.0f} s; run the command again later"
+        return FetchFailure(code, " ".join(f"image {shorten(job.url)}: {paused.shown}{words}".split()))
 
 
 class _Turns:
@@ -245,18 +265,31 @@ class _Turns:
         """Seconds until the first of those that wait is due; None when none waits."""
         while self._waiting:
             due, number, job = self._waiting[0]
-            pause = self._pauses.get(job.host, 0.0) if job.host not in self._closed else 0.0
+            pause = max(self._pause(machine) for machine in job.machines)
             if pause <= due:
                 return due - time.monotonic()
             heapq.heapreplace(self._waiting, (pause, number, job))
         return None
 
-    def again(self, job: _Job, seconds: float, *, whole_host: bool) -> None:
-        """Another turn for an address after so many seconds, and for its whole host none before."""
+    def _pause(self, machine: str) -> float:
+        """When a machine's pause ends; one that is closed has none: nobody waits for it."""
+        return 0.0 if machine in self._closed else self._pauses.get(machine, 0.0)
+
+    def check(self, machine: str) -> None:
+        """Raises: PausedHost when a machine must not be asked now."""
+        with self._changed:
+            left = self._pause(machine) - time.monotonic()
+            if machine in self._closed:
+                raise PausedHost(machine, None)
+            if left > 0:
+                raise PausedHost(machine, left)
+
+    def again(self, job: _Job, seconds: float, *, pausing: str | None = None) -> None:
+        """Another turn for an address after so many seconds, and before that none for a machine that asked for it."""
         with self._changed:
             due = time.monotonic() + seconds
-            if whole_host:
-                self._pauses[job.host] = max(due, self._pauses.get(job.host, 0.0))
+            if pausing is not None:
+                self._pauses[pausing] = max(due, self._pauses.get(pausing, 0.0))
             heapq.heappush(self._waiting, (due, self._given, job))
             self._given += 1
             self._changed.notify_all()
@@ -286,7 +319,7 @@ class _Turns:
             self._changed.notify_all()
 
 
-def _host(url: str) -> str:
+def _machine(url: str) -> str:
     """The machine that an address asks first; "" for an address that asks none."""
     try:
         address = parse_address(url)

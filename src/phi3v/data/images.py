@@ -25,9 +25,12 @@ import io
 import os
 import re
 import stat
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from hashlib import file_digest
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +47,7 @@ from phi3v.data.image_limits import (
     late_exif,
 )
 from phi3v.data.schema import ImageRef
-from phi3v.errors import ImageError
+from phi3v.errors import ImageError, ImagePathError
 
 MAX_PIXELS = 20_000_000
 WEB_ADDRESS = re.compile(r"(https?|ftp|s3|gs|hf):/", re.IGNORECASE)
@@ -96,35 +99,55 @@ def open_pixels(image: ImageRef | str | Path | bytes, *, max_pixels: int = MAX_P
 
 
 def image_size(image: ImageRef | str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Width and height of the upright image, from the header alone.
+    """Width and height of the upright image: from an earlier look at it, else from the header alone.
 
     Example: a 40x30 JPEG with EXIF orientation 6 -> (30, 40).
     Raises: ImageError as `open_image` does, for all that a header shows.
     """
+    if isinstance(image, ImageRef) and image.size is not None and image.size[0] * image.size[1] <= max_pixels:
+        return image.size
     with _opened(_as_ref(image), max_pixels) as (opened, file):
-        width, height = opened.size  # of a TIFF it is the upright size already
-        return (height, width) if _orientation(opened, file) >= 5 else (width, height)
+        return _upright_size(opened, _orientation(opened, file))
 
 
-def may_be_cut_off(image: ImageRef, *, max_pixels: int = MAX_PIXELS) -> bool:
-    """Whether a file does not end as a whole JPEG, PNG, GIF or WebP does, or its format has no end that tells.
+@dataclass(frozen=True, slots=True)
+class ImageLook:
+    """What one opening of an encoded image shows.
 
-    Nothing is decoded. Example: a JPEG that ends with b"\\xff\\xd9" -> False; one that breaks off, or carries something
-    behind its end -> True.
-    Raises: ImageError as `image_size` does.
+    Attributes:
+        size: width and height of the upright image.
+        digest: the SHA-256 of the whole file in hexadecimal digits; "" where nobody asked for it.
     """
-    with _opened(image, max_pixels) as (_, file):
-        file.seek(0)
-        head, size = file.read(12), file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 12))
-        tail = file.read(12)
-    if head.startswith(b"\xff\xd8"):
-        return not tail.endswith(b"\xff\xd9")
-    if head.startswith(b"\x89PNG"):
-        return tail != b"\0\0\0\0IEND\xaeB`\x82"
-    if head.startswith(b"GIF8"):
-        return not tail.endswith(b";")
-    return head[:4] != b"RIFF" or int.from_bytes(head[4:8], "little") + 8 > size
+
+    size: tuple[int, int]
+    digest: str = ""
+
+
+def look_at(image: ImageRef, *, max_pixels: int = MAX_PIXELS, digest: bool = False) -> ImageLook:
+    """Looks at a file once: its path, its header, its limits and its end; at its pixels only in doubt.
+
+    A file that does not end as a whole JPEG, PNG, GIF or WebP does may be cut off, and of other formats the end tells
+    nothing: these are decoded. Example: a JPEG that ends with b"\\xff\\xd9" is not; one that breaks off, or carries
+    something behind its end, is.
+
+    Args:
+        image: the image.
+        max_pixels: larger images are refused.
+        digest: True reads the whole file.
+    Raises: ImagePathError for a path that leads to no file or out of the root; ImageError as `open_image` does.
+    """
+    with _opened(image, max_pixels) as (opened, file):
+        orientation = _orientation(opened, file)
+        look = ImageLook(_upright_size(opened, orientation), _digest(file) if digest else "")
+        if _may_be_cut_off(file):
+            _decode(opened, file, orientation)
+        return look
+
+
+def content_digest(image: ImageRef) -> str:
+    """The SHA-256 of the encoded file, whatever its size. Raises: ImageError, OSError, ValueError when it is empty."""
+    with _open_file(image, sys.maxsize) if image.data is None else MeteredBytes(image.data) as file:
+        return _digest(file)
 
 
 def image_name(image: ImageRef) -> str:
@@ -136,12 +159,17 @@ def image_name(image: ImageRef) -> str:
 def resolve_path(image: ImageRef) -> Path:
     """The file of a reference that holds no bytes.
 
-    Example: ImageRef("../secret.png", root="photos", confined=True) -> ImageError.
-    Raises: ImageError when it is not there, is no regular file, or leaves its root although it is confined.
+    Example: ImageRef("../secret.png", root="photos", confined=True) -> ImagePathError.
+    Raises: ImagePathError when it is not there, is no regular file, or leaves its root although it is confined.
     """
+    return Path(_real_path(image))
+
+
+def _real_path(image: ImageRef) -> str:
+    """The same as text: a Path costs as much as half of following it."""
     name = image_name(image)
     if WEB_ADDRESS.match(image.path or ""):
-        raise ImageError(f"image {name} is a web address, which cannot be read yet: download it and name the file")
+        raise ImagePathError(f"image {name} is a web address, which cannot be read yet: download it and name the file")
     path: str | None = None
     try:
         root = os.path.realpath(image.root or ".")  # pathlib's resolve takes twice the time, a third of a header
@@ -149,17 +177,17 @@ def resolve_path(image: ImageRef) -> Path:
         inside = path == root or path.startswith(os.path.join(root, ""))
         mode = os.stat(path).st_mode if inside or not image.confined else 0
     except FileNotFoundError as error:
-        raise ImageError(f"image {name} does not exist (looked for {path})") from error
+        raise ImagePathError(f"image {name} does not exist (looked for {path})") from error
     except (OSError, ValueError, RuntimeError) as error:
-        raise ImageError(f"image {name} cannot be reached: {_reason(error)}") from error
+        raise ImagePathError(f"image {name} cannot be reached: {_reason(error)}") from error
     if image.confined and not inside:
-        raise ImageError(
+        raise ImagePathError(
             f"image {name} lies outside {root}: move it there, set data.image_root, "
             "or allow it with data.allow_outside_root: true"
         )
     if not stat.S_ISREG(mode):
-        raise ImageError(f"image {name} is no regular file")
-    return Path(path)
+        raise ImagePathError(f"image {name} is no regular file")
+    return path
 
 
 def _as_ref(image: ImageRef | str | Path | bytes) -> ImageRef:
@@ -208,17 +236,18 @@ def _open_file(image: ImageRef, max_pixels: int) -> MeteredFile:
     """The file of a reference that holds no bytes, opened for reading.
 
     Between the look at a path and its opening the file may be changed for a pipe or a link. So the open file itself is
-    looked at: it is a regular one (without O_NONBLOCK opening a pipe would wait for ever), and the one that the path,
-    followed again, leads to.
+    looked at: it is a regular one (without O_NONBLOCK opening a pipe would wait for ever), and it lies where the path
+    was found to lead. Where the system does not say where it lies, or says another place, the path is followed again
+    and must lead to this very file.
     """
-    path = resolve_path(image)
+    path = _real_path(image)
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags)
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise ImageError(f"image {image_name(image)} is no regular file")
-        if not os.path.samestat(found, os.stat(resolve_path(image))):
+            raise ImagePathError(f"image {image_name(image)} is no regular file")
+        if _path_of(descriptor) != path and not os.path.samestat(found, os.stat(_real_path(image))):
             raise ImageError(f"image {image_name(image)} was changed while it was opened; try again")
         check_size(found.st_size, max_pixels)
         return MeteredFile(io.FileIO(descriptor, "rb"))
@@ -227,10 +256,45 @@ def _open_file(image: ImageRef, max_pixels: int) -> MeteredFile:
         raise
 
 
+def _path_of(descriptor: int) -> str | None:
+    """Where the kernel says that an open file lies, all links followed; None where it does not say."""
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError:
+        return None
+
+
+def _may_be_cut_off(file: MeteredBytes | MeteredFile) -> bool:
+    """Whether a file does not end as a whole JPEG, PNG, GIF or WebP does, or its format has no end that tells."""
+    file.seek(0)
+    head, size = file.read(12), file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 12))
+    tail = file.read(12)
+    if head.startswith(b"\xff\xd8"):
+        return not tail.endswith(b"\xff\xd9")
+    if head.startswith(b"\x89PNG"):
+        return tail != b"\0\0\0\0IEND\xaeB`\x82"
+    if head.startswith(b"GIF8"):
+        return not tail.endswith(b";")
+    return head[:4] != b"RIFF" or int.from_bytes(head[4:8], "little") + 8 > size
+
+
+def _digest(file: MeteredBytes | MeteredFile) -> str:
+    """The SHA-256 of a whole file."""
+    file.seek(0)
+    return file_digest(file, "sha256").hexdigest()
+
+
 def _reason(error: BaseException) -> str:
     """An exception as part of a line, at most 200 characters."""
     text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
     return text[:200]
+
+
+def _upright_size(opened: Image.Image, orientation: int) -> tuple[int, int]:
+    """Width and height of an image once it is turned; PIL has turned TIFFs already."""
+    width, height = opened.size
+    return (height, width) if orientation >= 5 else (width, height)
 
 
 def _orientation(image: Image.Image, file: MeteredBytes | MeteredFile) -> int:

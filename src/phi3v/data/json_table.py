@@ -9,24 +9,25 @@ memory. Records count from 0, through all files.
 import json
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from phi3v.data.faults import find_fault
+from phi3v.data.record_table import RecordTable
 from phi3v.errors import DataError
 
 _BEGINNING = 4096
 _MARK = b"\xef\xbb\xbf"
 
 
-class JsonTable:
-    """The records of some files, those of the first file first."""
+class JsonTable(RecordTable):
+    """The records of some JSON or JSONL files."""
 
-    def __init__(self, *paths: Path) -> None:
+    def __init__(self, paths: Sequence[Path]) -> None:
         """Finds where the records begin. Raises: DataError in one line that names file and line."""
-        self._paths = [str(path) for path in paths]
+        super().__init__(paths)
         self._firsts: list[int] = []  # of each file: the number of its first record
         self._starts = array("Q")
         self._ends = array("Q")
@@ -46,17 +47,12 @@ class JsonTable:
         """Number of records."""
         return len(self._starts)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """All records in the order of the file."""
-        return (self[number] for number in range(len(self)))
+    def _file_of(self, number: int) -> int:
+        return bisect_right(self._firsts, number) - 1
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        """The record with this number."""
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        with open(self._paths[bisect_right(self._firsts, number) - 1], "rb") as file:
-            file.seek(self._starts[number])
-            record = json.loads(file.read(self._ends[number] - self._starts[number]))
+    def _read(self, number: int, file: BinaryIO) -> dict[str, Any]:
+        file.seek(self._starts[number])
+        record = json.loads(file.read(self._ends[number] - self._starts[number]))
         return {self._renamed.get(name, name): value for name, value in record.items()}
 
     def rename_columns(self, names: dict[str, str]) -> "JsonTable":

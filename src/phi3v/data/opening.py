@@ -24,11 +24,13 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from phi3v.data.faults import find_fault
 from phi3v.data.folder import KINDS, contained, find_files
+from phi3v.data.hub_card import checked_commit
 from phi3v.data.json_table import JsonTable
+from phi3v.data.parquet_faults import ends_fault, other_columns
 from phi3v.data.saved import open_saved
 from phi3v.data.tar_table import TarTable
 from phi3v.data.text_guard import find_text_fault
-from phi3v.data.undecoded import undecoded
+from phi3v.data.undecoded import ParsedTable, json_columns, undecoded
 from phi3v.errors import DataError
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "test")
@@ -45,6 +47,7 @@ class Table(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, number: int) -> dict[str, Any]: ...
+    def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]: ...
     def __iter__(self) -> Iterator[dict[str, Any]]: ...
 
 
@@ -69,6 +72,10 @@ class StreamTable:
         """Raises: TypeError."""
         raise TypeError("records of a stream have no numbers to ask for")
 
+    def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
+        """Raises: TypeError."""
+        raise TypeError("records of a stream have no numbers to ask for")
+
     def select_columns(self, columns: list[str]) -> "StreamTable":
         """The same records with these columns alone, where the types of all columns are known."""
         return StreamTable(self._table.select_columns(columns), columns) if self._table.features else self
@@ -88,12 +95,14 @@ class OpenedTable:
         root: folder that image paths count from.
         labels: column -> names of its numbers, for columns of class labels.
         single_floats: columns of 32-bit floats.
+        files: what the records are read from, where these are files of this machine that `datasets` reads.
     """
 
     table: Table
     root: str
     labels: dict[str, list[str]]
     single_floats: frozenset[str]
+    files: tuple[Path, ...] = ()
 
 
 def open_set(
@@ -133,7 +142,7 @@ def open_set(
                 "which phi3v is started"
             )
         extra = ({"name": subset} if subset else {}) | _streamed(streaming)
-        found = datasets.load_dataset(source, **extra, revision=revision)
+        found = datasets.load_dataset(source, **extra, revision=checked_commit(source, revision))
         return {split: _undecoded(table, HF_HUB_CACHE) for split, table in found.items()}
     except DataError:
         raise
@@ -141,7 +150,8 @@ def open_set(
         where = ""
         if not path.exists():
             where = "; it is no file or folder here, and was looked for on the hub: check the name and the network"
-        text = f"data set {source} cannot be read: {fault(path, error)}{where}"
+        told = _fault_of_files([path], error) if path.is_file() else f"{source} {_cannot(error)}"
+        text = f"data set {told}{where}"
         if _without_token(str(error)) != str(error):
             raise DataError(text) from None  # what it was raised from would show the token
         raise DataError(text) from error
@@ -225,19 +235,20 @@ def _open_data(paths: Sequence[Path], streaming: bool) -> OpenedTable:
     first, root = paths[0], str(paths[0].parent)
     builder = KINDS[first.suffix.lower()]
     for path in paths:
-        if (wrong := find_text_fault(path)) is not None:
+        wrong = ends_fault(path) if builder == "parquet" else find_text_fault(path)
+        if wrong is not None:
             raise DataError(f"data set {path} cannot be read: {wrong}")
     if builder == "json":
-        return OpenedTable(JsonTable(*paths), root, {}, frozenset())
+        return OpenedTable(JsonTable(paths), root, {}, frozenset())
     extra = reader_options(first) | _streamed(streaming)
     reader = "csv" if builder == "tsv" else builder
     try:
-        return _undecoded(datasets.load_dataset(reader, data_files=_listed(paths), split="train", **extra), root)
+        table = datasets.load_dataset(reader, data_files=_listed(paths), split="train", **extra)
+        return replace(_undecoded(table, root), files=tuple(paths))
     except DataError:
         raise
     except Exception as error:  # with exceptions of the readers' own; here it is known which files they read
-        at_fault = next((path for path in paths if find_fault(path) is not None), first)
-        raise DataError(f"data set {at_fault} cannot be read: {fault(at_fault, error)}") from error
+        raise DataError(f"data set {_fault_of_files(paths, error)}") from error
 
 
 def _listed(paths: Sequence[Path]) -> datasets.data_files.DataFilesList:
@@ -270,12 +281,17 @@ def _undecoded(table: Any, root: str) -> OpenedTable:
     labels = {name: kind.names for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
     floats = (name for name, kind in features.items() if getattr(kind, "dtype", None) in ("float32", "float16"))
     opened = StreamTable(table) if isinstance(table, datasets.IterableDataset) else table
+    if parsed := json_columns(features):
+        opened = ParsedTable(opened, parsed)
     return OpenedTable(opened, root, labels, frozenset(floats))
+
+
+_NARROWED = datasets.Dataset | StreamTable | ParsedTable
 
 
 def narrowed(table: Table, columns: Sequence[str]) -> Table:
     """The table with these columns alone, where that spares reading the others."""
-    return table.select_columns(list(columns)) if isinstance(table, datasets.Dataset | StreamTable) else table
+    return table.select_columns(list(columns)) if isinstance(table, _NARROWED) else table
 
 
 @contextmanager
@@ -290,19 +306,38 @@ def _without_progress_bars() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def records_of(table: Table, location: str) -> Iterator[dict[str, Any]]:
-    """The records of a table. Raises: DataError for what readers find only here, such as bytes that are no UTF-8."""
+def records_of(table: Table, location: str, files: Sequence[Path] = ()) -> Iterator[dict[str, Any]]:
+    """The records of a table.
+
+    Args:
+        table: the table.
+        location: what the user named.
+        files: what it is read from, where that is known.
+    Raises: DataError for what readers find only here, such as bytes that are no UTF-8.
+    """
     try:
         yield from table
     except DataError:
         raise
     except Exception as error:  # readers of many formats, each with exceptions of its own
-        raise DataError(f"data set {location} cannot be read: {fault(Path(location), error)}") from error
+        path = Path(location)
+        told = _fault_of_files(files or [path], error) if files or path.is_file() else f"{path} {_cannot(error)}"
+        raise DataError(f"data set {told}") from error
 
 
-def fault(path: Path, error: BaseException) -> str:
-    """What is wrong: what the lines of the file show, else what the reader said, without the user's token."""
-    return (find_fault(path) if path.is_file() else None) or _without_token(_reason(error))
+def _fault_of_files(paths: Sequence[Path], error: BaseException) -> str:
+    """Which of some files cannot be read, and why: "a.csv cannot be read: line 3 is not UTF-8 text: ..."."""
+    for path in paths:
+        if (found := find_fault(path)) is not None:
+            return f"{path} cannot be read: {found}"
+    if paths[0].suffix.lower() == ".parquet" and (other := other_columns(paths)) is not None:
+        return f"{other[0]} cannot be read: {other[1]}"
+    return f"{paths[0]} {_cannot(error)}"
+
+
+def _cannot(error: BaseException) -> str:
+    """What a reader says, without the user's token."""
+    return f"cannot be read: {_without_token(_reason(error))}"
 
 
 def _without_token(text: str) -> str:

@@ -7,15 +7,21 @@ be used. Every record is either a row or a problem. Knows nothing about recipes,
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
 from typing import Any, overload
 
-from phi3v.data.cells import check_images, group_keys
+from phi3v.data.cells import Looks, check_images, group_keys
 from phi3v.data.columns import ColumnMap
 from phi3v.data.conversations import ConversationMap
 from phi3v.data.image_cache import FetchFailure
+from phi3v.data.known_sizes import KnownSizes
 from phi3v.data.opening import Table, narrowed, records_of
 from phi3v.data.schema import Row, RowProblem, UnusableRecord
+
+_READ_AT_ONCE = 32
+"""Records that going through rows reads together; their embedded images are in memory meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -27,16 +33,31 @@ class RecordSet:
         map: how a record becomes a row.
         location: what the user named.
         max_pixels: images with more pixels are unusable.
+        files: what the records are read from, where that is known.
+        sizes: of images that were looked at.
     """
 
     table: Table
     map: ColumnMap | ConversationMap
     location: str
     max_pixels: int
+    files: tuple[Path, ...] = ()
+    sizes: KnownSizes = field(default_factory=KnownSizes)
 
     def row(self, number: int) -> Row:
-        """The row of a record. Raises: UnusableRecord."""
-        return self.map.row(self.table[number], number)
+        """The row of a record, its images with the sizes that are known. Raises: UnusableRecord."""
+        return self._made(self.table[number], number)
+
+    def rows(self, numbers: Sequence[int]) -> Iterator[Row]:
+        """The rows of several records, which are read together. Raises: UnusableRecord."""
+        return map(self._made, self.table.__getitems__(list(numbers)), numbers)
+
+    def _made(self, record: dict[str, Any], number: int) -> Row:
+        row, sizes = self.map.row(record, number), self.sizes.of(number)
+        if not sizes or len(sizes) != len(row.images):
+            return row
+        images = (replace(image, size=size) for image, size in zip(row.images, sizes, strict=True))
+        return replace(row, images=tuple(images))
 
     def waiting_for_downloads(self) -> "RecordSet":
         """The same records, with images that are not in the cache yet as images to come."""
@@ -45,7 +66,7 @@ class RecordSet:
 
     def records(self) -> Iterator[dict[str, Any]]:
         """All records in order, read for the map's columns alone."""
-        return records_of(narrowed(self.table, self.map.columns), self.location)
+        return records_of(narrowed(self.table, self.map.columns), self.location, self.files)
 
 
 class Rows(Sequence[Row]):
@@ -69,6 +90,11 @@ class Rows(Sequence[Row]):
     def __len__(self) -> int:
         """Number of rows."""
         return len(self._numbers)
+
+    def __iter__(self) -> Iterator[Row]:
+        """The rows in order, some records read at a time: one by one a table takes several times as long."""
+        for place, positions in groupby(range(len(self)), lambda at: (self._set_numbers[at], at // _READ_AT_ONCE)):
+            yield from self._sets[place[0]].rows([self._numbers[position] for position in positions])
 
     def take(self, positions: Sequence[int]) -> "Rows":
         """The rows at these positions, in that order: rows.take([2, 0])[0] is rows[2]."""
@@ -134,20 +160,22 @@ def read_rows(records: RecordSet, *, with_keys: bool) -> FirstLook:
     keys: list[list[str]] = []
     problems: list[RowProblem] = []
     missing: dict[str, None] = {}
+    sizes = KnownSizes()
     for number, record in enumerate(records.records()):
         try:
             row = patient.map.row(record, number)
-            check_images(row, records.max_pixels)
+            looks = check_images(row, records.max_pixels, digests=with_keys)
         except UnusableRecord as error:
             problems.append(RowProblem(number, error.reason_code, str(error), records.map.source))
             continue
         usable.append(number)
+        _keep_sizes(sizes, number, looks)
         if absent := [image.url for image in row.images if image.url is not None and image.path is None]:
             waiting.append(number)
             missing |= dict.fromkeys(absent)
         if with_keys:
-            keys.append(group_keys(row))
-    return FirstLook(records, usable, keys, problems, waiting, list(missing))
+            keys.append(group_keys(row, looks))
+    return FirstLook(replace(records, sizes=sizes), usable, keys, problems, waiting, list(missing))
 
 
 def look_again(look: FirstLook, failures: Mapping[str, FetchFailure]) -> FirstLook:
@@ -158,21 +186,30 @@ def look_again(look: FirstLook, failures: Mapping[str, FetchFailure]) -> FirstLo
         failures: web address -> why it could not be downloaded.
     Example: usable 0, 1, 2 with 1 waiting, and its address answered 404 -> usable 0, 2 and the problem of 1.
     """
-    records, failed = look.records, {}
+    records, failed, sizes = look.records, {}, KnownSizes()
+    keys = dict(zip(look.usable, look.keys, strict=True)) if look.keys else {}
     told = replace(records, map=replace(records.map, cells=replace(records.map.cells, failures=failures)))
     for number in look.waiting:
         try:
-            check_images(told.row(number), records.max_pixels)
+            row = told.row(number)
+            looks = check_images(row, records.max_pixels, digests=bool(keys))
         except UnusableRecord as error:
             failed[number] = RowProblem(number, error.reason_code, str(error), records.map.source)
-    kept = [place for place, number in enumerate(look.usable) if number not in failed]
+            continue
+        _keep_sizes(sizes, number, looks)
+        if keys:
+            keys[number] = group_keys(row, looks)
+    usable = array("q", (number for number in look.usable if number not in failed))
     problems = sorted([*look.problems, *failed.values()], key=lambda problem: problem.row)
-    waited = set(look.waiting) if look.keys else set()
-    keys = [
-        group_keys(told.row(look.usable[place])) if look.usable[place] in waited else look.keys[place]
-        for place in (kept if look.keys else [])
-    ]
-    return FirstLook(records, array("q", (look.usable[place] for place in kept)), keys, problems, array("q"), [])
+    known = replace(records, sizes=records.sizes.merged(sizes))
+    return FirstLook(known, usable, [keys[number] for number in usable] if keys else [], problems, array("q"), [])
+
+
+def _keep_sizes(sizes: KnownSizes, number: int, looks: Looks) -> None:
+    """Keeps the sizes of a record all of whose images were looked at."""
+    found = [look.size for look in looks if look is not None]
+    if found and len(found) == len(looks):
+        sizes.add(number, found)
 
 
 def refusal(
@@ -213,8 +250,13 @@ def describe_problems(problems: Sequence[RowProblem], total: int, source: str) -
 
     Example: "shop.csv: 2 of 40 rows cannot be used (2 missing_value): row 3: column 'title' is empty; row 9: ...".
     """
+    return describe_counts(Counter(problem.reason_code for problem in problems), problems[:3], total, source)
+
+
+def describe_counts(reasons: Counter[str], first: Sequence[RowProblem], total: int, source: str) -> str:
+    """The same where not all problems are at hand, only how many of each reason code there are."""
     if not total:
         return f"{source} has no rows"
-    reasons = ", ".join(f"{count} {code}" for code, count in Counter(p.reason_code for p in problems).most_common())
-    first = "; ".join(f"row {problem.row}: {problem.message}" for problem in problems[:3])
-    return f"{source}: {len(problems)} of {total} rows cannot be used ({reasons}): {first}"
+    counts = ", ".join(f"{count} {code}" for code, count in reasons.most_common())
+    told = "; ".join(f"row {problem.row}: {problem.message}" for problem in first)
+    return f"{source}: {reasons.total()} of {total} rows cannot be used ({counts}): {told}"

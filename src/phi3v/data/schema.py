@@ -4,7 +4,7 @@
 file. Rows count from 0, in the order of their source.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
@@ -30,6 +30,7 @@ class ImageRef:
     root: str | None = None
     confined: bool = False
     url: str | None = None
+    size: tuple[int, int] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,20 +8,18 @@ each set has one; else rows split off `train`.
 """
 
 import logging
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from phi3v.data.cells import Cells
 from phi3v.data.columns import RowOptions
 from phi3v.data.conversations import record_map
-from phi3v.data.fetch import FetchLimits, fetch_images
-from phi3v.data.image_cache import FetchFailure, ImageCache
+from phi3v.data.fetch import fetch_images
 from phi3v.data.mixing import mix
 from phi3v.data.opening import VALIDATION_NAMES, OpenedTable, narrowed, open_set
+from phi3v.data.reading import Reading
 from phi3v.data.rows import (
     FirstLook,
     RecordSet,
@@ -38,48 +36,6 @@ from phi3v.data.streaming import RowStream
 from phi3v.errors import DataError
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """How sets are read, beside how their records become rows.
-
-    Attributes:
-        cache: where downloaded images lie; None refuses images behind web addresses.
-        limits: of the downloads.
-        download: False downloads nothing: what is not cached is listed, and is no problem.
-        max_skipped: share of a set's rows that may be left out; 1.0 allows all.
-        on_problem: "stop" allows none.
-        refuse: False reads on where a set is refused, and says why in `LoadedData.refusal`.
-        failures: web address -> why it could not be downloaded just now.
-        on_fetch: told of the downloads' progress, (done, total).
-    """
-
-    cache: ImageCache | None = None
-    limits: FetchLimits = field(default_factory=FetchLimits)
-    download: bool = True
-    max_skipped: float = 0.05
-    on_problem: Literal["skip", "stop"] = "skip"
-    refuse: bool = True
-    failures: Mapping[str, FetchFailure] = field(default_factory=dict)
-    on_fetch: Callable[[int, int], None] | None = None
-
-    @classmethod
-    def of(cls, *, image_cache: str | None = None, allow_hosts: Sequence[str] = (), **more: Any) -> "Reading":
-        """From plain values as a recipe holds them.
-
-        Args:
-            image_cache: folder of the cache; None for phi3v/images in the user's cache folder.
-            allow_hosts: hosts that may be private.
-            more: the other attributes.
-        """
-        cache = ImageCache((Path(image_cache) if image_cache is not None else default_cache_folder()).absolute())
-        return cls(cache=cache, limits=FetchLimits(allow_hosts=tuple(allow_hosts)), **more)
-
-
-def default_cache_folder() -> Path:
-    """Where downloaded images go when nobody says: $XDG_CACHE_HOME/phi3v/images, else ~/.cache/phi3v/images."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phi3v" / "images"
 
 
 @dataclass(frozen=True)
@@ -136,7 +92,7 @@ def load_data(
     Raises: DataError in one line.
     """
     how = reading or Reading()
-    wanted = [_SetChoice.of(choice, options, revision, subset) for choice in _as_choices(train)]
+    wanted = _choices(train, options, revision, subset)
     weights = _weights(wanted)
     parts, held, origin = _open_sets(wanted, validation, how)
     splitting = not held and validation_split is not None
@@ -206,16 +162,14 @@ def stream_data(
     Raises: DataError in one line.
     """
     how = reading or Reading()
-    wanted = [_SetChoice.of(choice, options, revision, subset) for choice in _as_choices(train)]
+    wanted = _choices(train, options, revision, subset)
     weights = _weights(wanted) or [1.0]
     if len(weights) < len(wanted):
         raise DataError("data.train: with data.streaming each of several sets needs a weight")
     if max_rows is not None:
         raise DataError("data.max_rows is for sets that are read whole: with data.streaming set training.max_steps")
-    opened = [_open(choice, streaming=True) for choice in wanted]
-    names = [_train_name(tables, choice.source) for tables, choice in zip(opened, wanted, strict=True)]
     stream = RowStream(
-        [_records(tables[name], c.source, c, how) for tables, name, c in zip(opened, names, wanted, strict=True)],
+        [part for part, _ in _training_sets(wanted, how, streaming=True)],
         weights,
         seed=split_seed,
         limits=how.limits,
@@ -225,7 +179,7 @@ def stream_data(
     )
     problems: list[RowProblem] = []
     if validation is not None:
-        look = _look([_validation_records(replace(wanted[0], source=validation), how)], how, with_keys=False)[0]
+        look = _look_at_validation(replace(wanted[0], source=validation), how)
         return StreamedData(stream.without(look.rows), look.rows, look.problems, "validation")
     if validation_split is None:
         return StreamedData(stream, None, problems, "none")
@@ -253,9 +207,7 @@ def load_rows(
         reading: downloads, and how many rows may be left out.
     Raises: DataError in one line.
     """
-    how = reading or Reading()
-    choice = _SetChoice(source, options, None, revision, subset)
-    look = _look([_validation_records(choice, how)], how, with_keys=False)[0]
+    look = _look_at_validation(_SetChoice(source, options, None, revision, subset), reading or Reading())
     return look.rows, look.problems
 
 
@@ -284,9 +236,12 @@ class _SetChoice:
         )
 
 
-def _as_choices(train: str | Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """One name as a list of one set."""
-    return [{"source": train}] if isinstance(train, str) else train
+def _choices(
+    train: str | Sequence[Mapping[str, Any]], options: RowOptions, revision: str | None, subset: str | None
+) -> list[_SetChoice]:
+    """The sets of `train`; one name is a list of one set."""
+    named = [{"source": train}] if isinstance(train, str) else train
+    return [_SetChoice.of(choice, options, revision, subset) for choice in named]
 
 
 def _weights(choices: Sequence[_SetChoice]) -> list[float] | None:
@@ -305,20 +260,31 @@ def _open_sets(
 
     There are none of the latter when rows have to be split off, or are not wanted.
     """
-    opened = [_open(choice) for choice in wanted]
-    names = [_train_name(tables, choice.source) for tables, choice in zip(opened, wanted, strict=True)]
-    parts = [_records(tables[name], c.source, c, how) for tables, name, c in zip(opened, names, wanted, strict=True)]
+    opened = _training_sets(wanted, how)
+    parts = [part for part, _ in opened]
     if validation is not None:
         return parts, [_validation_records(replace(wanted[0], source=validation), how)], "validation"
     held: list[RecordSet] = []
     origin = "none"
-    for tables, name, choice in zip(opened, names, wanted, strict=True):
-        own = next((split for split in VALIDATION_NAMES if split in tables and split != name), None)
+    for (_, others), choice in zip(opened, wanted, strict=True):
+        own = next((split for split in VALIDATION_NAMES if split in others), None)
         if own is None:
             return parts, [], "none"
         origin = own if not held else origin
-        held.append(_records(tables[own], f"{choice.source} ({own})", choice, how))
+        held.append(_records(others[own], f"{choice.source} ({own})", choice, how))
     return parts, held, origin
+
+
+def _training_sets(
+    wanted: Sequence[_SetChoice], how: Reading, *, streaming: bool = False
+) -> list[tuple[RecordSet, dict[str, OpenedTable]]]:
+    """For each set the records to train on, and its other splits."""
+    found = []
+    for choice in wanted:
+        tables = _open(choice, streaming=streaming)
+        table = tables.pop(_train_name(tables, choice.source))
+        found.append((_records(table, choice.source, choice, how), tables))
+    return found
 
 
 def _open(choice: _SetChoice, *, streaming: bool = False) -> dict[str, OpenedTable]:
@@ -337,6 +303,11 @@ def _validation_records(choice: _SetChoice, how: Reading) -> RecordSet:
             f"split: {choice.source}:{next(iter(tables))}"
         )
     return _records(tables[names[0]], choice.source, choice, how)
+
+
+def _look_at_validation(choice: _SetChoice, how: Reading) -> FirstLook:
+    """The first look at the validation rows of a set."""
+    return _look([_validation_records(choice, how)], how, with_keys=False)[0]
 
 
 def _train_name(tables: Mapping[str, OpenedTable], source: str) -> str:
@@ -362,7 +333,8 @@ def _records(opened: OpenedTable, source: str, choice: _SetChoice, how: Reading)
     )
     columns = record_map(opened.table.column_names, options, source, cells)
     columns.check(opened.table.column_names)
-    return RecordSet(narrowed(opened.table, columns.columns), columns, choice.source, options.max_pixels)
+    table = narrowed(opened.table, columns.columns)
+    return RecordSet(table, columns, choice.source, options.max_pixels, opened.files)
 
 
 def _look(parts: Sequence[RecordSet], how: Reading, *, with_keys: bool) -> list[FirstLook]:

@@ -74,6 +74,7 @@ class StreamedExamples(IterableDataset[Example]):
 
     def _sample(self, ahead: deque[Row | None], rows: Iterator[Row]) -> Example:
         """The sample of the first row ahead that can be encoded; one that cannot is None from then on."""
+        problem: RowProblem | str = "all had failed before"
         for place in range(_MOST_STAND_INS):
             if place == len(ahead):
                 ahead.append(next(rows))
@@ -87,8 +88,12 @@ class StreamedExamples(IterableDataset[Example]):
                     raise
                 ahead[place] = None
                 self._failed += 1
-                self.tell(row_problem(row, error))
-        raise DataError(f"{_MOST_STAND_INS} rows one after the other could not be encoded: look at them first")
+                problem = row_problem(row, error)
+                self.tell(problem)
+        raise DataError(
+            f"{_MOST_STAND_INS} rows one after the other could not be encoded, the last of them: {problem}; look at "
+            "the set with phi3v data check"
+        )
 
     def _refuse_failures(self, position: int) -> None:
         """Raises: DataError when more samples have failed than the stream allows of its records."""

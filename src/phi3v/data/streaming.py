@@ -5,8 +5,9 @@ over a set gives every usable row once, shuffled within a window of 1,000 rows o
 record is a row or a problem, which is told when it comes by. Knows no models and no batches.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from random import Random
 from typing import Literal
@@ -14,9 +15,9 @@ from typing import Literal
 from phi3v.data.cells import check_images, group_keys
 from phi3v.data.fetch import FetchLimits, fetch_images
 from phi3v.data.image_cache import FetchFailure
-from phi3v.data.rows import RecordSet, describe_problems, shared_image_problem
+from phi3v.data.rows import RecordSet, describe_counts, shared_image_problem
 from phi3v.data.schema import Row, RowProblem, UnusableRecord
-from phi3v.errors import DataError
+from phi3v.errors import DataError, NoUsableRowError
 
 WINDOW_ROWS = 1000
 WINDOW_BYTES = 256 * 2**20
@@ -61,7 +62,8 @@ class RowStream:
             start: so many rows are passed over.
             shuffled: False gives the order of the sets.
         Example: sets a (rows 0, 1) and b (row 0), weights 2 and 1, not shuffled -> a0, b0, a1, a0, b0, a1, ...
-        Raises: DataError when a set has too many problems, or no row at all.
+        Raises: DataError when a set has too many problems; NoUsableRowError when it has nothing else, or nothing else
+            among its first 1,000 records.
         """
         sources = [self._endless(number, tell, shuffled) for number in range(len(self.sets))]
         return islice(_interleaved(sources, self.weights), start, None)
@@ -83,22 +85,21 @@ class RowStream:
                 found = True
                 yield row
             if not found:
-                raise DataError(f"{self.sets[number].map.source} has no usable row")
+                raise NoUsableRowError(f"{self.sets[number].map.source} has no usable row")
 
     def _one_pass(self, records: RecordSet, tell: Tell, told: set[int]) -> Iterator[Row]:
         """The usable rows of a set in order, its problems told the first time."""
-        problems: list[RowProblem] = []
-        seen = skipped = 0
+        tally = _Tally(records.map.source)
         for number, outcome in self._outcomes(records):
-            seen += 1
+            tally.seen += 1
             if isinstance(outcome, UnusableRecord):
-                skipped += 1
                 problem = RowProblem(number, outcome.reason_code, str(outcome), records.map.source)
-                problems = [*problems, problem][:3]
+                tally.note(problem)
                 if number not in told:
                     told.add(number)
                     tell(problem)
-                self._refuse(problem, problems, skipped, seen, checked=False)
+                if self.on_problem == "stop":
+                    raise DataError(f"{problem}; data.on_problem is stop: mend the row, or set it to skip")
             elif (outcome.source, outcome.index) in self.held_out:
                 pass
             elif not self.held_out_keys.isdisjoint(group_keys(outcome) if self.held_out_keys else ()):
@@ -107,23 +108,23 @@ class RowStream:
                     tell(shared_image_problem(records.map.source, number))
             else:
                 yield outcome
-            if problems and seen % CHECKED_EVERY == 0:
-                self._refuse(problems[0], problems, skipped, seen, checked=True)
-        if problems:
-            self._refuse(problems[0], problems, skipped, seen, checked=True)
+            if tally.seen % CHECKED_EVERY == 0:
+                self._judge(tally)
+        self._judge(tally)
 
-    def _refuse(
-        self, problem: RowProblem, first: Sequence[RowProblem], skipped: int, seen: int, *, checked: bool
-    ) -> None:
-        """Raises: DataError when there are more problems than allowed."""
-        if self.on_problem == "stop":
-            raise DataError(f"{problem}; data.on_problem is stop: mend the row, or set it to skip")
-        if checked and skipped > self.max_skipped * seen:
-            line = describe_problems([*first, *[first[-1]] * (skipped - len(first))], seen, problem.source)
+    def _judge(self, tally: "_Tally") -> None:
+        """Raises: DataError when there are more problems than allowed; NoUsableRowError when there is nothing else."""
+        skipped = tally.reasons.total()
+        if not skipped:
+            return
+        line = describe_counts(tally.reasons, tally.first, tally.seen, tally.source)
+        if skipped > self.max_skipped * tally.seen:
             raise DataError(
                 f"{line}; at most {100 * self.max_skipped:.3g}% may be left out (data.max_skipped): mend the data, or "
                 "the columns in the recipe"
             )
+        if skipped == tally.seen:
+            raise NoUsableRowError(f"{line}; no row is left to train on: mend the data")
 
     def _outcomes(self, records: RecordSet) -> Iterator[tuple[int, Row | UnusableRecord]]:
         """Each record's number with its row or with what is wrong with it, downloads made for some at a time."""
@@ -149,6 +150,22 @@ class RowStream:
         for number, record, outcome in waiting:
             absent = isinstance(outcome, Row) and any(image.url in missing for image in outcome.images)
             yield number, _attempt(told, record, number) if absent else outcome
+
+
+@dataclass
+class _Tally:
+    """Records of a pass so far, and what is wrong with some of them."""
+
+    source: str
+    seen: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    first: list[RowProblem] = field(default_factory=list)
+
+    def note(self, problem: RowProblem) -> None:
+        """Counts a problem; the first three are kept."""
+        self.reasons[problem.reason_code] += 1
+        if len(self.first) < 3:
+            self.first.append(problem)
 
 
 def _attempt(records: RecordSet, record: Mapping, number: int) -> Row | UnusableRecord:

@@ -103,7 +103,11 @@ def _look(
 ) -> Iterator[RowFacts | RowProblem]:
     """The facts of some rows."""
     present = [row for row in rows if not is_pending(row)]
-    contents = iter(list(pool.map(lambda row: _content(row, options), present)))
+    contents: Iterator[tuple[bytes, ...] | str]
+    if options.decode or options.hash_images:
+        contents = iter(list(pool.map(lambda row: _content(row, options), present)))
+    else:
+        contents = iter([()] * len(present))
     if processor is None:
         lengths: Iterator[RowLength | RowProblem] = iter([_sizes(row, options.max_pixels) for row in present])
     else:

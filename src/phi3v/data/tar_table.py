@@ -14,10 +14,11 @@ import json
 import sys
 import tarfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from phi3v.data.record_table import RecordTable
 from phi3v.errors import DataError
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -26,12 +27,12 @@ _SAMPLES_FOR_COLUMNS = 100
 _BLOCK = 512
 
 
-class TarTable:
+class TarTable(RecordTable):
     """Records of some shards; about 100 bytes a sample are kept in memory."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         """Reads the headers of all members. Raises: DataError in one line for a shard that is cut off or no tar."""
-        self._paths = [str(path) for path in paths]
+        super().__init__(paths)
         self._shards = array("I")
         self._first = array("Q")  # of each sample: its first entry in the arrays below
         self._offsets = array("Q")
@@ -47,29 +48,24 @@ class TarTable:
         """Number of samples."""
         return len(self._shards)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """All records in the order of the shards."""
-        return (self[number] for number in range(len(self)))
+    def _file_of(self, number: int) -> int:
+        return self._shards[number]
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
+    def _read(self, number: int, file: BinaryIO) -> dict[str, Any]:
         """The record of a sample; a text member that is not UTF-8, or JSON that is none, is an empty cell."""
-        if not 0 <= number < len(self):
-            raise IndexError(number)
         record: dict[str, Any] = {"__key__": self._names[number]}
         images: list[dict[str, Any]] = []
-        path = self._paths[self._shards[number]]
-        with open(path, "rb") as file:
-            for entry in range(self._first[number], self._first[number + 1]):
-                ending, size = self._endings[entry], self._sizes[entry]
-                file.seek(self._offsets[entry])
-                data = file.read(size) if size <= _MAX_MEMBER_BYTES else b""
-                if ending.rpartition(".")[2] in _IMAGES:
-                    name = f"{Path(path).name}/{self._names[number]}.{ending}"
-                    images.append({"bytes": data, "path": name})
-                elif ending.rpartition(".")[2] == "json":
-                    record |= {f"{ending}.{key}": value for key, value in _json(data).items()}
-                else:
-                    record[ending] = _text(data)
+        shard = Path(self._paths[self._shards[number]]).name
+        for entry in range(self._first[number], self._first[number + 1]):
+            ending, size = self._endings[entry], self._sizes[entry]
+            file.seek(self._offsets[entry])
+            data = file.read(size) if size <= _MAX_MEMBER_BYTES else b""
+            if ending.rpartition(".")[2] in _IMAGES:
+                images.append({"bytes": data, "path": f"{shard}/{self._names[number]}.{ending}"})
+            elif ending.rpartition(".")[2] == "json":
+                record |= {f"{ending}.{key}": value for key, value in _json(data).items()}
+            else:
+                record[ending] = _text(data)
         record["image"] = images if len(images) > 1 else images[0] if images else None
         return record
 

@@ -1,8 +1,8 @@
 """Text files looked through before a parser sees them: JSON that nests without end, CSV lines that are no rows.
 
-A parser may die of 200,000 brackets, and pandas takes a first cell too many for an index. In comes the path of a CSV,
-TSV, JSON or JSONL file, or a text; out comes half a sentence about the first fault, or None. Goes through the file line
-by line. Lines count from 1, as editors count them.
+A parser may die of 200,000 brackets, pandas takes a first cell too many for an index, and `datasets` unpacks an archive
+whatever its name says. In comes the path of a CSV, TSV, JSON or JSONL file, or a text; out comes half a sentence about
+the first fault, or None. Goes through the file line by line. Lines count from 1, as editors count them.
 """
 
 import re
@@ -18,6 +18,26 @@ _QUOTED_END = re.compile(r'(?:[^"]++|"")*+"')
 _TOO_DEEP = f"lists and mappings within each other more than {MAX_DEPTH} deep: write it flat, or as text"
 
 
+_BINARY = (
+    (b"PK\x03\x04", "a ZIP archive, as new Excel workbooks are"),
+    (b"PK\x05\x06", "an empty ZIP archive"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Excel or Word file"),
+    (b"\x1f\x8b", "a file compressed with gzip"),
+    (b"BZh91AY&SY", "a file compressed with bzip2"),
+    (b"\xfd7zXZ\0", "a file compressed with xz"),
+    (b"\x28\xb5\x2f\xfd", "a file compressed with zstd"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive"),
+    (b"Rar!\x1a\x07", "a RAR archive"),
+    (b"PAR1", "a Parquet file"),
+    (b"ARROW1\0\0", "an Arrow file"),
+    (b"SQLite format 3\0", "an SQLite database"),
+    (b"%PDF-", "a PDF"),
+    (b"\xff\xd8\xff", "an image"),
+    (b"\x89PNG\r\n", "an image"),
+)
+"""How files begin that are no text, and what they are."""
+_BEGINNING = 4096  # bytes that are looked at for what no text holds
+
 _CLOSE = "close it, or write it twice"
 EMPTY_CSV = "it is empty: write a line with the names of the columns, and below it a line for each row"
 
@@ -30,13 +50,32 @@ def is_too_deep(text: str) -> bool:
 def find_text_fault(path: Path) -> str | None:
     """What keeps a file from its parser.
 
-    Example: a CSV file with the lines `image,title` and `a.jpg,Foo,extra` -> "line 2 has 3 cells, the header has 2: put
+    Example: a ZIP archive named rows.csv -> "it is a ZIP archive, as new Excel workbooks are, and no text: ..."; a CSV
+    file with the lines `image,title` and `a.jpg,Foo,extra` -> "line 2 has 3 cells, the header has 2: put
     quotes around a cell that holds the separator".
     """
     ending = path.suffix.lower()
+    if ending not in (".json", ".jsonl", ".csv", ".tsv"):
+        return None
+    if (found := _binary_fault(path)) is not None:
+        return found
     if ending in (".json", ".jsonl"):
         return _json_fault(path, by_line=ending == ".jsonl")
-    return _cells_fault(path, "\t" if ending == ".tsv" else ",") if ending in (".csv", ".tsv") else None
+    return _cells_fault(path, "\t" if ending == ".tsv" else ",")
+
+
+def _binary_fault(path: Path) -> str | None:
+    """What a file is that begins as no text of UTF-8 does."""
+    with open(path, "rb") as file:
+        start = file.read(_BEGINNING)
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "it is UTF-16 text: save it as UTF-8"
+    kind = next((kind for mark, kind in _BINARY if start.startswith(mark)), None)
+    if kind is not None:
+        return f"it is {kind}, and no text, whatever its name says: save the rows as UTF-8 text"
+    if 0 in start:
+        return f"it is no text: byte {start.index(0)} is zero; save the rows as UTF-8 text"
+    return None
 
 
 def _json_fault(path: Path, *, by_line: bool) -> str | None:

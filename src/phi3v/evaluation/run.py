@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phi3v.data.address_guard import shorten
-from phi3v.data.columns import RowOptions
+from phi3v.data.reading import Reading
 from phi3v.data.rows import Rows
 from phi3v.data.schema import Row, RowProblem
-from phi3v.data.sources import LoadedData, Reading, StreamedData, load_data, load_rows, stream_data
+from phi3v.data.sources import LoadedData, StreamedData, load_data, load_rows, stream_data
 from phi3v.errors import ConfigError
 from phi3v.evaluation.answers import Answers, answer_rows
 from phi3v.evaluation.metrics import AnswerTemplate, Scores, Share, majority_answer, majority_fields, score_answers
-from phi3v.first_look import survey_options, survey_rows
-from phi3v.loading import base_weights, has_adapter, load_processor, load_target
+from phi3v.first_look import row_options, survey_options, survey_rows
+from phi3v.loading import base_weights, has_adapter, load_processor, load_target, resolve_device
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.targets import Target, resolve_target, run_of
@@ -113,6 +113,7 @@ def evaluate(
     *,
     against: Literal["base"] | None = "base",
     rows: int | None = None,
+    device: str | None = None,
     on_progress: Progress | None = None,
 ) -> Evaluation:
     """Answers held-out rows with a target and with its base, and scores both.
@@ -126,6 +127,7 @@ def evaluate(
             None for the run's own held-out rows.
         against: "base" to answer with the base too, None for the target alone.
         rows: only the first so many rows; None for as many as the recipe says.
+        device: "auto", "cpu" or "cuda"; None as the recipe says.
         on_progress: called as rows are answered.
 
     Raises:
@@ -136,9 +138,11 @@ def evaluate(
     if against not in ("base", None):
         raise ConfigError(f"against is {against!r}, allowed are 'base' and None (the target alone)")
     place = resolve_target(target)
+    if device is not None:
+        resolve_device(device)  # what is not there is said before rows are read
     held_out = held_out_rows(place, data, rows)
     began = time.monotonic()
-    tuned, base = _answer_both(place, held_out, against, on_progress or _ignore)
+    tuned, base = _answer_both(place, held_out, against, device, on_progress or _ignore)
     seconds = {"evaluation": time.monotonic() - began}
     evaluation = build_evaluation(place, held_out, tuned, base, seconds)
     if place.kind == "run" and data is None and rows is None:
@@ -156,7 +160,7 @@ def held_out_rows(place: Target, data: str | Path | None, rows: int | None) -> H
         recipe, own_data = Recipe.load(data), True
     else:
         recipe, own_data = _recipe_of(place), data is None
-    options = RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels)
+    options = row_options(recipe)
     reading = Reading.of(**recipe.data.reading_options)
     processor = load_processor(place.name, **recipe.image.processor_options)
     if own_data:
@@ -197,10 +201,11 @@ def answer_options(recipe: Recipe) -> dict[str, int]:
 
 
 def _answer_both(
-    place: Target, held_out: HeldOut, against: Literal["base"] | None, on_progress: Progress
+    place: Target, held_out: HeldOut, against: Literal["base"] | None, device: str | None, on_progress: Progress
 ) -> tuple[Answers, tuple[str, Answers] | None]:
     """Answers of the target, and the base's name and answers where they are wanted and there is a base."""
-    recipe, options = held_out.recipe, held_out.recipe.loading_options
+    recipe = held_out.recipe
+    options = recipe.loading_options | ({} if device is None else {"device": device})
     settings = answer_options(recipe)
 
     def answers(model: Any, processor: Any, stage: str) -> Answers:

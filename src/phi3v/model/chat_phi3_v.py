@@ -72,6 +72,25 @@ Example: a user turn of an image part and the text part "What?", with a generati
 """
 
 
+def render_chat(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
+    """What `CHAT_TEMPLATE` renders of messages that `prepare_conversation` gave; Jinja takes many times as long.
+
+    Example: `[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]` gives
+    `<|user|>\\n<|image_1|>\\nWhat?<|end|>\\n`.
+    """
+    pieces, images = [], 0
+    for message in messages:
+        content = message["content"]
+        pieces.append(f"<|{message['role']}|>\n")
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            images += part["type"] == "image"
+            pieces.append(f"<|image_{images}|>\n" if part["type"] == "image" else part["text"])
+        pieces.append("<|end|>\n")
+    if add_generation_prompt and messages[-1]["role"] != "assistant":
+        pieces.append("<|assistant|>\n")
+    return "".join(pieces)
+
+
 MICROSOFT_TEMPLATE_SHA256 = "79e4ca4b7d902dc73772bbde0c62459f93871f4c17827e8e41ad3fa663e0da04"
 """Of the template in both models' `tokenizer_config.json`: it joins strings and fails on content parts."""
 

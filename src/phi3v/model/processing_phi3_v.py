@@ -24,12 +24,14 @@ from phi3v.errors import DataError
 from phi3v.image_tokens import crop_grid
 
 from .chat_phi3_v import (
+    CHAT_TEMPLATE,
     IMAGE_TAG,
     TextGuard,
     choose_template,
     drop_guards,
     forget_texts,
     prepare_conversation,
+    render_chat,
     restore_normalizer,
 )
 from .image_processing_phi3_v import Phi3VImageProcessor, Phi3VImageProcessorKwargs
@@ -273,11 +275,14 @@ class Phi3VProcessor(ProcessorMixin):
         added = self.tokenizer.added_tokens_decoder.values()
         guard = TextGuard(token.content for token in added if not token.normalized)
         prepared = [prepare_conversation(messages, guard) for messages in conversations]
-        prompts, spans = render_jinja_template(
-            conversations=[messages for messages, _ in prepared],
-            **{**self.tokenizer.special_tokens_map, **template_settings},
-        )
-        return prompts, spans, [images for _, images in prepared]
+        chats, images = [messages for messages, _ in prepared], [found for _, found in prepared]
+        needs_jinja = ("continue_final_message", "return_assistant_tokens_mask")
+        if template_settings["chat_template"] == CHAT_TEMPLATE and not any(map(template_settings.get, needs_jinja)):
+            add_prompt = bool(template_settings.get("add_generation_prompt"))
+            return [render_chat(messages, add_prompt) for messages in chats], [[] for _ in chats], images
+        settings = {**self.tokenizer.special_tokens_map, **template_settings}
+        prompts, spans = render_jinja_template(conversations=chats, **settings)
+        return prompts, spans, images
 
     def _process_chats(
         self, prompts: list[str], images: Any, spans: list[list[tuple[int, int]]] | None, settings: dict[str, Any]

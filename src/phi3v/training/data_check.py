@@ -20,7 +20,7 @@ from phi3v.data.check import (
 )
 from phi3v.data.duplicates import find_duplicates
 from phi3v.data.fetch import FetchSummary, fetch_images
-from phi3v.data.sources import Reading
+from phi3v.data.reading import Reading
 from phi3v.errors import DataError
 from phi3v.first_look import (
     HELD_OUT,

@@ -6,10 +6,10 @@ from typing import Any
 
 from phi3v.data.check import listed
 from phi3v.data.fetch import fetch_images
+from phi3v.data.reading import Reading
 from phi3v.data.schema import ImageRef, Row
 from phi3v.data.show import ShownRow, show_row, spaced
 from phi3v.data.show_page import render_rows
-from phi3v.data.sources import Reading
 from phi3v.first_look import Progress, find_rows
 from phi3v.loading import load_config, load_processor
 from phi3v.recipe import Recipe

@@ -10,15 +10,15 @@ from functools import partial
 from typing import Any
 
 from phi3v.data.collate import Collator, PackedCollator, StepCollator
-from phi3v.data.columns import RowOptions
 from phi3v.data.encode import EncodedRows, Example, encode
 from phi3v.data.plan import MicroBatches
+from phi3v.data.reading import Reading
 from phi3v.data.schema import Row, RowProblem
-from phi3v.data.sources import LoadedData, Reading, StreamedData, stream_data
+from phi3v.data.sources import LoadedData, StreamedData, stream_data
 from phi3v.data.stand_ins import StandIns
 from phi3v.data.streamed_examples import StreamedExamples
 from phi3v.errors import TrainingError
-from phi3v.first_look import MeasuredData, Progress, measured_rows, open_data
+from phi3v.first_look import MeasuredData, Progress, measured_rows, open_data, refuse_bad_stream, row_options
 from phi3v.loading import load_config
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
@@ -28,7 +28,8 @@ from phi3v.training.feature_cache import CollateFeatures, FeatureRows, keep_feat
 def read_data(recipe: Recipe, processor: Any, on_look: Progress) -> LoadedData | StreamedData:
     """Reads what the recipe names, and writes nothing.
 
-    Rows that are not streamed are measured too, so that none that is too long reaches a step.
+    Rows that are not streamed are measured too, so that none that is too long reaches a step. Of a stream rows are
+    taken until one can be trained on, so that a model is loaded for no stream that gives none.
 
     Args:
         recipe: its section data.
@@ -36,13 +37,12 @@ def read_data(recipe: Recipe, processor: Any, on_look: Progress) -> LoadedData |
         on_look: told of what is done, (stage, done, total).
     Raises: DataError in one line.
     """
-    if recipe.data.streaming:
-        return stream_data(
-            options=RowOptions(**recipe.data.row_options, max_pixels=recipe.image.max_pixels),
-            reading=Reading.of(**recipe.data.reading_options),
-            **recipe.data.load_options,
-        )
     context = load_config(recipe.model.name, revision=recipe.model.revision).max_position_embeddings
+    if recipe.data.streaming:
+        reading = Reading.of(**recipe.data.reading_options)
+        stream = stream_data(options=row_options(recipe), reading=reading, **recipe.data.load_options)
+        refuse_bad_stream(recipe, stream, processor, context)
+        return stream
     return measured_rows(recipe, open_data(recipe, on_progress=on_look), processor, context, on_progress=on_look)
 
 
