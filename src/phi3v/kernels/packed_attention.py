@@ -164,7 +164,8 @@ def varlen_kernel() -> Kernel | None:
         options = {**causal, "scale": wanted} if takes_scale else causal
         if not takes_scale and wanted != own:
             query = query * (wanted / own)
-        return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+        attended: Any = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+        return attended
 
     return attend
 

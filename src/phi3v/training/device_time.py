@@ -60,7 +60,8 @@ class DeviceWatch:
             return
         self._profiler.stop()
         if self.device.type == "cuda":
-            events = self._profiler.profiler.kineto_results.events()
+            profiler: Any = self._profiler.profiler
+            events = profiler.kineto_results.events()
             kernels = [
                 (event.start_ns(), event.start_ns() + event.duration_ns())
                 for event in events

@@ -86,7 +86,8 @@ class StepTrainer(Trainer):
         that a checkpoint keeps: a resumed run sets that state first and makes its loader then, which would draw from it
         once more.
         """
-        collate, self.data_collator = self.data_collator, self.step_collator
+        collate: Any = getattr(self, "data_collator")  # noqa: B009 -- set by the class above, unseen by mypy
+        self.data_collator = self.step_collator
         try:
             loader: Any = super().get_train_dataloader()
         finally:
