@@ -29,6 +29,8 @@ LAYERS = (
     ("targets", 3),
     ("tuning", 3),
     ("generate", 3),
+    ("features", 2),
+    ("features.*", 2),
     ("data", 2),
     ("data.*", 2),
     ("model", 1),
@@ -43,7 +45,17 @@ LAYERS = (
 
 # Where each library may be imported (lazily or not). A library that is not here may not be imported at all.
 LIBRARIES = {
-    "torch": ("model.*", "loading", "tuning", "generate", "data.*", "evaluation.*", "training.*", "demo.*"),
+    "torch": (
+        "model.*",
+        "loading",
+        "tuning",
+        "generate",
+        "data.*",
+        "features.*",
+        "evaluation.*",
+        "training.*",
+        "demo.*",
+    ),
     "transformers": (
         "model.*",
         "loading",
@@ -61,7 +73,7 @@ LIBRARIES = {
     "huggingface_hub": ("model.configuration_phi3_v", "targets", "loading", "data.opening", "cli_hub"),
     "httpx2": ("data.address_guard",),
     "httpcore2": ("data.guarded_network", "data.download", "data.fetch"),
-    "safetensors": ("loading", "demo.*"),
+    "safetensors": ("loading", "features.files", "demo.*"),
     "accelerate": ("training.*",),
     "peft": ("loading", "tuning"),
     "bitsandbytes": ("loading",),

@@ -21,7 +21,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_phi3_v import Phi3VConfig
 from .generation_phi3_v import Phi3VGenerationMixin
-from .placement_phi3_v import image_mask, image_order, place_features
+from .placement_phi3_v import image_mask, image_order, missing_images, place_features
 from .vision_phi3_v import Phi3VImageEmbedding
 
 
@@ -149,7 +149,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None,
         image_sizes: torch.Tensor | list | None,
-        image_features: torch.Tensor | None = None,
+        image_features: torch.Tensor | list | None = None,
     ) -> torch.Tensor:
         """Input embeddings `[B, S, H]`: text from the table, image tokens from the images."""
         is_image = image_mask(input_ids, self.config.image_token_id)
@@ -160,11 +160,39 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             raise ValueError("images were given without image_sizes: pass what the processor returned, both together")
         if image_features is None:
             image_features, _ = self.vision_embed_tokens(pixel_values, image_sizes)
+        elif not isinstance(image_features, torch.Tensor):
+            image_features = self.fill_features(image_features, pixel_values, image_sizes)
         counts = self.vision_embed_tokens.token_counts(image_sizes)
         order = image_order(input_ids, counts)
         image_features = self.vision_embed_tokens.drop(place_features(image_features, counts, order, is_image))
         # Under autocast the features come in another dtype than the embeddings.
         return embeddings.masked_scatter(is_image[..., None], image_features.to(embeddings.dtype))
+
+    def fill_features(
+        self, features: list, pixel_values: torch.Tensor | None, image_sizes: torch.Tensor | list
+    ) -> torch.Tensor:
+        """Features `[T, H]` of all images, where some are given and the others are made of their pixels.
+
+        Args:
+            features: in the order of the images, the features of one or more of them, or None for one without.
+            pixel_values: of the images without, in their order.
+            image_sizes: of all images.
+        Example: four images and `features=[a, None, b]` with `a` as long as the first two together: the pixels are
+        those of the third image, and its features come between `a` and `b`.
+
+        Raises: ValueError if the features are not those of the sizes.
+        """
+        sizes = image_sizes.tolist() if isinstance(image_sizes, torch.Tensor) else image_sizes
+        missing = missing_images(features, self.vision_embed_tokens.token_counts(sizes))
+        fresh: tuple[torch.Tensor, ...] = ()
+        if missing:
+            if pixel_values is None:
+                raise ValueError(f"image_features leave images {missing} open, and no pixel_values were given for them")
+            made, lengths = self.vision_embed_tokens(pixel_values, [sizes[image] for image in missing])
+            fresh = made.split(lengths)
+        rest = iter(fresh)
+        device = self.embed_tokens.weight.device
+        return torch.cat([next(rest) if one is None else one.to(device, non_blocking=True) for one in features])
 
     def forward(
         self,
@@ -175,7 +203,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_sizes: torch.Tensor | list | None = None,
-        image_features: torch.Tensor | None = None,
+        image_features: torch.Tensor | list | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -206,7 +234,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         self,
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None,
-        image_features: torch.Tensor | None,
+        image_features: torch.Tensor | list | None,
         past: int | torch.Tensor,
     ) -> None:
         """A prompt with image tokens and no image would be answered without looking: an error instead."""
@@ -250,7 +278,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_sizes: torch.Tensor | list | None = None,
-        image_features: torch.Tensor | None = None,
+        image_features: torch.Tensor | list | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -269,7 +297,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
             pixel_values: `[images, crops, 3, 336, 336]`, the images of row 0 first, then those of row 1.
             image_sizes: `[images, 2]`, canvas height and width in pixels.
             image_features: `[T, H]` instead of `pixel_values`: what `get_image_features` returned as
-                `last_hidden_state`.
+                `last_hidden_state`. Or a list, where some images have features and the others pixels: see
+                `Phi3VModel.fill_features`.
             labels: `[B, S]`, -100 where nothing is learned; image tokens are never learned. The loss is the mean over
                 the rest, or their sum divided by `num_items_in_batch`.
             use_cache: whether keys and values are returned.

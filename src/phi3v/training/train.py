@@ -18,7 +18,9 @@ from phi3v.data.collate import Collator
 from phi3v.data.sources import LoadedData, StreamedData
 from phi3v.errors import DeviceError, TrainingError
 from phi3v.evaluation.report_run import write_report
-from phi3v.evaluation.run import evaluate, held_out_rows
+from phi3v.evaluation.run import evaluate, feature_store, held_out_rows
+from phi3v.features.collate import CollateFeatures
+from phi3v.features.store import FeatureStore
 from phi3v.first_look import RowUse
 from phi3v.loading import load_base, load_processor, resolve_device, resolve_dtype
 from phi3v.recipe import Recipe
@@ -34,7 +36,7 @@ from phi3v.training.callbacks import (
     Watcher,
 )
 from phi3v.training.checkpoints import checkpoint_step, newest_checkpoint
-from phi3v.training.feature_cache import CollateFeatures
+from phi3v.training.feature_cache import FeatureReport
 from phi3v.training.preflight import check_recipe_alone
 from phi3v.training.samples import make_samples, read_data
 from phi3v.training.step_trainer import StepTrainer
@@ -72,7 +74,9 @@ class RunResult:
         return {**asdict(self), "folder": str(self.folder)}
 
 
-def train(recipe: Recipe | str | Path, *, on_event: Watcher | None = None) -> RunResult:
+def train(
+    recipe: Recipe | str | Path, *, on_event: Watcher | None = None, features: FeatureStore | None = None
+) -> RunResult:
     """Tunes a model as the recipe says.
 
     At the end held-out rows are answered by base and tuned model, and the run's report is written. A run that is
@@ -81,6 +85,8 @@ def train(recipe: Recipe | str | Path, *, on_event: Watcher | None = None) -> Ru
     Args:
         recipe: everything about the run, or the path of a recipe file.
         on_event: called with a `TrainingEvent` at the start, after each step, and when losses are known.
+        features: where the features of frozen vision parts are kept if the recipe keeps them (vision.cache), for
+            several runs in this process to share; None opens what the recipe names.
 
     Returns:
         What was done; the tuned weights are in `adapter/` of the run, or in `model/` when the whole model was tuned.
@@ -94,6 +100,7 @@ def train(recipe: Recipe | str | Path, *, on_event: Watcher | None = None) -> Ru
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     run = RunFolder(recipe.output)
     check_recipe_alone(recipe)
+    store = feature_store(recipe, features)
     if run.look(recipe) == "finished":
         run.start(recipe)
         summary = run.read_summary()
@@ -101,13 +108,13 @@ def train(recipe: Recipe | str | Path, *, on_event: Watcher | None = None) -> Ru
             **{**summary, "status": "finished", "folder": run.path, "seconds": 0.0, "resumed_from": None}
         )
     else:
-        result = _tune(recipe, run, watch)
+        result = _tune(recipe, run, watch, store)
         run.mark_finished(result.to_dict())
-    _report(run, result, watch)
+    _report(run, result, watch, store)
     return result
 
 
-def _report(run: RunFolder, result: RunResult, watch: Watcher) -> None:
+def _report(run: RunFolder, result: RunResult, watch: Watcher, store: FeatureStore | None) -> None:
     """Answers and scores the held-out rows and writes the report, whatever of it is not there."""
     if run.report.is_file():
         return
@@ -117,10 +124,10 @@ def _report(run: RunFolder, result: RunResult, watch: Watcher) -> None:
         write_report(run, held_out_rows(resolve_target(run.path), None, None).rows)
     else:
         _release_memory()
-        evaluate(run.path, on_progress=lambda *told: watch(_answers_event(*told)))
+        evaluate(run.path, on_progress=lambda *told: watch(_answers_event(*told)), features=store)
 
 
-def _tune(recipe: Recipe, run: RunFolder, watch: Watcher) -> RunResult:
+def _tune(recipe: Recipe, run: RunFolder, watch: Watcher, store: FeatureStore | None) -> RunResult:
     """Trains from the start or from the newest checkpoint, and writes the tuned weights."""
     device = _training_device(recipe.model.device)
     training_arguments(recipe, run, device=device, autocast=None, validated=True)  # its errors before rows are read
@@ -142,7 +149,10 @@ def _tune(recipe: Recipe, run: RunFolder, watch: Watcher) -> RunResult:
         processor,
         model,
         steps_done=checkpoint_step(checkpoint) if checkpoint else 0,
+        store=store,
+        autocast=autocast,
         on_features=lambda done, total: watch(TrainingEvent("features", done, total)),
+        on_kept=lambda kept: watch(_kept_event(kept)),
     )
     with library_errors():
         trainer = StepTrainer(
@@ -192,6 +202,12 @@ def _release_memory() -> None:
 def _answers_event(stage: str, done: int, total: int) -> TrainingEvent:
     """Progress of the evaluation at the end, as an event."""
     return TrainingEvent("answers", done, total, stage=stage)
+
+
+def _kept_event(report: FeatureReport | str) -> TrainingEvent:
+    """What is kept of the images, or why nothing is, as an event."""
+    kept, images = (report.kept, report.images) if isinstance(report, FeatureReport) else (0, 0)
+    return TrainingEvent("kept", kept, images, line=str(report))
 
 
 def _training_device(device: str) -> torch.device:
