@@ -194,7 +194,7 @@ def _recipe_of(place: Target) -> Recipe:
     )
 
 
-def answer_options(recipe: Recipe) -> dict[str, int]:
+def answer_options(recipe: Recipe) -> dict[str, Any]:
     """The arguments of `answer_rows` that a recipe holds: batch size, longest answer, largest image."""
     return {
         "batch_size": recipe.evaluation.batch_size,

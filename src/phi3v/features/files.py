@@ -193,7 +193,7 @@ def default_folder() -> Path:
 def digest_of(features: torch.Tensor) -> str:
     """SHA-256 of a tensor on the CPU: its type, its shape and its bytes."""
     found = hashlib.sha256(f"{features.dtype} {list(features.shape)} ".encode())
-    found.update(features.contiguous().view(torch.uint8).numpy())
+    found.update(features.contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -179,7 +179,7 @@ def image_name(weights: str, picture: Picture) -> str:
     found = hashlib.sha256(f"{weights} {list(picture.size)} ".encode())
     for name, pixels in sorted(picture.parts.items()):
         found.update(f"{name} {pixels.dtype} {list(pixels.shape)} ".encode())
-        found.update(pixels.contiguous().view(torch.uint8).numpy())
+        found.update(pixels.contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
@@ -196,5 +196,5 @@ def vision_digest(model: Any, autocast: torch.dtype | None) -> str:
     found = hashlib.sha256(f"{_FORM} {settings} {how} ".encode())
     for name, weight in sorted(vision.named_parameters()):
         found.update(f"{name} {weight.dtype} {list(weight.shape)} ".encode())
-        found.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        found.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()

@@ -158,15 +158,17 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             return embeddings
         if image_sizes is None:
             raise ValueError("images were given without image_sizes: pass what the processor returned, both together")
-        if image_features is None:
-            image_features, _ = self.vision_embed_tokens(pixel_values, image_sizes)
-        elif not isinstance(image_features, torch.Tensor):
-            image_features = self.fill_features(image_features, pixel_values, image_sizes)
+        if isinstance(image_features, list):
+            features = self.fill_features(image_features, pixel_values, image_sizes)
+        elif image_features is not None:
+            features = image_features
+        else:
+            features, _ = self.vision_embed_tokens(pixel_values, image_sizes)
         counts = self.vision_embed_tokens.token_counts(image_sizes)
         order = image_order(input_ids, counts)
-        image_features = self.vision_embed_tokens.drop(place_features(image_features, counts, order, is_image))
+        features = self.vision_embed_tokens.drop(place_features(features, counts, order, is_image))
         # Under autocast the features come in another dtype than the embeddings.
-        return embeddings.masked_scatter(is_image[..., None], image_features.to(embeddings.dtype))
+        return embeddings.masked_scatter(is_image[..., None], features.to(embeddings.dtype))
 
     def fill_features(
         self, features: list, pixel_values: torch.Tensor | None, image_sizes: torch.Tensor | list
