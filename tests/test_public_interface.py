@@ -13,19 +13,29 @@ SIGNATURES = {
     "Recipe.from_dict": ["values", "overrides", "name"],
     "Recipe.with_overrides": ["self", "overrides"],
     "Recipe.to_yaml": ["self"],
-    "train": ["recipe", "on_event"],
-    "evaluate": ["target", "data", "against", "rows", "device", "on_progress"],
+    "train": ["recipe", "on_event", "features"],
+    "evaluate": ["target", "data", "against", "rows", "device", "on_progress", "features"],
     "ask": ["target", "images", "question", "device", "options"],
     "register": [],
     "ChatModel": ["model", "processor", "system"],
     "ChatModel.from_target": ["target", "options"],
     "ChatModel.ask": ["self", "images", "question", "system", "max_new_tokens", "stream", "generation"],
+    "FeatureMemory": ["limit_bytes"],
     "ChatModel.answer": ["self", "conversations", "batch_size", "max_new_tokens", "generation"],
 }
 
 
 def test_public_names_are_frozen():
-    assert phi3v.__all__ == ["ChatModel", "Recipe", "__version__", "ask", "evaluate", "register", "train"]
+    assert phi3v.__all__ == [
+        "ChatModel",
+        "FeatureMemory",
+        "Recipe",
+        "__version__",
+        "ask",
+        "evaluate",
+        "register",
+        "train",
+    ]
     assert set(phi3v.__all__) <= set(dir(phi3v))
 
 

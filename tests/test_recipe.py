@@ -44,7 +44,7 @@ def test_the_output_is_named_after_the_file(tmp_path: Path) -> None:
         ("models=a", "unknown key models; did you mean model?"),
         ("learning_rate=1e-4", "unknown key learning_rate; did you mean training.learning_rate?"),
         ("data.num_crops=4", "unknown key data.num_crops; did you mean image.num_crops?"),
-        ("vision.qqq=1", "unknown key vision.qqq; valid are tower, projector, cache, cache_gb"),
+        ("vision.qqq=1", "unknown key vision.qqq; valid are tower, projector, cache, cache_gb, cache_folder"),
         ("data.split.sed=1", "unknown key data.split.sed; did you mean data.split.seed?"),
         ("training.seed=abc", "training.seed: given 'abc', allowed is a whole number"),
         ("training.seed=true", "training.seed: given true, allowed is a whole number"),

@@ -1,7 +1,7 @@
 """phi3v: tune Microsoft's Phi-3-Vision and Phi-3.5-Vision to your own images.
 
-The public interface is `Recipe`, `train`, `evaluate`, `ask`, `ChatModel` and `register`. Importing the package is
-light: a name is loaded when it is first used, so that `import phi3v` needs neither torch nor transformers.
+The public interface is `Recipe`, `train`, `evaluate`, `ask`, `ChatModel`, `FeatureMemory` and `register`. Importing the
+package is light: a name is loaded when it is first used, so that `import phi3v` needs neither torch nor transformers.
 
 Example:
     import phi3v
@@ -16,16 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from phi3v.evaluation.run import evaluate
+    from phi3v.features.store import FeatureMemory
     from phi3v.generate import ChatModel, ask
     from phi3v.model.register import register
     from phi3v.recipe import Recipe
     from phi3v.training.train import train
 
 __version__ = "0.1.0"
-__all__ = ["ChatModel", "Recipe", "__version__", "ask", "evaluate", "register", "train"]
+__all__ = ["ChatModel", "FeatureMemory", "Recipe", "__version__", "ask", "evaluate", "register", "train"]
 
 _HOME = {
     "ChatModel": "phi3v.generate",
+    "FeatureMemory": "phi3v.features.store",
     "Recipe": "phi3v.recipe",
     "ask": "phi3v.generate",
     "evaluate": "phi3v.evaluation.run",

@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from phi3v.data.collate import Collator
 from phi3v.data.images import open_image
 from phi3v.data.templates import Template
+from phi3v.features.collate import CollateFeatures
 from phi3v.loading import load_target
 from phi3v.passthrough import check_names
 from phi3v.targets import run_of
@@ -125,6 +126,8 @@ class ChatModel:
     ) -> list[str]:
         """The same for prompts that are encoded already, as `data.encode.encode_prompt` makes them.
 
+        An example may hold `image_features` [image tokens, hidden] of all its images instead of pixels.
+
         Prompts of like length share a batch: they are taken eight batches at a time and sorted among themselves.
         """
         answers: list[str] = []
@@ -156,7 +159,8 @@ class ChatModel:
         """One batch through `generate`; texts in the order of `examples`."""
         check_names("generation", generation, vars(GenerationConfig()))
         tokenizer = self.processor.tokenizer
-        batch = Collator(tokenizer.pad_token_id, padding_side="left")([dict(example) for example in examples])
+        collate = CollateFeatures(Collator(tokenizer.pad_token_id, padding_side="left"))
+        batch = collate([dict(example) for example in examples])
         batch = {key: value.to(self.model.device) for key, value in batch.items() if key != "labels"}
         options = {
             "do_sample": False,

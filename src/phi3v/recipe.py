@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from phi3v.errors import ConfigError
 from phi3v.recipe_data import DataSection, Section, shorthand
 from phi3v.recipe_errors import explain
+from phi3v.recipe_vision import VisionSection
 from phi3v.recipe_yaml import apply_override, read_yaml, write_yaml
 
 LORA_DEFAULTS: dict[str, Any] = {
@@ -47,7 +48,8 @@ RUN_FILES = ("recipe.yaml", "versions.json")
 """The files that make a folder a run."""
 
 SETTINGS = tuple(
-    "evaluation report model.device data.image_cache data.allow_hosts vision.cache_gb training.fast_lora".split()
+    "evaluation report model.device data.image_cache data.allow_hosts vision.cache_gb vision.cache_folder "
+    "training.fast_lora".split()
 )
 """Sections and keys that do not change what is trained: where and how fast it happens, and what is done afterwards."""
 
@@ -95,26 +97,6 @@ class ImageSection(Section):
     def processor_options(self) -> dict[str, Any]:
         """The arguments of loading.load_processor by name."""
         return {"num_crops": self.num_crops, "max_image_tokens": self.max_tokens, "fast": self.fast}
-
-
-class VisionSection(Section):
-    """What happens to the parts that see."""
-
-    tower: Literal["frozen", "train"] = Field(default="frozen", description="The CLIP tower.")
-    projector: Literal["frozen", "train"] = Field(
-        default="frozen", description="img_projection and the separators sub_GN and glb_GN."
-    )
-    cache: Literal["memory"] | None = Field(
-        default=None, description="memory: features of frozen vision parts are kept for all epochs; null: no cache."
-    )
-    cache_gb: float = Field(
-        default=4.0, gt=0, allow_inf_nan=False, description="Most memory for them in 10^9 bytes; more are not kept."
-    )
-
-    @property
-    def frozen(self) -> bool:
-        """Whether nothing of the parts that see is trained."""
-        return self.tower == self.projector == "frozen"
 
 
 class TrainingSection(BaseModel):
@@ -347,6 +329,7 @@ _PLACES = (
     ("data", "validation"),
     ("data", "image_root"),
     ("data", "image_cache"),
+    ("vision", "cache_folder"),
 )
 _PLACE_KEYS = {*(key for _, key in _PLACES), "source"}
 _SHORTHANDS = {"model": "name", "data": "train"}

@@ -3,6 +3,7 @@
     recipe.yaml        the resolved recipe, local paths absolute; `output` in it is the folder that it lies in
     versions.json      Python, platform and package versions at the start; with recipe.yaml it makes a folder a run
     problems.jsonl     one JSON object per row that is left out, with its reason
+    features.json      how many images have kept features, where the recipe keeps them
     metrics.jsonl      one JSON object per logged step, appended
     checkpoints/       what resuming needs, filled by the trainer
     adapter/           the tuned adapter with the processor, or
@@ -51,6 +52,7 @@ class RunFolder:
         self.recipe = self.path / "recipe.yaml"
         self.versions = self.path / "versions.json"
         self.problems = self.path / "problems.jsonl"
+        self.features = self.path / "features.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
@@ -112,7 +114,8 @@ class RunFolder:
     def _is_bare(self) -> bool:
         """Whether the folder holds nothing but what `start` writes, and empty folders."""
         return all(
-            entry in (self.recipe, self.versions, self.problems) or (entry.is_dir() and not any(entry.iterdir()))
+            entry in (self.recipe, self.versions, self.problems, self.features)
+            or (entry.is_dir() and not any(entry.iterdir()))
             for entry in self.path.iterdir()
         )
 
@@ -193,6 +196,14 @@ class RunFolder:
         """The rows that were left out, each once, [] when there are none."""
         lines = self._read_lines(self.problems) if self.problems.is_file() else []
         return list({(line.get("source"), line.get("row")): line for line in reversed(lines)}.values())[::-1]
+
+    def write_features(self, values: dict[str, Any]) -> None:
+        """Writes features.json."""
+        replace_file(self.features, to_json(values, indent=2) + "\n")
+
+    def read_features(self) -> dict[str, Any]:
+        """What `write_features` wrote. Raises: CheckpointError when the run keeps no features."""
+        return self._read_json(self.features)
 
     def append_metrics(self, values: dict[str, Any]) -> None:
         """Adds one line to metrics.jsonl and sees it onto the disk.

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import phi3v
 from phi3v.errors import ConfigError, TrainingError
 from phi3v.run_folder import RunFolder
-from phi3v.training import feature_cache, step_trainer
+from phi3v.training import step_trainer
 from phi3v.training import train as training
 from phi3v.training.callbacks import TrainingEvent
 from phi3v.training.sampling import epoch_order
@@ -209,46 +209,6 @@ def test_a_trained_projector_is_stored_in_the_adapter(make: MakeRecipe, world: P
     original = load_file(world / "model" / "model.safetensors")["model.vision_embed_tokens.img_projection.0.weight"]
     assert not torch.equal(stored[name], original)
     assert RunFolder(recipe.output).report.is_file()
-
-
-def test_kept_features_give_the_same_weights_and_one_look_at_each_image(
-    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from phi3v.model.vision_phi3_v import Phi3VVisionTransformer
-
-    seen = 0
-    original = Phi3VVisionTransformer.forward
-
-    def count(self: Any, pixels: torch.Tensor) -> torch.Tensor:
-        nonlocal seen
-        seen += len(pixels)
-        return original(self, pixels)
-
-    monkeypatch.setattr(Phi3VVisionTransformer, "forward", count)
-    plain, kept = make("plain"), make("kept", vision={"cache": "memory"})
-    phi3v.train(plain)
-    assert seen == 2 * 12 * 2  # two epochs of 10 rows filled up to 12, a global view and one crop each
-    seen = 0
-    phi3v.train(kept)
-    assert seen == 10 * 2
-    assert_same(adapter(kept), adapter(plain), 1e-5)
-    seen = 0
-    phi3v.train(make("too_little", vision={"cache": "memory", "cache_gb": 1e-9}))
-    assert seen == 2 + 2 * 12 * 2  # the first row tells that nothing fits
-
-
-def test_features_that_do_not_fit_are_not_kept(world: Path) -> None:
-    from phi3v.loading import load_target
-
-    loaded = load_target(world / "model")
-    pixels, sizes = torch.zeros(1, 2, 3, 336, 336), torch.tensor([[336, 336]])
-    examples = [{"input_ids": torch.tensor([1]), "pixel_values": pixels, "image_sizes": sizes}] * 20
-    size = 313 * 32 * 4
-    rows: list[int] = []
-    assert feature_cache.keep_features(examples, loaded.model, limit_bytes=19 * size, on_row=rows.append) is examples
-    assert len(rows) == 7  # eight rows tell enough
-    kept = feature_cache.keep_features(examples, loaded.model, limit_bytes=20 * size)
-    assert len(kept) == 20 and kept[3]["image_features"].shape == (313, 32) and "pixel_values" not in kept[3]
 
 
 def test_the_validation_loss_is_a_mean_over_tokens(make: MakeRecipe) -> None:

@@ -14,21 +14,14 @@ urls/ depends on when, where or in which order it was written. Knows nothing of 
 import hashlib
 import json
 import os
-import platform
-import time
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phi3v.data.scratch import Scratch, file_size, move
 from phi3v.errors import DataError
-
-_STALE_SECONDS = 24 * 3600.0
-"""How long a folder in tmp/ was not touched that is removed although its lock says nothing: another machine's, because
-file systems keep some locks to one machine, or any on a file system without locks."""
-_LOCK = "lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +56,7 @@ class ImageCache:
         if not isinstance(digest, str) or len(digest) != 64 or not digest.isalnum():
             return None
         path = self._place("objects", digest)
-        return path if _size(path) == size else None
+        return path if file_size(path) == size else None
 
     def failure(self, url: str) -> FetchFailure | None:
         """The lasting failure that is remembered of an address."""
@@ -77,18 +70,14 @@ class ImageCache:
 
         Raises: DataError when there can be no such folder.
         """
-        temporary = self.folder / "tmp"
         try:
-            _remove_abandoned(temporary)
-            own, lock = _own_folder(temporary)
+            scratch = Scratch(self.folder / "tmp")
         except OSError as error:
             raise self.unwritable(error) from error
         try:
-            yield CacheWriter(self, own)
+            yield CacheWriter(self, scratch)
         finally:
-            _remove(own)
-            os.close(lock)
-            _remove_abandoned(temporary)
+            scratch.close()
 
     def unwritable(self, error: OSError) -> DataError:
         """What a user is told when a file of the cache cannot be written."""
@@ -115,17 +104,17 @@ class CacheWriter:
 
     Args:
         cache: the cache.
-        folder: an empty folder on the same file system, for files that are being written.
+        scratch: a folder on the same file system, for files that are being written.
     """
 
-    def __init__(self, cache: ImageCache, folder: Path) -> None:
+    def __init__(self, cache: ImageCache, scratch: Scratch) -> None:
         """Name cache and folder."""
         self.cache = cache
-        self._folder = folder
+        self._scratch = scratch
 
     def temporary(self) -> Path:
         """The name of a file to write an image into, for `keep`."""
-        return self._folder / uuid.uuid4().hex
+        return self._scratch.file()
 
     def keep(self, url: str, file: Path) -> int:
         """Moves a complete file into the cache, as the image of an address. Returns: its size in bytes."""
@@ -134,8 +123,8 @@ class CacheWriter:
             size = written.tell()
             os.fsync(written.fileno())
         place = self.cache._place("objects", digest)
-        if _size(place) != size:
-            _move(file, place)
+        if file_size(place) != size:
+            move(file, place)
         self._write_entry(url, {"bytes": size, "object": digest})
         return size
 
@@ -150,96 +139,9 @@ class CacheWriter:
             written.write(json.dumps(entry, sort_keys=True) + "\n")
             written.flush()
             os.fsync(written.fileno())
-        _move(file, self.cache._place("urls", url_digest(url)))
+        move(file, self.cache._place("urls", url_digest(url)))
 
 
 def url_digest(url: str) -> str:
     """The hash that names an address in the cache, and its shard."""
     return hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _move(file: Path, place: Path) -> None:
-    """A file to its place, in one step."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(file, place)
-
-
-def _size(path: Path) -> int | None:
-    """Size of a regular file; None when there is none."""
-    try:
-        return path.stat().st_size if path.is_file() else None
-    except OSError:
-        return None
-
-
-def _own_folder(temporary: Path) -> tuple[Path, int]:
-    """A new folder in tmp/, and the open lock that shows that its process lives.
-
-    The lock ends with the process, however it ends. Another process may remove the folder in the moment between its
-    making and its locking; then a new one is made.
-    """
-    while True:
-        own = temporary / f"{_machine()}-{uuid.uuid4().hex}"
-        with suppress(FileNotFoundError):  # tmp/ or the folder was removed by another process
-            own.mkdir(parents=True)
-            lock = os.open(own / _LOCK, os.O_CREAT | os.O_RDWR, 0o644)
-            if _locked(lock) is not False and (own / _LOCK).exists():
-                return own, lock
-            os.close(lock)
-
-
-def _machine() -> str:
-    """What this machine's folders in tmp/ begin with."""
-    return hashlib.sha256(platform.node().encode()).hexdigest()[:12]
-
-
-def _locked(lock: int) -> bool | None:
-    """Takes a lock; False when another holds it, None when the file system, or Windows, has no locks of this kind."""
-    try:
-        import fcntl
-
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (OSError, ImportError):
-        return None
-    return True
-
-
-def _remove_abandoned(temporary: Path) -> None:
-    """Removes the folders in tmp/ whose process is gone, then tmp/ when it is empty."""
-    try:
-        names = os.listdir(temporary)
-    except FileNotFoundError:
-        return
-    for name in names:
-        with suppress(OSError):  # another process does the same
-            _remove_if_abandoned(temporary / name)
-    with suppress(OSError):
-        temporary.rmdir()
-
-
-def _remove_if_abandoned(own: Path) -> None:
-    """Removes a folder in tmp/ whose lock is free; where locks say nothing, one that nobody touched for a day."""
-    old = time.time() - own.stat().st_mtime > _STALE_SECONDS
-    try:
-        lock = os.open(own / _LOCK, os.O_RDWR)
-    except FileNotFoundError:
-        if old:
-            _remove(own)
-        own.rmdir()  # of a process that was killed before it had a lock; fails where there are files
-        return
-    try:
-        taken = _locked(lock)
-        if (taken and own.name.startswith(_machine())) or (taken is not False and old):
-            _remove(own)
-    finally:
-        os.close(lock)
-
-
-def _remove(own: Path) -> None:
-    """Removes a folder in tmp/, the lock last: killed in between, what is left is still seen as abandoned."""
-    with suppress(OSError):
-        for file in sorted(own.iterdir(), key=lambda file: file.name == _LOCK):
-            file.unlink()
-        own.rmdir()

@@ -16,7 +16,11 @@ from phi3v.data.collate import Collator
 from phi3v.data.encode import encode
 from phi3v.data.images import MAX_PIXELS
 from phi3v.data.schema import Row
+from phi3v.features.collate import CollateFeatures
 from phi3v.generate import ChatModel
+
+IMAGE_PARTS = ("pixel_values", "global_views", "image_sizes", "image_features")
+"""What an example may hold of its images."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ def answer_rows(
     batch_size: int,
     max_new_tokens: int,
     max_pixels: int = MAX_PIXELS,
+    see: Callable[[dict[str, Any]], dict[str, Any]] = lambda example: example,
     on_row: Callable[[int], None] = lambda done: None,
 ) -> Answers:
     """Answers every row greedily.
@@ -51,15 +56,16 @@ def answer_rows(
         batch_size: rows that are answered at once.
         max_new_tokens: tokens of an answer at most.
         max_pixels: images with more pixels are refused.
+        see: puts features in place of the pixels of an example, where they are kept.
         on_row: called with the number of rows done.
     """
     chat = ChatModel(model, processor)
-    collate = Collator(processor.tokenizer.pad_token_id)
+    collate = CollateFeatures(Collator(processor.tokenizer.pad_token_id))
     texts: list[str] = []
     total, tokens = 0.0, 0
     for start in range(0, len(rows), 8 * batch_size):
         window = range(start, min(start + 8 * batch_size, len(rows)))
-        examples = [encode(rows[at], processor, max_pixels=max_pixels) for at in window]
+        examples = [see(encode(rows[at], processor, max_pixels=max_pixels)) for at in window]
         prompts = [prompt_of(example) for example in examples]
         texts += chat.answer_encoded(prompts, batch_size=batch_size, max_new_tokens=max_new_tokens)
         for first in range(0, len(examples), batch_size):
@@ -77,7 +83,7 @@ def prompt_of(example: Mapping[str, Any]) -> dict[str, Any]:
     trained = (example["labels"] != -100).nonzero()
     end = int(trained[0]) if len(trained) else len(example["labels"])
     prompt = {name: example[name][:end] for name in ("input_ids", "attention_mask") if name in example}
-    return prompt | {name: example[name] for name in ("pixel_values", "image_sizes") if name in example}
+    return prompt | {name: example[name] for name in IMAGE_PARTS if name in example}
 
 
 @torch.inference_mode()

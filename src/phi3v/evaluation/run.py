@@ -23,6 +23,9 @@ from phi3v.data.sources import LoadedData, StreamedData, load_data, load_rows, s
 from phi3v.errors import ConfigError
 from phi3v.evaluation.answers import Answers, answer_rows
 from phi3v.evaluation.metrics import AnswerTemplate, Scores, Share, majority_answer, majority_fields, score_answers
+from phi3v.features.opening import open_store
+from phi3v.features.store import FeatureStore
+from phi3v.features.vision import VisionFeatures, sees_plainly
 from phi3v.first_look import row_options, survey_options, survey_rows
 from phi3v.loading import base_weights, has_adapter, load_processor, load_target, resolve_device
 from phi3v.recipe import Recipe
@@ -115,6 +118,7 @@ def evaluate(
     rows: int | None = None,
     device: str | None = None,
     on_progress: Progress | None = None,
+    features: FeatureStore | None = None,
 ) -> Evaluation:
     """Answers held-out rows with a target and with its base, and scores both.
 
@@ -129,6 +133,8 @@ def evaluate(
         rows: only the first so many rows; None for as many as the recipe says.
         device: "auto", "cpu" or "cuda"; None as the recipe says.
         on_progress: called as rows are answered.
+        features: where the features of frozen vision parts are kept if the recipe keeps them (vision.cache), by a
+            training for instance; None opens what the recipe names.
 
     Raises:
         ConfigError: the target is no run and `data` is no recipe, so nothing says which rows and templates; `against`
@@ -142,7 +148,8 @@ def evaluate(
         resolve_device(device)  # what is not there is said before rows are read
     held_out = held_out_rows(place, data, rows)
     began = time.monotonic()
-    tuned, base = _answer_both(place, held_out, against, device, on_progress or _ignore)
+    store = feature_store(held_out.recipe, features)
+    tuned, base = _answer_both(place, held_out, against, device, on_progress or _ignore, store)
     seconds = {"evaluation": time.monotonic() - began}
     evaluation = build_evaluation(place, held_out, tuned, base, seconds)
     if place.kind == "run" and data is None and rows is None:
@@ -191,7 +198,7 @@ def _recipe_of(place: Target) -> Recipe:
     )
 
 
-def answer_options(recipe: Recipe) -> dict[str, int]:
+def answer_options(recipe: Recipe) -> dict[str, Any]:
     """The arguments of `answer_rows` that a recipe holds: batch size, longest answer, largest image."""
     return {
         "batch_size": recipe.evaluation.batch_size,
@@ -201,32 +208,54 @@ def answer_options(recipe: Recipe) -> dict[str, int]:
 
 
 def _answer_both(
-    place: Target, held_out: HeldOut, against: Literal["base"] | None, device: str | None, on_progress: Progress
+    place: Target,
+    held_out: HeldOut,
+    against: Literal["base"] | None,
+    device: str | None,
+    on_progress: Progress,
+    store: FeatureStore | None,
 ) -> tuple[Answers, tuple[str, Answers] | None]:
     """Answers of the target, and the base's name and answers where they are wanted and there is a base."""
     recipe = held_out.recipe
     options = recipe.loading_options | ({} if device is None else {"device": device})
     settings = answer_options(recipe)
 
-    def answers(model: Any, processor: Any, stage: str) -> Answers:
+    def answers(model: Any, processor: Any, stage: str, see: Any) -> Answers:
         def count(done: int) -> None:
             on_progress(stage, done, len(held_out.rows))
 
-        return answer_rows(model, processor, held_out.rows, **settings, on_row=count)
+        return answer_rows(model, processor, held_out.rows, **settings, see=see, on_row=count)
 
+    if store is not None:
+        store.begin()
     loaded = load_target(place.name, **options)
+    see = _seeing(loaded.model, store)
     base: tuple[str, Answers] | None = None
     if against == "base" and has_adapter(loaded.model):
         with base_weights(loaded.model):
-            base = loaded.base_name, answers(loaded.model, loaded.processor, "base answers")
-    tuned = answers(loaded.model, loaded.processor, "tuned answers")
+            base = loaded.base_name, answers(loaded.model, loaded.processor, "base answers", see)
+    tuned = answers(loaded.model, loaded.processor, "tuned answers", see)
     if against == "base" and place.kind == "run" and not has_adapter(loaded.model):
         processor = loaded.processor
-        del loaded  # two whole models need not fit into memory
+        del loaded, see  # two whole models need not fit into memory
         gc.collect()
         source = load_target(recipe.model.name, revision=recipe.model.revision, **options)
-        base = recipe.model.name, answers(source.model, processor, "base answers")
+        base = recipe.model.name, answers(source.model, processor, "base answers", _seeing(source.model, store))
     return tuned, base
+
+
+def feature_store(recipe: Recipe, given: FeatureStore | None) -> FeatureStore | None:
+    """Where features are kept: what is given, else what the recipe names; None where it keeps none."""
+    if recipe.vision.cache is None:
+        return None
+    return given or open_store(recipe.vision.cache, recipe.vision.cache_gb, recipe.vision.cache_folder)
+
+
+def _seeing(model: Any, store: FeatureStore | None) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Puts kept features in place of an example's pixels; leaves it as it is where features cannot be kept."""
+    if store is None or not sees_plainly(model):
+        return lambda example: example
+    return VisionFeatures(model, store).complete
 
 
 def build_evaluation(

@@ -44,6 +44,9 @@ class Phi3VGenerationMixin(GenerationMixin):
         `</s>`, `<|endoftext|>` and `<|end|>`. The image token is never
         generated.
         """
+        if isinstance(kwargs.get("image_features"), list):
+            pixels = kwargs.pop("pixel_values", None)
+            kwargs["image_features"] = self.model.fill_features(kwargs["image_features"], pixels, kwargs["image_sizes"])
         name = "inputs" if inputs is not None else "input_ids"
         input_ids, mask = inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("attention_mask")
         cache = kwargs.get("past_key_values")

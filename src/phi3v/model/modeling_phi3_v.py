@@ -21,7 +21,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_phi3_v import Phi3VConfig
 from .generation_phi3_v import Phi3VGenerationMixin
-from .placement_phi3_v import image_mask, image_order, place_features
+from .placement_phi3_v import image_mask, image_order, missing_images, place_features
 from .step_phi3_v import Phi3VLastDecoderLayer, hidden_at, place_at
 from .vision_phi3_v import Phi3VImageEmbedding
 
@@ -155,7 +155,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None,
         image_sizes: torch.Tensor | list | None,
-        image_features: torch.Tensor | None = None,
+        image_features: torch.Tensor | list | None = None,
         image_positions: torch.Tensor | None = None,
         global_views: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -169,15 +169,50 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             return embeddings
         if image_sizes is None:
             raise ValueError("images were given without image_sizes: pass what the processor returned, both together")
-        if image_features is None:
-            image_features, _ = self.vision_embed_tokens(pixel_values, image_sizes, global_views)
+        if isinstance(image_features, list):
+            features = self.fill_features(image_features, pixel_values, image_sizes, global_views)
+        elif image_features is not None:
+            features = image_features
+        else:
+            features, _ = self.vision_embed_tokens(pixel_values, image_sizes, global_views)
         if image_positions is not None:
-            return place_at(embeddings, self.vision_embed_tokens.drop(image_features), image_positions)
+            return place_at(embeddings, self.vision_embed_tokens.drop(features), image_positions)
         counts = self.vision_embed_tokens.token_counts(image_sizes)
         order = image_order(input_ids, counts)
-        image_features = self.vision_embed_tokens.drop(place_features(image_features, counts, order, is_image))
+        features = self.vision_embed_tokens.drop(place_features(features, counts, order, is_image))
         # Under autocast the features come in another dtype than the embeddings.
-        return embeddings.masked_scatter(is_image[..., None], image_features.to(embeddings.dtype))
+        return embeddings.masked_scatter(is_image[..., None], features.to(embeddings.dtype))
+
+    def fill_features(
+        self,
+        features: list,
+        pixel_values: torch.Tensor | None,
+        image_sizes: torch.Tensor | list,
+        global_views: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Features `[T, H]` of all images, where some are given and the others are made of their pixels.
+
+        Args:
+            features: in the order of the images, the features of one or more of them, or None for one without.
+            pixel_values: of the images without, in their order.
+            image_sizes: of all images.
+            global_views: of the images without, where `pixel_values` are bytes.
+        Example: four images and `features=[a, None, b]` with `a` as long as the first two together: the pixels are
+        those of the third image, and its features come between `a` and `b`.
+
+        Raises: ValueError if the features are not those of the sizes.
+        """
+        sizes = image_sizes.tolist() if isinstance(image_sizes, torch.Tensor) else image_sizes
+        missing = missing_images(features, self.vision_embed_tokens.token_counts(sizes))
+        fresh: tuple[torch.Tensor, ...] = ()
+        if missing:
+            if pixel_values is None:
+                raise ValueError(f"image_features leave images {missing} open, and no pixel_values were given for them")
+            made, lengths = self.vision_embed_tokens(pixel_values, [sizes[image] for image in missing], global_views)
+            fresh = made.split(lengths)
+        rest = iter(fresh)
+        device = self.embed_tokens.weight.device
+        return torch.cat([next(rest) if one is None else one.to(device, non_blocking=True) for one in features])
 
     def forward(
         self,
@@ -188,7 +223,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_sizes: torch.Tensor | list | None = None,
-        image_features: torch.Tensor | None = None,
+        image_features: torch.Tensor | list | None = None,
         use_cache: bool | None = None,
         trained_positions: torch.Tensor | None = None,
         image_positions: torch.Tensor | None = None,
@@ -234,7 +269,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         self,
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None,
-        image_features: torch.Tensor | None,
+        image_features: torch.Tensor | list | None,
         past: int | torch.Tensor,
         image_positions: torch.Tensor | None,
     ) -> None:
@@ -283,7 +318,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_sizes: torch.Tensor | list | None = None,
-        image_features: torch.Tensor | None = None,
+        image_features: torch.Tensor | list | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -306,7 +341,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
                 other forms of `crops_phi3_v`: flat, or sub crops as bytes beside `global_views`.
             image_sizes: `[images, 2]`, canvas height and width in pixels.
             image_features: `[T, H]` instead of `pixel_values`: what `get_image_features` returned as
-                `last_hidden_state`.
+                `last_hidden_state`. Or a list, where some images have features and the others pixels: see
+                `Phi3VModel.fill_features`.
             labels: `[B, S]`, -100 where nothing is learned; image tokens are never learned. The loss is the mean over
                 the rest, or their sum divided by `num_items_in_batch`.
             use_cache: whether keys and values are returned.

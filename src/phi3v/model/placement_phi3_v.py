@@ -95,3 +95,28 @@ def place_features(
         if tokens != features.shape[0]:
             raise ValueError(f"{MISMATCH}: {tokens} tokens, {features.shape[0]} features")
     return features
+
+
+def missing_images(features: list[torch.Tensor | None], counts: list[int]) -> list[int]:
+    """Numbers of the images that have no features; each tensor stands for as many images as it has features for.
+
+    Example: tensors of 5 and 4 rows around one None, for images of 2, 3, 6 and 4 tokens: `[2]`.
+
+    Raises: ValueError if the features are not those of images of so many tokens.
+    """
+    missing, image, left = [], 0, 0
+    for one in features:
+        if one is None:
+            missing.append(image)
+            image += 1
+            continue
+        left = one.shape[0]
+        while left > 0 and image < len(counts):
+            left -= counts[image]
+            image += 1
+        if left != 0:
+            break
+    if left != 0 or image != len(counts):
+        given = [None if one is None else one.shape[0] for one in features]
+        raise ValueError(f"{MISMATCH}: images of {counts} tokens, given {given} features")
+    return missing

@@ -1,91 +1,259 @@
-"""Image features kept in memory: with a frozen tower each image goes through it once, for all epochs.
+"""Training samples whose images have been through the frozen tower already.
 
-In come a data set of encoded examples and a model; out comes a data set whose examples carry `image_features` [image
-tokens, hidden] instead of pixels, or the given data set when the features would not fit. Knows nothing about the
-Trainer.
+In come samples as `data.encode` makes them, one after the other, and the features of a model; out come the same samples
+with `image_features` instead of pixels where the features are kept, and the count of what is and is not. Of a row all
+of whose images are kept no file is opened again. Knows nothing about the Trainer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
-Example = dict[str, Any]
-Collate = Callable[[list[Example]], dict[str, Any]]
+from phi3v.features.collate import use_features
+from phi3v.features.store import FeatureStore
+from phi3v.features.vision import PIXELS, Example, VisionFeatures, image_name, images_of
+
+_GIVE_UP = 16
+"""So many images in a row that do not fit end the look: to open all others for a smaller one, or one that was seen
+before, would take longer than it saves."""
 
 
-class FeatureRows(Sequence[Example]):
-    """Encoded examples with their image features, all in memory."""
+@dataclass(frozen=True)
+class FeatureReport:
+    """What is kept of a run's images.
 
-    def __init__(self, examples: list[Example]) -> None:
-        self._examples = examples
+    Attributes:
+        cache: memory or disk.
+        images: different images that were looked at.
+        kept: those of them whose features are kept.
+        computed: those that went through the tower for it; the others were kept by an earlier run.
+        kept_bytes: what the kept ones take.
+        limit_bytes: the bound.
+        rows: training and validation rows with images; those that were not looked at count as such.
+        whole_rows: rows all of whose images are kept.
+        needed_bytes: what all would take, as far as the rows that were looked at tell.
+        trouble: why nothing more could be kept, None where it is the bound or all is kept.
+    """
 
-    def __len__(self) -> int:
-        return len(self._examples)
+    cache: str
+    images: int
+    kept: int
+    computed: int
+    kept_bytes: int
+    limit_bytes: int
+    rows: int
+    whole_rows: int
+    needed_bytes: int
+    trouble: str | None = None
 
     @property
-    def feature_bytes(self) -> int:
-        """Memory that the features take."""
-        return sum(one["image_features"].nbytes for one in self._examples if "image_features" in one)
+    def complete(self) -> bool:
+        """Whether the features of all images are kept."""
+        return self.whole_rows == self.rows
 
-    def __getitem__(self, index: Any) -> Any:
-        example = self._examples[index]
-        return dict(example) if isinstance(example, dict) else example
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "line": str(self)}
 
+    def __str__(self) -> str:
+        """One line: what is kept, what is not, why, and the way out.
 
-@torch.no_grad()
-def keep_features(
-    dataset: Sequence[Example],
-    model: Any,
-    *,
-    limit_bytes: int,
-    on_row: Callable[[int], None] = lambda rows: None,
-) -> Sequence[Example]:
-    """Sends every image of `dataset` through the tower and projector once.
-
-    Args:
-        dataset: examples as `data.encode` makes them, opened one after the other.
-        model: a Phi-3-V whose tower and projector stay frozen.
-        limit_bytes: memory that the features may take.
-        on_row: called with the number of rows done.
-
-    Returns:
-        The data set with features; `dataset` itself when eight rows in it is clear that they would not fit.
-    """
-    examples: list[Example] = []
-    used = 0
-    for row in range(len(dataset)):
-        example = dict(dataset[row])
-        pixels = {
-            name: example.pop(name).to(model.device) for name in ("pixel_values", "global_views") if name in example
-        }
-        if pixels:
-            output = model.get_image_features(**pixels, image_sizes=example["image_sizes"])
-            example["image_features"] = output.last_hidden_state.to("cpu", copy=True)
-            used += example["image_features"].nbytes
-        examples.append(example)
-        if used > limit_bytes or (row == 7 and used / 8 * len(dataset) > limit_bytes):
-            return dataset
-        on_row(row + 1)
-    return FeatureRows(examples)
+        Example: "features of 260 images are kept in memory (4.0 GB); the images of 9740 of 10000 rows go through the
+        tower each time: vision.cache_gb=4.0 is full, all need about 154.2 GB (vision.cache_gb, or vision.cache=disk)".
+        """
+        where = {"memory": "in memory", "disk": "on disk"}[self.cache]
+        kept = (
+            f"features of {self.kept} image{'' if self.kept == 1 else 's'} are kept {where} ({_size(self.kept_bytes)})"
+        )
+        if self.complete:
+            return kept
+        left = f"{kept}; the images of {self.rows - self.whole_rows} of {self.rows} rows go through the tower each time"
+        if self.trouble is not None:
+            return f"{left}: {self.trouble}; free space there, or name another folder in vision.cache_folder"
+        ways = "vision.cache_gb, or vision.cache=disk" if self.cache == "memory" else "vision.cache_gb"
+        full = f"vision.cache_gb={self.limit_bytes / 10**9:g} is full"
+        return f"{left}: {full}, all need about {_size(self.needed_bytes)} ({ways})"
 
 
-class CollateFeatures:
-    """A collator that carries `image_features` beside what the given collator makes of the rest.
+class FeatureRows(Dataset[Example]):
+    """Samples with features in place of the pixels of those images that have them.
 
-    Example: features [5, 64] and [7, 64] of two examples become [12, 64], the images of row 0 first.
+    Features that another process took away meanwhile are missed and nothing else: the sample then has pixels again.
     """
 
-    def __init__(self, collate: Collate) -> None:
-        self._collate = collate
+    def __init__(self, samples: Any, store: FeatureStore, seen: Sequence["SeenRow | None"]) -> None:
+        """Keep the samples, and what is known of the first ones.
 
-    def __call__(self, examples: list[Example]) -> dict[str, Any]:
-        """The batch of some examples, all with features or all without."""
-        features = [example["image_features"] for example in examples if "image_features" in example]
-        batch = self._collate([{k: v for k, v in example.items() if k != "image_features"} for example in examples])
-        if features:
-            batch["image_features"] = torch.cat(features)
-            batch["image_sizes"] = torch.cat(
-                [example["image_sizes"] for example in examples if "image_sizes" in example]
-            )
-        return batch
+        Args:
+            samples: with pixels.
+            store: of their features.
+            seen: of each row what a look at it found, None for rows without kept images.
+        """
+        self._samples = samples
+        self._store = store
+        self._seen = seen
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Example:
+        """The sample of a row."""
+        seen = self._seen[index]
+        if seen is None:
+            return self._samples[index]
+        features = [None if name is None else self._store.get(name) for name in seen.names]
+        whole = [one for one in features if one is not None]
+        if seen.rest is not None and len(whole) == len(features):
+            return {**seen.rest.example(), "image_features": torch.cat(whole)}
+        return use_features(self._samples[index], features)
+
+
+@dataclass(frozen=True, slots=True)
+class SeenRow:
+    """What stays in memory of a row: a hundred bytes, and a thousand more where its files need not be opened again.
+
+    Attributes:
+        names: of its images' features; None for an image that is not kept.
+        rest: the row without its pixels, where all its images are kept.
+    """
+
+    names: tuple[str | None, ...]
+    rest: "Packed | None"
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Small integer tensors as bytes, equal neighbours once.
+
+    Example: input_ids [5, 9, 9, 9, 7] are the values [5, 9, 7] and the counts [1, 3, 1]; the 2,509 tokens of an image
+    are one value and one count.
+
+    Attributes:
+        parts: name -> type, shape, values and counts.
+    """
+
+    parts: dict[str, tuple[torch.dtype, tuple[int, ...], bytes, bytes]]
+
+    @classmethod
+    def of(cls, example: Example) -> "Packed":
+        """Everything of an example but its pixels."""
+        parts = {}
+        for name, tensor in example.items():
+            if name not in PIXELS:
+                values, counts = torch.unique_consecutive(tensor.flatten(), return_counts=True)
+                runs = (values.numpy().tobytes(), counts.to(torch.int32).numpy().tobytes())
+                parts[name] = (tensor.dtype, tuple(tensor.shape), *runs)
+        return cls(parts)
+
+    def example(self) -> Example:
+        """The tensors as they were."""
+        found = {}
+        for name, (dtype, shape, values, counts) in self.parts.items():
+            runs = torch.frombuffer(bytearray(values), dtype=dtype)
+            lengths = torch.frombuffer(bytearray(counts), dtype=torch.int32)
+            found[name] = runs.repeat_interleave(lengths.long()).view(shape)
+        return found
+
+
+class FeatureCache:
+    """The look at all images of a run, one after the other, before its first step.
+
+    Each different image whose features are not kept yet goes through the tower once. The look ends early when nothing
+    fits any more.
+    """
+
+    def __init__(self, features: VisionFeatures, *, workers: int = 0) -> None:
+        """Begin a run.
+
+        Args:
+            features: of the model that is trained.
+            workers: processes that open images meanwhile.
+        """
+        self.features = features
+        self._workers = workers
+        self._sizes: dict[str, int] = {}
+        self._kept: set[str] = set()
+        self._rows = self._looked = self._whole = 0
+        features.store.begin()
+
+    def keep(self, samples: Any, on_row: Callable[[int], None] = lambda rows: None) -> FeatureRows:
+        """Samples with features in place of pixels where they are kept.
+
+        Args:
+            samples: with pixels; opened once each, none stays in memory.
+            on_row: called with the number of rows looked at.
+        """
+        seen: list[SeenRow | None] = [None] * len(samples)
+        self._rows += len(samples)
+        misfits = 0
+        for row, (example, names) in enumerate(self._looks(samples)):
+            self._looked += 1
+            kept = self.features.keep(example, names)
+            for name, picture, there in zip(names, images_of(example), kept, strict=True):
+                self._sizes[name] = self.features.size_of(picture.size)
+                misfits = 0 if there else misfits + 1
+                if there:
+                    self._kept.add(name)
+            if all(kept):
+                self._whole += 1
+            if any(kept):
+                found = tuple(name if there else None for name, there in zip(names, kept, strict=True))
+                seen[row] = SeenRow(found, Packed.of(example) if all(kept) else None)
+            on_row(row + 1)
+            if misfits >= _GIVE_UP:
+                break
+        return FeatureRows(samples, self.features.store, seen)
+
+    def report(self) -> FeatureReport:
+        """What is kept of all samples so far."""
+        store = self.features.store
+        needed = sum(self._sizes.values()) * (self._rows / self._looked if self._looked else 1)
+        return FeatureReport(
+            cache=store.kind,
+            images=len(self._sizes),
+            kept=len(self._kept),
+            computed=self.features.computed,
+            kept_bytes=store.held_bytes,
+            limit_bytes=store.limit_bytes,
+            rows=self._rows,
+            whole_rows=self._whole,
+            needed_bytes=round(needed),
+            trouble=store.trouble,
+        )
+
+    def _looks(self, samples: Any) -> Iterator[tuple[Example, list[str]]]:
+        """Each sample with the names of its images."""
+        loader = DataLoader(
+            _Named(samples, self.features.weights),
+            batch_size=None,
+            num_workers=self._workers,
+            generator=torch.Generator(),  # the global one is the training's own: it decides about dropout
+        )
+        return iter(loader)
+
+
+class _Named(Dataset[tuple[Example, list[str]]]):
+    """Samples with the names of their images' features, so that loader workers compute these too."""
+
+    def __init__(self, samples: Any, weights: str) -> None:
+        self._samples = samples
+        self._weights = weights
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> tuple[Example, list[str]]:
+        example = self._samples[index]
+        return example, [image_name(self._weights, picture) for picture in images_of(example)]
+
+
+def _size(count: float) -> str:
+    """Bytes as people read them: 4000000000 -> "4.0 GB", 120000 -> "120.0 kB"."""
+    name, unit = next(
+        one for one in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)) if count >= one[1] or one[1] == 10**3
+    )
+    return f"{count / unit:.1f} {name}"

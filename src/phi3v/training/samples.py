@@ -9,6 +9,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import torch
+
 from phi3v.data.collate import Collator, PackedCollator, StepCollator
 from phi3v.data.encode import EncodedRows, Example, encode
 from phi3v.data.plan import MicroBatches
@@ -18,11 +20,14 @@ from phi3v.data.sources import LoadedData, StreamedData, stream_data
 from phi3v.data.stand_ins import StandIns
 from phi3v.data.streamed_examples import StreamedExamples
 from phi3v.errors import TrainingError
+from phi3v.features.collate import CollateFeatures
+from phi3v.features.store import FeatureStore
+from phi3v.features.vision import VisionFeatures, sees_alike_all_the_time
 from phi3v.first_look import MeasuredData, Progress, measured_rows, open_data, refuse_bad_stream, row_options
 from phi3v.loading import load_config
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
-from phi3v.training.feature_cache import CollateFeatures, FeatureRows, keep_features
+from phi3v.training.feature_cache import FeatureCache, FeatureReport
 
 
 def read_data(recipe: Recipe, processor: Any, on_look: Progress) -> LoadedData | StreamedData:
@@ -54,9 +59,12 @@ def make_samples(
     model: Any,
     *,
     steps_done: int,
-    on_features: Callable[[int, int], None],
+    store: FeatureStore | None = None,
+    autocast: torch.dtype | None = None,
+    on_features: Callable[[int, int], None] = lambda done, total: None,
+    on_kept: Callable[[FeatureReport | str], None] = lambda report: None,
 ) -> tuple[Any, Any]:
-    """Training and validation samples, with their image features kept where the recipe asks for it.
+    """Training and validation samples, with features in place of the pixels of images whose features are kept.
 
     Args:
         recipe: the recipe.
@@ -65,7 +73,10 @@ def make_samples(
         processor: the model's processor.
         model: whose vision parts make features.
         steps_done: of a run that goes on; a stream begins behind their samples.
+        store: where features are kept; None keeps none.
+        autocast: dtype of the training's mixed precision; None for the weights' own.
         on_features: told of features, (rows done, rows in all).
+        on_kept: told at the end what is kept and what is not, or why nothing is.
     Raises: TrainingError when the first row has nothing to train; DataError when too many rows fail.
     """
     longest = recipe.data.max_length or model.config.max_position_embeddings
@@ -74,18 +85,20 @@ def make_samples(
         return _streamed(recipe, run, data, processor, longest, steps_done), held_out
     train = _stand_ins(recipe, run, data, data.train, processor, longest)
     _refuse_empty(train[0])
-    if recipe.vision.cache is None or not recipe.vision.frozen:
+    if store is None:
         return train, held_out
-    base = model.get_base_model() if recipe.lora is not None else model
+    if not sees_alike_all_the_time(model):
+        on_kept(f"vision.cache={store.kind} is not used: parts that see are trained, so features change with each step")
+        return train, held_out
+    workers = recipe.training.options.get("dataloader_num_workers") or 0
+    cache = FeatureCache(VisionFeatures(model, store, autocast=autocast), workers=workers)
     total = len(train) + len(held_out)
-
-    def keep(samples: Any, before: int, limit: int) -> Any:
-        return keep_features(samples, base, limit_bytes=limit, on_row=lambda row: on_features(before + row, total))
-
-    limit = int(recipe.vision.cache_gb * 10**9)
-    kept = keep(train, 0, limit)
-    used = kept.feature_bytes if isinstance(kept, FeatureRows) else 0
-    return kept, keep(held_out, len(train), limit - used)
+    kept = cache.keep(train, lambda row: on_features(row, total))
+    kept_out = cache.keep(held_out, lambda row: on_features(len(train) + row, total))
+    report = cache.report()
+    run.write_features(report.to_dict())
+    on_kept(report)
+    return kept, kept_out
 
 
 def make_collators(recipe: Recipe, data: LoadedData | StreamedData, processor: Any) -> tuple[Any, Any]:

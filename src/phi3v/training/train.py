@@ -18,7 +18,8 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from phi3v.data.sources import LoadedData, StreamedData
 from phi3v.errors import DeviceError, TrainingError
 from phi3v.evaluation.report_run import write_report
-from phi3v.evaluation.run import evaluate, held_out_rows
+from phi3v.evaluation.run import evaluate, feature_store, held_out_rows
+from phi3v.features.store import FeatureStore
 from phi3v.first_look import RowUse
 from phi3v.kernels.lora_layer import attach_fast_lora, fast_lora_state
 from phi3v.kernels.packed_attention import attach_packed_attention
@@ -37,6 +38,7 @@ from phi3v.training.callbacks import (
 )
 from phi3v.training.checkpoints import checkpoint_step, newest_checkpoint
 from phi3v.training.faster_layers import check_faster_layers, use_faster_layers
+from phi3v.training.feature_cache import FeatureReport
 from phi3v.training.master_weights import same_in
 from phi3v.training.preflight import check_recipe_alone
 from phi3v.training.samples import make_collators, make_samples, read_data
@@ -78,7 +80,9 @@ class RunResult:
         return {**asdict(self), "folder": str(self.folder)}
 
 
-def train(recipe: Recipe | str | Path, *, on_event: Watcher | None = None) -> RunResult:
+def train(
+    recipe: Recipe | str | Path, *, on_event: Watcher | None = None, features: FeatureStore | None = None
+) -> RunResult:
     """Tunes a model as the recipe says.
 
     At the end held-out rows are answered by base and tuned model, and the run's report is written. A run that is
@@ -87,6 +91,8 @@ def train(recipe: Recipe | str | Path, *, on_event: Watcher | None = None) -> Ru
     Args:
         recipe: everything about the run, or the path of a recipe file.
         on_event: called with a `TrainingEvent` at the start, after each step, and when losses are known.
+        features: where the features of frozen vision parts are kept if the recipe keeps them (vision.cache), for
+            several runs in this process to share; None opens what the recipe names.
 
     Returns:
         What was done; the tuned weights are in `adapter/` of the run, or in `model/` when the whole model was tuned.
@@ -100,6 +106,7 @@ def train(recipe: Recipe | str | Path, *, on_event: Watcher | None = None) -> Ru
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     run = RunFolder(recipe.output)
     check_recipe_alone(recipe)
+    store = feature_store(recipe, features)
     if run.look(recipe) == "finished":
         run.start(recipe)
         summary = run.read_summary()
@@ -107,13 +114,13 @@ def train(recipe: Recipe | str | Path, *, on_event: Watcher | None = None) -> Ru
             **{**summary, "status": "finished", "folder": run.path, "seconds": 0.0, "resumed_from": None}
         )
     else:
-        result = _tune(recipe, run, watch)
+        result = _tune(recipe, run, watch, store)
         run.mark_finished(result.to_dict())
-    _report(run, result, watch)
+    _report(run, result, watch, store)
     return result
 
 
-def _report(run: RunFolder, result: RunResult, watch: Watcher) -> None:
+def _report(run: RunFolder, result: RunResult, watch: Watcher, store: FeatureStore | None) -> None:
     """Answers and scores the held-out rows and writes the report, whatever of it is not there."""
     if run.report.is_file():
         return
@@ -123,7 +130,7 @@ def _report(run: RunFolder, result: RunResult, watch: Watcher) -> None:
         write_report(run, held_out_rows(resolve_target(run.path), None, None).rows)
     else:
         _release_memory()
-        evaluate(run.path, on_progress=lambda *told: watch(_answers_event(*told)))
+        evaluate(run.path, on_progress=lambda *told: watch(_answers_event(*told)), features=store)
 
 
 def train_watched(
@@ -131,10 +138,17 @@ def train_watched(
 ) -> RunResult:
     """Trains as `train` does in a new folder, with callbacks of the Trainer beside ours, and writes no report."""
     check_recipe_alone(recipe)
-    return _tune(recipe, RunFolder(recipe.output), on_event or (lambda event: None), callbacks)
+    store = feature_store(recipe, None)
+    return _tune(recipe, RunFolder(recipe.output), on_event or (lambda event: None), store, callbacks)
 
 
-def _tune(recipe: Recipe, run: RunFolder, watch: Watcher, callbacks: Sequence[TrainerCallback] = ()) -> RunResult:
+def _tune(
+    recipe: Recipe,
+    run: RunFolder,
+    watch: Watcher,
+    store: FeatureStore | None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> RunResult:
     """Trains from the start or from the newest checkpoint, and writes the tuned weights."""
     device = _training_device(recipe.model.device)
     training_arguments(recipe, run, device=device, autocast=None, validated=True)  # its errors before rows are read
@@ -159,7 +173,10 @@ def _tune(recipe: Recipe, run: RunFolder, watch: Watcher, callbacks: Sequence[Tr
         processor,
         model,
         steps_done=checkpoint_step(checkpoint) if checkpoint else 0,
+        store=store,
+        autocast=autocast,
         on_features=lambda done, total: watch(TrainingEvent("features", done, total)),
+        on_kept=lambda kept: watch(_kept_event(kept)),
     )
     step_collator, eval_collator = make_collators(recipe, data, processor)
     use_faster_layers(model, recipe, device)
@@ -214,6 +231,12 @@ def _release_memory() -> None:
 def _answers_event(stage: str, done: int, total: int) -> TrainingEvent:
     """Progress of the evaluation at the end, as an event."""
     return TrainingEvent("answers", done, total, stage=stage)
+
+
+def _kept_event(report: FeatureReport | str) -> TrainingEvent:
+    """What is kept of the images, or why nothing is, as an event."""
+    kept, images = (report.kept, report.images) if isinstance(report, FeatureReport) else (0, 0)
+    return TrainingEvent("kept", kept, images, line=str(report))
 
 
 def _training_device(device: str) -> torch.device:

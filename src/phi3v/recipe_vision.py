@@ -1,0 +1,33 @@
+"""The recipe's section `vision`: what happens to the parts that see, and where what they make of images is kept.
+
+Plain values and their limits; the features themselves are the business of the package `features`.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from phi3v.recipe_data import Section
+
+
+class VisionSection(Section):
+    """What happens to the parts that see."""
+
+    tower: Literal["frozen", "train"] = Field(default="frozen", description="The CLIP tower.")
+    projector: Literal["frozen", "train"] = Field(
+        default="frozen", description="img_projection and the separators sub_GN and glb_GN."
+    )
+    cache: Literal["memory", "disk"] | None = Field(
+        default=None, description="Where features of frozen vision parts are kept: memory, disk; null: nowhere."
+    )
+    cache_gb: float = Field(
+        default=4.0, gt=0, allow_inf_nan=False, description="Most that they may take in 10^9 bytes; more are not kept."
+    )
+    cache_folder: str | None = Field(
+        default=None, description="Folder of features on disk; null for phi3v/features in the user's cache folder."
+    )
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing of the parts that see is trained."""
+        return self.tower == self.projector == "frozen"
