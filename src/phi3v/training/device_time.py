@@ -7,6 +7,7 @@ the answer is None. Knows nothing of models or of the Trainer.
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
