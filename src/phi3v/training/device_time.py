@@ -7,6 +7,7 @@ the answer is None. Knows nothing of models or of the Trainer.
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,7 +61,8 @@ class DeviceWatch:
             return
         self._profiler.stop()
         if self.device.type == "cuda":
-            events = self._profiler.profiler.kineto_results.events()
+            recorded: Any = self._profiler.profiler
+            events = recorded.kineto_results.events()
             kernels = [
                 (event.start_ns(), event.start_ns() + event.duration_ns())
                 for event in events
