@@ -3,12 +3,12 @@
     python benchmarks/packing.py --out benchmarks/packing [--rounds 5] [--threads 1]
 
 A decoder of 8 layers of width 512 with a tower, a vocabulary and LoRA r=16 in about the proportion that they have in
-Phi-3-Vision (`sizes.py`). One step is 4 samples of four grids of crops, or `--repeats` times as many in a shuffled order,
-cut into micro-batches of 4. Plain is transformers' Phi-3 and CLIP with PEFT: rows padded to the longest of their micro-batch,
-every image filled up to 17 crops, logits at every position. The ways take turns step by step, so that a machine that
-is slow for a while is slow for all; what counts is the ratio of medians. All ways start from equal weights, and the
-program stops when their losses differ. `--vocabulary 32064` makes logits as many as the real model has, which at this
-width is most of the plain step: the figure to quote is the other one.
+Phi-3-Vision (`sizes.py`). One step is 4 samples of four grids of crops, or `--repeats` times as many in a shuffled
+order, cut into micro-batches of 4. Plain is transformers' Phi-3 and CLIP with PEFT: rows padded to the longest of
+their micro-batch, every image filled up to 17 crops, logits at every position. The ways take turns step by step, so
+that a machine that is slow for a while is slow for all; what counts is the ratio of medians. All ways start from
+equal weights, and the program stops when their losses differ. `--vocabulary 32064` makes logits as many as the real
+model has, which at this width is most of the plain step: the figure to quote is the other one.
 """
 
 import argparse
