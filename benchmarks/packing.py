@@ -3,12 +3,12 @@
     python benchmarks/packing.py --out benchmarks/packing [--rounds 5] [--threads 1]
 
 A decoder of 8 layers of width 512 with a tower, a vocabulary and LoRA r=16 in about the proportion that they have in
-Phi-3-Vision (`sizes.py`). One step is 8 samples of four grids of crops, two of each, in a shuffled order, cut into
-micro-batches of 4. Plain is transformers' Phi-3 and CLIP with PEFT: rows padded to the longest of their micro-batch,
-every image filled up to 17 crops, logits at every position. The ways take turns step by step, so that a machine that
-is slow for a while is slow for all; what counts is the ratio of medians. All ways start from equal weights, and the
-program stops when their losses differ. `--vocabulary 32064` makes logits as many as the real model has, which at this
-width is most of the plain step: the figure to quote is the other one.
+Phi-3-Vision (`sizes.py`). One step is 4 samples of four grids of crops, or `--repeats` times as many in a shuffled
+order, cut into micro-batches of 4. Plain is transformers' Phi-3 and CLIP with PEFT: rows padded to the longest of
+their micro-batch, every image filled up to 17 crops, logits at every position. The ways take turns step by step, so
+that a machine that is slow for a while is slow for all; what counts is the ratio of medians. All ways start from
+equal weights, and the program stops when their losses differ. `--vocabulary 32064` makes logits as many as the real
+model has, which at this width is most of the plain step: the figure to quote is the other one.
 """
 
 import argparse
@@ -90,6 +90,7 @@ def measure(ways: dict[str, Way], examples: list[Example], rounds: int) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=1, help="samples of each grid in a step")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--vocabulary", type=int, default=1024)
     parser.add_argument("--quick", action="store_true", help="a tiny model, to try the program")
@@ -98,7 +99,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(given.threads)
     config = config_of("tiny" if given.quick else "cpu", vocab_size=given.vocabulary)
-    grids = [(1, 2), (1, 1)] * 2 if given.quick else GRIDS * 2
+    grids = ([(1, 2), (1, 1)] * 2 if given.quick else GRIDS) * given.repeats
     order = torch.randperm(len(grids), generator=torch.Generator().manual_seed(0)).tolist()
     grids = [grids[place] for place in order]
     examples = [make_example(config, [grid], seed=seed) for seed, grid in enumerate(grids)]

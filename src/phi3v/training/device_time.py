@@ -61,8 +61,8 @@ class DeviceWatch:
             return
         self._profiler.stop()
         if self.device.type == "cuda":
-            profiler: Any = self._profiler.profiler
-            events = profiler.kineto_results.events()
+            recorded: Any = self._profiler.profiler
+            events = recorded.kineto_results.events()
             kernels = [
                 (event.start_ns(), event.start_ns() + event.duration_ns())
                 for event in events
