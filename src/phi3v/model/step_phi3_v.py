@@ -14,7 +14,6 @@ Letters: B rows, S positions, K kept positions, H hidden size, T image tokens of
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.phi3 import modeling_phi3
@@ -78,7 +77,7 @@ class Phi3VLastDecoderLayer(Phi3DecoderLayer):
 
 
 def attend_at(
-    attention: nn.Module,
+    attention: Any,
     hidden_states: torch.Tensor,
     kept_positions: torch.Tensor,
     *,
@@ -111,7 +110,7 @@ def attend_at(
     return attention.o_proj(pick(attended.flatten(2), kept_positions))
 
 
-def _head_counts(attention: nn.Module) -> tuple[int, int, int]:
+def _head_counts(attention: Any) -> tuple[int, int, int]:
     """Heads of queries, keys and values."""
     keys = attention.config.num_key_value_heads
     return attention.config.num_attention_heads, keys, keys
