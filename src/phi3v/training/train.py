@@ -159,40 +159,37 @@ def _tune(
     model, autocast, short = _prepare_model(recipe, device)
     report = trainable_report(model)
     _refuse_idle_training(report)
-    if recipe.training.fast_lora == "auto" and not recipe.training.options.get("torch_compile"):
-        attach_fast_lora(model)
     arguments = training_arguments(recipe, run, device=device, autocast=autocast, validated=bool(data.validation))
     check_optimiser(arguments, model)
     run.start(recipe)  # nothing was written so far
     run.write_problems(asdict(problem) for problem in data.problems)
     checkpoint = newest_checkpoint(run.checkpoints)
+    done = checkpoint_step(checkpoint) if checkpoint else None
     train_samples, eval_samples = make_samples(
         recipe,
         run,
         data,
         processor,
         model,
-        steps_done=checkpoint_step(checkpoint) if checkpoint else 0,
+        steps_done=done or 0,
         store=store,
         autocast=autocast,
         on_features=lambda done, total: watch(TrainingEvent("features", done, total)),
         on_kept=lambda kept: watch(_kept_event(kept)),
     )
-    step_collator, eval_collator = make_collators(recipe, data, processor)
     use_faster_layers(model, recipe, device)
-    with library_errors():
-        trainer = StepTrainer(
-            model=model,
-            args=arguments,
-            step_collator=step_collator,
-            data_collator=eval_collator,
-            train_dataset=train_samples,
-            eval_dataset=eval_samples if data.validation else None,
-            callbacks=[*_callbacks(recipe, run, report, watch), *callbacks],
-            short_dtype=short,
-        )
-    trainer.remove_callback(PrinterCallback)
-    run.keep_metrics(checkpoint_step(checkpoint) if checkpoint else -1)
+    step_collator, eval_collator = make_collators(recipe, data, processor)
+    trainer = _make_trainer(
+        model=model,
+        args=arguments,
+        step_collator=step_collator,
+        data_collator=eval_collator,
+        train_dataset=train_samples,
+        eval_dataset=eval_samples if data.validation else None,
+        callbacks=[*_callbacks(recipe, run, report, watch), *callbacks],
+        short_dtype=short,
+    )
+    run.keep_metrics(-1 if done is None else done)
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _save(run, recipe, trainer, processor)
@@ -204,9 +201,17 @@ def _tune(
         metrics=_last_losses(run),
         trainable={part: asdict(count) for part, count in report.parts.items()},
         held_out=len(data.validation or []),
-        resumed_from=checkpoint_step(checkpoint) if checkpoint else None,
+        resumed_from=done,
         fast_lora=asdict(fast_lora_state(model)),
     )
+
+
+def _make_trainer(**arguments: Any) -> StepTrainer:
+    """The Trainer, which prints nothing by itself."""
+    with library_errors():
+        trainer = StepTrainer(**arguments)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _usable_data(recipe: Recipe, processor: Any, watch: Watcher) -> LoadedData | StreamedData:
@@ -273,6 +278,8 @@ def _prepare_model(recipe: Recipe, device: torch.device) -> tuple[Any, torch.dty
         model = attach_lora(model, recipe.lora, revision=recipe.model.revision, **vision)
     if reentrant(recipe.training.options):
         model.enable_input_require_grads()  # re-entrant checkpoints need an input that asks for a gradient
+    if recipe.training.fast_lora == "auto" and not recipe.training.options.get("torch_compile"):
+        attach_fast_lora(model)
     if recipe.training.packing:
         attach_packed_attention(model)
     if wholly:
