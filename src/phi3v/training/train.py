@@ -157,8 +157,7 @@ def _tune(
     processor = load_processor(recipe.model.name, revision=recipe.model.revision, **recipe.image.processor_options)
     data = _usable_data(recipe, processor, watch)
     model, autocast, short = _prepare_model(recipe, device)
-    report = trainable_report(model)
-    _refuse_idle_training(report)
+    _refuse_idle_training(report := trainable_report(model))
     arguments = training_arguments(recipe, run, device=device, autocast=autocast, validated=bool(data.validation))
     check_optimiser(arguments, model)
     run.start(recipe)  # nothing was written so far
