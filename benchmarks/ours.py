@@ -122,7 +122,7 @@ def batches_of(config: Phi3VConfig, *, packed: bool) -> tuple[Batches, str]:
     """What makes micro-batches: packs, or padded rows where this version cannot pack; and which of both."""
     image = {"image_token_id": config.image_token_id}
     in_bytes = part("model.crops_phi3_v") is not None
-    features = part("training.feature_cache")
+    features = part("features.collate")
     with_features: Any = getattr(features, "CollateFeatures", lambda collate: collate)
     padded = with_features(Collator(0, **_known(Collator, image)))
     plan = part("data.plan") if packed else None
