@@ -36,6 +36,7 @@ def register() -> None:
         __version__,
     )
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from transformers.models.auto.video_processing_auto import AutoVideoProcessor  # the real one, without torchvision
 
     from .configuration_phi3_v import Phi3VConfig
@@ -58,3 +59,5 @@ def register() -> None:
     AutoProcessor.register(Phi3VConfig, Phi3VProcessor, exist_ok=True)
     for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
         auto.register(Phi3VConfig, Phi3VForCausalLM, exist_ok=True)
+    # by this table of names transformers' Trainer knows that smoothed labels belong to the logits before them
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(Phi3VConfig.model_type, Phi3VForCausalLM.__name__)
