@@ -50,7 +50,9 @@ def refusals(world: Path) -> list[tuple[dict[str, Any], type[Exception], str]]:
         ({"lora": {"lora_dropout": 7.0}}, ConfigError, "^lora: .*between 0 and 1"),
         ({"lora": {"target_modules": ["query"]}}, ConfigError, "hits no module"),
         (
+            {"lora": {"modules_to_save": ["lm_head", "bogus"]}},
             ConfigError,
+            "^lora.modules_to_save: 'bogus' hits no mod",
         ),
         ({"data": {"train": str(world / "nothing.csv")}}, DataError, "nothing.csv"),
         ({"data": {"answer": "{shade}"}}, DataError, "column 'shade'"),
@@ -61,7 +63,7 @@ def refusals(world: Path) -> list[tuple[dict[str, Any], type[Exception], str]]:
     ]
 
 
-@pytest.mark.parametrize("number", range(9))
+@pytest.mark.parametrize("number", range(10))
 def test_what_is_refused_leaves_no_folder(make: MakeRecipe, world: Path, number: int) -> None:
     sections, error, words = refusals(world)[number]
     recipe = make(**sections)
