@@ -5,6 +5,7 @@ a count of what trains. A choice that would train nothing of the language model 
 refused in one line. Knows nothing about recipes, data or the Trainer.
 """
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -92,6 +93,7 @@ def attach_lora(
 
     config = lora_config(options, tower=tower, projector=projector)
     _refuse_wrong_targets(model, config)
+    _refuse_unknown_modules(model, config)
     base = model.config.name_or_path
     config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
     config.revision = revision
@@ -153,6 +155,19 @@ def _refuse_wrong_targets(model: nn.Module, config: Any) -> None:
             raise ConfigError(
                 f"lora.target_modules: {single!r} hits {only} the vision part ({len(vision)} modules); {real}"
             )
+
+
+def _refuse_unknown_modules(model: nn.Module, config: Any) -> None:
+    """Refuses names of whole modules to train that are none: PEFT would pass them over.
+
+    Example: modules_to_save ["lm_haed"] -> "... 'lm_haed' hits no module: did you mean lm_head?".
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    for wanted in config.modules_to_save or []:
+        if not (wanted and isinstance(wanted, str) and any(name.endswith(wanted) for name in names)):
+            near = difflib.get_close_matches(str(wanted), {name.split(".")[-1] for name in names}, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "take it out, or name one such as lm_head"
+            raise ConfigError(f"lora.modules_to_save: {wanted!r} hits no module: {hint}")
 
 
 def trainable_report(model: nn.Module) -> TrainableReport:

@@ -45,3 +45,11 @@ def test_the_next_row_stands_in() -> None:
         StandIns(Numbers(6, bad), spare=3, on_problem="stop")[1]
     with pytest.raises(DataError, match="no row can be encoded"):
         StandIns(Numbers(1, {0: DataError("x")}), spare=3)[0]
+
+
+def test_iterating_ends_behind_the_last_row() -> None:
+    samples = StandIns(Numbers(3, {2: DataError("a.csv, row 2: 9 tokens")}), spare=3)
+    assert [int(sample["input_ids"]) for _, sample in zip(range(9), samples, strict=False)] == [0, 1, 0]
+    for number in (3, -4):
+        with pytest.raises(IndexError, match=f"there is no row {number}: there are 3"):
+            samples[number]

@@ -19,7 +19,9 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    pipeline,
 )
+from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 
 from phi3v.model.configuration_phi3_v import CLIP_VIT_LARGE_336, Phi3VConfig
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
@@ -127,6 +129,30 @@ def test_config_and_processors_load_without_remote_code(folder, trust):
     probe = "<|user|>\nwhat is  this?<|end|>\n<|assistant|>\n"
     expected = build_tokenizer()(probe)["input_ids"]
     assert tokenizer(probe)["input_ids"] == processor.tokenizer(probe)["input_ids"] == expected
+
+
+@pytest.mark.parametrize("trust", [None, True])
+def test_pipelines_ask_nothing_and_run_nothing(folder, monkeypatch, trust):
+    """transformers swallows what goes wrong with an optional part, so questions and planted code leave a trace here."""
+    asked: list[tuple] = []
+    monkeypatch.setattr(builtins, "input", lambda *args: asked.append(args) or "n")
+    (folder / "custom_generate").mkdir()
+    for planted in ("processing_phi3_v", "image_processing_phi3_v", "pipeline_phi3_v", "custom_generate/generate"):
+        trace = f"import pathlib\npathlib.Path({str(folder / 'ran')!r}).touch()\nraise RuntimeError\n"
+        (folder / f"{planted}.py").write_text(trace)
+    config = json.loads((folder / "config.json").read_text())
+    own = {"image-text-to-text": {"impl": "pipeline_phi3_v.P", "pt": ["AutoModelForCausalLM"], "type": "multimodal"}}
+    (folder / "config.json").write_text(json.dumps({**config, "custom_pipelines": own}))
+    pipe = pipeline("image-text-to-text", model=str(folder), trust_remote_code=trust)
+    assert type(pipe).__module__ == "transformers.pipelines.image_text_to_text"
+    assert type(pipe.model) is Phi3VForCausalLM and type(pipe.processor) is Phi3VProcessor
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
+    assert model.generate.__func__ is Phi3VForCausalLM.generate, "the folder has a generate of its own"
+    with pytest.raises(OSError, match="code of a repository is not run .*; pass the function itself$"):
+        model.generate(torch.tensor([[1]]), custom_generate=str(folder), trust_remote_code=True)
+    with pytest.raises(ValueError, match="it has no video processor$"):
+        AutoVideoProcessor.from_pretrained(folder, trust_remote_code=trust)
+    assert not asked and not (folder / "ran").exists()
 
 
 @pytest.mark.parametrize("trust", [None, True])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, Image, List
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from PIL import Image as Pictures
 from tiny_models import COLOURS, write_tiny_model
 from torch.testing import assert_close
@@ -167,6 +167,25 @@ def test_lora_with_gradient_checkpointing(model, processor, photos):
     tuned = get_peft_model(model, LoraConfig(**LORA)).train()
     losses = steps_of(tuned, batch)
     assert losses[-1] < losses[0]
+
+
+def test_images_beside_embeddings_are_refused_and_not_dropped(model, processor, photos):
+    """PEFT's prompt tuning makes embeddings of the ids itself, and hands the pixels on."""
+    batch = training_batch(processor, photos)
+    ids = batch["input_ids"]
+    embeddings = model.get_input_embeddings()(ids.clamp(max=100))
+    tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    given = {key: batch[key] for key in ("pixel_values", "image_sizes")}
+    features = {"image_features": torch.zeros(1, 32), "image_sizes": batch["image_sizes"]}
+    for call in (
+        lambda: tuned(**batch),
+        lambda: model(inputs_embeds=embeddings, **given),
+        lambda: model(inputs_embeds=embeddings, **features),
+        lambda: model.generate(inputs_embeds=embeddings, max_new_tokens=1, **given),
+    ):
+        with pytest.raises(ValueError, match="^inputs_embeds were given with images, which would not be seen: pass"):
+            call()
+    assert model(inputs_embeds=embeddings).logits.shape[:2] == ids.shape
 
 
 # ---- trainers ----

@@ -318,3 +318,6 @@ class TestFiles:
         assert first["input_ids"] == second["input_ids"] and type(again) is Phi3VProcessor
         np.testing.assert_array_equal(first["pixel_values"], second["pixel_values"])
         assert AutoProcessor.from_pretrained(tmp_path, num_crops=5).image_processor.num_crops == 5
+        for settings in ({"backend": "pil"}, {"backend": "pil", "num_crops": 5}):
+            pil = AutoProcessor.from_pretrained(tmp_path, **settings).image_processor
+            assert pil.backend == "pil" and pil.num_crops == settings.get("num_crops", 3)

@@ -29,6 +29,10 @@ MakeRecipe = Callable[..., phi3v.Recipe]
         ({"logging_first_step": "no"}, "training.logging_first_step is 'no', allowed are true and false"),
         ({"gradient_checkpointing_kwargs": 1}, "training.gradient_checkpointing_kwargs is 1, allowed is a mapping"),
         ({"label_names": ["labels"]}, "training.label_names cannot be chosen"),
+        (
+            {"train_sampling_strategy": "group_by_length"},
+            "^training.train_sampling_strategy is decided by training.seed",
+        ),
     ],
 )
 def test_options_of_training_are_checked(make: MakeRecipe, options: dict[str, Any], expected: str) -> None:
@@ -45,6 +49,11 @@ def refusals(world: Path) -> list[tuple[dict[str, Any], type[Exception], str]]:
         ({"lora": {"r": 0}}, ConfigError, "^lora.r is 0, allowed is a whole number, 1 or more"),
         ({"lora": {"lora_dropout": 7.0}}, ConfigError, "^lora: .*between 0 and 1"),
         ({"lora": {"target_modules": ["query"]}}, ConfigError, "hits no module"),
+        (
+            {"lora": {"modules_to_save": ["lm_head", "bogus"]}},
+            ConfigError,
+            "^lora.modules_to_save: 'bogus' hits no mod",
+        ),
         ({"data": {"train": str(world / "nothing.csv")}}, DataError, "nothing.csv"),
         ({"data": {"answer": "{shade}"}}, DataError, "column 'shade'"),
         ({"data": {"max_length": 5}}, DataError, "too_long|longest|tokens"),
@@ -54,7 +63,7 @@ def refusals(world: Path) -> list[tuple[dict[str, Any], type[Exception], str]]:
     ]
 
 
-@pytest.mark.parametrize("number", range(9))
+@pytest.mark.parametrize("number", range(10))
 def test_what_is_refused_leaves_no_folder(make: MakeRecipe, world: Path, number: int) -> None:
     sections, error, words = refusals(world)[number]
     recipe = make(**sections)

@@ -54,8 +54,11 @@ class StandIns(torch.utils.data.Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         """The sample of a row, or of the first one behind it that can be encoded.
 
-        Raises: DataError when too many rows fail, or with on_problem="stop" for the first.
+        Raises: DataError when too many rows fail, or with on_problem="stop" for the first; IndexError behind the last
+        row, by which iterating ends.
         """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"there is no row {index}: there are {len(self)}")
         for place in range(index, index + len(self)):
             number = place % len(self)
             if number in self._failed:

@@ -95,7 +95,7 @@ class Phi3VConfig(Phi3Config):
 
     def __post_init__(self, **kwargs):
         # Neither remote code nor an attention kernel is chosen by a file: both are the caller's decision.
-        for key in ("auto_map", "_attn_implementation", "_flash_attn_2_enabled"):
+        for key in ("auto_map", "custom_pipelines", "_attn_implementation", "_flash_attn_2_enabled"):
             kwargs.pop(key, None)
         self.embd_layer = {**HD_EMBEDDING, **(self.embd_layer or {})}
         if self.embd_layer != HD_EMBEDDING:

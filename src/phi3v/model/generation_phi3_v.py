@@ -5,7 +5,7 @@ block; where a row outgrows the original context its cached keys are computed ag
 row alone.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import GenerationConfig, GenerationMixin
@@ -70,6 +70,18 @@ class Phi3VGenerationMixin(GenerationMixin):
             unwanted = getattr(generation_config or self.generation_config, "suppress_tokens", None) or []
             kwargs["suppress_tokens"] = [*unwanted, self.config.image_token_id]
         return super().generate(generation_config=generation_config, **kwargs)
+
+    def load_custom_generate(
+        self, pretrained_model_name_or_path: Any = None, trust_remote_code: bool | None = None, **kwargs: Any
+    ) -> NoReturn:
+        """A folder's own `custom_generate/generate.py` is never run, whatever `trust_remote_code` says.
+
+        Raises: OSError, always; `from_pretrained` takes it for a folder that has no such file.
+        """
+        raise OSError(
+            f"custom_generate={str(pretrained_model_name_or_path)!r}: code of a repository is not run for Phi-3-V; "
+            "pass the function itself"
+        )
 
     def prepare_inputs_for_generation(
         self,

@@ -19,7 +19,13 @@ from transformers.utils import can_return_tuple
 
 from .configuration_phi3_v import Phi3VConfig
 from .generation_phi3_v import Phi3VGenerationMixin
-from .placement_phi3_v import image_mask, image_order, missing_images, place_features
+from .placement_phi3_v import (
+    image_mask,
+    image_order,
+    missing_images,
+    place_features,
+    refuse_images_beside_embeddings,
+)
 from .rope_phi3_v import Phi3VRotaryEmbedding, positions_from_mask
 from .step_phi3_v import Phi3VLastDecoderLayer, hidden_at, place_at
 from .vision_phi3_v import Phi3VImageEmbedding
@@ -158,6 +164,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        refuse_images_beside_embeddings(inputs_embeds, pixel_values, image_features)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if inputs_embeds is None:
             assert input_ids is not None

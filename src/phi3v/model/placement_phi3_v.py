@@ -97,6 +97,18 @@ def place_features(
     return features
 
 
+def refuse_images_beside_embeddings(embeddings: torch.Tensor | None, *images: torch.Tensor | list | None) -> None:
+    """Raises: ValueError for images beside embeddings, into which nothing says where they belong.
+
+    Example: pixel values given with the `inputs_embeds` that PEFT's prompt tuning makes.
+    """
+    if embeddings is not None and any(image is not None for image in images):
+        raise ValueError(
+            "inputs_embeds were given with images, which would not be seen: pass input_ids, or embeddings that hold "
+            "the images, without pixel_values and image_features"
+        )
+
+
 def missing_images(features: list[torch.Tensor | None], counts: list[int]) -> list[int]:
     """Numbers of the images that have no features; each tensor stands for as many images as it has features for.
 

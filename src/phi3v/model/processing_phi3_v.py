@@ -307,7 +307,8 @@ class Phi3VProcessor(ProcessorMixin):
         cls, pretrained_model_name_or_path: str | Path, processor_dict: dict | None = None, **kwargs: Any
     ) -> list[Any]:
         """Loads image processor and tokenizer by class: what the files say about classes and code plays no part."""
-        kwargs.pop("trust_remote_code", None)
+        for key in ("trust_remote_code", "backend"):  # there is one way to make pixels, as for AutoImageProcessor
+            kwargs.pop(key, None)
         image_processor = Phi3VImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         settings = {key: value for key, value in kwargs.items() if key not in Phi3VImageProcessorKwargs.__annotations__}
         tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **settings)

@@ -26,6 +26,8 @@ _DECIDED_ELSEWHERE = {
     "dataloader_drop_last": "training.samples_per_step (the last step of an epoch is filled up)",
     "auto_find_batch_size": "training.micro_batch_size (a step keeps its number of samples)",
     "resume_from_checkpoint": "output (a run goes on by itself)",
+    "train_sampling_strategy": "training.seed (each epoch has every row in an order of its own)",
+    "length_column_name": "training.packing (lengths are known from image headers and texts)",
 }
 _SEVERAL_PROCESSES = {"fsdp", "fsdp_config", "deepspeed", "parallelism_config", "local_rank"}
 _CHOICES = {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}

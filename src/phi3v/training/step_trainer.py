@@ -132,12 +132,36 @@ class StepTrainer(Trainer):
             super()._track_num_input_tokens({"attention_mask": mask, **one})
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's own loss; label smoothing needs all logits, everything else only those at labels."""
-        if self.label_smoother is not None or self.compute_loss_func is not None:
+        """The model's own loss, or the smoothed one; a loss of the caller's needs all logits, these only some."""
+        if self.compute_loss_func is None and self.label_smoother is not None:
+            return self._smoothed_loss(model, inputs, *args, **kwargs)
+        if self.compute_loss_func is not None:
             inputs = {name: value for name, value in inputs.items() if name != "trained_positions"}
         elif "trained_positions" not in inputs:
             inputs = {**inputs, "trained_logits_only": True}
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _smoothed_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The Trainer's label smoother at trained positions, where each logit is beside the token behind it.
+
+        Example: labels [[-100, 7, 8]] -> logits of positions 0 and 1 against 7 and 8.
+        """
+        positions, labels = inputs.get("trained_positions"), inputs["labels"]
+        if positions is None:
+            inputs = {**inputs, "trained_logits_only": True}
+            targets = labels[:, 1:][labels[:, 1:] != -100]
+        else:
+            targets = labels.flatten().index_select(0, positions + 1)
+        outputs = model(**inputs)
+        logits = {"logits": outputs["logits"].float()}
+        loss = self.label_smoother(logits, targets, num_items_in_batch=num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """One validation batch, noted with its number of trained tokens."""
