@@ -66,7 +66,7 @@ def measure(ways: dict[str, Way], examples: list[Example], rounds: int) -> dict[
     Raises: AssertionError when the ways do not compute the same.
     """
     batches = {name: way.batches(examples, MICRO_BATCH) for name, way in ways.items()}
-    if part("training.feature_cache") is not None:
+    if part("features.collate") is not None:
         ways = {**ways, "ours, kept features": ways["ours"]}
         kept = with_features(ways["ours"], examples)
         batches["ours, kept features"] = ways["ours"].batches(kept, MICRO_BATCH)
