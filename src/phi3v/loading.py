@@ -1,4 +1,4 @@
-"""The only place that loads: base weights, processor, adapters, 4-bit options.
+"""The only place that loads: base weights, processor, 4-bit options; adapters through `phi3v.adapters`.
 
 In come plain values (names, mappings, paths), out come models. Everything is strict: a checkpoint of another type, a
 missing, surplus or misshapen weight, a GPU that is not there is one line, never a warning and random weights. What
@@ -9,7 +9,6 @@ import contextlib
 import importlib.util
 import inspect
 import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from phi3v.adapters import load_adapter
 from phi3v.errors import CheckpointError, ConfigError, DeviceError, MissingPackageError
 from phi3v.image_tokens import crops_within, most_image_tokens
 from phi3v.model.register import register
@@ -293,7 +293,7 @@ def load_target(
 
     Args:
         target: what to load, see `phi3v.targets`.
-        base_only: leave the adapter off. (`base_weights` shows the base of a loaded adapter without a second load.)
+        base_only: leave the adapter off. (`adapters.base_weights` shows most adapters' base without a second load.)
         num_crops: crops of an image at most, None for what the processor was saved with.
         max_image_tokens: see `load_processor`.
         fast: see `load_processor`.
@@ -311,52 +311,6 @@ def load_target(
     if place.adapter is not None and not base_only:
         model = load_adapter(model, place, trainable=trainable)
     return LoadedTarget(model, processor, place.base, place.kind)
-
-
-def load_adapter(model: PreTrainedModel, place: Target, *, trainable: bool = False) -> Any:
-    """Puts the adapter of `place` on its base and checks that every tensor of the file found its place.
-
-    Returns:
-        A `peft.PeftModel`.
-    """
-    from peft import PeftModel, get_peft_model_state_dict
-
-    assert place.adapter is not None
-    stored = tensor_shapes(place.adapter / ADAPTER_WEIGHTS)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it would say about the tensors is checked below
-            tuned = PeftModel.from_pretrained(model, str(place.adapter), is_trainable=trainable)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"adapter {place.adapter} does not fit {place.base}: {first_line(error)}") from error
-    wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(tuned).items()}
-    if wanted != stored:
-        name = min(name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name))
-        raise CheckpointError(
-            f"adapter {place.adapter} does not fit {place.base}: {name} is {stored.get(name, 'missing')} in the file "
-            f"and {wanted.get(name, 'unknown')} in the model; tune again or name the right base"
-        )
-    return tuned if trainable else tuned.eval()
-
-
-@contextlib.contextmanager
-def base_weights(model: Any) -> Iterator[Any]:
-    """Inside this context a model with an adapter answers as its base does; one load serves both.
-
-    Raises:
-        CheckpointError: the model has no adapter, so its base is not in memory.
-    """
-    if not has_adapter(model):
-        raise CheckpointError("a fully tuned model does not hold its base: load the base beside it")
-    with model.disable_adapter():
-        yield model
-
-
-def has_adapter(model: Any) -> bool:
-    """Whether an adapter sits on the model."""
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)
 
 
 def quantization_config(options: Mapping[str, Any]) -> BitsAndBytesConfig:
