@@ -73,6 +73,11 @@ class RunFolder:
             return "new"
         return "finished" if self.finished.is_file() else "unfinished"
 
+    def has_weights(self) -> bool:
+        """Whether tuned weights are there: an adapter, or a whole model."""
+        adapter = [self.adapter / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+        return all(file.is_file() for file in adapter) or (self.model / "config.json").is_file()
+
     def start(self, recipe: Recipe) -> RunState:
         """Opens the folder for a run of `recipe` and says what was there before.
 

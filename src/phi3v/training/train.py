@@ -86,7 +86,8 @@ def train(
     """Tunes a model as the recipe says.
 
     At the end held-out rows are answered by base and tuned model, and the run's report is written. A run that is
-    trained and then called with another `evaluation` or `report` does that part again, and trains nothing.
+    trained and then called with another `evaluation` or `report` does that part again, and trains nothing. A finished
+    run whose tuned weights are gone goes on from its newest checkpoint.
 
     Args:
         recipe: everything about the run, or the path of a recipe file.
@@ -107,7 +108,7 @@ def train(
     run = RunFolder(recipe.output)
     check_recipe_alone(recipe)
     store = feature_store(recipe, features)
-    if run.look(recipe) == "finished":
+    if run.look(recipe) == "finished" and run.has_weights():
         run.start(recipe)
         summary = run.read_summary()
         result = RunResult(

@@ -1,0 +1,67 @@
+"""Runs with files that are gone or broken: they go on from what is whole, or one line names file and way out."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import write_photos, write_tiny_model
+
+import phi3v
+from phi3v.errors import CheckpointError
+from phi3v.run_folder import RunFolder
+from phi3v.targets import resolve_target
+
+MakeCopy = Callable[[], tuple[phi3v.Recipe, RunFolder]]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> phi3v.Recipe:
+    """A run of two steps with a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("trained")
+    values: dict[str, Any] = {
+        "model": str(write_tiny_model(folder / "model")),
+        "data": {"train": str(write_photos(folder / "photos", 4)), "prompt": "What?", "answer": "It is {colour}."},
+        "lora": {"r": 2},
+        "training": {"samples_per_step": 2, "max_steps": 2, "save_steps": 1},
+        "output": str(folder / "run"),
+    }
+    values["data"]["split"] = None
+    recipe = phi3v.Recipe.from_dict(values)
+    phi3v.train(recipe)
+    return recipe
+
+
+@pytest.fixture
+def copy(trained: phi3v.Recipe, tmp_path: Path) -> MakeCopy:
+    """Makes a copy of that run to be broken, with the recipe that goes on with it."""
+
+    def make() -> tuple[phi3v.Recipe, RunFolder]:
+        shutil.copytree(trained.output, tmp_path / "run")
+        return trained.with_overrides([f"output={tmp_path / 'run'}"]), RunFolder(tmp_path / "run")
+
+    return make
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(RunFolder(folder).adapter / "adapter_model.safetensors")
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
+
+
+def test_a_finished_run_without_its_weights_gets_them_back(trained: phi3v.Recipe, copy: MakeCopy) -> None:
+    recipe, run = copy()
+    shutil.rmtree(run.adapter)
+    with pytest.raises(CheckpointError, match="holds no tuned weights yet: finish it with `phi3v train .*recipe.yaml`"):
+        resolve_target(run.path)
+    result = phi3v.train(recipe)
+    assert (result.status, result.resumed_from, result.steps) == ("resumed", 2, 2)
+    assert_same(weights(run.path), weights(trained.output))
+    assert phi3v.train(recipe).status == "finished" and resolve_target(run.path).kind == "run"
