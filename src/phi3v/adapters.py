@@ -7,17 +7,31 @@ place. Knows which adapters leave their base as it was. Knows nothing about reci
 import contextlib
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from phi3v.errors import CheckpointError
 from phi3v.passthrough import first_line
-from phi3v.targets import ADAPTER_WEIGHTS, Target, tensor_shapes
+from phi3v.targets import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Target, read_json, tensor_shapes
 
 _KEEP_THE_BASE = ("gaussian", "eva", "orthogonal")
 """Ways of `init_lora_weights`, true and false aside, that leave the weights below the adapter alone. The others (pissa,
 olora, corda, loftq, ...) take what the adapter begins with out of them."""
+
+
+def check_adapter(folder: Path) -> None:
+    """Refuses an adapter whose files are not whole or are of no kind that peft has, before its base is read."""
+    from peft import PeftType
+
+    tensor_shapes(folder / ADAPTER_WEIGHTS)
+    kind = read_json(folder / ADAPTER_CONFIG).get("peft_type")
+    if kind not in [known.value for known in PeftType]:
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: peft_type is {kind!r}, which is no kind of adapter that peft has (LORA for "
+            "instance): copy the file again"
+        )
 
 
 def load_adapter(model: PreTrainedModel, place: Target, *, trainable: bool = False) -> Any:
