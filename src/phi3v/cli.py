@@ -74,6 +74,7 @@ def train(
     hint = "; the same command again goes on with the run"
     with session(debug or context.obj, as_json, on_interrupt=hint) as here:
         from phi3v.cli_screen import Screen, show_run
+        from phi3v.evaluation.report_run import NEEDED
         from phi3v.recipe import Recipe
         from phi3v.run_folder import RunFolder
         from phi3v.training.train import train as train_run
@@ -84,7 +85,7 @@ def train(
         run = RunFolder(result.folder)
         summary = {
             **result.to_dict(),
-            "evaluation": run.read_evaluation() if run.evaluation.is_file() else None,
+            "evaluation": run.read_evaluation(needed=NEEDED) if run.evaluation.is_file() else None,
             "report": str(run.report) if run.report.is_file() else None,
         }
         show_run(here.screen, summary)

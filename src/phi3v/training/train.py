@@ -8,7 +8,7 @@ newest complete checkpoint, or says that the run is finished. It prints nothing:
 import gc
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,9 @@ from phi3v.training.samples import make_collators, make_samples, read_data
 from phi3v.training.step_trainer import StepTrainer
 from phi3v.training.trackers import tracker_callbacks
 from phi3v.tuning import TrainableReport, attach_lora, freeze, trainable_report
+
+_SUMMARY = ("steps", "metrics", "trainable", "held_out")
+"""What the summary of a finished run has at least."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +113,9 @@ def train(
     store = feature_store(recipe, features)
     if run.look(recipe) == "finished" and run.has_weights():
         run.start(recipe)
-        summary = run.read_summary()
-        result = RunResult(
-            **{**summary, "status": "finished", "folder": run.path, "seconds": 0.0, "resumed_from": None}
-        )
+        summary = run.read_summary(needed=_SUMMARY)
+        kept = {entry.name: summary[entry.name] for entry in fields(RunResult) if entry.name in summary}
+        result = RunResult(**{**kept, "status": "finished", "folder": run.path, "seconds": 0.0, "resumed_from": None})
     else:
         result = _tune(recipe, run, watch, store)
         run.mark_finished(result.to_dict())
@@ -152,6 +154,7 @@ def _tune(
 ) -> RunResult:
     """Trains from the start or from the newest checkpoint, and writes the tuned weights."""
     device = _training_device(recipe.model.device)
+    checkpoint = newest_checkpoint(run.checkpoints)
     training_arguments(recipe, run, device=device, autocast=None, validated=True)  # its errors before rows are read
     check_faster_layers(recipe, device)
     set_seed(recipe.training.seed)
@@ -166,7 +169,6 @@ def _tune(
     check_optimiser(arguments, model)
     run.start(recipe)  # nothing was written so far
     run.write_problems(asdict(problem) for problem in data.problems)
-    checkpoint = newest_checkpoint(run.checkpoints)
     train_samples, eval_samples = make_samples(
         recipe,
         run,
