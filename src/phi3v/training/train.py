@@ -40,7 +40,7 @@ from phi3v.training.checkpoints import checkpoint_step, newest_checkpoint
 from phi3v.training.faster_layers import check_faster_layers, use_faster_layers
 from phi3v.training.feature_cache import FeatureReport
 from phi3v.training.master_weights import same_in
-from phi3v.training.preflight import check_recipe_alone
+from phi3v.training.preflight import check_recipe_alone, check_upload
 from phi3v.training.samples import make_collators, make_samples, read_data
 from phi3v.training.step_trainer import StepTrainer
 from phi3v.training.trackers import tracker_callbacks
@@ -157,6 +157,7 @@ def _tune(
     checkpoint = newest_checkpoint(run.checkpoints)
     training_arguments(recipe, run, device=device, autocast=None, validated=True)  # its errors before rows are read
     check_faster_layers(recipe, device)
+    check_upload(recipe)
     set_seed(recipe.training.seed)
     processor = load_processor(recipe.model.name, revision=recipe.model.revision, **recipe.image.processor_options)
     data = _usable_data(recipe, processor, watch)
