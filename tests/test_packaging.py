@@ -62,6 +62,7 @@ def test_every_library_that_is_imported_is_declared() -> None:
     declared = {
         canonicalize_name(requirement.name) for requirement in requirements(set(PROJECT["optional-dependencies"]))
     }
+    needed -= {"triton"}  # torch brings it where it has GPUs; without it the code says so and goes another way
     assert not needed - declared, f"pyproject.toml does not ask for {sorted(needed - declared)}"
 
 

@@ -167,7 +167,10 @@ def find_rows(
     how = recipe.data.reading_options | {"max_skipped": 1.0, "on_problem": "skip"}
     options = row_options(recipe)
     reading = Reading.of(**how, download=download, refuse=False, failures=failures or {})
-    stream = stream_data(options=options, reading=reading, **recipe.data.load_options)
+    try:
+        stream = stream_data(options=options, reading=reading, **recipe.data.load_options)
+    except NoUsableRowError:  # none to hold out either: the problems are told by what follows
+        stream = stream_data(options=options, reading=reading, **recipe.data.load_options | {"validation_split": None})
     told = list(stream.problems)
     first: dict[tuple[str, int], Row] = {}
 

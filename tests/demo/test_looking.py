@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from phi3v.demo import looking, pretrain
+from phi3v.demo import catalogue, looking, pretrain
 from phi3v.demo.looking import CELLS, NOTHING, WORDS, page
 from phi3v.demo.scenes import SHAPES, SIDE
 
@@ -24,6 +24,16 @@ def test_pages_hold_every_word() -> None:
     seen = {label for index in range(400) for label in page(0, index)[1]}
     assert seen == {-100, *range(len(WORDS))}
     assert WORDS[1:] == (*"0123456789", *SHAPES)
+
+
+def test_plates_hold_no_number_of_the_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr(looking.glyphs, "paste_plate", lambda image, text, *rest: drawn.append(text))
+    for index in range(200):
+        page(0, index)
+    assert len(drawn) > 500 and {len(text) for text in drawn} == {1, 2, 3, 4, 5, 6}
+    prices = {str(price) for part in ("train", "test") for price in catalogue.prices(part)}
+    assert not prices & set(drawn)
 
 
 def test_labels_stand_where_something_is_drawn() -> None:

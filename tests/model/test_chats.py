@@ -96,7 +96,7 @@ class TestLayout:
         for add_generation_prompt in (False, True):
             found = processor.apply_chat_template(chats, add_generation_prompt=add_generation_prompt)
             guard = TextGuard(CONTROL)
-            prepared = [prepare_conversation(chat, guard, True)[0] for chat in chats]
+            prepared = [prepare_conversation(chat, guard)[0] for chat in chats]
             expected, _ = render_jinja_template(
                 conversations=prepared, chat_template=CHAT_TEMPLATE, add_generation_prompt=add_generation_prompt
             )
@@ -197,19 +197,6 @@ class TestLayout:
         settings = {"processor_kwargs": {"images": photos[:2]}, "add_generation_prompt": True, "return_tensors": "pt"}
         out = run(processor, conversation, **settings)
         assert all(torch.equal(out[key], expected[key]) for key in expected)
-
-    def test_prompts_in_microsofts_style_are_rendered_by_the_tokenizer(self, shared, real, photos):
-        """As the model's own page does it: tags in strings, the tokenizer's template, then the processor."""
-        assert real.tokenizer.chat_template != real.chat_template
-        conversation = [user("<|image_2|>\n<|image_1|>\nWhat?")]
-        prompt = real.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        assert prompt == "<|user|>\n<|image_2|>\n<|image_1|>\nWhat?<|end|>\n<|assistant|>\n"
-        swapped = real(prompt, photos[:2], return_tensors="pt")
-        expected = real.image_processor([photos[1], photos[0]], return_tensors="pt")
-        assert torch.equal(swapped["pixel_values"], expected["pixel_values"])
-        guarded = real.apply_chat_template(conversation, add_generation_prompt=True)
-        with pytest.raises(DataError, match="no tag <.image_1.> .*an image in a chat is a part of the content"):
-            real(guarded, photos[:2])
 
 
 class TestAssistantMasks:

@@ -81,7 +81,9 @@ class TestIds:
         processor = Phi3VProcessor.from_pretrained(hub)
         for case in json.loads((golden / "e2e_prompts.json").read_text()):
             images = [draw_image(specs[name]) for name in case["images"]]
-            prompt = processor.apply_chat_template(case["messages"], add_generation_prompt=True)
+            prompt = processor.tokenizer.apply_chat_template(  # as the original does: tags stand in strings
+                case["messages"], tokenize=False, add_generation_prompt=True
+            )
             assert prompt == case["prompt"]
             out = processor(text=prompt, images=images, num_crops=case["num_crops"], return_tensors="pt")
             expected = [
@@ -89,6 +91,20 @@ class TestIds:
             ]
             assert out["input_ids"].tolist() == [expected] and len(expected) == case["length"]
             assert out["image_sizes"].tolist() == case["image_sizes"] if images else "image_sizes" not in out
+
+    def test_prompts_in_microsofts_style_are_rendered_by_the_tokenizer(self, hub, photos):
+        """As the model's own page does it: tags in strings, the tokenizer's template, then the processor."""
+        real = Phi3VProcessor.from_pretrained(hub)
+        assert real.tokenizer.chat_template != real.chat_template
+        conversation = [{"role": "user", "content": "<|image_2|>\n<|image_1|>\nWhat?"}]
+        prompt = real.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        assert prompt == "<|user|>\n<|image_2|>\n<|image_1|>\nWhat?<|end|>\n<|assistant|>\n"
+        swapped = real(prompt, photos[:2], return_tensors="pt")
+        expected = real.image_processor([photos[1], photos[0]], return_tensors="pt")
+        assert torch.equal(swapped["pixel_values"], expected["pixel_values"])
+        guarded = real.apply_chat_template(conversation, add_generation_prompt=True)
+        with pytest.raises(DataError, match="no tag <.image_1.> .*an image in a chat is a part of the content"):
+            real(guarded, photos[:2])
 
     def test_tags_in_any_place_equal_piece_by_piece(self, processor, photos):
         plain = build_tokenizer()

@@ -53,8 +53,8 @@ def lora_model() -> Any:
     return model.train()
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_layers_give_the_plain_gradients_and_compile_once(compiler: None, checkpointing: bool) -> None:
     torch.manual_seed(0)
     model = lora_model()
@@ -76,6 +76,8 @@ def test_compiled_layers_give_the_plain_gradients_and_compile_once(compiler: Non
             torch.testing.assert_close(one[name], gradient, rtol=0, atol=limit)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_compiled_layers_train_weights_with_masters(compiler: None) -> None:
     """Gradients of bfloat16 weights still arrive in float32."""
     torch.manual_seed(0)

@@ -150,12 +150,13 @@ def test_the_plan_is_made_of_headers_and_the_steps_follow_it(make: MakeRecipe, m
 
 def test_the_budget(make: MakeRecipe) -> None:
     recipe = make(micro_batch_size=2)
-    data = read_data(recipe, load_processor(recipe.model.name), lambda *told: None)
-    step, _ = make_collators(recipe, data, 0)
+    processor = load_processor(recipe.model.name)
+    data = read_data(recipe, processor, lambda *told: None)
+    step, _ = make_collators(recipe, data, processor)
     assert step.micro_batches.tokens == 2 * max(data.lengths) and len(data.lengths) == len(data.train)
-    assert make_collators(make(tokens_per_micro_batch=77), data, 0)[0].micro_batches.tokens == 77
+    assert make_collators(make(tokens_per_micro_batch=77), data, processor)[0].micro_batches.tokens == 77
     assert micro_batches_of(recipe, 0).tokens is None  # of a stream: each step by its own longest
-    assert make_collators(make(packing=False), data, 0)[0].collate is not step.collate
+    assert make_collators(make(packing=False), data, processor)[0].collate is not step.collate
     with pytest.raises(ConfigError, match="^training.tokens_per_micro_batch is the budget of packs, and"):
         make(packing=False, tokens_per_micro_batch=5000)
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from phi3v.demo import glyphs, painting
-from phi3v.demo.scenes import COLOURS, SHAPES, SIDE, SURFACES, large_digit, put_object
+from phi3v.demo.scenes import COLOURS, SHAPES, SIDE, SURFACES, draw_number, large_digit, put_object
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.vision_phi3_v import merge_patches
 
@@ -53,7 +53,7 @@ def _plates(rng: Random) -> tuple[Image.Image, list[str]]:
     for row in range(rng.randint(0, 1), CELLS, 2):
         column = rng.randint(0, 2)
         while column < CELLS - 1:
-            text = "".join(rng.choice("0123456789") for _ in range(min(rng.randint(1, 6), CELLS - column)))
+            text = draw_number(rng, min(rng.randint(1, 6), CELLS - column))
             paper = painting.vary(*COLOURS[rng.choice(("white", "white", *COLOURS))], rng)
             ink = painting.contrasting(paper, rng)
             corner = (glyphs.CELL * column, glyphs.CELL * row)

@@ -44,7 +44,7 @@ def answer_rows(
     batch_size: int,
     max_new_tokens: int,
     max_pixels: int = MAX_PIXELS,
-    see: Callable[[dict[str, Any]], dict[str, Any]] = lambda example: example,
+    see: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     on_row: Callable[[int], None] = lambda done: None,
 ) -> Answers:
     """Answers every row greedily.
@@ -56,16 +56,20 @@ def answer_rows(
         batch_size: rows that are answered at once.
         max_new_tokens: tokens of an answer at most.
         max_pixels: images with more pixels are refused.
-        see: puts features in place of the pixels of an example, where they are kept.
+        see: puts features in place of all pixels of an example, where features are kept; the pixels have the form that
+            they have in training, by which features are named.
         on_row: called with the number of rows done.
     """
     chat = ChatModel(model, processor)
     collate = CollateFeatures(Collator(processor.tokenizer.pad_token_id))
+    byte_crops = see is not None and processor.image_processor.normalises_as_clip
     texts: list[str] = []
     total, tokens = 0.0, 0
     for start in range(0, len(rows), 8 * batch_size):
         window = range(start, min(start + 8 * batch_size, len(rows)))
-        examples = [see(encode(rows[at], processor, max_pixels=max_pixels)) for at in window]
+        examples = [encode(rows[at], processor, max_pixels=max_pixels, byte_crops=byte_crops) for at in window]
+        if see is not None:
+            examples = [see(example) for example in examples]
         prompts = [prompt_of(example) for example in examples]
         texts += chat.answer_encoded(prompts, batch_size=batch_size, max_new_tokens=max_new_tokens)
         for first in range(0, len(examples), batch_size):

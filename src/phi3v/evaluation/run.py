@@ -261,10 +261,10 @@ def feature_store(recipe: Recipe, given: FeatureStore | None) -> FeatureStore | 
     return given or open_store(recipe.vision.cache, recipe.vision.cache_gb, recipe.vision.cache_folder)
 
 
-def _seeing(model: Any, store: FeatureStore | None) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Puts kept features in place of an example's pixels; leaves it as it is where features cannot be kept."""
+def _seeing(model: Any, store: FeatureStore | None) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
+    """Puts kept features in place of an example's pixels; None where features cannot be kept."""
     if store is None or not sees_plainly(model):
-        return lambda example: example
+        return None
     return VisionFeatures(model, store).complete
 
 

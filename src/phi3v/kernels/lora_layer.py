@@ -299,7 +299,8 @@ def _obstacle_now(
         return reason
     weight = getattr(layer.mlp.down_proj, "base_layer", layer.mlp.down_proj).weight
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != weight.dtype:
+    mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if mixed and torch.get_autocast_dtype(kind) != weight.dtype:
         return "autocast to another type than the base weights'"
     if hidden.dtype != weight.dtype or hidden.device != weight.device:
         return "hidden states of another type or place than the weights"

@@ -124,9 +124,12 @@ class StepTrainer(Trainer):
         return sum(super(StepTrainer, self).floating_point_ops(one) for one in inputs)
 
     def _track_num_input_tokens(self, inputs: list[MicroBatch]) -> None:
-        """Counts the tokens of a step; a pack has none that is padding, and so no mask to see it by."""
+        """Counts the tokens of a step. They have no mask: a pack has no padding, elsewhere it repeats a position."""
         for one in inputs:
-            super()._track_num_input_tokens({"attention_mask": torch.ones_like(one["input_ids"]), **one})
+            mask = torch.ones_like(one["input_ids"])
+            if "cu_seqlens" not in one:
+                mask[:, 1:] = one["position_ids"].diff(dim=1)
+            super()._track_num_input_tokens({"attention_mask": mask, **one})
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's own loss; label smoothing needs all logits, everything else only those at labels."""

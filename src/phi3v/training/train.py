@@ -155,6 +155,7 @@ def _tune(
     """Trains from the start or from the newest checkpoint, and writes the tuned weights."""
     device = _training_device(recipe.model.device)
     checkpoint = newest_checkpoint(run.checkpoints)
+    done = checkpoint_step(checkpoint) if checkpoint else None
     training_arguments(recipe, run, device=device, autocast=None, validated=True)  # its errors before rows are read
     check_faster_layers(recipe, device)
     check_upload(recipe)
@@ -162,10 +163,7 @@ def _tune(
     processor = load_processor(recipe.model.name, revision=recipe.model.revision, **recipe.image.processor_options)
     data = _usable_data(recipe, processor, watch)
     model, autocast, short = _prepare_model(recipe, device)
-    report = trainable_report(model)
-    _refuse_idle_training(report)
-    if recipe.training.fast_lora == "auto" and not recipe.training.options.get("torch_compile"):
-        attach_fast_lora(model)
+    _refuse_idle_training(report := trainable_report(model))
     arguments = training_arguments(recipe, run, device=device, autocast=autocast, validated=bool(data.validation))
     check_optimiser(arguments, model)
     run.start(recipe)  # nothing was written so far
@@ -176,27 +174,25 @@ def _tune(
         data,
         processor,
         model,
-        steps_done=checkpoint_step(checkpoint) if checkpoint else 0,
+        steps_done=done or 0,
         store=store,
         autocast=autocast,
         on_features=lambda done, total: watch(TrainingEvent("features", done, total)),
         on_kept=lambda kept: watch(_kept_event(kept)),
     )
-    step_collator, eval_collator = make_collators(recipe, data, processor)
     use_faster_layers(model, recipe, device)
-    with library_errors():
-        trainer = StepTrainer(
-            model=model,
-            args=arguments,
-            step_collator=step_collator,
-            data_collator=eval_collator,
-            train_dataset=train_samples,
-            eval_dataset=eval_samples if data.validation else None,
-            callbacks=[*_callbacks(recipe, run, report, watch), *callbacks],
-            short_dtype=short,
-        )
-    trainer.remove_callback(PrinterCallback)
-    run.keep_metrics(checkpoint_step(checkpoint) if checkpoint else -1)
+    step_collator, eval_collator = make_collators(recipe, data, processor)
+    trainer = _make_trainer(
+        model=model,
+        args=arguments,
+        step_collator=step_collator,
+        data_collator=eval_collator,
+        train_dataset=train_samples,
+        eval_dataset=eval_samples if data.validation else None,
+        callbacks=[*_callbacks(recipe, run, report, watch), *callbacks],
+        short_dtype=short,
+    )
+    run.keep_metrics(-1 if done is None else done)
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _save(run, recipe, trainer, processor)
@@ -208,9 +204,17 @@ def _tune(
         metrics=_last_losses(run),
         trainable={part: asdict(count) for part, count in report.parts.items()},
         held_out=len(data.validation or []),
-        resumed_from=checkpoint_step(checkpoint) if checkpoint else None,
+        resumed_from=done,
         fast_lora=asdict(fast_lora_state(model)),
     )
+
+
+def _make_trainer(**arguments: Any) -> StepTrainer:
+    """The Trainer, which prints nothing by itself."""
+    with library_errors():
+        trainer = StepTrainer(**arguments)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _usable_data(recipe: Recipe, processor: Any, watch: Watcher) -> LoadedData | StreamedData:
@@ -277,6 +281,8 @@ def _prepare_model(recipe: Recipe, device: torch.device) -> tuple[Any, torch.dty
         model = attach_lora(model, recipe.lora, revision=recipe.model.revision, **vision)
     if reentrant(recipe.training.options):
         model.enable_input_require_grads()  # re-entrant checkpoints need an input that asks for a gradient
+    if recipe.training.fast_lora == "auto" and not recipe.training.options.get("torch_compile"):
+        attach_fast_lora(model)
     if recipe.training.packing:
         attach_packed_attention(model)
     if wholly:
