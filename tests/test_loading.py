@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 
-from phi3v import loading, targets, tuning
+from phi3v import adapters, loading, targets, tuning
 from phi3v.demo import tiny_model_path
 from phi3v.errors import CheckpointError, ConfigError, DeviceError, MissingPackageError
 from phi3v.recipe import Recipe
@@ -225,7 +225,7 @@ def test_an_adapter_comes_back_and_goes_off(model_folder: Path, tmp_path: Path, 
 
     place = targets.resolve_target(tmp_path / "adapter")
     assert (place.kind, place.base) == ("adapter", str(model_folder.resolve()))
-    again = loading.load_adapter(loading.load_base(place.base), place)
+    again = adapters.load_adapter(loading.load_base(place.base), place)
     stored = get_peft_model_state_dict(tuned)
     for name, tensor in get_peft_model_state_dict(again).items():
         torch.testing.assert_close(tensor, stored[name], rtol=0, atol=0)
@@ -236,12 +236,12 @@ def test_an_adapter_comes_back_and_goes_off(model_folder: Path, tmp_path: Path, 
     base = loading.load_base(model_folder)
     with torch.no_grad():
         expected, with_adapter, direct = base(**batch).logits, again(**batch).logits, tuned.eval()(**batch).logits
-        with loading.base_weights(again):
+        with adapters.base_weights(again):
             without = again(**batch).logits
     torch.testing.assert_close(with_adapter, direct, rtol=0, atol=0)
     torch.testing.assert_close(without, expected, rtol=0, atol=0)
     assert not torch.allclose(with_adapter, expected, atol=1e-3)
-    with pytest.raises(CheckpointError, match="does not hold its base"), loading.base_weights(base):
+    with pytest.raises(CheckpointError, match="does not hold its base"), adapters.base_weights(base):
         pass
 
 
@@ -254,11 +254,11 @@ def test_an_adapter_that_does_not_fit_is_one_line(model_folder: Path, tmp_path: 
     save_file(weights, weights_file)
     place = targets.resolve_target(tmp_path / "adapter")
     with pytest.raises(CheckpointError, match="does not fit .*missing in the file") as error:
-        loading.load_adapter(loading.load_base(place.base), place)
+        adapters.load_adapter(loading.load_base(place.base), place)
     one_line(error)
     wider = write_tiny_model(tmp_path / "wider", intermediate_size=128)
     with pytest.raises(CheckpointError, match="does not fit"):
-        loading.load_adapter(loading.load_base(wider), place)
+        adapters.load_adapter(loading.load_base(wider), place)
     config_file = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(config_file.read_text())
     config_file.write_text(json.dumps({**config, "base_model_name_or_path": "/no/such/folder"}))

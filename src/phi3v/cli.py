@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 
 from phi3v import __version__
-from phi3v.cli_command import AsJson, Command, Debug, Overrides, refuse_options
+from phi3v.cli_command import AsJson, Command, Debug, Overrides, refuse_empty, refuse_options
 from phi3v.cli_data import data_app
 from phi3v.cli_profile import profile
 from phi3v.cli_session import session
@@ -41,7 +41,10 @@ app.add_typer(data_app)
 Device = Annotated[
     str | None, typer.Option(help="Where the model runs: auto, cpu, cuda; where nothing is said, as its recipe says.")
 ]
-Target = Annotated[str, typer.Argument(metavar="TARGET", help="A run, an adapter, a model folder or a hub id.")]
+Target = Annotated[
+    str,
+    typer.Argument(metavar="TARGET", help="A run, an adapter, a model folder or a hub id.", callback=refuse_empty),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -74,6 +77,7 @@ def train(
     hint = "; the same command again goes on with the run"
     with session(debug or context.obj, as_json, on_interrupt=hint) as here:
         from phi3v.cli_screen import Screen, show_run
+        from phi3v.evaluation.report_run import NEEDED
         from phi3v.recipe import Recipe
         from phi3v.run_folder import RunFolder
         from phi3v.training.train import train as train_run
@@ -84,7 +88,7 @@ def train(
         run = RunFolder(result.folder)
         summary = {
             **result.to_dict(),
-            "evaluation": run.read_evaluation() if run.evaluation.is_file() else None,
+            "evaluation": run.read_evaluation(needed=NEEDED) if run.evaluation.is_file() else None,
             "report": str(run.report) if run.report.is_file() else None,
         }
         show_run(here.screen, summary)
@@ -97,7 +101,10 @@ def evaluate(
     target: Target,
     data: Annotated[
         str | None,
-        typer.Option(help="A recipe, whose held-out rows are used, or data to read with the run's templates."),
+        typer.Option(
+            help="A recipe, whose held-out rows are used, or data to read with the run's templates.",
+            callback=refuse_empty,
+        ),
     ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Answer the first so many rows only.")] = None,
     device: Device = None,
@@ -133,6 +140,8 @@ def ask(
     *images, question = images_and_question
     if not question.strip():
         raise typer.BadParameter("the question is empty; put it last, in quotes", param_hint="question")
+    if not all(image.strip() for image in images):
+        raise typer.BadParameter("an image is empty; name a file", param_hint="IMAGE")
     if not images and Path(question).is_file():
         raise typer.BadParameter(f"{question} is a file; put the question after it, in quotes", param_hint="question")
     with session(debug or context.obj, as_json) as here:

@@ -40,5 +40,13 @@ Overrides = Annotated[
 def refuse_options(overrides: list[str] | None) -> None:
     """Words after the recipe are key=value; anything else is a slip that must not be taken for a value."""
     for word in overrides or []:
-        if "=" not in word:
+        key, equals, _ = word.partition("=")
+        if not equals or not all(part.strip() for part in key.split(".")):
             raise typer.BadParameter(f"{word!r} is not key=value, e.g. training.epochs=1", param_hint="key=value")
+
+
+def refuse_empty(value: str | None) -> str | None:
+    """Refuses "" where a place is named: it would be taken for the current folder, a shell's unset variable often."""
+    if value is not None and not value.strip():
+        raise typer.BadParameter("it is empty; name something, or check the variable that it comes from")
+    return value

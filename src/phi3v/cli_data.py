@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phi3v.cli_command import AsJson, Command, Debug, Overrides, refuse_options
+from phi3v.cli_command import AsJson, Command, Debug, Overrides, refuse_empty, refuse_options
 from phi3v.cli_session import FAILED, session
 
 if TYPE_CHECKING:
@@ -28,7 +28,11 @@ data_app = typer.Typer(
 
 Source = Annotated[
     str,
-    typer.Argument(metavar="RECIPE|DATASET", help="A recipe (YAML), or a data set: a file, a folder or a hub id."),
+    typer.Argument(
+        metavar="RECIPE|DATASET",
+        help="A recipe (YAML), or a data set: a file, a folder or a hub id.",
+        callback=refuse_empty,
+    ),
 ]
 STAND_IN = "no model"
 

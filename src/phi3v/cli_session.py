@@ -114,7 +114,8 @@ def hush(debug: bool, as_json: bool) -> None:
         return
     warnings.simplefilter("ignore")
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
-    _show_warnings_of("phi3v.generate")  # rows that are left out are told on the screen
+    for name in ("phi3v.generate", "phi3v.training.checkpoints"):  # rows that are left out are told on the screen
+        _show_warnings_of(name)
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it says of a broken image is in the row's problem
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")

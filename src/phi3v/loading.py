@@ -1,4 +1,4 @@
-"""The only place that loads: base weights, processor, adapters, 4-bit options.
+"""The only place that loads: base weights, processor, 4-bit options; adapters through `phi3v.adapters`.
 
 In come plain values (names, mappings, paths), out come models. Everything is strict: a checkpoint of another type, a
 missing, surplus or misshapen weight, a GPU that is not there is one line, never a warning and random weights. What
@@ -9,7 +9,6 @@ import contextlib
 import importlib.util
 import inspect
 import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,22 +25,21 @@ from transformers import (
     PreTrainedModel,
 )
 
+from phi3v.adapters import check_adapter, load_adapter
+from phi3v.checkpoint_files import PROCESSOR_FILES, check_processor, check_processor_files, config_fault
 from phi3v.errors import CheckpointError, ConfigError, DeviceError, MissingPackageError
 from phi3v.image_tokens import crops_within, most_image_tokens
 from phi3v.model.register import register
 from phi3v.passthrough import check_names, connection_fault, first_line
 from phi3v.targets import (
-    ADAPTER_WEIGHTS,
     Target,
     check_model_folder,
     check_model_type,
     read_json,
     resolve_target,
-    tensor_shapes,
 )
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-_PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -128,20 +126,22 @@ def load_processor(
     place = resolve_target(target, revision=revision)
     if place.processor == place.base:  # an adapter's own processor lies beside no config
         _read_config(place.base, place.revision)
+    check_processor_files(Path(place.processor))
     try:
         processor = AutoProcessor.from_pretrained(
             place.processor, revision=place.revision or "main", trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    except Exception as error:  # tokenizers has no class of its own for what it finds wrong
         raise CheckpointError(
             f"cannot load the processor of {target}: {_missing_file(place) or first_line(error)}; it needs "
-            f"{', '.join(_PROCESSOR_FILES)} as they were published"
+            f"{', '.join(PROCESSOR_FILES)} as they were published"
         ) from error
     if not hasattr(processor, "image_processor"):
         raise CheckpointError(
             f"{place.processor} holds a {type(processor).__name__} and no processor of Phi-3-V: restore "
-            f"{', '.join(_PROCESSOR_FILES)} as they were published"
+            f"{', '.join(PROCESSOR_FILES)} as they were published"
         )
+    check_processor(processor, place.processor)
     images = processor.image_processor
     if num_crops is not None:
         images.num_crops = num_crops
@@ -178,6 +178,8 @@ def _read_config(base: str, revision: str | None) -> Any:
             "check the name, the network, and HF_TOKEN for private models"
         ) from error
     check_model_type(values, base)
+    if (fault := config_fault(values)) is not None:
+        raise CheckpointError(f"{Path(base) / 'config.json'}: {fault}; restore config.json as it was published")
     try:
         return AutoConfig.from_pretrained(base, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
@@ -190,7 +192,7 @@ def _read_config(base: str, revision: str | None) -> Any:
 def _missing_file(place: Target) -> str | None:
     """The first file of a local processor that is not there, as half a sentence."""
     folder = Path(place.processor)
-    missing = [name for name in _PROCESSOR_FILES if folder.is_dir() and not (folder / name).is_file()]
+    missing = [name for name in PROCESSOR_FILES if folder.is_dir() and not (folder / name).is_file()]
     return f"{folder} has no {missing[0]}" if missing else None
 
 
@@ -293,7 +295,7 @@ def load_target(
 
     Args:
         target: what to load, see `phi3v.targets`.
-        base_only: leave the adapter off. (`base_weights` shows the base of a loaded adapter without a second load.)
+        base_only: leave the adapter off. (`adapters.base_weights` shows most adapters' base without a second load.)
         num_crops: crops of an image at most, None for what the processor was saved with.
         max_image_tokens: see `load_processor`.
         fast: see `load_processor`.
@@ -303,7 +305,7 @@ def load_target(
     """
     place = resolve_target(target, revision=revision)
     if place.adapter is not None and not base_only:
-        tensor_shapes(place.adapter / ADAPTER_WEIGHTS)  # what is not whole is refused before the base is read
+        check_adapter(place.adapter)  # what is not whole is refused before the base is read
     processor = load_processor(
         target, num_crops=num_crops, max_image_tokens=max_image_tokens, fast=fast, revision=revision
     )
@@ -311,52 +313,6 @@ def load_target(
     if place.adapter is not None and not base_only:
         model = load_adapter(model, place, trainable=trainable)
     return LoadedTarget(model, processor, place.base, place.kind)
-
-
-def load_adapter(model: PreTrainedModel, place: Target, *, trainable: bool = False) -> Any:
-    """Puts the adapter of `place` on its base and checks that every tensor of the file found its place.
-
-    Returns:
-        A `peft.PeftModel`.
-    """
-    from peft import PeftModel, get_peft_model_state_dict
-
-    assert place.adapter is not None
-    stored = tensor_shapes(place.adapter / ADAPTER_WEIGHTS)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it would say about the tensors is checked below
-            tuned = PeftModel.from_pretrained(model, str(place.adapter), is_trainable=trainable)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"adapter {place.adapter} does not fit {place.base}: {first_line(error)}") from error
-    wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(tuned).items()}
-    if wanted != stored:
-        name = min(name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name))
-        raise CheckpointError(
-            f"adapter {place.adapter} does not fit {place.base}: {name} is {stored.get(name, 'missing')} in the file "
-            f"and {wanted.get(name, 'unknown')} in the model; tune again or name the right base"
-        )
-    return tuned if trainable else tuned.eval()
-
-
-@contextlib.contextmanager
-def base_weights(model: Any) -> Iterator[Any]:
-    """Inside this context a model with an adapter answers as its base does; one load serves both.
-
-    Raises:
-        CheckpointError: the model has no adapter, so its base is not in memory.
-    """
-    if not has_adapter(model):
-        raise CheckpointError("a fully tuned model does not hold its base: load the base beside it")
-    with model.disable_adapter():
-        yield model
-
-
-def has_adapter(model: Any) -> bool:
-    """Whether an adapter sits on the model."""
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)
 
 
 def quantization_config(options: Mapping[str, Any]) -> BitsAndBytesConfig:

@@ -73,6 +73,11 @@ class RunFolder:
             return "new"
         return "finished" if self.finished.is_file() else "unfinished"
 
+    def has_weights(self) -> bool:
+        """Whether tuned weights are there: an adapter, or a whole model."""
+        adapter = [self.adapter / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+        return all(file.is_file() for file in adapter) or (self.model / "config.json").is_file()
+
     def start(self, recipe: Recipe) -> RunState:
         """Opens the folder for a run of `recipe` and says what was there before.
 
@@ -242,9 +247,9 @@ class RunFolder:
         """Writes evaluation.json."""
         replace_file(self.evaluation, to_json(values, indent=2) + "\n")
 
-    def read_evaluation(self) -> dict[str, Any]:
-        """What `write_evaluation` wrote. Raises: CheckpointError when the run was not evaluated."""
-        return self._read_json(self.evaluation)
+    def read_evaluation(self, needed: Iterable[str] = ()) -> dict[str, Any]:
+        """What `write_evaluation` wrote. Raises: CheckpointError when there is none, or not with all that is needed."""
+        return self._read_json(self.evaluation, needed)
 
     def write_report(self, html: str) -> None:
         """Writes report.html."""
@@ -262,14 +267,17 @@ class RunFolder:
         """Says that the run has reached its end, with a few figures about it."""
         replace_file(self.finished, to_json(summary or {}, indent=2) + "\n")
 
-    def read_summary(self) -> dict[str, Any]:
-        """What `mark_finished` wrote. Raises: CheckpointError when the run is not finished."""
-        return self._read_json(self.finished)
+    def read_summary(self, needed: Iterable[str] = ()) -> dict[str, Any]:
+        """What `mark_finished` wrote. Raises: CheckpointError when there is none, or not with all that is needed."""
+        return self._read_json(self.finished, needed)
 
-    def _read_json(self, path: Path) -> Any:
-        """The content of a JSON file of this run."""
+    def _read_json(self, path: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
+        """The object in a JSON file of this run, which has at least the keys that are needed."""
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict) or (lacking := sorted(set(needed) - set(content))):
+                raise ValueError(f"it lacks {lacking[0]}" if isinstance(content, dict) else "it holds no JSON object")
+            return content
         except FileNotFoundError as error:
             raise CheckpointError(f"run {self.path} has no {path.name} yet") from error
         except (OSError, ValueError) as error:

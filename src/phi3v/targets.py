@@ -153,6 +153,9 @@ def check_model_folder(folder: Path) -> None:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index} has no weight_map: restore the file")
+        for name, place in weight_map.items():
+            if not isinstance(place, str):
+                raise CheckpointError(f"{index} places {name} in {place!r}, which is no file: restore the file")
         for shard in sorted(set(weight_map.values())):
             stored = set(tensor_shapes(folder / shard))
             for name, place in weight_map.items():
@@ -178,17 +181,30 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
-            header = json.loads(file.read(length)) if length <= size - 8 else None
+            header = dict(json.loads(file.read(length))) if length <= size - 8 else None
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path}: {error.strerror or error}; copy it there again, or train again"
         ) from error
-    except (struct.error, ValueError):
+    except (struct.error, ValueError, TypeError):
         header = None
-    if not isinstance(header, dict):
+    entries = {name: entry for name, entry in (header or {}).items() if name != "__metadata__"}
+    if header is None or not all(map(_is_tensor, entries.values())):
         raise CheckpointError(f"{path} is not a whole safetensors file ({size:,} bytes): copy it again")
-    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
     expected = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if size != expected:
         raise CheckpointError(f"{path} has {size:,} bytes where its header says {expected:,}: copy it again")
     return {name: tuple(entry["shape"]) for name, entry in entries.items()}
+
+
+def _is_tensor(entry: Any) -> bool:
+    """Whether an entry of a safetensors header says where a tensor lies and how large it is.
+
+    Example: {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]} -> True; 5 -> False.
+    """
+    if not isinstance(entry, dict):
+        return False
+    shape, offsets = (entry.get(name) for name in ("shape", "data_offsets"))
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    return all(isinstance(number, int) for number in [*shape, *offsets])

@@ -122,6 +122,11 @@ def lora_config(options: Mapping[str, Any], *, tower: Choice = "frozen", project
     rank = options.get("r", 1)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ConfigError(f"lora.r is {rank!r}, allowed is a whole number, 1 or more; lora: null tunes without LoRA")
+    if (bias := options.get("bias", "none")) != "none":
+        raise ConfigError(
+            f"lora.bias is {bias!r}, and the language model has no bias: all would train those of the vision part; "
+            "take it out, or train that part with vision.tower or vision.projector"
+        )
     values = {"task_type": "CAUSAL_LM", "target_modules": list(LORA_PROJECTIONS), **options}
     if values["target_modules"] == "all-linear":  # PEFT's own reading of it would hit the tower too
         values["target_modules"] = list(LORA_PROJECTIONS)

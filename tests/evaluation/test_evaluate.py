@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import write_photos, write_tiny_model
 
+from phi3v.adapters import base_weights
 from phi3v.data.collate import Collator
 from phi3v.data.encode import encode, encode_prompt
 from phi3v.errors import CheckpointError, ConfigError, DataError
@@ -15,7 +16,7 @@ from phi3v.evaluation.answers import answer_rows, prompt_of
 from phi3v.evaluation.metrics import AnswerTemplate
 from phi3v.evaluation.run import evaluate, held_out_rows, prediction_rows
 from phi3v.generate import ChatModel
-from phi3v.loading import base_weights, load_base, load_processor, load_target
+from phi3v.loading import load_base, load_processor, load_target
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.targets import resolve_target

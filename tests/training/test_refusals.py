@@ -103,3 +103,19 @@ def test_a_missing_tracker_names_its_command(make: MakeRecipe, monkeypatch: pyte
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match="pip install wandb"):
         phi3v.train(make(report={"to": "wandb"}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_what_is_not_here_is_found_before_anything_is_loaded(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "load_processor", lambda *args, **options: pytest.fail("loaded"))
+    for options, error, words in (
+        ({"use_liger_kernel": True}, DeviceError, "training.use_liger_kernel needs a GPU"),
+        (
+            {"push_to_hub": True},
+            ConfigError,
+            "^training.push_to_hub is true and the hub knows no account here [(].*take",
+        ),
+    ):
+        with pytest.raises(error, match=words) as caught:
+            phi3v.train(make(training=options))
+        assert "\n" not in str(caught.value) and not Path(make().output).exists()

@@ -7,9 +7,13 @@ from typing import Any
 
 from phi3v.data.images import open_image
 from phi3v.data.schema import Row
+from phi3v.errors import CheckpointError
 from phi3v.evaluation.report import ReportContent, Sample, render_report
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
+
+NEEDED = ("base", "rows", "scores", "majority", "problems", "seconds")
+"""What evaluation.json holds at least, for the report and for the screen."""
 
 
 def write_report(run: RunFolder, rows: Sequence[Row], controls: Mapping[str, Mapping[str, Any]] | None = None) -> None:
@@ -22,14 +26,20 @@ def write_report(run: RunFolder, rows: Sequence[Row], controls: Mapping[str, Map
     """
     recipe = run.read_recipe()
     summary = run.read_summary() if run.state() == "finished" else {}
-    evaluation = run.read_evaluation() if rows or summary.get("held_out") != 0 else None
+    evaluation = run.read_evaluation(needed=NEEDED) if rows or summary.get("held_out") != 0 else None
+    predictions = run.read_predictions() if evaluation else []
+    if len(predictions) < len(rows):
+        raise CheckpointError(
+            f"{run.predictions} holds {len(predictions)} of {len(rows)} answered rows; remove it and let it be written "
+            "again"
+        )
     times = {"training": summary["seconds"]} if summary.get("seconds") else {}
     name = f"Run {run.path.resolve().name}"
     content = ReportContent(
         title=f"{name}: tuned answers beside the base's" if evaluation and evaluation["base"] else name,
         evaluation=evaluation,
         metrics=run.read_metrics(),
-        samples=choose_samples(recipe, run.read_predictions() if evaluation else [], rows),
+        samples=choose_samples(recipe, predictions, rows),
         trained=trained_parts(summary.get("trainable", {})),
         recipe=run.recipe.read_text(encoding="utf-8"),
         versions=run.read_versions(),

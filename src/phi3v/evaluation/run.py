@@ -1,8 +1,9 @@
 """Ask a model about rows it was not trained on, and score what it says: base beside tuned.
 
 In comes a TARGET (run, adapter, model folder, hub id) and, for anything but a run, the rows; out comes an `Evaluation`.
-The model is loaded once, and its base answers with the adapter off. A fully tuned run has no adapter: its base is
-loaded after it. Knows nothing about training and prints nothing.
+The model is loaded once, and its base answers with the adapter off. Where the tuned model does not hold its base (it
+was tuned as a whole, or LoRA began with parts of the base's weights) the base is loaded after it. Knows nothing about
+training and prints nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from phi3v.adapters import base_weights, holds_base
 from phi3v.data.address_guard import shorten
 from phi3v.data.reading import Reading
 from phi3v.data.rows import Rows
@@ -27,7 +29,7 @@ from phi3v.features.opening import open_store
 from phi3v.features.store import FeatureStore
 from phi3v.features.vision import VisionFeatures, sees_plainly
 from phi3v.first_look import row_options, survey_options, survey_rows
-from phi3v.loading import base_weights, has_adapter, load_processor, load_target, resolve_device
+from phi3v.loading import LoadedTarget, load_processor, load_target, resolve_device
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.targets import Target, resolve_target, run_of
@@ -231,17 +233,25 @@ def _answer_both(
     loaded = load_target(place.name, **options)
     see = _seeing(loaded.model, store)
     base: tuple[str, Answers] | None = None
-    if against == "base" and has_adapter(loaded.model):
+    if against == "base" and holds_base(loaded.model):
         with base_weights(loaded.model):
             base = loaded.base_name, answers(loaded.model, loaded.processor, "base answers", see)
     tuned = answers(loaded.model, loaded.processor, "tuned answers", see)
-    if against == "base" and place.kind == "run" and not has_adapter(loaded.model):
+    if against == "base" and base is None and place.kind in ("run", "adapter"):
         processor = loaded.processor
         del loaded, see  # two whole models need not fit into memory
         gc.collect()
-        source = load_target(recipe.model.name, revision=recipe.model.revision, **options)
-        base = recipe.model.name, answers(source.model, processor, "base answers", _seeing(source.model, store))
+        source = _load_base_beside(place, options)
+        base = source.base_name, answers(source.model, processor, "base answers", _seeing(source.model, store))
     return tuned, base
+
+
+def _load_base_beside(place: Target, options: dict[str, Any]) -> LoadedTarget:
+    """The base of a run or an adapter whose tuned model does not hold it, see `adapters.holds_base`."""
+    if place.adapter is not None:
+        return load_target(place.name, base_only=True, **options)
+    model = _recipe_of(place).model
+    return load_target(model.name, revision=model.revision, **options)
 
 
 def feature_store(recipe: Recipe, given: FeatureStore | None) -> FeatureStore | None:

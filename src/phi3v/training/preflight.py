@@ -6,8 +6,11 @@ modules that LoRA hits) is found later, still before the first step and before t
 
 import os
 
+from huggingface_hub import HfApi
+
 from phi3v.errors import ConfigError
 from phi3v.evaluation.metrics import AnswerTemplate, choose_numeric_fields
+from phi3v.passthrough import first_line
 from phi3v.recipe import Recipe
 from phi3v.training.arguments import check_options
 from phi3v.training.trackers import check_trackers
@@ -43,3 +46,20 @@ def refuse_several_processes() -> None:
                 f"{name} is {count}: phi3v trains in one process on one device, and {count} of them would make a step "
                 f"{count} times training.samples_per_step; start it without torchrun, accelerate launch or mpirun"
             )
+
+
+def check_upload(recipe: Recipe) -> None:
+    """Asks the hub who is there, where a recipe has its checkpoints uploaded, before anything is loaded.
+
+    Raises: ConfigError when the hub cannot be reached or knows no account by the token.
+    """
+    options = recipe.training.options
+    if not options.get("push_to_hub"):
+        return
+    try:
+        HfApi().whoami(token=options.get("hub_token"))
+    except Exception as error:  # of huggingface_hub, of its HTTP library, or of the system
+        raise ConfigError(
+            f"training.push_to_hub is true and the hub knows no account here ({first_line(error)}): see the network "
+            "and HF_TOKEN, or take it out"
+        ) from error

@@ -8,7 +8,7 @@ newest complete checkpoint, or says that the run is finished. It prints nothing:
 import gc
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,11 +40,14 @@ from phi3v.training.checkpoints import checkpoint_step, newest_checkpoint
 from phi3v.training.faster_layers import check_faster_layers, use_faster_layers
 from phi3v.training.feature_cache import FeatureReport
 from phi3v.training.master_weights import same_in
-from phi3v.training.preflight import check_recipe_alone
+from phi3v.training.preflight import check_recipe_alone, check_upload
 from phi3v.training.samples import make_collators, make_samples, read_data
 from phi3v.training.step_trainer import StepTrainer
 from phi3v.training.trackers import tracker_callbacks
 from phi3v.tuning import TrainableReport, attach_lora, freeze, trainable_report
+
+_SUMMARY = ("steps", "metrics", "trainable", "held_out")
+"""What the summary of a finished run has at least."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ def train(
     """Tunes a model as the recipe says.
 
     At the end held-out rows are answered by base and tuned model, and the run's report is written. A run that is
-    trained and then called with another `evaluation` or `report` does that part again, and trains nothing.
+    trained and then called with another `evaluation` or `report` does that part again, and trains nothing. A finished
+    run whose tuned weights are gone goes on from its newest checkpoint.
 
     Args:
         recipe: everything about the run, or the path of a recipe file.
@@ -107,12 +111,11 @@ def train(
     run = RunFolder(recipe.output)
     check_recipe_alone(recipe)
     store = feature_store(recipe, features)
-    if run.look(recipe) == "finished":
+    if run.look(recipe) == "finished" and run.has_weights():
         run.start(recipe)
-        summary = run.read_summary()
-        result = RunResult(
-            **{**summary, "status": "finished", "folder": run.path, "seconds": 0.0, "resumed_from": None}
-        )
+        summary = run.read_summary(needed=_SUMMARY)
+        kept = {entry.name: summary[entry.name] for entry in fields(RunResult) if entry.name in summary}
+        result = RunResult(**{**kept, "status": "finished", "folder": run.path, "seconds": 0.0, "resumed_from": None})
     else:
         result = _tune(recipe, run, watch, store)
         run.mark_finished(result.to_dict())
@@ -151,8 +154,11 @@ def _tune(
 ) -> RunResult:
     """Trains from the start or from the newest checkpoint, and writes the tuned weights."""
     device = _training_device(recipe.model.device)
+    checkpoint = newest_checkpoint(run.checkpoints)
+    done = checkpoint_step(checkpoint) if checkpoint else None
     training_arguments(recipe, run, device=device, autocast=None, validated=True)  # its errors before rows are read
     check_faster_layers(recipe, device)
+    check_upload(recipe)
     set_seed(recipe.training.seed)
     processor = load_processor(recipe.model.name, revision=recipe.model.revision, **recipe.image.processor_options)
     data = _usable_data(recipe, processor, watch)
@@ -162,8 +168,6 @@ def _tune(
     check_optimiser(arguments, model)
     run.start(recipe)  # nothing was written so far
     run.write_problems(asdict(problem) for problem in data.problems)
-    checkpoint = newest_checkpoint(run.checkpoints)
-    done = checkpoint_step(checkpoint) if checkpoint else None
     train_samples, eval_samples = make_samples(
         recipe,
         run,

@@ -1,0 +1,95 @@
+"""Adapters on a loaded base: put there from their folder, and taken off again to see the base.
+
+In come a base and the places of an adapter, out comes a `peft.PeftModel` in which every tensor of the file found its
+place. Knows which adapters leave their base as it was. Knows nothing about recipes, data or the Trainer.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from phi3v.errors import CheckpointError
+from phi3v.passthrough import first_line
+from phi3v.targets import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Target, read_json, tensor_shapes
+
+_KEEP_THE_BASE = ("gaussian", "eva", "orthogonal")
+"""Ways of `init_lora_weights`, true and false aside, that leave the weights below the adapter alone. The others (pissa,
+olora, corda, loftq, ...) take what the adapter begins with out of them."""
+
+
+def check_adapter(folder: Path) -> None:
+    """Refuses an adapter whose files are not whole or are of no kind that peft has, before its base is read."""
+    from peft import PeftType
+
+    tensor_shapes(folder / ADAPTER_WEIGHTS)
+    kind = read_json(folder / ADAPTER_CONFIG).get("peft_type")
+    if kind not in [known.value for known in PeftType]:
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: peft_type is {kind!r}, which is no kind of adapter that peft has (LORA for "
+            "instance): copy the file again"
+        )
+
+
+def load_adapter(model: PreTrainedModel, place: Target, *, trainable: bool = False) -> Any:
+    """Puts the adapter of `place` on its base and checks that every tensor of the file found its place.
+
+    Returns:
+        A `peft.PeftModel`.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    assert place.adapter is not None
+    stored = tensor_shapes(place.adapter / ADAPTER_WEIGHTS)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it would say about the tensors is checked below
+            tuned = PeftModel.from_pretrained(model, str(place.adapter), is_trainable=trainable)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"adapter {place.adapter} does not fit {place.base}: {first_line(error)}") from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(tuned).items()}
+    if wanted != stored:
+        name = min(name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name))
+        raise CheckpointError(
+            f"adapter {place.adapter} does not fit {place.base}: {name} is {stored.get(name, 'missing')} in the file "
+            f"and {wanted.get(name, 'unknown')} in the model; tune again or name the right base"
+        )
+    return tuned if trainable else tuned.eval()
+
+
+@contextlib.contextmanager
+def base_weights(model: Any) -> Iterator[Any]:
+    """Inside this context a model with an adapter answers as its base does; one load serves both.
+
+    Raises:
+        CheckpointError: the model does not hold its base, see `holds_base`.
+    """
+    if not holds_base(model):
+        kind = "model with this kind of adapter" if has_adapter(model) else "fully tuned model"
+        raise CheckpointError(f"a {kind} does not hold its base: load the base beside it")
+    with model.disable_adapter():
+        yield model
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether an adapter sits on the model."""
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def holds_base(model: Any) -> bool:
+    """Whether the base is in memory below the adapter, weight by weight.
+
+    It is not where the whole model was tuned, where the adapter brings biases of its own for the base's layers, and
+    where it was begun with parts of the base's weights: `init_lora_weights` true -> True, "pissa" -> False.
+    """
+    if not has_adapter(model):
+        return False
+    configs = [model.peft_config[name] for name in model.active_adapters]
+    begun = [getattr(config, "init_lora_weights", True) for config in configs]
+    own_biases = any(getattr(config, "bias", "none") != "none" for config in configs)
+    return not own_biases and all(isinstance(way, bool) or way in _KEEP_THE_BASE for way in begun)

@@ -1,0 +1,138 @@
+"""Runs with files that are gone or broken: they go on from what is whole, or one line names file and way out."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import write_photos, write_tiny_model
+
+import phi3v
+from phi3v.data.schema import Row
+from phi3v.errors import CheckpointError
+from phi3v.evaluation.report_run import NEEDED, write_report
+from phi3v.run_folder import RunFolder
+from phi3v.targets import resolve_target
+from phi3v.training.checkpoints import newest_checkpoint
+
+MakeCopy = Callable[[], tuple[phi3v.Recipe, RunFolder]]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> phi3v.Recipe:
+    """A run of two steps with a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("trained")
+    values: dict[str, Any] = {
+        "model": str(write_tiny_model(folder / "model")),
+        "data": {"train": str(write_photos(folder / "photos", 4)), "prompt": "What?", "answer": "It is {colour}."},
+        "lora": {"r": 2},
+        "training": {"samples_per_step": 2, "max_steps": 2, "save_steps": 1},
+        "output": str(folder / "run"),
+    }
+    values["data"]["split"] = None
+    recipe = phi3v.Recipe.from_dict(values)
+    phi3v.train(recipe)
+    return recipe
+
+
+@pytest.fixture
+def copy(trained: phi3v.Recipe, tmp_path: Path) -> MakeCopy:
+    """Makes a copy of that run to be broken, with the recipe that goes on with it."""
+
+    def make() -> tuple[phi3v.Recipe, RunFolder]:
+        shutil.copytree(trained.output, tmp_path / "run")
+        return trained.with_overrides([f"output={tmp_path / 'run'}"]), RunFolder(tmp_path / "run")
+
+    return make
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(RunFolder(folder).adapter / "adapter_model.safetensors")
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
+
+
+def test_a_finished_run_without_its_weights_gets_them_back(trained: phi3v.Recipe, copy: MakeCopy) -> None:
+    recipe, run = copy()
+    shutil.rmtree(run.adapter)
+    with pytest.raises(CheckpointError, match="holds no tuned weights yet: finish it with `phi3v train .*recipe.yaml`"):
+        resolve_target(run.path)
+    result = phi3v.train(recipe)
+    assert (result.status, result.resumed_from, result.steps) == ("resumed", 2, 2)
+    assert_same(weights(run.path), weights(trained.output))
+    assert phi3v.train(recipe).status == "finished" and resolve_target(run.path).kind == "run"
+
+
+def halve(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+BROKEN: list[tuple[str, Callable[[Path], Any]]] = [
+    ("optimizer.pt", halve),
+    ("optimizer.pt", lambda file: file.write_bytes(b"no archive")),
+    ("scheduler.pt", lambda file: file.write_bytes(file.read_bytes().replace(b"last_epoch", b"lost_epoch"))),
+    ("rng_state.pth", halve),
+    ("trainer_state.json", halve),
+    ("trainer_state.json", lambda file: file.write_text("{}")),
+    ("adapter_model.safetensors", halve),
+    ("adapter_model.safetensors", lambda file: file.write_text("text")),
+]
+
+
+@pytest.mark.parametrize("number", range(len(BROKEN)))
+def test_a_broken_checkpoint_is_passed_over_with_one_warning(
+    copy: MakeCopy, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    name, spoil = BROKEN[number]
+    _, run = copy()
+    older, newer = run.checkpoints / "checkpoint-1", run.checkpoints / "checkpoint-2"
+    assert newest_checkpoint(run.checkpoints) == newer and not caplog.records
+    spoil(newer / name)
+    assert newest_checkpoint(run.checkpoints) == older
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(str(newer / name)) and line.endswith("; going on from checkpoint-1")
+    spoil(older / name)
+    with pytest.raises(CheckpointError) as error:
+        newest_checkpoint(run.checkpoints)
+    assert str(error.value).startswith(str(newer / name)) and "\n" not in str(error.value)
+    assert str(error.value).endswith(f"or remove {run.checkpoints} to train from the start")
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_broken_one(trained: phi3v.Recipe, copy: MakeCopy) -> None:
+    recipe, run = copy()
+    run.finished.unlink()
+    halve(run.checkpoints / "checkpoint-2" / "optimizer.pt")
+    result = phi3v.train(recipe)
+    assert (result.status, result.resumed_from, result.steps) == ("resumed", 1, 2)
+    assert_same(weights(run.path), weights(trained.output))
+
+
+@pytest.mark.parametrize(("content", "reason"), [("{}", "it lacks held_out"), ("[]", "it holds no JSON object")])
+def test_a_summary_of_something_else_is_named(copy: MakeCopy, content: str, reason: str) -> None:
+    recipe, run = copy()
+    run.finished.write_text(content)
+    with pytest.raises(CheckpointError) as error:
+        phi3v.train(recipe)
+    assert str(error.value) == (f"{run.finished} cannot be read: {reason}; remove it and let it be written again")
+    run.finished.unlink()  # the way out
+    assert phi3v.train(recipe).status == "resumed" and run.read_summary()["steps"] == 2
+
+
+def test_an_evaluation_of_something_else_is_named(copy: MakeCopy) -> None:
+    _, run = copy()
+    run.report.unlink()
+    run.write_evaluation({})
+    run.write_predictions([])
+    row = Row(messages=(), images=(), fields={}, source="rows.jsonl", index=0)
+    with pytest.raises(CheckpointError, match="evaluation.json cannot be read: it lacks base; remove it and let it be"):
+        write_report(run, [row])
+    run.write_evaluation(dict.fromkeys(NEEDED))
+    with pytest.raises(CheckpointError, match="predictions.jsonl holds 0 of 1 answered rows; remove it and let it be"):
+        write_report(run, [row])
