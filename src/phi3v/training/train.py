@@ -117,6 +117,7 @@ def train(
         kept = {entry.name: summary[entry.name] for entry in fields(RunResult) if entry.name in summary}
         result = RunResult(**{**kept, "status": "finished", "folder": run.path, "seconds": 0.0, "resumed_from": None})
     else:
+        check_upload(recipe)
         result = _tune(recipe, run, watch, store)
         run.mark_finished(result.to_dict())
     _report(run, result, watch, store)
@@ -158,7 +159,6 @@ def _tune(
     done = checkpoint_step(checkpoint) if checkpoint else None
     training_arguments(recipe, run, device=device, autocast=None, validated=True)  # its errors before rows are read
     check_faster_layers(recipe, device)
-    check_upload(recipe)
     set_seed(recipe.training.seed)
     processor = load_processor(recipe.model.name, revision=recipe.model.revision, **recipe.image.processor_options)
     data = _usable_data(recipe, processor, watch)
