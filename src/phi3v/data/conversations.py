@@ -9,7 +9,7 @@
 Images stand in the column that `data.images` names, else in `images`; an empty or missing cell is a row without images.
 Where a conversation names no place, its images stand before the first question. Other text is literal, `<image>`
 included. Reason codes beside those of `cells`: `conversation_type`, `turn_role`, `turn_order`, `empty_question`,
-`empty_answer` and `image_tags` (places and images differ in number).
+`empty_answer`, `image_tags` (places and images differ in number) and `unclear_tags` (`<image>` may be text or a place).
 """
 
 import json
@@ -98,7 +98,7 @@ class ConversationMap:
         Example, LLaVA: {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
         {"from": "gpt", "value": "A scarf."}]} -> Message("user", (ImagePart(0), TextPart("What is it?"))),
         Message("assistant", (TextPart("A scarf."),)), images (ImageRef("a.jpg"),).
-        Raises: UnusableRecord; DataError where `<image>` may be text or a place and the recipe does not say.
+        Raises: UnusableRecord.
         """
         turns = self._turns(record)
         images: tuple[ImageRef, ...] = tuple(self.cells.image(cell) for cell in self.image_cells(record))
@@ -164,13 +164,14 @@ class ConversationMap:
         return role, [_part(part) for part in content]
 
     def _check_tags(self, spoken: Sequence[tuple[Role, list[str | None]]], images: int) -> None:
-        """Refuses to guess what `<image>` is when it stands in the text as often as there are images."""
+        """Raises: UnusableRecord when `<image>` stands in the text as often as there are images: it is not guessed."""
         pieces = [piece for role, pieces in spoken if role == "user" for piece in pieces]
         tags = sum(piece.count(IMAGE_TAG) for piece in pieces if piece is not None)
         if images and None not in pieces and tags == images:
-            raise DataError(
-                f"{self.source}: its text holds {IMAGE_TAG} as often as there are images: say data.format: "
-                f"conversations when they stand there, data.format: {self.shape} when it is text"
+            raise UnusableRecord(
+                "unclear_tags",
+                f"its text holds {IMAGE_TAG} as often as there are images: say data.format: conversations when they "
+                f"stand there, data.format: {self.shape} when it is text",
             )
 
 
