@@ -272,6 +272,26 @@ def test_one_question_about_the_tag_is_one_problem_of_the_set_and_of_a_stream(fo
     assert told == list(data.problems)
 
 
+def test_an_empty_image_column_does_not_hide_the_filled_one(folder: Path) -> None:
+    columns: list[dict[str, Any]] = [
+        {"image": None, "images": ["a.png"]},
+        {"image": "b.png", "images": []},
+        {"image": "", "images": "c.png"},
+        {"image": None, "images": None},
+        {"image": None, "images": 5},
+    ]
+    records = [{"messages": [ASKED, SAID]} | images for images in columns]
+    data = load_data(jsonl(folder, records), options=RowOptions(), validation_split=None, reading=everything())
+    assert [[image.path for image in row.images] for row in data.train] == [["a.png"], ["b.png"], ["c.png"], []]
+    assert [(one.row, one.message.split(" is ")[0].split(" holds ")[0]) for one in data.problems] == [
+        (4, "column 'images'")
+    ]
+    named = load_rows(jsonl(folder, records[:2]), options=RowOptions(images="images"))[0]
+    assert [len(row.images) for row in named] == [1, 0]  # the column that the recipe names is the only one
+    datasets.Dataset.from_list(records[:1]).to_parquet(folder / "rows.parquet")
+    assert len(load_rows(str(folder / "rows.parquet"), options=RowOptions())[0][0].images) == 1
+
+
 def test_a_system_template_speaks_where_the_record_does_not(folder: Path) -> None:
     own = {"messages": [{"role": "system", "content": "Mine."}, ASKED, SAID], "shop": "Tom's"}
     source = jsonl(folder, [{"messages": [ASKED, SAID], "shop": "Tom's"}, own])
