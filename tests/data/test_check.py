@@ -3,6 +3,7 @@
 import io
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 from tiny_tokenizer import build_tokenizer
 
+from phi3v.cli_data_screen import duplicate_lines
 from phi3v.data.advice import ADVICE, advice
 from phi3v.data.check import count_images, crop_prices, rows_beyond, spread
 from phi3v.data.duplicates import find_duplicates
@@ -125,6 +127,20 @@ def test_texts_without_images_are_compared_too() -> None:
     rows = [row(0), row(1), row(2, answer="no")]
     found = find_duplicates(facts_of(rows), facts_of([row(5)]))
     assert (found.rows_in_train, found.images_in_train, found.rows_in_both, found.images_in_both) == (1, 0, 1, 0)
+
+
+def test_validation_rows_that_repeat_each_other_are_counted_and_said() -> None:
+    picture_of = ImageRef(data=picture(1))
+    validation = [row(0), row(1, picture_of), row(2), row(3, picture_of), row(4), row(5, picture_of, answer="no")]
+    found = find_duplicates(facts_of([row(9, answer="other")]), facts_of(validation))
+    assert (found.rows_in_validation, found.rows_in_train, found.rows_in_both, found.images_in_both) == (3, 0, 0, 0)
+    assert found.examples == [("row", [("shop.csv", index) for index in group]) for group in ((0, 2, 4), (1, 3))]
+    report: Any = SimpleNamespace(duplicates=found)
+    assert list(duplicate_lines(report)) == [
+        "3 held-out rows repeat another",
+        "  the same row: shop.csv row 0, shop.csv row 2, shop.csv row 4",
+        "  the same row: shop.csv row 1, shop.csv row 3",
+    ]
 
 
 def test_spreads_in_round_steps() -> None:

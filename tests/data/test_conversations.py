@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from phi3v.data.columns import RowOptions
-from phi3v.data.schema import ImagePart, ImageRef, Message, TextPart
-from phi3v.data.sources import load_data, load_rows
+from phi3v.data.schema import ImagePart, ImageRef, Message, RowProblem, TextPart
+from phi3v.data.sources import load_data, load_rows, stream_data
 from phi3v.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -258,6 +258,38 @@ def test_a_tag_that_may_be_text_is_not_guessed(folder: Path) -> None:
     assert load_rows(source, options=RowOptions(format="conversations"))[0][0].messages == ONE
     literal = load_rows(source, options=RowOptions(format="messages"))[0][0]
     assert literal.messages == (user(0, "<image>\nWhat is it?"), answer("A scarf."))
+
+
+def test_one_question_about_the_tag_is_one_problem_of_the_set_and_of_a_stream(folder: Path) -> None:
+    asked = [ASKED] * 7 + [{"role": "user", "content": "What does the HTML tag <image> do?"}] + [ASKED] * 32
+    source = jsonl(folder, [{"messages": [question, SAID], "images": ["a.png"]} for question in asked])
+    data = load_data(source, options=RowOptions(), validation_split=None)
+    assert [(problem.row, problem.reason_code) for problem in data.problems] == [(7, "unclear_tags")]
+    told: list[RowProblem] = []
+    rows = stream_data(source, options=RowOptions()).train.rows(told.append, shuffled=False)
+    numbers = [next(rows).index for _ in range(39)]
+    assert numbers == [row.index for row in data.train] == [*range(7), *range(8, 40)]
+    assert told == list(data.problems)
+
+
+def test_an_empty_image_column_does_not_hide_the_filled_one(folder: Path) -> None:
+    columns: list[dict[str, Any]] = [
+        {"image": None, "images": ["a.png"]},
+        {"image": "b.png", "images": []},
+        {"image": "", "images": "c.png"},
+        {"image": None, "images": None},
+        {"image": None, "images": 5},
+    ]
+    records = [{"messages": [ASKED, SAID]} | images for images in columns]
+    data = load_data(jsonl(folder, records), options=RowOptions(), validation_split=None, reading=everything())
+    assert [[image.path for image in row.images] for row in data.train] == [["a.png"], ["b.png"], ["c.png"], []]
+    assert [(one.row, one.message.split(" is ")[0].split(" holds ")[0]) for one in data.problems] == [
+        (4, "column 'images'")
+    ]
+    named = load_rows(jsonl(folder, records[:2]), options=RowOptions(images="images"))[0]
+    assert [len(row.images) for row in named] == [1, 0]  # the column that the recipe names is the only one
+    datasets.Dataset.from_list(records[:1]).to_parquet(folder / "rows.parquet")
+    assert len(load_rows(str(folder / "rows.parquet"), options=RowOptions())[0][0].images) == 1
 
 
 def test_a_system_template_speaks_where_the_record_does_not(folder: Path) -> None:

@@ -12,6 +12,7 @@ ADVICE = {
     "empty_question": "fill the turn, or take the row out",
     "empty_answer": "fill the turn, or take the row out",
     "image_tags": "write one <image> in the questions for each image of the row, or none at all",
+    "unclear_tags": "say data.format: conversations where images stand at <image>; messages where it is text",
     "image_missing": "fill the cell, drop the row, or give an empty list [] for a row without images",
     "image_type": "name the column with the images in data.images",
     "image_path": "mend the path, or set data.image_root",

@@ -6,10 +6,11 @@
 | `prompt_completion` (TRL) | `prompt` and `completion`, each text or a list of messages | an image part |
 | `conversations` (LLaVA, ShareGPT) | `conversations`: a list of {from, value} | `<image>` in a user turn |
 
-Images stand in the column that `data.images` names, else in `images`; an empty or missing cell is a row without images.
-Where a conversation names no place, its images stand before the first question. Other text is literal, `<image>`
-included. Reason codes beside those of `cells`: `conversation_type`, `turn_role`, `turn_order`, `empty_question`,
-`empty_answer` and `image_tags` (places and images differ in number).
+Images stand in the column that `data.images` names, else in `image`, or where that is empty in `images`; a row in which
+nothing stands there has none. Where a conversation names no place, its images stand before the first question. Other
+text is literal, `<image>` included. Reason codes beside those of `cells`: `conversation_type`, `turn_role`,
+`turn_order`, `empty_question`, `empty_answer`, `image_tags` (places and images differ in number) and `unclear_tags`
+(`<image>` may be text or a place).
 """
 
 import json
@@ -59,6 +60,7 @@ class ConversationMap:
         named: the columns of the conversation: ("messages",), or ("prompt", "completion").
         system: template of a system message for records without one; None for none.
         chosen: True where the recipe says the format, False where the columns decided.
+        other_images: column that a record's images are in where `cells.images` is empty; None for none.
     """
 
     source: str
@@ -67,12 +69,18 @@ class ConversationMap:
     named: tuple[str, ...]
     system: Template | None = None
     chosen: bool = True
+    other_images: str | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that are read, each once."""
-        images = () if self.cells.images is None else (self.cells.images,)
-        return tuple(dict.fromkeys([*self.named, *(self.system.columns if self.system else ()), *images]))
+        templated = self.system.columns if self.system else ()
+        return tuple(dict.fromkeys([*self.named, *templated, *self._image_columns]))
+
+    @property
+    def _image_columns(self) -> tuple[str, ...]:
+        """The columns in which images are looked for, in this order."""
+        return tuple(column for column in (self.cells.images, self.other_images) if column is not None)
 
     def check(self, columns: list[str]) -> None:
         """Raises: DataError when a column is not among `columns`."""
@@ -98,10 +106,11 @@ class ConversationMap:
         Example, LLaVA: {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
         {"from": "gpt", "value": "A scarf."}]} -> Message("user", (ImagePart(0), TextPart("What is it?"))),
         Message("assistant", (TextPart("A scarf."),)), images (ImageRef("a.jpg"),).
-        Raises: UnusableRecord; DataError where `<image>` may be text or a place and the recipe does not say.
+        Raises: UnusableRecord.
         """
         turns = self._turns(record)
-        images: tuple[ImageRef, ...] = tuple(self.cells.image(cell) for cell in self.image_cells(record))
+        cells = replace(self.cells, images=self._filled(record))
+        images: tuple[ImageRef, ...] = tuple(cells.image(cell) for cell in self.image_cells(record))
         spoken = [self._message(turn) for turn in turns]
         if self.system is not None and spoken[0][0] != "system":
             texts = {column: self.cells.text(column, record.get(column)) for column in self.system.columns}
@@ -113,10 +122,16 @@ class ConversationMap:
 
     def _column_cells(self, record: Mapping[str, Any]) -> list[Any]:
         """The cells of the image column; nothing there is no image: None, "" and [] -> []."""
-        value = record.get(self.cells.images) if self.cells.images is not None else None
-        if value is None or value == "" or (isinstance(value, Mapping) and not any(value.values())):
+        column = self._filled(record)
+        value = None if column is None else record.get(column)
+        if _is_empty(value):
             return []
         return value if isinstance(value, list) else [value]
+
+    def _filled(self, record: Mapping[str, Any]) -> str | None:
+        """The first image column with something in it: {"image": None, "images": ["a.jpg"]} -> "images"."""
+        columns = self._image_columns
+        return next((column for column in columns if not _is_empty(record.get(column))), self.cells.images)
 
     def _turns(self, record: Mapping[str, Any]) -> list[Any]:
         """The turns of a record as the set spells them; a prompt or completion of text is one turn.
@@ -164,13 +179,14 @@ class ConversationMap:
         return role, [_part(part) for part in content]
 
     def _check_tags(self, spoken: Sequence[tuple[Role, list[str | None]]], images: int) -> None:
-        """Refuses to guess what `<image>` is when it stands in the text as often as there are images."""
+        """Raises: UnusableRecord when `<image>` stands in the text as often as there are images: it is not guessed."""
         pieces = [piece for role, pieces in spoken if role == "user" for piece in pieces]
         tags = sum(piece.count(IMAGE_TAG) for piece in pieces if piece is not None)
         if images and None not in pieces and tags == images:
-            raise DataError(
-                f"{self.source}: its text holds {IMAGE_TAG} as often as there are images: say data.format: "
-                f"conversations when they stand there, data.format: {self.shape} when it is text"
+            raise UnusableRecord(
+                "unclear_tags",
+                f"its text holds {IMAGE_TAG} as often as there are images: say data.format: conversations when they "
+                f"stand there, data.format: {self.shape} when it is text",
             )
 
 
@@ -208,15 +224,21 @@ def record_map(columns: Sequence[str], options: RowOptions, source: str, cells: 
     if shape == "conversations" and _find("conversations", columns) is None and _find("messages", columns):
         named = ("messages",)
     named = tuple(_find(column, columns) or column for column in named)
-    images = cells.images
+    images, other = cells.images, None
     if images == "image":  # where nothing is said
-        images = next((found for name in ("image", "images") if (found := _find(name, columns)) is not None), None)
-    return ConversationMap(source, shape, replace(cells, images=images), named, system, options.format != "auto")
+        found = [place for name in ("image", "images") if (place := _find(name, columns)) is not None]
+        images, other = [*found, None, None][:2]
+    return ConversationMap(source, shape, replace(cells, images=images), named, system, options.format != "auto", other)
 
 
 def _find(column: str, columns: Sequence[str]) -> str | None:
     """A column under its name, or inside the json member of a webdataset."""
     return next((name for name in (column, _INSIDE_JSON + column) if name in columns), None)
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether an image cell holds nothing: None, "", [] and {"bytes": None, "path": None}."""
+    return value is None or value in ("", []) or (isinstance(value, Mapping) and not any(value.values()))
 
 
 def _known_roles() -> str:
