@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import struct
 import zipfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from phi3v.data.columns import RowOptions
 from phi3v.data.faults import find_fault
+from phi3v.data.opening import open_set
 from phi3v.data.schema import RowProblem
 from phi3v.data.sources import load_rows, stream_data
 from phi3v.errors import DataError
@@ -163,3 +165,23 @@ def test_a_parquet_file_with_other_columns_is_named(tmp_path: Path) -> None:
         DataError, match=r"train-1.parquet cannot be read: its columns are number, name, and those of t"
     ):
         load_rows(str(tmp_path), options=TITLES)
+
+
+@pytest.mark.parametrize("offset", [2**31 - 100, 9 * 50 + 500])
+def test_a_saved_set_with_a_text_behind_the_end_of_its_file_is_named(offset: int, tmp_path: Path) -> None:
+    """The first would end the process, the second reads what lies behind the texts as text."""
+    datasets.Dataset.from_dict({"title": [f"scarf {n:03}" for n in range(50)]}).save_to_disk(tmp_path / "set")
+    assert len(load_rows(str(tmp_path / "set"), options=TITLES)[0]) == 50
+    file = tmp_path / "set" / "data-00000-of-00001.arrow"
+    data = bytearray(file.read_bytes())
+    struct.pack_into("<i", data, data.index(struct.pack("<3i", 0, 9, 18)) + 4 * 50, offset)
+    file.write_bytes(data)
+    line = r"00001.arrow cannot be read: column 'title', rows 0 to 49: .*: copy the folder again, or save the set again"
+    with pytest.raises(DataError, match=line) as caught:
+        open_set(str(tmp_path / "set"))
+    assert "\n" not in str(caught.value)
+    file.write_bytes(data[: len(data) // 2])
+    with pytest.raises(
+        DataError, match=r"00001.arrow cannot be read: nothing reads from row 0 on \(.*\): copy the fold"
+    ):
+        open_set(str(tmp_path / "set"))
