@@ -265,15 +265,6 @@ def test_other_layers_say_why() -> None:
         assert fast_lora_state(other, force=True).reasons == {text: 1}
 
 
-def test_shapes_alone_take_the_fast_way() -> None:
-    """On the meta device, where steps are counted at full size, and which knows no autocast."""
-    model = with_lora(small_decoder(attn_implementation="eager")).to("meta")
-    assert attach_fast_lora(model, force=True) == LAYERS
-    found = loss_and_gradients(model, embeddings().to("meta"), position_ids=torch.arange(11, device="meta")[None])
-    assert fast_lora_state(model).calls == {"fast": LAYERS}
-    assert all(gradient.device.type == "meta" for gradient in found.values())
-
-
 def test_compiling_layer_by_layer_passes_hand_written_ones_by() -> None:
     plain, fast = twice(layers_to_transform=[0, 2])
     assert attach_fast_lora(fast, force=True) == 2

@@ -53,8 +53,9 @@ def lora_model() -> Any:
     return model.train()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_layers_give_the_plain_gradients_and_compile_once(compiler: None, checkpointing: bool) -> None:
     torch.manual_seed(0)
     model = lora_model()
