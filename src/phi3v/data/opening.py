@@ -22,6 +22,7 @@ import datasets
 from huggingface_hub import get_token
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from phi3v.data.dates import DatedTable, batches_of, date_columns
 from phi3v.data.faults import find_fault
 from phi3v.data.folder import KINDS, contained, find_files
 from phi3v.data.hub_card import checked_commit
@@ -61,7 +62,7 @@ class StreamTable:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The records in order; in batches, because one by one `datasets` divides them among loader workers."""
-        for batch in self._table.iter(_STREAMED_AT_ONCE):
+        for batch in batches_of(self._table, _STREAMED_AT_ONCE):
             yield from (dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True))
 
     def __len__(self) -> int:
@@ -281,12 +282,14 @@ def _undecoded(table: Any, root: str) -> OpenedTable:
     labels = {name: kind.names for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
     floats = (name for name, kind in features.items() if getattr(kind, "dtype", None) in ("float32", "float16"))
     opened = StreamTable(table) if isinstance(table, datasets.IterableDataset) else table
+    if opened is table and date_columns(features):
+        opened = DatedTable(table)
     if parsed := json_columns(features):
         opened = ParsedTable(opened, parsed)
     return OpenedTable(opened, root, labels, frozenset(floats))
 
 
-_NARROWED = datasets.Dataset | StreamTable | ParsedTable
+_NARROWED = datasets.Dataset | StreamTable | ParsedTable | DatedTable
 
 
 def narrowed(table: Table, columns: Sequence[str]) -> Table:
