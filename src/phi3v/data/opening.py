@@ -32,6 +32,7 @@ from phi3v.data.saved import open_saved
 from phi3v.data.tar_table import TarTable
 from phi3v.data.text_guard import find_text_fault
 from phi3v.data.undecoded import ParsedTable, json_columns, undecoded
+from phi3v.data.unreached import PhotosTable, is_reached
 from phi3v.errors import DataError
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "test")
@@ -190,9 +191,15 @@ def _open_files(path: Path, streaming: bool, confined: bool) -> dict[str, Opened
     """The data files of a folder by split; a folder of photos without metadata has the column `label` as well."""
     found = find_files(path, confined=confined)
     if found.kind == "images":
-        listed = datasets.data_files.DataFilesDict({name: _listed(files) for name, files in found.splits.items()})
+        reached = {name: list(filter(is_reached, files)) for name, files in found.splits.items()}
+        listed = datasets.data_files.DataFilesDict({name: _listed(files) for name, files in reached.items()})
         tables = datasets.load_dataset("imagefolder", data_files=listed, **_streamed(streaming))
-        return {name: _undecoded(table, str(path)) for name, table in tables.items()}
+        opened = {name: _undecoded(table, str(path)) for name, table in tables.items()}
+        others = {name: [file for file in files if not is_reached(file)] for name, files in found.splits.items()}
+        return {
+            name: replace(its, table=PhotosTable(its.table, others[name])) if others[name] else its
+            for name, its in opened.items()
+        }
     splits = {name: _open_data(files, streaming) for name, files in found.splits.items()}
     return {name: replace(opened, root=str(path)) for name, opened in splits.items()}
 
