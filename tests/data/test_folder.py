@@ -1,6 +1,7 @@
 """The data of a folder are the files in it: cards are not obeyed, links out of it are refused, splits told by names."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from PIL import Image
 
 from phi3v.data.columns import RowOptions
 from phi3v.data.folder import FolderFiles, find_files
+from phi3v.data.opening import open_set
+from phi3v.data.reading import Reading
 from phi3v.data.sources import load_data, load_rows
 from phi3v.errors import DataError
 
@@ -120,3 +123,23 @@ def test_a_saved_set_names_files_of_its_own_alone(name: Any, tmp_path: Path) -> 
     (tmp_path / "set" / "dataset_dict.json").write_text(json.dumps({"splits": ["../other"]}))
     with pytest.raises(DataError, match="names '../other' as one of its files"):
         load_rows(str(tmp_path / "set"), options=OPTIONS)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_photo_that_cannot_be_listed_is_a_problem_of_its_row(streaming: bool, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for name in (b"a.png", b"b.png", b"caf\xe9.png"):
+        try:
+            Image.new("RGB", (5, 4)).save(tmp_path / "x.png")
+            os.rename(tmp_path / "x.png", os.path.join(os.fsencode(tmp_path), b"set", name))
+        except OSError:
+            pytest.skip("this file system takes UTF-8 names alone")
+    (tmp_path / "set" / "z.png").symlink_to("nowhere")
+    options = RowOptions(prompt="What?", answer="A hat.")
+    if streaming:
+        assert len(list(open_set(str(tmp_path / "set"), streaming=True)["train"].table)) == 4
+        return
+    rows, problems = load_rows(str(tmp_path / "set"), options=options, reading=Reading(max_skipped=0.5))
+    assert [Path(row.images[0].path or "").name for row in rows] == ["a.png", "b.png"]
+    assert [(problem.row, problem.reason_code) for problem in problems] == [(2, "image_path"), (3, "image_path")]
+    assert "caf\\udce9.png" in problems[0].message and "z.png does not exist" in problems[1].message

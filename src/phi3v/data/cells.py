@@ -90,7 +90,8 @@ class Cells:
         try:
             whole_text(path or "")
         except TypeError as error:
-            raise UnusableRecord("image_path", f"{place} {error}") from error
+            name = image_name(ImageRef(Path(path or "").name))
+            raise UnusableRecord("image_path", f"{place} {error} ({name})") from error
         if data is not None or path is None:
             return ImageRef(path, data, self.root, self.confined)
         if path[:5].lower() == "data:":

@@ -49,7 +49,8 @@ def find_files(folder: Path, *, confined: bool = True) -> FolderFiles:
 
     Example: train.csv, val.csv, README.md and photos/a.jpg -> FolderFiles("csv", {"train": [.../train.csv],
     "validation": [.../val.csv]}).
-    Raises: DataError when there are none, as many of one kind as of another, or one that leads out of the folder.
+    Raises: DataError when there are none, as many of one kind as of another, or one that leads out of the folder; a
+            photo that is not there is a problem of its row, unless no photo is.
     """
     found = list(_walk(folder))
     kinds = Counter(KINDS[path.suffix.lower()] for path in found if path.suffix.lower() in KINDS).most_common()
@@ -62,7 +63,15 @@ def find_files(folder: Path, *, confined: bool = True) -> FolderFiles:
     kind = kinds[0][0] if kinds else "images"
     files = [path for path in found if (KINDS | _IMAGES).get(path.suffix.lower()) == kind]
     splits = _splits({path.relative_to(folder).as_posix(): path for path in files})
-    inside = {split: [contained(path, folder, confined=confined) for path in paths] for split, paths in splits.items()}
+    inside = {
+        split: [
+            path if kind == "images" and not path.exists() else contained(path, folder, confined=confined)
+            for path in paths
+        ]
+        for split, paths in splits.items()
+    }
+    if not any(path.exists() for paths in inside.values() for path in paths):
+        contained(files[0], folder, confined=confined)
     return FolderFiles(kind, inside)
 
 

@@ -22,6 +22,7 @@ import datasets
 from huggingface_hub import get_token
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from phi3v.data.dates import DatedTable, batches_of, date_columns
 from phi3v.data.faults import find_fault
 from phi3v.data.folder import KINDS, contained, find_files
 from phi3v.data.hub_card import checked_commit
@@ -31,6 +32,7 @@ from phi3v.data.saved import open_saved
 from phi3v.data.tar_table import TarTable
 from phi3v.data.text_guard import find_text_fault
 from phi3v.data.undecoded import ParsedTable, json_columns, undecoded
+from phi3v.data.unreached import PhotosTable, is_reached
 from phi3v.errors import DataError
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "test")
@@ -61,7 +63,7 @@ class StreamTable:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The records in order; in batches, because one by one `datasets` divides them among loader workers."""
-        for batch in self._table.iter(_STREAMED_AT_ONCE):
+        for batch in batches_of(self._table, _STREAMED_AT_ONCE):
             yield from (dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True))
 
     def __len__(self) -> int:
@@ -189,9 +191,15 @@ def _open_files(path: Path, streaming: bool, confined: bool) -> dict[str, Opened
     """The data files of a folder by split; a folder of photos without metadata has the column `label` as well."""
     found = find_files(path, confined=confined)
     if found.kind == "images":
-        listed = datasets.data_files.DataFilesDict({name: _listed(files) for name, files in found.splits.items()})
+        reached = {name: list(filter(is_reached, files)) for name, files in found.splits.items()}
+        listed = datasets.data_files.DataFilesDict({name: _listed(files) for name, files in reached.items()})
         tables = datasets.load_dataset("imagefolder", data_files=listed, **_streamed(streaming))
-        return {name: _undecoded(table, str(path)) for name, table in tables.items()}
+        opened = {name: _undecoded(table, str(path)) for name, table in tables.items()}
+        others = {name: [file for file in files if not is_reached(file)] for name, files in found.splits.items()}
+        return {
+            name: replace(its, table=PhotosTable(its.table, others[name])) if others[name] else its
+            for name, its in opened.items()
+        }
     splits = {name: _open_data(files, streaming) for name, files in found.splits.items()}
     return {name: replace(opened, root=str(path)) for name, opened in splits.items()}
 
@@ -281,12 +289,14 @@ def _undecoded(table: Any, root: str) -> OpenedTable:
     labels = {name: kind.names for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
     floats = (name for name, kind in features.items() if getattr(kind, "dtype", None) in ("float32", "float16"))
     opened = StreamTable(table) if isinstance(table, datasets.IterableDataset) else table
+    if opened is table and date_columns(features):
+        opened = DatedTable(table)
     if parsed := json_columns(features):
         opened = ParsedTable(opened, parsed)
     return OpenedTable(opened, root, labels, frozenset(floats))
 
 
-_NARROWED = datasets.Dataset | StreamTable | ParsedTable
+_NARROWED = datasets.Dataset | StreamTable | ParsedTable | DatedTable
 
 
 def narrowed(table: Table, columns: Sequence[str]) -> Table:

@@ -7,6 +7,7 @@ No attributes, no indexes, no format specs, no code: what stands between the bra
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import date, datetime, time
 from decimal import Decimal
 from difflib import get_close_matches
@@ -75,6 +76,11 @@ def known_columns(name: str, columns: list[str]) -> str:
     return f"{hint}; its columns are {', '.join(columns) or 'none'}"
 
 
+@dataclass(frozen=True)
+class NoDate:
+    """Stands for a date or time of a data file that no calendar has, the year 10000 for instance."""
+
+
 def cell_text(value: Any) -> str | None:
     """The text that stands for a value in a template; None when there is nothing.
 
@@ -89,7 +95,8 @@ def cell_text(value: Any) -> str | None:
 
     A whole float loses its ".0" because one empty cell turns a column of ints into floats, which must not change the
     other rows. CSV cells arrive here as the text of the file: 007, 19.90 and NA stay.
-    Raises: TypeError for lists, mappings and bytes, which no template can show, and for text that is no text.
+    Raises: TypeError for lists, mappings and bytes, which no template can show, for text that is no text, and for a
+            `NoDate`.
     """
     if value is None or isinstance(value, str):
         return whole_text(value) if value and value.strip() else None
@@ -101,6 +108,8 @@ def cell_text(value: Any) -> str | None:
         return _number(value)
     if isinstance(value, date | datetime | time | Decimal):
         return str(value)
+    if isinstance(value, NoDate):
+        raise TypeError("holds a date or time that is out of range")
     raise TypeError(f"holds a {type(value).__name__}, which a template cannot show")
 
 
