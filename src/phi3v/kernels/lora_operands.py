@@ -27,6 +27,7 @@ class Operands:
         rank: r, 0 without an adapter.
         scale: alpha / r, or alpha / sqrt(r) under rsLoRA.
         dropout: share of the adapter's input that is dropped, 0.0 outside training.
+        grad_dtype: what the gradients of PEFT's A and B are, float32 where these are rounded from float32 masters.
     """
 
     weight: torch.Tensor
@@ -36,6 +37,7 @@ class Operands:
     rank: int = 0
     scale: float = 0.0
     dropout: float = 0.0
+    grad_dtype: torch.dtype | None = None
 
     @property
     def spare(self) -> int:
@@ -83,12 +85,16 @@ class WidenedWeights:
         adapter = active_adapter(projection)
         if adapter is None:
             return Operands(base.weight.detach())
-        a, b = projection.lora_A[adapter].weight.detach(), projection.lora_B[adapter].weight.detach()
+        trained = projection.lora_A[adapter].weight
+        a, b = trained.detach(), projection.lora_B[adapter].weight.detach()
         rank, scale = a.shape[0], float(projection.scaling[adapter])
         spare = spare_columns(rank)
         joined = self._widened(name, base, spare) if join else None
         outputs, inputs = base.weight.shape
-        scaled = base.weight.new_zeros(outputs, spare) if joined is None else joined[:, inputs:]
+        if joined is not None:
+            scaled = joined[:, inputs:]
+        else:
+            scaled = (base.weight.new_empty if rank == spare else base.weight.new_zeros)(outputs, spare)
         torch.mul(b, scale, out=scaled[:, :rank])
         if a.dtype != base.weight.dtype or rank != spare:
             padded = base.weight.new_zeros(spare, inputs)
@@ -96,7 +102,8 @@ class WidenedWeights:
             a = padded
         drop = projection.lora_dropout[adapter]
         share = float(drop.p) if training and isinstance(drop, nn.Dropout) else 0.0
-        return Operands(base.weight.detach(), joined, a, scaled, rank, scale, share)
+        grad_dtype = trained.grad_dtype or trained.dtype
+        return Operands(base.weight.detach(), joined, a, scaled, rank, scale, share, grad_dtype)
 
     def _widened(self, name: str, base: nn.Linear, spare: int) -> torch.Tensor:
         """`[N, K + R]` whose first K columns are the module's weight; made anew when that is another one now."""
@@ -130,8 +137,8 @@ def project(rows: torch.Tensor, operands: Operands, residual: torch.Tensor | Non
         residual: `[T, N]`, added.
 
     Returns:
-        The result `[T, N]`; x A' `[T, R]` for the backward pass, or None; and which inputs of the adapter were kept
-        under dropout, `[T, K]`, or None.
+        The result `[T, N]`; x A' times the scale, `[T, R]`, for the backward pass, or None; and which inputs of the
+        adapter were kept under dropout, `[T, K]`, or None.
     """
     low = kept = None
     matrix = operands.weight
@@ -139,7 +146,7 @@ def project(rows: torch.Tensor, operands: Operands, residual: torch.Tensor | Non
         assert operands.joined is not None
         inputs = operands.weight.shape[1]
         low, kept = to_low_rank(rows[:, :inputs], operands, out=rows[:, inputs:])
-        matrix, low = operands.joined, low.contiguous()
+        matrix, low = operands.joined, low * operands.scale
     result = torch.mm(rows, matrix.t()) if residual is None else torch.addmm(residual, rows, matrix.t())
     return result, low, kept
 
@@ -168,15 +175,23 @@ def dropped(rows: torch.Tensor, kept: torch.Tensor | None, operands: Operands) -
 def factor_gradients(
     grad: torch.Tensor, low: torch.Tensor, grad_low: torch.Tensor, seen: torch.Tensor, operands: Operands
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of A and B, `[r, K]` and `[N, r]`.
+    """Gradients of A and B, `[r, K]` and `[N, r]`, in the dtype that they are wanted in.
 
     Args:
         grad: of the projection's result, `[T, N]`.
-        low: x A', `[T, R]`.
+        low: x A' times the scale, `[T, R]`.
         grad_low: its gradient, the scale in it.
         seen: the adapter's input x, `[T, K]`.
         operands: of the projection.
     """
-    to_b = grad.new_empty(grad.shape[1], low.shape[1])
-    torch.addmm(to_b, grad.t(), low, beta=0, alpha=operands.scale, out=to_b)
-    return torch.mm(grad_low.t(), seen)[: operands.rank], to_b[:, : operands.rank]
+    to_a, to_b = _product(grad_low.t(), seen, operands.grad_dtype), _product(grad.t(), low, operands.grad_dtype)
+    return to_a[: operands.rank], to_b[:, : operands.rank]
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """A product in a dtype of its own: CUDA writes float32 of half precision at once, with no rounding in between."""
+    if dtype in (None, left.dtype):
+        return torch.mm(left, right)
+    if dtype == torch.float32 and left.device.type in ("cuda", "meta") and torch.version.hip is None:
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left, right).to(dtype)

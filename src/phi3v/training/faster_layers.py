@@ -1,7 +1,7 @@
 """Faster forms of the model's layers from libraries, as a recipe chooses them: torch.compile, Liger's kernels.
 
 In comes a model that is ready to train; the same model computes the same things with fewer passes over memory. Nothing
-of it is saved. Knows nothing of data or of the Trainer.
+of it is saved. `step_line` says in words which way a step goes. Knows nothing of rows or of the Trainer.
 """
 
 import importlib.util
@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from phi3v.data.plan import MicroBatches
 from phi3v.errors import ConfigError, DeviceError, MissingPackageError
+from phi3v.kernels.lora_layer import fast_lora_state
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.passthrough import first_line
 from phi3v.recipe import Recipe
@@ -114,6 +116,32 @@ def use_liger(model: Phi3VForCausalLM, options: dict[str, Any]) -> int:
     except TypeError as error:
         raise ConfigError(f"training.liger_kernel_config: {first_line(error)}") from error
     return len(model.model.layers)
+
+
+def step_line(model: Any, micro_batches: MicroBatches, layers: dict[str, int]) -> str:
+    """Which way the steps of a run go, in one line.
+
+    Args:
+        model: ready to train.
+        micro_batches: how a step is cut.
+        layers: what `use_faster_layers` did.
+    Example: "each step: packs of at most 5,078 tokens, attention phi3v_packed_varlen, 32 of 32 decoder layers
+    hand-written, 23 layers compiled", or "each step: 2 padded samples at a time, attention sdpa, 0 of 32 decoder layers
+    hand-written (no CUDA device), none compiled".
+    """
+    if not micro_batches.packed:
+        size = micro_batches.size
+        cut = f"{size} padded samples at a time" if size > 1 else "one sample at a time"
+    elif micro_batches.tokens:
+        cut = f"packs of at most {micro_batches.tokens:,} tokens"
+    else:
+        cut = f"packs of at most {micro_batches.size} times a step's longest sample"
+    state = fast_lora_state(model)
+    written = f"{state.attached} of {state.layers} decoder layers hand-written"
+    reasons = f" ({', '.join(state.reasons)})" if state.reasons else ""
+    more = [f"{layers['compiled']} layers compiled" if layers["compiled"] else "none compiled"]
+    more += [f"{layers['liger']} with Liger's kernels"] if layers["liger"] else []
+    return f"each step: {cut}, attention {model.config._attn_implementation}, {written}{reasons}, {', '.join(more)}"
 
 
 def _active(module: Any) -> Any:

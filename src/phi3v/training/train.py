@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
+from phi3v.data.plan import MicroBatches
 from phi3v.data.sources import LoadedData, StreamedData
 from phi3v.errors import DeviceError, TrainingError
 from phi3v.evaluation.report_run import write_report
@@ -37,7 +38,7 @@ from phi3v.training.callbacks import (
     Watcher,
 )
 from phi3v.training.checkpoints import checkpoint_step, newest_checkpoint
-from phi3v.training.faster_layers import check_faster_layers, use_faster_layers
+from phi3v.training.faster_layers import check_faster_layers, step_line, use_faster_layers
 from phi3v.training.feature_cache import FeatureReport
 from phi3v.training.master_weights import same_in
 from phi3v.training.preflight import check_recipe_alone, check_upload
@@ -180,8 +181,8 @@ def _tune(
         on_features=lambda done, total: watch(TrainingEvent("features", done, total)),
         on_kept=lambda kept: watch(_kept_event(kept)),
     )
-    use_faster_layers(model, recipe, device)
     step_collator, eval_collator = make_collators(recipe, data, processor)
+    _use_faster_layers(model, recipe, device, step_collator.micro_batches, watch)
     trainer = _make_trainer(
         model=model,
         args=arguments,
@@ -207,6 +208,14 @@ def _tune(
         resumed_from=done,
         fast_lora=asdict(fast_lora_state(model)),
     )
+
+
+def _use_faster_layers(
+    model: Any, recipe: Recipe, device: torch.device, micro_batches: MicroBatches, watch: Watcher
+) -> None:
+    """Compiles layers and the like, and tells which way steps go."""
+    layers = use_faster_layers(model, recipe, device)
+    watch(TrainingEvent("way", 0, 0, line=step_line(model, micro_batches, layers)))
 
 
 def _make_trainer(**arguments: Any) -> StepTrainer:
