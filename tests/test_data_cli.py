@@ -333,6 +333,15 @@ def test_text_of_strangers_reaches_the_terminal_escaped(run: Any, folder: Path) 
     assert "\x1b" not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("command", ["check", "show"])
+def test_errors_are_json_too(command: str, run: Any, folder: Path, model: Path) -> None:
+    (folder / "broken.csv").write_text("image,title\na.jpg,Foo,extra\n")
+    done = run(command, folder / "broken.csv", f"model={model}", "--json")
+    error = json.loads(done.stdout)["error"]
+    assert (done.exit_code, done.stderr) == (1, f"phi3v: {error}\n")
+    assert "broken.csv cannot be read: line 2 has 3 cells, the header has 2: put quotes around a cell" in error
+
+
 def test_half_a_character_in_a_path_kills_neither_report_nor_json(run: Any, folder: Path) -> None:
     talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A hat."}]
     rows = [
