@@ -280,6 +280,25 @@ def test_show_for_machines(run: Any, folder: Path) -> None:
     assert said.strip().startswith("It is ")
 
 
+def test_show_and_check_say_the_same_of_rows_that_only_decoding_shows_to_be_bad(run: Any, folder: Path) -> None:
+    photo = bytearray((folder / "photos" / "0.png").read_bytes())
+    photo[photo.index(b"IDAT") + 6] ^= 0xFF
+    (folder / "photos" / "bad.png").write_bytes(photo)  # its header and its end are sound
+    rows = [json.loads(line) for line in (folder / "photos" / "rows.jsonl").read_text().splitlines()]
+    rows[0]["image"], rows[1]["colour"] = "bad.png", "red " * 2000
+    write_rows(folder, rows)
+    words = [folder / "recipe.yaml", "data.max_length=1000", "data.max_skipped=0.2", "--json"]
+    for more, usable in (([], 36), (["--quick"], 37)):
+        checked, shown = (json.loads(run(name, *words, *more).stdout) for name in ("check", "show"))
+        assert shown["usable"] == checked["usable"] == usable
+        for key in ("rows", "problems", "decoded"):
+            assert shown[key] == checked[key]
+    found = json.loads(run("show", *words, "data.split=null", "--rows", 40, "--text").stdout)
+    assert {row["row"]: row["problem"] for row in found["shown"] if row["problem"]} == {
+        problem["row"]: problem["message"] for problem in found["problems"] if problem["row"] in (0, 1)
+    }
+
+
 def test_show_downloads_what_it_shows_and_no_more(run: Any, folder: Path) -> None:
     with image_server() as server:
         urls = [server.url(f"/404/{n}.png" if n == 0 else f"/good/{n}.png") for n in range(60)]

@@ -240,6 +240,16 @@ def survey_rows(
     return Surveyed(kept, facts, problems, [tokens[places[position]] for position in kept])
 
 
+def survey_data(
+    data: LoadedData | FoundRows, processor: Any | None, options: SurveyOptions, *, on_progress: Progress | None = None
+) -> tuple[Surveyed, Surveyed, list[RowProblem]]:
+    """Looks at all rows of a recipe. Returns: training rows, held-out rows, and the problems of the whole, in order."""
+    train = survey_rows(data.train, processor, options, on_progress=on_progress)
+    held_out = survey_rows(data.validation or [], processor, options, stage=HELD_OUT, on_progress=on_progress)
+    problems = [*data.problems, *train.problems, *held_out.problems]
+    return train, held_out, sorted(problems, key=lambda problem: (problem.source, problem.row))
+
+
 def _first_times(rows: Iterable[Row], places: list[int]) -> Iterator[Row]:
     """The rows that were not there before; `places` gets the number of the distinct row of each."""
     known: dict[int, int] = {}
@@ -287,9 +297,7 @@ def measured_rows(
     Raises: DataError as `find_refusal` says.
     """
     options = survey_options(recipe, context, decode=False, hashes=False)
-    train = survey_rows(data.train, processor, options, on_progress=on_progress)
-    held_out = survey_rows(data.validation or [], processor, options, stage=HELD_OUT, on_progress=on_progress)
-    problems = [*data.problems, *train.problems, *held_out.problems]
+    train, held_out, problems = survey_data(data, processor, options, on_progress=on_progress)
     if (line := find_refusal(recipe, data, problems, len(train.kept))) is not None:
         raise DataError(line)
     validation = None if data.validation is None else data.validation.take(held_out.kept)
