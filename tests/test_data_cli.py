@@ -119,6 +119,24 @@ def test_rows_of_which_none_can_be_used_or_split_are_reported_too(run: Any, fold
     assert done.exit_code == 1 and "1 row, 1 usable" in done.stdout and "cannot be split into train and" in done.stdout
 
 
+def test_rows_that_weights_leave_out_are_counted_set_by_set(run: Any, folder: Path) -> None:
+    for name, count in (("a", 30), ("b", 10)):
+        rows = [{"image": f"{number % 4}.png", "colour": f"{name} {number}"} for number in range(count)]
+        (folder / "photos" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = ", ".join(f"{{source: {folder}/photos/{name}.jsonl, weight: 1}}" for name in "ab")
+    words = ["check", folder / "recipe.yaml", "--quick", f"data.train=[{sets}]", "data.split=null"]
+    found = json.loads(run(*words, "--json").stdout)
+    assert (found["rows"], found["train"]) == (40, 40)
+    assert found["sets"] == [
+        {"source": f"{folder}/photos/a.jsonl", "rows": 30, "epoch": 20, "left_out": 10},
+        {"source": f"{folder}/photos/b.jsonl", "rows": 10, "epoch": 20, "left_out": 0},
+    ]
+    lines = run(*words).stdout.splitlines()
+    assert f"{folder}/photos/a.jsonl: 20 of its 30 rows in an epoch, 10 left out (weights, data.max_rows)" in lines
+    assert f"{folder}/photos/b.jsonl: all of its 10 rows in an epoch, 20 with those that come again" in lines
+    assert "in an epoch" not in run("check", folder / "recipe.yaml", "--quick").stdout.replace("an epoch,", "")
+
+
 @pytest.mark.parametrize(
     ("bad", "more", "refused"),
     [

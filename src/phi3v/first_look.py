@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from phi3v.data.columns import RowOptions
 from phi3v.data.image_cache import FetchFailure
+from phi3v.data.mixing import SetUse
 from phi3v.data.reading import Reading
 from phi3v.data.rows import describe_problems, refusal
 from phi3v.data.schema import Row, RowProblem
@@ -134,6 +135,7 @@ class FoundRows:
     not_cached: list[str]
     refusal: str | None = None
     sampled: bool = False
+    sets: Sequence[SetUse] = ()
 
 
 def find_rows(
@@ -163,6 +165,7 @@ def find_rows(
             data.rows_in,
             data.not_cached,
             data.refusal,
+            sets=data.sets,
         )
     how = recipe.data.reading_options | {"max_skipped": 1.0, "on_problem": "skip"}
     options = row_options(recipe)

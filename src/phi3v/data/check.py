@@ -16,6 +16,7 @@ from typing import Any
 from phi3v.data.advice import advice
 from phi3v.data.duplicates import Duplicates
 from phi3v.data.fetch import FetchSummary
+from phi3v.data.mixing import SetUse
 from phi3v.data.schema import RowProblem
 from phi3v.data.survey import RowFacts
 from phi3v.errors import ImageError
@@ -246,6 +247,7 @@ class Report:
         beyond_rope: rows that are longer than that.
         duplicates: rows and images that are there more than once.
         crops: what images cost at other numbers of crops.
+        sets: what an epoch holds of each set of training rows, by headers, see `mixing.SetUse`; none for a stream.
         outlook: steps and time of a run, see `training.outlook`; None where no recipe was given.
     """
 
@@ -273,6 +275,7 @@ class Report:
     beyond_rope: int
     duplicates: Duplicates
     crops: list[CropPrice]
+    sets: Sequence[SetUse] = ()
     outlook: dict[str, Any] | None = None
     part: FetchedPart | None = None
 

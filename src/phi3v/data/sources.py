@@ -17,7 +17,7 @@ from phi3v.data.cells import Cells
 from phi3v.data.columns import RowOptions
 from phi3v.data.conversations import record_map
 from phi3v.data.fetch import fetch_images
-from phi3v.data.mixing import mix
+from phi3v.data.mixing import SetUse, mix, set_uses
 from phi3v.data.opening import VALIDATION_NAMES, OpenedTable, narrowed, open_set
 from phi3v.data.reading import Reading
 from phi3v.data.rows import (
@@ -52,6 +52,7 @@ class LoadedData:
             rows and problems together.
         not_cached: web addresses of images that are still to be downloaded, each once.
         refusal: why a set is refused, with `Reading.refuse` False; else None.
+        sets: what an epoch holds of each set of training rows.
     """
 
     train: Rows
@@ -61,6 +62,7 @@ class LoadedData:
     rows_in: int = 0
     not_cached: list[str] = field(default_factory=list)
     refusal: str | None = None
+    sets: list[SetUse] = field(default_factory=list)
 
 
 def load_data(
@@ -105,16 +107,18 @@ def load_data(
         split = split_rows(keys, validation_split, split_seed)
         shared = [shared_image_problem(row.source, row.index) for row in rows.take(split.left_out)]
         rows, held_out, origin = rows.take(split.train), rows.take(split.validation), "split"
-    if weights is not None:
-        rows = rows.take(mix(rows.set_numbers, len(parts), weights, split_seed))
+    numbers = rows.set_numbers
+    epoch: Sequence[int] = range(len(rows)) if weights is None else mix(numbers, len(parts), weights, split_seed)
+    epoch = epoch[:max_rows]
     return LoadedData(
-        train=rows[:max_rows],
+        train=rows.take(epoch),
         validation=held_out,
         problems=[*(problem for look in looks for problem in look.problems), *shared],
         origin=origin,
         rows_in=sum(len(part.table) for part in [*parts, *held]),
         not_cached=list(dict.fromkeys(url for look in looks for url in look.not_cached)),
         refusal=next((line for look in looks if (line := _set_refusal(look, how)) is not None), None),
+        sets=set_uses([part.map.source for part in parts], numbers, epoch),
     )
 
 

@@ -93,6 +93,7 @@ def check_recipe(
         beyond_rope=rows_beyond(facts, rope_limit),
         duplicates=find_duplicates(train.facts, held_out.facts),
         crops=crop_prices(facts, num_crops=crops, max_tokens=recipe.image.max_tokens, context=context),
+        sets=data.sets,
         part=None if whole or not fetch else FetchedPart.of(shard, part, **_limits(recipe)),
         outlook=_outlook(recipe, train, config, crops) if model else None,
     )
