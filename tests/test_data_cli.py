@@ -119,24 +119,6 @@ def test_rows_of_which_none_can_be_used_or_split_are_reported_too(run: Any, fold
     assert done.exit_code == 1 and "1 row, 1 usable" in done.stdout and "cannot be split into train and" in done.stdout
 
 
-def test_rows_that_weights_leave_out_are_counted_set_by_set(run: Any, folder: Path) -> None:
-    for name, count in (("a", 30), ("b", 10)):
-        rows = [{"image": f"{number % 4}.png", "colour": f"{name} {number}"} for number in range(count)]
-        (folder / "photos" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sets = ", ".join(f"{{source: {folder}/photos/{name}.jsonl, weight: 1}}" for name in "ab")
-    words = ["check", folder / "recipe.yaml", "--quick", f"data.train=[{sets}]", "data.split=null"]
-    found = json.loads(run(*words, "--json").stdout)
-    assert (found["rows"], found["train"]) == (40, 40)
-    assert found["sets"] == [
-        {"source": f"{folder}/photos/a.jsonl", "rows": 30, "epoch": 20, "left_out": 10},
-        {"source": f"{folder}/photos/b.jsonl", "rows": 10, "epoch": 20, "left_out": 0},
-    ]
-    lines = run(*words).stdout.splitlines()
-    assert f"{folder}/photos/a.jsonl: 20 of its 30 rows in an epoch, 10 left out (weights, data.max_rows)" in lines
-    assert f"{folder}/photos/b.jsonl: all of its 10 rows in an epoch, 20 with those that come again" in lines
-    assert "in an epoch" not in run("check", folder / "recipe.yaml", "--quick").stdout.replace("an epoch,", "")
-
-
 @pytest.mark.parametrize(
     ("bad", "more", "refused"),
     [
@@ -298,25 +280,6 @@ def test_show_for_machines(run: Any, folder: Path) -> None:
     assert said.strip().startswith("It is ")
 
 
-def test_show_and_check_say_the_same_of_rows_that_only_decoding_shows_to_be_bad(run: Any, folder: Path) -> None:
-    photo = bytearray((folder / "photos" / "0.png").read_bytes())
-    photo[photo.index(b"IDAT") + 6] ^= 0xFF
-    (folder / "photos" / "bad.png").write_bytes(photo)  # its header and its end are sound
-    rows = [json.loads(line) for line in (folder / "photos" / "rows.jsonl").read_text().splitlines()]
-    rows[0]["image"], rows[1]["colour"] = "bad.png", "red " * 2000
-    write_rows(folder, rows)
-    words = [folder / "recipe.yaml", "data.max_length=1000", "data.max_skipped=0.2", "--json"]
-    for more, usable in (([], 36), (["--quick"], 37)):
-        checked, shown = (json.loads(run(name, *words, *more).stdout) for name in ("check", "show"))
-        assert shown["usable"] == checked["usable"] == usable
-        for key in ("rows", "problems", "decoded"):
-            assert shown[key] == checked[key]
-    found = json.loads(run("show", *words, "data.split=null", "--rows", 40, "--text").stdout)
-    assert {row["row"]: row["problem"] for row in found["shown"] if row["problem"]} == {
-        problem["row"]: problem["message"] for problem in found["problems"] if problem["row"] in (0, 1)
-    }
-
-
 def test_show_downloads_what_it_shows_and_no_more(run: Any, folder: Path) -> None:
     with image_server() as server:
         urls = [server.url(f"/404/{n}.png" if n == 0 else f"/good/{n}.png") for n in range(60)]
@@ -368,15 +331,6 @@ def test_text_of_strangers_reaches_the_terminal_escaped(run: Any, folder: Path) 
     done = run("check", folder / "odd.csv", "data.prompt=What?", "data.answer='{title}'")
     assert done.exit_code == 1 and "its columns are image, ti\\x1b[31mtle" in done.stderr
     assert "\x1b" not in done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("command", ["check", "show"])
-def test_errors_are_json_too(command: str, run: Any, folder: Path, model: Path) -> None:
-    (folder / "broken.csv").write_text("image,title\na.jpg,Foo,extra\n")
-    done = run(command, folder / "broken.csv", f"model={model}", "--json")
-    error = json.loads(done.stdout)["error"]
-    assert (done.exit_code, done.stderr) == (1, f"phi3v: {error}\n")
-    assert "broken.csv cannot be read: line 2 has 3 cells, the header has 2: put quotes around a cell" in error
 
 
 def test_half_a_character_in_a_path_kills_neither_report_nor_json(run: Any, folder: Path) -> None:

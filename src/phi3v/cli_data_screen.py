@@ -17,6 +17,7 @@ from phi3v.evaluation.figures import counted, duration, percent, short_number
 
 if TYPE_CHECKING:
     from phi3v.data.check import Report
+    from phi3v.data.not_read import NotRead
     from phi3v.data.show import ShownRow
 
 SHOWN_PROBLEMS = 3
@@ -30,7 +31,7 @@ _BAR = 30  # characters of the longest bar
 def show_check(console: Console, report: Report) -> None:
     """The whole report."""
     _say(console, headline(report), style="bold")
-    for line in set_lines(report):
+    for line in [*set_lines(report), *not_read_lines(report)]:
         _say(console, line)
     _say(console, image_line(report))
     for line in part_lines(report):
@@ -71,6 +72,21 @@ def set_lines(report: Report) -> Iterator[str]:
         line = f"{one.source}: {held} of its {counted(one.rows, 'row')} in an epoch"
         line += f", {short_number(one.epoch)} with those that come again" if one.epoch > different else ""
         yield line + (f", {short_number(one.left_out)} left out (weights, data.max_rows)" if one.left_out else "")
+
+
+def not_read_lines(report: Report) -> Iterator[str]:
+    """Files of the set that are not read: how many for each reason, and the first ones.
+
+    Example: "2 not read, its name tells no split, and the names of others do: more.csv, old.csv".
+    """
+    reasons: dict[str, list[NotRead]] = {}
+    for one in report.not_read:
+        reasons.setdefault(one.reason, []).append(one)
+    for reason, found in reasons.items():
+        number = sum(one.files for one in found)
+        more = number - sum(one.files for one in found[:SHOWN_PROBLEMS])
+        named = ", ".join(one.file for one in found[:SHOWN_PROBLEMS]) + (f" and {more} more" if more else "")
+        yield f"not read, {reason}: {named}" if number == 1 else f"{number} not read, {reason}: {named}"
 
 
 def image_line(report: Report) -> str:

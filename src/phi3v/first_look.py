@@ -16,6 +16,7 @@ from typing import Any, Self
 from phi3v.data.columns import RowOptions
 from phi3v.data.image_cache import FetchFailure
 from phi3v.data.mixing import SetUse
+from phi3v.data.not_read import NotRead
 from phi3v.data.reading import Reading
 from phi3v.data.rows import describe_problems, refusal
 from phi3v.data.schema import Row, RowProblem
@@ -136,6 +137,7 @@ class FoundRows:
     refusal: str | None = None
     sampled: bool = False
     sets: Sequence[SetUse] = ()
+    not_read: Sequence[NotRead] = ()
 
 
 def find_rows(
@@ -166,6 +168,7 @@ def find_rows(
             data.not_cached,
             data.refusal,
             sets=data.sets,
+            not_read=data.not_read,
         )
     how = recipe.data.reading_options | {"max_skipped": 1.0, "on_problem": "skip"}
     options = row_options(recipe)
@@ -192,7 +195,8 @@ def find_rows(
     absent = [image.url for row in [*first.values(), *held_out] for image in row.images if image.path is None]
     not_cached = list(dict.fromkeys(url for url in absent if url is not None))
     total = len(first) + len(held_out) + len(problems)
-    return FoundRows(list(first.values()), held_out, problems, stream.origin, total, not_cached, sampled=True)
+    found = FoundRows(list(first.values()), held_out, problems, stream.origin, total, not_cached, sampled=True)
+    return replace(found, not_read=stream.not_read)
 
 
 class _SampleTaken(Exception):

@@ -94,6 +94,7 @@ def check_recipe(
         duplicates=find_duplicates(train.facts, held_out.facts),
         crops=crop_prices(facts, num_crops=crops, max_tokens=recipe.image.max_tokens, context=context),
         sets=data.sets,
+        not_read=data.not_read,
         part=None if whole or not fetch else FetchedPart.of(shard, part, **_limits(recipe)),
         outlook=_outlook(recipe, train, config, crops) if model else None,
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 from phi3v.data.check import listed
 from phi3v.data.fetch import fetch_images
+from phi3v.data.image_cache import FetchFailure
 from phi3v.data.reading import Reading
 from phi3v.data.schema import ImageRef, Row
 from phi3v.data.show import ShownRow, show_row, spaced
@@ -88,7 +89,8 @@ def _with_images(
     reading = Reading.of(**recipe.data.reading_options)
     missing = [image.url for row in rows for image in row.images if image.path is None and image.url is not None]
     told = None if on_progress is None else lambda done, total: on_progress("downloading images", done, total)
-    cache, failures = reading.cache, {}
+    cache = reading.cache
+    failures: Mapping[str, FetchFailure] = {}
     if missing and cache is not None:
         failures = fetch_images(missing, cache, reading.limits, on_progress=told).failures
 
