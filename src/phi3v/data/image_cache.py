@@ -55,7 +55,7 @@ class ImageCache:
         """The complete file of an address; None while it is not cached, or when the file is not what it was."""
         entry, noted = self._entry(url)
         digest, size = entry.get("object"), entry.get("bytes")
-        if not isinstance(digest, str) or len(digest) != 64 or not digest.isalnum():
+        if not isinstance(digest, str) or len(digest) != 64 or not digest.isalnum() or not isinstance(size, int):
             return None
         path = self._place("objects", digest)
         return path if _is_whole(path, size, before=noted) else None
