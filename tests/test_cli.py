@@ -100,7 +100,7 @@ def test_commands_and_flags_are_frozen():
         "demo": ["--output", "--json", "--debug"],
         "data": [],
         "data check": ["source", "overrides", "--fetch", "--shard", "--quick", "--json", "--debug"],
-        "data show": ["source", "overrides", "--rows", "--out", "--text", "--json", "--debug"],
+        "data show": ["source", "overrides", "--rows", "--out", "--text", "--quick", "--json", "--debug"],
     }
 
 

@@ -15,6 +15,8 @@ from typing import Any, Self
 
 from phi3v.data.columns import RowOptions
 from phi3v.data.image_cache import FetchFailure
+from phi3v.data.mixing import SetUse
+from phi3v.data.not_read import NotRead
 from phi3v.data.reading import Reading
 from phi3v.data.rows import describe_problems, refusal
 from phi3v.data.schema import Row, RowProblem
@@ -134,6 +136,8 @@ class FoundRows:
     not_cached: list[str]
     refusal: str | None = None
     sampled: bool = False
+    sets: Sequence[SetUse] = ()
+    not_read: Sequence[NotRead] = ()
 
 
 def find_rows(
@@ -163,6 +167,8 @@ def find_rows(
             data.rows_in,
             data.not_cached,
             data.refusal,
+            sets=data.sets,
+            not_read=data.not_read,
         )
     how = recipe.data.reading_options | {"max_skipped": 1.0, "on_problem": "skip"}
     options = row_options(recipe)
@@ -189,7 +195,8 @@ def find_rows(
     absent = [image.url for row in [*first.values(), *held_out] for image in row.images if image.path is None]
     not_cached = list(dict.fromkeys(url for url in absent if url is not None))
     total = len(first) + len(held_out) + len(problems)
-    return FoundRows(list(first.values()), held_out, problems, stream.origin, total, not_cached, sampled=True)
+    found = FoundRows(list(first.values()), held_out, problems, stream.origin, total, not_cached, sampled=True)
+    return replace(found, not_read=stream.not_read)
 
 
 class _SampleTaken(Exception):
@@ -240,6 +247,16 @@ def survey_rows(
     return Surveyed(kept, facts, problems, [tokens[places[position]] for position in kept])
 
 
+def survey_data(
+    data: LoadedData | FoundRows, processor: Any | None, options: SurveyOptions, *, on_progress: Progress | None = None
+) -> tuple[Surveyed, Surveyed, list[RowProblem]]:
+    """Looks at all rows of a recipe. Returns: training rows, held-out rows, and the problems of the whole, in order."""
+    train = survey_rows(data.train, processor, options, on_progress=on_progress)
+    held_out = survey_rows(data.validation or [], processor, options, stage=HELD_OUT, on_progress=on_progress)
+    problems = [*data.problems, *train.problems, *held_out.problems]
+    return train, held_out, sorted(problems, key=lambda problem: (problem.source, problem.row))
+
+
 def _first_times(rows: Iterable[Row], places: list[int]) -> Iterator[Row]:
     """The rows that were not there before; `places` gets the number of the distinct row of each."""
     known: dict[int, int] = {}
@@ -287,9 +304,7 @@ def measured_rows(
     Raises: DataError as `find_refusal` says.
     """
     options = survey_options(recipe, context, decode=False, hashes=False)
-    train = survey_rows(data.train, processor, options, on_progress=on_progress)
-    held_out = survey_rows(data.validation or [], processor, options, stage=HELD_OUT, on_progress=on_progress)
-    problems = [*data.problems, *train.problems, *held_out.problems]
+    train, held_out, problems = survey_data(data, processor, options, on_progress=on_progress)
     if (line := find_refusal(recipe, data, problems, len(train.kept))) is not None:
         raise DataError(line)
     validation = None if data.validation is None else data.validation.take(held_out.kept)

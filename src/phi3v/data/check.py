@@ -16,6 +16,8 @@ from typing import Any
 from phi3v.data.advice import advice
 from phi3v.data.duplicates import Duplicates
 from phi3v.data.fetch import FetchSummary
+from phi3v.data.mixing import SetUse
+from phi3v.data.not_read import NotRead
 from phi3v.data.schema import RowProblem
 from phi3v.data.survey import RowFacts
 from phi3v.errors import ImageError
@@ -246,6 +248,8 @@ class Report:
         beyond_rope: rows that are longer than that.
         duplicates: rows and images that are there more than once.
         crops: what images cost at other numbers of crops.
+        not_read: files, folders and splits of the set that are not read, each with its reason, see `not_read.NotRead`.
+        sets: what an epoch holds of each set of training rows, by headers, see `mixing.SetUse`; none for a stream.
         outlook: steps and time of a run, see `training.outlook`; None where no recipe was given.
     """
 
@@ -273,6 +277,8 @@ class Report:
     beyond_rope: int
     duplicates: Duplicates
     crops: list[CropPrice]
+    sets: Sequence[SetUse] = ()
+    not_read: Sequence[NotRead] = ()
     outlook: dict[str, Any] | None = None
     part: FetchedPart | None = None
 

@@ -144,6 +144,15 @@ def look_at(image: ImageRef, *, max_pixels: int = MAX_PIXELS, digest: bool = Fal
         return look
 
 
+def begins_as_image(head: bytes) -> bool:
+    """Whether the first 16 bytes of a file are those of a format that is read: b"\\xff\\xd8\\xff\\xe0..." -> True."""
+    if head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")):
+        return True
+    if head.startswith(b"BM"):
+        return head[6:10] == bytes(4)
+    return head.startswith(b"RIFF") and head[8:12] == b"WEBP"
+
+
 def content_digest(image: ImageRef) -> str:
     """The SHA-256 of the encoded file, whatever its size. Raises: ImageError, OSError, ValueError when it is empty."""
     with _open_file(image, sys.maxsize) if image.data is None else MeteredBytes(image.data) as file:

@@ -8,7 +8,6 @@ memory. Records count from 0, through all files.
 
 import json
 from array import array
-from bisect import bisect_right
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
@@ -28,7 +27,6 @@ class JsonTable(RecordTable):
     def __init__(self, paths: Sequence[Path]) -> None:
         """Finds where the records begin. Raises: DataError in one line that names file and line."""
         super().__init__(paths)
-        self._firsts: list[int] = []  # of each file: the number of its first record
         self._starts = array("Q")
         self._ends = array("Q")
         self._names: dict[str, None] = {}
@@ -46,9 +44,6 @@ class JsonTable(RecordTable):
     def __len__(self) -> int:
         """Number of records."""
         return len(self._starts)
-
-    def _file_of(self, number: int) -> int:
-        return bisect_right(self._firsts, number) - 1
 
     def _read(self, number: int, file: BinaryIO) -> dict[str, Any]:
         file.seek(self._starts[number])

@@ -93,7 +93,7 @@ class RowStream:
         for number, outcome in self._outcomes(records):
             tally.seen += 1
             if isinstance(outcome, UnusableRecord):
-                problem = RowProblem(number, outcome.reason_code, str(outcome), records.map.source)
+                problem = records.problem(number, outcome)
                 tally.note(problem)
                 if number not in told:
                     told.add(number)
@@ -105,7 +105,7 @@ class RowStream:
             elif not self.held_out_keys.isdisjoint(group_keys(outcome) if self.held_out_keys else ()):
                 if number not in told:
                     told.add(number)
-                    tell(shared_image_problem(records.map.source, number))
+                    tell(shared_image_problem(outcome.source, outcome.index))
             else:
                 yield outcome
             if tally.seen % CHECKED_EVERY == 0:
@@ -171,7 +171,7 @@ class _Tally:
 def _attempt(records: RecordSet, record: Mapping, number: int) -> Row | UnusableRecord:
     """The row of a record whose images have been looked at, or what is wrong with it."""
     try:
-        row = records.map.row(record, number)
+        row = records.made(record, number)
         check_images(row, records.max_pixels)
         return row
     except UnusableRecord as problem:

@@ -64,6 +64,11 @@ def find_text_fault(path: Path) -> str | None:
     return _cells_fault(path, "\t" if ending == ".tsv" else ",")
 
 
+def count_rows(path: Path) -> int:
+    """The rows of a CSV or TSV file without faults, its header not counted: `a,b`, `1,2`, `3,4` -> 2."""
+    return sum(1 for _ in _rows(path, "\t" if path.suffix.lower() == ".tsv" else ",")) - 1
+
+
 def _binary_fault(path: Path) -> str | None:
     """What a file is that begins as no text of UTF-8 does."""
     with open(path, "rb") as file:

@@ -23,14 +23,13 @@ from phi3v.data.fetch import FetchSummary, fetch_images
 from phi3v.data.reading import Reading
 from phi3v.errors import DataError
 from phi3v.first_look import (
-    HELD_OUT,
     FoundRows,
     Progress,
     Surveyed,
     find_refusal,
     find_rows,
+    survey_data,
     survey_options,
-    survey_rows,
 )
 from phi3v.loading import load_config, load_processor
 from phi3v.recipe import Recipe
@@ -66,11 +65,7 @@ def check_recipe(
     whole = fetch and shard == (0, 1)
     data, unsplit = _open(recipe, download=whole, failures=failures, on_progress=on_progress)
     options = survey_options(recipe, context, decode=decode, hashes=True)
-    train = survey_rows(data.train, processor, options, on_progress=on_progress)
-    held_out = survey_rows(data.validation, processor, options, stage=HELD_OUT, on_progress=on_progress)
-    problems = sorted(
-        [*data.problems, *train.problems, *held_out.problems], key=lambda problem: (problem.source, problem.row)
-    )
+    train, held_out, problems = survey_data(data, processor, options, on_progress=on_progress)
     facts = [*train.facts, *held_out.facts]
     crops = recipe.image.num_crops if processor is None else processor.image_processor.num_crops
     rope_limit = config.original_max_position_embeddings if config is not None else None
@@ -98,6 +93,8 @@ def check_recipe(
         beyond_rope=rows_beyond(facts, rope_limit),
         duplicates=find_duplicates(train.facts, held_out.facts),
         crops=crop_prices(facts, num_crops=crops, max_tokens=recipe.image.max_tokens, context=context),
+        sets=data.sets,
+        not_read=data.not_read,
         part=None if whole or not fetch else FetchedPart.of(shard, part, **_limits(recipe)),
         outlook=_outlook(recipe, train, config, crops) if model else None,
     )
