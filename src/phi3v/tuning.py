@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PreTrainedModel
 
+from phi3v.adapters import starts_at_random
 from phi3v.errors import ConfigError
 from phi3v.model.vision_phi3_v import Phi3VVisionTransformer
 from phi3v.passthrough import check_names, first_line
@@ -126,6 +127,11 @@ def lora_config(options: Mapping[str, Any], *, tower: Choice = "frozen", project
         raise ConfigError(
             f"lora.bias is {bias!r}, and the language model has no bias: all would train those of the vision part; "
             "take it out, or train that part with vision.tower or vision.projector"
+        )
+    if starts_at_random(begun := options.get("init_lora_weights")):
+        raise ConfigError(
+            f"lora.init_lora_weights is {begun!r}: its random decomposition of the base comes out otherwise when the "
+            "run is loaded again; use pissa, which does not"
         )
     values = {"task_type": "CAUSAL_LM", "target_modules": list(LORA_PROJECTIONS), **options}
     if values["target_modules"] == "all-linear":  # PEFT's own reading of it would hit the tower too
