@@ -136,10 +136,12 @@ def lora_config(options: Mapping[str, Any], *, tower: Choice = "frozen", project
     values = {"task_type": "CAUSAL_LM", "target_modules": list(LORA_PROJECTIONS), **options}
     if values["target_modules"] == "all-linear":  # PEFT's own reading of it would hit the tower too
         values["target_modules"] = list(LORA_PROJECTIONS)
+    if not isinstance(saved := values.get("modules_to_save") or [], list | tuple):
+        raise ConfigError(f"lora.modules_to_save is {saved!r}, allowed is a list of names, [lm_head] for instance")
     whole = ["img_processor"] if tower == "train" else []
     whole += ["img_projection.0", "img_projection.2"] if projector == "train" else []
     if whole:
-        values["modules_to_save"] = [*(values.get("modules_to_save") or []), *whole]
+        values["modules_to_save"] = [*saved, *whole]
     try:
         return LoraConfig(**values)
     except (TypeError, ValueError) as error:
