@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phi3v.cli_command import AsJson, Command, Debug, Overrides, refuse_empty, refuse_options
+from phi3v.cli_command import AsJson, Command, Debug, Overrides, read_path, refuse_empty, refuse_options
 from phi3v.cli_session import FAILED, session
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ def show(
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows to show, evenly spaced.")] = 8,
     out: Annotated[
-        Path | None, typer.Option(metavar="PAGE.html", help="The page; NAME-rows.html where nothing is said.")
+        Path | None,
+        typer.Option(metavar="PAGE.html", help="The page; NAME-rows.html where nothing is said.", parser=read_path),
     ] = None,
     text: Annotated[bool, typer.Option("--text", help="Print tokens here and write no page.")] = False,
     quick: Quick = False,

@@ -39,8 +39,8 @@ def slope(samples: np.ndarray, rows: int) -> float:
 
 def test_memory_stays_flat() -> None:
     """A few pages more or less are the allocator's; one kept image alone would be 2.7 MB."""
-    samples = held("images", 200, timeout=170)
-    assert samples[-1] - samples[10] < 1.0 * 200 + 256
+    samples = held("images", 100, timeout=170)
+    assert samples[-1] - samples[10] < 1.0 * 100 + 256
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ of it is saved. `step_line` says in words which way a step goes. Knows nothing o
 """
 
 import importlib.util
+import inspect
 from typing import Any
 
 import torch
@@ -14,17 +15,19 @@ from phi3v.data.plan import MicroBatches
 from phi3v.errors import ConfigError, DeviceError, MissingPackageError
 from phi3v.kernels.lora_layer import fast_lora_state
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
-from phi3v.passthrough import first_line
+from phi3v.passthrough import check_names
 from phi3v.recipe import Recipe
 
 CHECKPOINTING = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
 """Where TrainingArguments takes how activations are checkpointed, by its new name and its old one."""
+_LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 
 
 def check_faster_layers(recipe: Recipe, device: torch.device) -> None:
     """Refuses what cannot be had here, before anything is loaded.
 
     Raises:
+        ConfigError: an argument that Liger does not have, or a loss of Liger's.
         MissingPackageError: Triton or Liger is not installed.
         DeviceError: Liger's kernels, or offloaded checkpoints, without a GPU.
     """
@@ -47,6 +50,23 @@ def check_faster_layers(recipe: Recipe, device: torch.device) -> None:
         raise MissingPackageError(
             "training.use_liger_kernel is true and Liger is not installed: pip install 'phi3v[liger]'"
         )
+    _check_liger_options(training.options.get("liger_kernel_config") or {})
+
+
+def _check_liger_options(options: Any) -> None:
+    """Refuses arguments that Liger's `apply_liger_kernel_to_phi3` does not have, and its losses.
+
+    Example: {"rms_nrom": False} -> "training.liger_kernel_config.rms_nrom is no option: did you mean rms_norm?".
+    """
+    from liger_kernel.transformers import apply_liger_kernel_to_phi3
+
+    section = "training.liger_kernel_config"
+    if not isinstance(options, dict):
+        raise ConfigError(f"{section} is {options!r}, allowed is a mapping, {{rope: false}} for instance")
+    known = [name for name in inspect.signature(apply_liger_kernel_to_phi3).parameters if name != "model"]
+    check_names(section, options, known)
+    if any(options.get(loss) for loss in _LIGER_LOSSES):
+        raise ConfigError(f"{section}: the loss is phi3v's own, take (fused_linear_)cross_entropy out")
 
 
 def use_faster_layers(model: Any, recipe: Recipe, device: torch.device) -> dict[str, int]:
@@ -101,20 +121,11 @@ def use_liger(model: Phi3VForCausalLM, options: dict[str, Any]) -> int:
 
     Args:
         model: a Phi-3-V on a GPU.
-        options: arguments of Liger's `apply_liger_kernel_to_phi3`.
-    Raises: ConfigError for a loss of Liger's, or an argument that it does not know.
+        options: arguments of Liger's `apply_liger_kernel_to_phi3`, which `check_faster_layers` has looked at.
     """
     from liger_kernel.transformers import apply_liger_kernel_to_phi3
 
-    if options.get("fused_linear_cross_entropy") or options.get("cross_entropy"):
-        raise ConfigError(
-            "training.liger_kernel_config: the loss is phi3v's own, take (fused_linear_)cross_entropy out"
-        )
-    losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-    try:
-        apply_liger_kernel_to_phi3(**{**options, **losses}, model=model)
-    except TypeError as error:
-        raise ConfigError(f"training.liger_kernel_config: {first_line(error)}") from error
+    apply_liger_kernel_to_phi3(**{**options, **dict.fromkeys(_LIGER_LOSSES, False)}, model=model)
     return len(model.model.layers)
 
 
