@@ -124,7 +124,7 @@ class HandWrittenLayer:
     def _before_attention(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values `[B, S, heads, D]`, and the residual."""
+        """Queries, keys and values `[B, heads, S, D]`, and the residual."""
         attention, size = self.self_attn, self.self_attn.head_dim
         heads = Heads(attention.config.num_attention_heads, attention.num_key_value_heads, size)
         operands = self.lora_state.widened.operands("qkv_proj", attention.qkv_proj, training=self.training)
@@ -147,9 +147,8 @@ class HandWrittenLayer:
         past_key_values: Any,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        """Attention as the plain layer calls it, `[B, S, heads, D]`."""
+        """Attention as the plain layer calls it, `[B, heads, S, D]` to `[B, S, heads, D]`."""
         module = self.self_attn
-        queries, keys, values = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, module.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention_forward)
