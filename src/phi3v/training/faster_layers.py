@@ -12,7 +12,7 @@ from torch import nn
 
 from phi3v.data.plan import MicroBatches
 from phi3v.errors import ConfigError, DeviceError, MissingPackageError
-from phi3v.kernels.lora_layer import fast_lora_state
+from phi3v.kernels.lora_layer import FastLoraState
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.passthrough import first_line
 from phi3v.recipe import Recipe
@@ -118,12 +118,13 @@ def use_liger(model: Phi3VForCausalLM, options: dict[str, Any]) -> int:
     return len(model.model.layers)
 
 
-def step_line(model: Any, micro_batches: MicroBatches, layers: dict[str, int]) -> str:
+def step_line(attention: str, micro_batches: MicroBatches, state: FastLoraState, layers: dict[str, int]) -> str:
     """Which way the steps of a run go, in one line.
 
     Args:
-        model: ready to train.
+        attention: its name.
         micro_batches: how a step is cut.
+        state: of the decoder's layers, before any was compiled: of a compiled one no other reason is known.
         layers: what `use_faster_layers` did.
     Example: "each step: packs of at most 5,078 tokens, attention phi3v_packed_varlen, 32 of 32 decoder layers
     hand-written, 23 layers compiled", or "each step: 2 padded samples at a time, attention sdpa, 0 of 32 decoder layers
@@ -136,12 +137,11 @@ def step_line(model: Any, micro_batches: MicroBatches, layers: dict[str, int]) -
         cut = f"packs of at most {micro_batches.tokens:,} tokens"
     else:
         cut = f"packs of at most {micro_batches.size} times a step's longest sample"
-    state = fast_lora_state(model)
     written = f"{state.attached} of {state.layers} decoder layers hand-written"
     reasons = f" ({', '.join(state.reasons)})" if state.reasons else ""
     more = [f"{layers['compiled']} layers compiled" if layers["compiled"] else "none compiled"]
     more += [f"{layers['liger']} with Liger's kernels"] if layers["liger"] else []
-    return f"each step: {cut}, attention {model.config._attn_implementation}, {written}{reasons}, {', '.join(more)}"
+    return f"each step: {cut}, attention {attention}, {written}{reasons}, {', '.join(more)}"
 
 
 def _active(module: Any) -> Any:
