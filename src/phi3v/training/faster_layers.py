@@ -77,7 +77,7 @@ def compiles(choice: bool | str, device: torch.device, *, quantized: bool) -> bo
 
 
 def compile_layers(model: Phi3VForCausalLM, **options: Any) -> int:
-    """Compiles each layer of the decoder and of the tower by itself; the number of layers.
+    """Compiles each layer of the decoder and of the tower by itself; how many are compiled: hand-written ones are not.
 
     Layers of one kind share their code, so few are compiled. Sizes are left open: a batch of another length or with
     other crops is no reason to compile again.
@@ -91,7 +91,7 @@ def compile_layers(model: Phi3VForCausalLM, **options: Any) -> int:
     layers: list[nn.Module] = [*model.model.layers, *transformer.encoder.layers[: transformer.layers_read]]
     for layer in layers:
         layer.compile(**{"dynamic": True, **options})
-    return len(layers)
+    return sum(layer._compiled_call_impl is not None for layer in layers)
 
 
 def use_liger(model: Phi3VForCausalLM, options: dict[str, Any]) -> int:
