@@ -82,9 +82,10 @@ class Bench:
         if differing := [name for name in same if earlier[name] != self.result[name]]:
             raise SystemExit(f"{self.given.add} was measured with another {differing[0]}")
         for line in earlier["lines"]:
-            if "samples/s" in line and line["way"] not in self.given.ways:
+            if "way" in line and line["way"] not in self.given.ways:
                 self.result["lines"].append(line)
-                self.bars.setdefault(f"{line['shape']}: samples/s", {})[line["way"]] = line["samples/s"]
+                if "samples/s" in line:
+                    self.bars.setdefault(f"{line['shape']}: samples/s", {})[line["way"]] = line["samples/s"]
 
     def late(self, what: str) -> bool:
         """Whether the time is over; says what is skipped."""

@@ -133,7 +133,7 @@ def run_step(way: Way, batches: list[Batch], items: int, optimiser: torch.optim.
     return total
 
 
-def make_optimiser(way: Way, device: str, rate: float = 1e-6) -> torch.optim.Optimizer:
+def make_optimiser(way: Way, device: str, rate: float = 1e-9) -> torch.optim.Optimizer:
     """AdamW, in one kernel on a GPU, as the Trainer chooses it; over masters where a way has them.
 
     With so small a learning rate weights stay where they began, and losses of ways can be compared at any time.

@@ -272,5 +272,6 @@ def test_the_kernels_of_the_gpu_equal_transformers_mask(name: str, calls: Counte
     found = learnt(fast, [pack], 7)
     assert not calls
     assert found[0] == pytest.approx(expected[0], rel=2e-2)
-    for name, gradient in expected[1].items():
-        assert_close(found[1][name], gradient, rtol=0, atol=5e-2 * max(float(gradient.abs().max()), 1e-2))
+    largest = max(float(gradient.norm()) for gradient in expected[1].values())
+    for weight, gradient in expected[1].items():  # some are zero but for rounding
+        assert float((found[1][weight] - gradient).norm()) <= 0.05 * float(gradient.norm()) + 1e-3 * largest, weight

@@ -9,6 +9,7 @@ import pytest
 import torch
 from golden_models import tiny_model
 from tiny_prompts import IMAGE, batch_of, prompt
+from transformers.models.phi3 import modeling_phi3
 
 import phi3v
 from phi3v.data.step_batch import step_batch
@@ -74,7 +75,7 @@ def test_compiled_layers_give_the_plain_gradients_and_compile_once(compiler: Non
     for one, other in zip(found, plain, strict=True):
         assert one.keys() == other.keys() and one
         for name, gradient in other.items():
-            limit = 1e-5 * max(float(gradient.abs().max()), 1e-3)
+            limit = 1e-5 * max(float(gradient.abs().max()), 1e-2)  # some are zero but for rounding
             torch.testing.assert_close(one[name], gradient, rtol=0, atol=limit)
 
 
@@ -193,8 +194,10 @@ def test_what_liger_does_not_have_is_refused_before_anything_is_made(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels need a GPU")
-def test_ligers_kernels_give_the_plain_gradients_on_a_gpu(make: MakeRecipe) -> None:
+def test_ligers_kernels_give_the_plain_gradients_on_a_gpu(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("liger_kernel", reason="needs liger-kernel")
+    for name in ("apply_rotary_pos_emb", "Phi3RMSNorm", "Phi3MLP"):  # Liger replaces them for the whole process
+        monkeypatch.setattr(modeling_phi3, name, getattr(modeling_phi3, name))
     torch.manual_seed(0)
     model = lora_model().cuda()
     moved = {key: one.cuda() if isinstance(one, torch.Tensor) else one for key, one in batches()[0].items()}

@@ -39,7 +39,7 @@ class Heads:
 
 
 class NormQkvRope(torch.autograd.Function):
-    """Hidden states `[B, S, H]` to queries, keys, values `[B, S, heads, D]`, and the hidden states for the residual.
+    """Hidden states `[B, S, H]` to queries, keys, values `[B, heads, S, D]`, and the hidden states for the residual.
 
     That the residual goes through here lets both gradients of the hidden states meet in one pass.
     """
@@ -65,7 +65,8 @@ class NormQkvRope(torch.autograd.Function):
         ctx.norm, ctx.qkv_proj = norm, qkv_proj
         widths = [count * heads.size for count in (heads.queries, heads.keys, heads.keys)]
         queries, keys, values = (
-            part.view(*hidden.shape[:2], -1, heads.size) for part in qkv.view(*hidden.shape[:2], -1).split(widths, -1)
+            part.view(*hidden.shape[:2], -1, heads.size).transpose(1, 2)
+            for part in qkv.view(*hidden.shape[:2], -1).split(widths, -1)
         )
         return queries, keys, values, hidden.view_as(hidden)
 
@@ -75,7 +76,7 @@ class NormQkvRope(torch.autograd.Function):
         """Gradients of hidden states, A and B."""
         rows, scale, low, kept, cos, sin = ctx.saved_tensors
         shape, width = grads[3].shape, rows.shape[1]
-        queries, keys, values = (grad.reshape(-1, *grad.shape[2:]) for grad in grads[:3])
+        queries, keys, values = (grad.transpose(1, 2).flatten(0, 1) for grad in grads[:3])
         grad = passes.rotate_backward(queries, keys, values, cos, sin)
         residual = grads[3].reshape(-1, width).contiguous()
         to_rows, to_a, to_b = _behind_norm(

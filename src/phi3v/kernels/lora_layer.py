@@ -108,8 +108,7 @@ class HandWrittenLayer:
                 **kwargs,
             )
         assert position_embeddings is not None
-        *heads, residual = self._before_attention(hidden_states, *position_embeddings)
-        queries, keys, values = (part.transpose(1, 2) for part in heads)
+        queries, keys, values, residual = self._before_attention(hidden_states, *position_embeddings)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.self_attn.layer_idx)
         kwargs = {**kwargs, "position_ids": position_ids, "use_cache": use_cache}
@@ -125,7 +124,7 @@ class HandWrittenLayer:
     def _before_attention(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values `[B, S, heads, D]`, and the residual."""
+        """Queries, keys and values `[B, heads, S, D]`, and the residual."""
         attention, size = self.self_attn, self.self_attn.head_dim
         heads = Heads(attention.config.num_attention_heads, attention.num_key_value_heads, size)
         operands = self.lora_state.widened.operands("qkv_proj", attention.qkv_proj, training=self.training)

@@ -65,13 +65,32 @@ def adapter_weights(projection: Any) -> tuple[torch.Tensor | None, torch.Tensor 
     return (None, None) if name is None else (projection.lora_A[name].weight, projection.lora_B[name].weight)
 
 
+@dataclass(frozen=True)
+class _Filled:
+    """The operands of a projection, and what is written into them anew in each forward pass.
+
+    Attributes:
+        operands: of the projection.
+        key: places of the weights in memory, scale, dropout, dtype of gradients; with another key they are made anew.
+        sources: A and B as PEFT trains them.
+        scaled: `[N, r]`, the columns that take scaled B.
+        padded: `[r, K]`, the rows that take A; None where A is used as it is.
+    """
+
+    operands: Operands
+    key: tuple[Any, ...]
+    sources: tuple[torch.Tensor, torch.Tensor]
+    scaled: torch.Tensor
+    padded: torch.Tensor | None
+
+
 @dataclass
 class WidenedWeights:
     """The widened base weights of one layer, by projection; they follow a module that is moved or loaded anew."""
 
     matrices: dict[str, torch.Tensor] = field(default_factory=dict)
+    filled: dict[str, _Filled] = field(default_factory=dict)
 
-    @torch.no_grad()
     def operands(self, name: str, projection: Any, *, training: bool, join: bool = True) -> Operands:
         """The operands of a projection with the adapter's weights of this moment.
 
@@ -85,25 +104,41 @@ class WidenedWeights:
         adapter = active_adapter(projection)
         if adapter is None:
             return Operands(base.weight.detach())
-        trained = projection.lora_A[adapter].weight
-        a, b = trained.detach(), projection.lora_B[adapter].weight.detach()
-        rank, scale = a.shape[0], float(projection.scaling[adapter])
+        weight, a, b = base.weight, projection.lora_A[adapter].weight, projection.lora_B[adapter].weight
+        drop = projection.lora_dropout[adapter]
+        share = float(drop.p) if training and isinstance(drop, nn.Dropout) else 0.0
+        options = (float(projection.scaling[adapter]), share, a.grad_dtype or a.dtype)
+        filled = self.filled.get(name)
+        # memory that is held here is not given to another weight, so places tell weights apart
+        if filled is None or filled.key != (weight.data_ptr(), a.data_ptr(), b.data_ptr(), *options):
+            filled = self.filled[name] = self._fill(name, base, (a.detach(), b.detach()), options, join=join)
+        torch.mul(filled.sources[1], options[0], out=filled.scaled)
+        if filled.padded is not None:
+            filled.padded.copy_(filled.sources[0])
+        return filled.operands
+
+    @torch.no_grad()
+    def _fill(
+        self,
+        name: str,
+        base: nn.Linear,
+        sources: tuple[torch.Tensor, torch.Tensor],
+        options: tuple[float, float, torch.dtype],
+        *,
+        join: bool,
+    ) -> _Filled:
+        """Room for A and B, the sources, beside a base weight; options are scale, dropout, and dtype of gradients."""
+        (a, b), rank = sources, sources[0].shape[0]
         spare = spare_columns(rank)
         joined = self._widened(name, base, spare) if join else None
         outputs, inputs = base.weight.shape
-        if joined is not None:
-            scaled = joined[:, inputs:]
-        else:
-            scaled = (base.weight.new_empty if rank == spare else base.weight.new_zeros)(outputs, spare)
-        torch.mul(b, scale, out=scaled[:, :rank])
+        scaled = base.weight.new_zeros(outputs, spare) if joined is None else joined[:, inputs:]
+        padded = None
         if a.dtype != base.weight.dtype or rank != spare:
             padded = base.weight.new_zeros(spare, inputs)
-            padded[:rank] = a
-            a = padded
-        drop = projection.lora_dropout[adapter]
-        share = float(drop.p) if training and isinstance(drop, nn.Dropout) else 0.0
-        grad_dtype = trained.grad_dtype or trained.dtype
-        return Operands(base.weight.detach(), joined, a, scaled, rank, scale, share, grad_dtype)
+        operands = Operands(base.weight.detach(), joined, a if padded is None else padded, scaled, rank, *options)
+        key = (base.weight.data_ptr(), a.data_ptr(), b.data_ptr(), *options)
+        return _Filled(operands, key, sources, scaled[:, :rank], None if padded is None else padded[:rank])
 
     def _widened(self, name: str, base: nn.Linear, spare: int) -> torch.Tensor:
         """`[N, K + R]` whose first K columns are the module's weight; made anew when that is another one now."""
@@ -124,6 +159,7 @@ class WidenedWeights:
     def release(self, name: str, projection: Any) -> None:
         """Gives a module a weight of its own again, in one piece."""
         base = getattr(projection, "base_layer", projection)
+        self.filled.pop(name, None)
         if self.matrices.pop(name, None) is not None:
             base.weight.data = base.weight.data.contiguous()
 

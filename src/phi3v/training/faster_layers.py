@@ -13,7 +13,7 @@ from torch import nn
 
 from phi3v.data.plan import MicroBatches
 from phi3v.errors import ConfigError, DeviceError, MissingPackageError
-from phi3v.kernels.lora_layer import fast_lora_state
+from phi3v.kernels.lora_layer import FastLoraState
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.passthrough import check_names
 from phi3v.recipe import Recipe
@@ -97,7 +97,7 @@ def compiles(choice: bool | str, device: torch.device, *, quantized: bool) -> bo
 
 
 def compile_layers(model: Phi3VForCausalLM, **options: Any) -> int:
-    """Compiles each layer of the decoder and of the tower by itself; the number of layers.
+    """Compiles each layer of the decoder and of the tower by itself; how many are compiled: hand-written ones are not.
 
     Layers of one kind share their code, so few are compiled. Sizes are left open: a batch of another length or with
     other crops is no reason to compile again.
@@ -111,7 +111,7 @@ def compile_layers(model: Phi3VForCausalLM, **options: Any) -> int:
     layers: list[nn.Module] = [*model.model.layers, *transformer.encoder.layers[: transformer.layers_read]]
     for layer in layers:
         layer.compile(**{"dynamic": True, **options})
-    return len(layers)
+    return sum(layer._compiled_call_impl is not None for layer in layers)
 
 
 def use_liger(model: Phi3VForCausalLM, options: dict[str, Any]) -> int:
@@ -129,12 +129,13 @@ def use_liger(model: Phi3VForCausalLM, options: dict[str, Any]) -> int:
     return len(model.model.layers)
 
 
-def step_line(model: Any, micro_batches: MicroBatches, layers: dict[str, int]) -> str:
+def step_line(attention: str, micro_batches: MicroBatches, state: FastLoraState, layers: dict[str, int]) -> str:
     """Which way the steps of a run go, in one line.
 
     Args:
-        model: ready to train.
+        attention: its name.
         micro_batches: how a step is cut.
+        state: of the decoder's layers, before any was compiled: of a compiled one no other reason is known.
         layers: what `use_faster_layers` did.
     Example: "each step: packs of at most 5,078 tokens, attention phi3v_packed_varlen, 32 of 32 decoder layers
     hand-written, 23 layers compiled", or "each step: 2 padded samples at a time, attention sdpa, 0 of 32 decoder layers
@@ -147,12 +148,11 @@ def step_line(model: Any, micro_batches: MicroBatches, layers: dict[str, int]) -
         cut = f"packs of at most {micro_batches.tokens:,} tokens"
     else:
         cut = f"packs of at most {micro_batches.size} times a step's longest sample"
-    state = fast_lora_state(model)
     written = f"{state.attached} of {state.layers} decoder layers hand-written"
     reasons = f" ({', '.join(state.reasons)})" if state.reasons else ""
     more = [f"{layers['compiled']} layers compiled" if layers["compiled"] else "none compiled"]
     more += [f"{layers['liger']} with Liger's kernels"] if layers["liger"] else []
-    return f"each step: {cut}, attention {model.config._attn_implementation}, {written}{reasons}, {', '.join(more)}"
+    return f"each step: {cut}, attention {attention}, {written}{reasons}, {', '.join(more)}"
 
 
 def _active(module: Any) -> Any:

@@ -214,8 +214,10 @@ def _use_faster_layers(
     model: Any, recipe: Recipe, device: torch.device, micro_batches: MicroBatches, watch: Watcher
 ) -> None:
     """Compiles layers and the like, and tells which way steps go."""
+    state = fast_lora_state(model)
     layers = use_faster_layers(model, recipe, device)
-    watch(TrainingEvent("way", 0, 0, line=step_line(model, micro_batches, layers)))
+    line = step_line(model.config._attn_implementation, micro_batches, state, layers)
+    watch(TrainingEvent("way", 0, 0, line=line))
 
 
 def _make_trainer(**arguments: Any) -> StepTrainer:
