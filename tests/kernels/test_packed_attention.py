@@ -211,6 +211,7 @@ def test_flash_attention_gets_the_borders_by_its_own_names(monkeypatch: pytest.M
         assert kwargs["max_length_q"] == kwargs["max_length_k"] == pack["max_seqlen"]
 
 
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*")
 def test_flex_attention_keeps_samples_apart_by_a_block_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not compiled here, and forward alone: torch has no backward pass of it for CPUs."""
     from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
