@@ -140,7 +140,12 @@ def test_train_ask_save_and_reload(tmp_path: Path, changes: dict[str, Any]) -> N
             },
             "image": {"num_crops": 1},
             "lora": {"r": 2},
-            "training": {"samples_per_step": 1, "max_steps": 2, "logging_steps": 1, "learning_rate": 1e-3},
+            "training": {
+                "samples_per_step": 1,
+                "max_steps": 2,
+                "logging_steps": 1,
+                "learning_rate": 1e-2 if changes else 1e-3,
+            },
             "output": str(tmp_path / "run"),
         }
     )
