@@ -7,16 +7,18 @@ no weights and writes nothing.
 
 import contextlib
 import sys
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Self
 
 from phi3v.data.columns import RowOptions
+from phi3v.data.fact_table import FactTable
 from phi3v.data.image_cache import FetchFailure
 from phi3v.data.reading import Reading
-from phi3v.data.rows import describe_problems, refusal
+from phi3v.data.rows import Rows, describe_problems, refusal
 from phi3v.data.schema import Row, RowProblem
 from phi3v.data.sources import LoadedData, StreamedData, load_data, stream_data
 from phi3v.data.survey import RowFacts, SurveyOptions, survey, too_long_problem
@@ -42,7 +44,7 @@ class Surveyed:
     """
 
     kept: list[int]
-    facts: list[RowFacts]
+    facts: Sequence[RowFacts]
     problems: list[RowProblem]
     lengths: list[int]
 
@@ -220,37 +222,37 @@ def survey_rows(
 
     Example: rows a, b, a of which b is too long -> kept [0, 2], facts of a and b, the problem of b.
     """
-    places: list[int] = []  # for each position a number that equal rows share
-    distinct = survey(_first_times(rows, places), processor, options)
-    facts, problems, bad, tokens = [], [], set(), {}
+    distinct, places = rows.distinct() if isinstance(rows, Rows) else _distinct(rows)
+    facts, problems, bad, tokens = FactTable(), [], set(), array("q")
     limit = options.max_length or sys.maxsize
-    for number, found in enumerate(distinct):
+    for number, found in enumerate(survey(distinct, processor, options)):
+        tokens.append(0)
         if isinstance(found, RowFacts):
-            facts.append(found)
+            facts.add(found)
             tokens[number] = min(found.length.total, limit) if found.length is not None else 0
         problem = found if isinstance(found, RowProblem) else too_long_problem(found)
         if problem is not None:
             problems.append(problem)
             bad.add(number)
         if on_progress is not None and number % 64 == 0:
-            on_progress(stage, len(places), len(rows))
-    if on_progress is not None and len(rows):
-        on_progress(stage, len(rows), len(rows))
+            on_progress(stage, number + 1, len(distinct))
+    if on_progress is not None and len(distinct):
+        on_progress(stage, len(distinct), len(distinct))
     kept = [position for position, number in enumerate(places) if number not in bad]
     return Surveyed(kept, facts, problems, [tokens[places[position]] for position in kept])
 
 
-def _first_times(rows: Iterable[Row], places: list[int]) -> Iterator[Row]:
-    """The rows that were not there before; `places` gets the number of the distinct row of each."""
+def _distinct(rows: Iterable[Row]) -> tuple[list[Row], list[int]]:
+    """As `Rows.distinct`, of rows in memory."""
     known: dict[int, int] = {}
+    distinct, places = [], []
     for row in rows:
         key = hash((row.source, row.index, row.messages, row.images))
         if key not in known:
             known[key] = len(known)
-            places.append(known[key])
-            yield row
-        else:
-            places.append(known[key])
+            distinct.append(row)
+        places.append(known[key])
+    return distinct, places
 
 
 def find_refusal(

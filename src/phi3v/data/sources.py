@@ -17,6 +17,7 @@ from phi3v.data.cells import Cells
 from phi3v.data.columns import RowOptions
 from phi3v.data.conversations import record_map
 from phi3v.data.fetch import fetch_images
+from phi3v.data.kept_keys import KeptKeys
 from phi3v.data.mixing import mix
 from phi3v.data.opening import VALIDATION_NAMES, OpenedTable, narrowed, open_set
 from phi3v.data.reading import Reading
@@ -101,7 +102,7 @@ def load_data(
     held_out = _joined(looks[len(parts) :]) if held else None
     shared: list[RowProblem] = []
     if splitting and validation_split is not None:
-        keys = [key for look in looks for key in look.keys]
+        keys = KeptKeys(key for look in looks for key in look.keys)
         split = split_rows(keys, validation_split, split_seed)
         shared = [shared_image_problem(row.source, row.index) for row in rows.take(split.left_out)]
         rows, held_out, origin = rows.take(split.train), rows.take(split.validation), "split"
