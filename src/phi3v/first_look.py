@@ -9,7 +9,7 @@ import contextlib
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Self
@@ -21,6 +21,7 @@ from phi3v.data.reading import Reading
 from phi3v.data.rows import Rows, describe_problems, refusal
 from phi3v.data.schema import Row, RowProblem
 from phi3v.data.sources import LoadedData, StreamedData, load_data, stream_data
+from phi3v.data.streaming import interleaved
 from phi3v.data.survey import RowFacts, SurveyOptions, survey, too_long_problem
 from phi3v.errors import ConfigError, DataError, NoUsableRowError
 from phi3v.recipe import Recipe
@@ -173,25 +174,63 @@ def find_rows(
         stream = stream_data(options=options, reading=reading, **recipe.data.load_options)
     except NoUsableRowError:  # none to hold out either: the problems are told by what follows
         stream = stream_data(options=options, reading=reading, **recipe.data.load_options | {"validation_split": None})
-    told = list(stream.problems)
-    first: dict[tuple[str, int], Row] = {}
+    held_from = Counter(number for number, _ in stream.train.held_out)
+    looks = [_SetLook(records.map.source, held_from[place]) for place, records in enumerate(stream.train.sets)]
+    rows: list[Row] = []
 
-    def note(problem: RowProblem) -> None:
-        told.append(problem)
-        if len(told) + len(first) >= STREAM_SAMPLE:
+    def note(number: int, problem: RowProblem) -> None:
+        looks[number].problems.append(problem)
+        if sum(look.seen for look in looks) >= STREAM_SAMPLE:
             raise _SampleTaken
 
-    with contextlib.suppress(_SampleTaken, NoUsableRowError):  # of the latter all problems have been noted
-        for row in stream.train.rows(note, shuffled=False):
-            if len(told) + len(first) >= STREAM_SAMPLE or (row.source, row.index) in first:
+    passes = [_rows_alone(rows) for rows in stream.train.passes(note)]
+    with contextlib.suppress(_SampleTaken):
+        for number, row in interleaved(passes, stream.train.weights):
+            looks[number].usable += 1
+            rows.append(row)
+            if sum(look.seen for look in looks) >= STREAM_SAMPLE:
                 break
-            first[row.source, row.index] = row
-    problems = list({(problem.source, problem.row): problem for problem in told}.values())
     held_out = stream.validation or []
-    absent = [image.url for row in [*first.values(), *held_out] for image in row.images if image.path is None]
+    problems = [problem for look in looks for problem in look.problems]
+    if stream.origin == "validation":  # of a split the same problems come by once more
+        problems = [*stream.problems, *problems]
+    absent = [image.url for row in [*rows, *held_out] for image in row.images if image.path is None]
     not_cached = list(dict.fromkeys(url for url in absent if url is not None))
-    total = len(first) + len(held_out) + len(problems)
-    return FoundRows(list(first.values()), held_out, problems, stream.origin, total, not_cached, sampled=True)
+    limits = (recipe.data.max_skipped, recipe.data.on_problem)
+    refused = next((line for look in looks if (line := look.refusal(*limits)) is not None), None)
+    total = len(rows) + len(held_out) + len(problems)
+    return FoundRows(rows, held_out, problems, stream.origin, total, not_cached, refused, sampled=True)
+
+
+@dataclass
+class _SetLook:
+    """What was seen of one set of a stream: rows that were held out, behind them rows and problems."""
+
+    source: str
+    held_out: int
+    usable: int = 0
+    problems: list[RowProblem] = field(default_factory=list)
+
+    @property
+    def seen(self) -> int:
+        """Its records, those aside that were held out."""
+        return self.usable + len(self.problems)
+
+    def refusal(self, max_skipped: float, on_problem: str) -> str | None:
+        """Why a training would give the set up; None when it would not."""
+        if not self.problems:
+            return None
+        total = self.seen + self.held_out
+        line = refusal(self.problems, total, self.source, max_skipped=max_skipped, on_problem=on_problem)
+        if line is None and not self.usable:
+            line = f"{describe_problems(self.problems, total, self.source)}; no row is left to train on: mend the data"
+        return line
+
+
+def _rows_alone(rows: Iterable[Row]) -> Iterator[Row]:
+    """Rows of a set as long as some come: of one that has none the problems have been noted."""
+    with contextlib.suppress(NoUsableRowError):
+        yield from rows
 
 
 class _SampleTaken(Exception):
@@ -312,11 +351,8 @@ def refuse_bad_stream(recipe: Recipe, data: StreamedData, processor: Any, contex
     """
     options = survey_options(recipe, context, decode=False, hashes=False)
     problems: list[RowProblem] = []
-    seen: set[tuple[str, int]] = set()
-    for row in islice(data.train.rows(problems.append, shuffled=False), _ASKED_FIRST):
-        if (row.source, row.index) in seen:
-            continue  # a small set comes by again
-        seen.add((row.source, row.index))
+    passes = data.train.passes(lambda _, problem: problems.append(problem))
+    for _, row in islice(interleaved(passes, data.train.weights), _ASKED_FIRST):
         look = survey_rows([row], processor, options)
         problems += look.problems
         if look.kept and not (problems and recipe.data.on_problem == "stop"):

@@ -33,7 +33,7 @@ from phi3v.data.rows import (
 )
 from phi3v.data.schema import Row, RowProblem
 from phi3v.data.split import split_rows
-from phi3v.data.streaming import RowStream
+from phi3v.data.streaming import RowStream, interleaved
 from phi3v.errors import DataError
 
 _logger = logging.getLogger(__name__)
@@ -184,10 +184,12 @@ def stream_data(
         return StreamedData(stream.without(look.rows), look.rows, look.problems, "validation")
     if validation_split is None:
         return StreamedData(stream, None, problems, "none")
-    first = list(islice(stream.rows(problems.append, shuffled=False), int(validation_split)))
-    if len({(row.source, row.index) for row in first}) < len(first):
-        raise DataError(f"data.split.validation asks for {len(first)} rows, and the sets have fewer: lower it")
-    return StreamedData(stream.without(first), first, problems, "split")
+    passes = stream.passes(lambda _, problem: problems.append(problem))
+    first = list(islice(interleaved(passes, weights), int(validation_split)))
+    if len(first) < int(validation_split):
+        raise DataError(f"data.split.validation asks for {validation_split} rows, and the sets have fewer: lower it")
+    rows = [row for _, row in first]
+    return StreamedData(stream.without(rows, ((number, row.index) for number, row in first)), rows, problems, "split")
 
 
 def load_rows(
