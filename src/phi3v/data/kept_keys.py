@@ -44,7 +44,6 @@ class KeptKeys(Sequence[list[str]]):
             return [self[row] for row in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
             raise IndexError(index)
-        ends = self._ends[self._rows[index] : self._rows[index + 1] + 1]
-        return [
-            self._text[start:end].decode("utf-8", "surrogatepass") for start, end in zip(ends, ends[1:], strict=False)
-        ]
+        places = range(self._rows[index], self._rows[index + 1])
+        texts = (self._text[self._ends[place] : self._ends[place + 1]] for place in places)
+        return [text.decode("utf-8", "surrogatepass") for text in texts]
