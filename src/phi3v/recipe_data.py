@@ -40,7 +40,8 @@ class SplitSection(Section):
 
     validation: Annotated[int | float, BeforeValidator(_share_or_rows)] = Field(
         default=0.1,
-        description="Validation rows: a share between 0.0 and 1.0, or a number of rows (then added rows may move others).",
+        description="Validation rows: a share between 0.0 and 1.0, or a number of rows; with a share no row changes "
+        "sides when others are added.",
     )
     seed: int = Field(default=0, ge=0, description="Another seed gives another choice of rows.")
 

@@ -1,10 +1,11 @@
 """Which rows are validation rows, when a set has none of its own.
 
-In come the keys of each row (the contents of its image files, or its text); out come row numbers. With a share, one of a
-row's own keys and the seed decide its side, so no row changes sides when others are added or the order changes; a number
-of rows is exact and cannot be stable, too. No key is on both sides: a training row with an image of a validation row is
-left out. What looks the same and has other keys, a picture saved in two formats, is not seen here: that takes decoding
-every image, which `phi3v data check` does and a training does not wait for. Knows nothing about files or columns.
+In come the keys of each row (the contents of its image files, or its text); out come row numbers. With a share, one of
+a row's own keys and the seed decide its side, so no row changes sides when others are added or the order changes; a
+number of rows is exact and cannot be stable, too. No key is on both sides: a training row with an image of a validation
+row is left out. What looks the same and has other keys, a picture saved in two formats, is not seen here: that takes
+decoding every image, which `phi3v data check` does and a training does not wait for. Knows nothing about files or
+columns.
 """
 
 import hashlib
@@ -37,8 +38,8 @@ def split_rows(keys: Sequence[Sequence[str]], validation: float, seed: int) -> S
 
     Every row has an anchor, one of its keys (its only one, for a row with one image), and every anchor a number between
     0 and 1 from a hash of seed and key. A share (float) takes the rows with anchors below it, so its size is near the
-    share and not exact. At least one anchor is on each side: where none lies below the share (or all do) the nearest one
-    goes over, and back once there are others, which is the only case of rows that change sides. A number of rows (int)
+    share and not exact. At least one anchor is on each side: where none lies below the share, or all do, the nearest
+    one goes over, and back once there are others: the only case of rows that change sides. A number of rows (int)
     takes the anchors with the smallest numbers, passing over one whose rows would exceed it; so rows that are added can
     push out as many.
 
