@@ -135,7 +135,8 @@ def duplicate_lines(report: Report) -> Iterator[str]:
     found = report.duplicates
     counts = {
         "held-out row is in the training rows as well, so its score says nothing": found.rows_in_both,
-        "held-out row has an image of a training row": found.images_in_both - found.rows_in_both,
+        "held-out row has an image of a training row, so its score says little": found.images_in_both
+        - found.rows_in_both,
         "held-out row repeats another": found.rows_in_validation,
         "training row repeats another": found.rows_in_train,
         "training row has the images of another": found.images_in_train - found.rows_in_train,

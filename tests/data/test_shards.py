@@ -146,7 +146,16 @@ def test_conversations_in_json_members(tmp_path: Path) -> None:
     assert (row.question, row.answer, row.images[0].data) == ("What?", "A hat.", picture(1, "JPEG"))
 
 
-@pytest.mark.parametrize("change", ["cut in a member", "cut in a header", "noise in a header", "empty", "text", "gzip"])
+def long_name() -> bytes:
+    """A GNU header that says the next member's name."""
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 2
+    return info.tobuf(format=tarfile.GNU_FORMAT) + b"x\0".ljust(512, b"\0")
+
+
+@pytest.mark.parametrize(
+    "change", ["cut in a member", "cut in a header", "noise in a header", "empty", "text", "gzip", "names"]
+)
 def test_damaged_shards_are_one_line(change: str, tmp_path: Path) -> None:
     path = shard(tmp_path / "00000.tar", [*sample("a", 1), *sample("b", 2)])
     whole = path.read_bytes()
@@ -158,6 +167,7 @@ def test_damaged_shards_are_one_line(change: str, tmp_path: Path) -> None:
         "empty": b"",
         "text": b"image,title\n" * 200,
         "gzip": b"\x1f\x8b" + whole,
+        "names": long_name() * 3000 + whole,
     }
     path.write_bytes(changed[change])
     with pytest.raises(DataError, match=r"^shard .*00000.tar is damaged.*: copy it again$") as caught:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from phi3v.data.faults import find_fault
+from phi3v.data.json_text import parse_json, whole_number
 from phi3v.data.record_table import RecordTable
 from phi3v.errors import DataError
 
@@ -47,7 +48,7 @@ class JsonTable(RecordTable):
 
     def _read(self, number: int, file: BinaryIO) -> dict[str, Any]:
         file.seek(self._starts[number])
-        record = json.loads(file.read(self._ends[number] - self._starts[number]))
+        record = parse_json(file.read(self._ends[number] - self._starts[number]))
         return {self._renamed.get(name, name): value for name, value in record.items()}
 
     def rename_columns(self, names: dict[str, str]) -> "JsonTable":
@@ -69,12 +70,12 @@ class JsonTable(RecordTable):
             file.seek(start)
             for line in file:
                 if line.strip():
-                    self._note(json.loads(line), start, start + len(line))
+                    self._note(parse_json(line), start, start + len(line))
                 start += len(line)
 
     def _find_in_list(self, text: str, offset: int) -> None:
         """Notes the objects of one JSON list; `offset` is the byte at which the text begins."""
-        decoder, place = json.JSONDecoder(), text.index("[") + 1
+        decoder, place = json.JSONDecoder(parse_int=whole_number), text.index("[") + 1
         byte, counted = offset, 0
         while text[(place := _behind_space(text, place)) : place + 1] != "]":
             value, end = decoder.raw_decode(text, place)

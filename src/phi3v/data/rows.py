@@ -14,10 +14,13 @@ from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
+
 from phi3v.data.cells import Looks, check_images, group_keys
 from phi3v.data.columns import ColumnMap
 from phi3v.data.conversations import ConversationMap
 from phi3v.data.image_cache import FetchFailure
+from phi3v.data.kept_keys import KeptKeys
 from phi3v.data.known_sizes import KnownSizes
 from phi3v.data.not_read import NamedFiles, NotRead
 from phi3v.data.opening import narrowed, records_of
@@ -142,6 +145,18 @@ class Rows(Sequence[Row]):
         behind = [number + len(self._sets) for number in other._set_numbers]
         return Rows([*self._sets, *other._sets], [*self._set_numbers, *behind], [*self._numbers, *other._numbers])
 
+    def distinct(self) -> tuple["Rows", Sequence[int]]:
+        """Each record once, in the order of their first places, and for each row the number of its record there.
+
+        Example: rows a, b, a -> rows a, b and [0, 1, 0].
+        """
+        places = np.array(self._set_numbers, dtype=np.int64) * (max(self._numbers, default=0) + 1) + self._numbers
+        _, firsts, numbers = np.unique(places, return_index=True, return_inverse=True)
+        if len(firsts) == len(self):
+            return self, range(len(self))
+        order = np.argsort(firsts)
+        return self.take(firsts[order].tolist()), array("q", np.argsort(order)[numbers].tolist())
+
     @property
     def set_numbers(self) -> Sequence[int]:
         """For each row the number of its set: rows of two sets, added -> [0, 0, 1, 1, 1]."""
@@ -174,7 +189,7 @@ class FirstLook:
 
     records: RecordSet
     usable: Sequence[int]
-    keys: list[list[str]]
+    keys: Sequence[Sequence[str]]
     problems: list[RowProblem]
     waiting: Sequence[int]
     not_cached: list[str]
@@ -195,7 +210,7 @@ def read_rows(records: RecordSet, *, with_keys: bool) -> FirstLook:
     """
     patient = records.waiting_for_downloads()
     usable, waiting = array("q"), array("q")
-    keys: list[list[str]] = []
+    keys = KeptKeys()
     problems: list[RowProblem] = []
     missing: dict[str, None] = {}
     sizes = KnownSizes()
@@ -214,7 +229,7 @@ def read_rows(records: RecordSet, *, with_keys: bool) -> FirstLook:
             waiting.append(number)
             missing |= dict.fromkeys(absent)
         if with_keys:
-            keys.append(group_keys(row, looks))
+            keys.add(group_keys(row, looks))
     return FirstLook(replace(records, sizes=sizes), usable, keys, problems, waiting, list(missing), named.names)
 
 
@@ -226,28 +241,29 @@ def look_again(look: FirstLook, failures: Mapping[str, FetchFailure]) -> FirstLo
         failures: web address -> why it could not be downloaded.
     Example: usable 0, 1, 2 with 1 waiting, and its address answered 404 -> usable 0, 2 and the problem of 1.
     """
-    records, failed, sizes = look.records, {}, KnownSizes()
-    keys = dict(zip(look.usable, look.keys, strict=True)) if look.keys else {}
+    records, usable, failed = look.records, array("q"), []
+    keys, sizes, waiting = KeptKeys(), KnownSizes(), iter(look.waiting)
     told = replace(records, map=replace(records.map, cells=replace(records.map.cells, failures=failures)))
-    for number in look.waiting:
-        try:
-            row = told.row(number)
-            looks = check_images(row, records.max_pixels, digests=bool(keys))
-        except UnusableRecord as error:
-            failed[number] = records.problem(number, error)
-            continue
-        _keep_sizes(sizes, number, looks)
-        if keys:
-            keys[number] = group_keys(row, looks)
-    usable = array("q", (number for number in look.usable if number not in failed))
+    next_waiting = next(waiting, None)
+    for place, number in enumerate(look.usable):
+        row_keys = look.keys[place] if look.keys else None
+        if number == next_waiting:
+            next_waiting = next(waiting, None)
+            try:
+                row = told.row(number)
+                looks = check_images(row, records.max_pixels, digests=row_keys is not None)
+            except UnusableRecord as error:
+                failed.append(records.problem(number, error))
+                continue
+            _keep_sizes(sizes, number, looks)
+            row_keys = group_keys(row, looks) if row_keys is not None else None
+        usable.append(number)
+        if row_keys is not None:
+            keys.add(row_keys)
     order = {part.name: place for place, part in enumerate(records.parts)}
-    problems = sorted(
-        [*look.problems, *failed.values()], key=lambda problem: (order.get(problem.source, 0), problem.row)
-    )
+    problems = sorted([*look.problems, *failed], key=lambda problem: (order.get(problem.source, 0), problem.row))
     known = replace(records, sizes=records.sizes.merged(sizes))
-    return FirstLook(
-        known, usable, [keys[number] for number in usable] if keys else [], problems, array("q"), [], look.named
-    )
+    return FirstLook(known, usable, keys, problems, array("q"), [], look.named)
 
 
 def _keep_sizes(sizes: KnownSizes, number: int, looks: Looks) -> None:

@@ -19,6 +19,7 @@ from phi3v.data.cells import Cells
 from phi3v.data.columns import RowOptions
 from phi3v.data.conversations import record_map
 from phi3v.data.fetch import fetch_images
+from phi3v.data.kept_keys import KeptKeys
 from phi3v.data.mixing import SetUse, mix, set_uses
 from phi3v.data.not_read import NotRead, unnamed
 from phi3v.data.opening import VALIDATION_NAMES, narrowed, open_set
@@ -36,7 +37,7 @@ from phi3v.data.rows import (
 from phi3v.data.schema import Row, RowProblem
 from phi3v.data.set_choice import SetChoice, choices_of, weights_of
 from phi3v.data.split import split_rows
-from phi3v.data.streaming import RowStream
+from phi3v.data.streaming import RowStream, interleaved
 from phi3v.data.tables import OpenedTable
 from phi3v.errors import DataError
 
@@ -110,7 +111,7 @@ def load_data(
     held_out = _joined(looks[len(parts) :]) if held else None
     shared: list[RowProblem] = []
     if splitting and validation_split is not None:
-        keys = [key for look in looks for key in look.keys]
+        keys = KeptKeys(key for look in looks for key in look.keys)
         split = split_rows(keys, validation_split, split_seed)
         shared = [shared_image_problem(row.source, row.index) for row in rows.take(split.left_out)]
         rows, held_out, origin = rows.take(split.train), rows.take(split.validation), "split"
@@ -200,10 +201,13 @@ def stream_data(
         return StreamedData(stream.without(look.rows), look.rows, look.problems, "validation", not_read)
     if validation_split is None:
         return StreamedData(stream, None, problems, "none", not_read)
-    first = list(islice(stream.rows(problems.append, shuffled=False), int(validation_split)))
-    if len({(row.source, row.index) for row in first}) < len(first):
-        raise DataError(f"data.split.validation asks for {len(first)} rows, and the sets have fewer: lower it")
-    return StreamedData(stream.without(first), first, problems, "split", not_read)
+    passes = stream.passes(lambda _, problem: problems.append(problem))
+    first = list(islice(interleaved(passes, weights), int(validation_split)))
+    if len(first) < int(validation_split):
+        raise DataError(f"data.split.validation asks for {validation_split} rows, and the sets have fewer: lower it")
+    rows = [row for _, row in first]
+    known = ((number, row.source, row.index) for number, row in first)
+    return StreamedData(stream.without(rows, known), rows, problems, "split", not_read)
 
 
 def load_rows(

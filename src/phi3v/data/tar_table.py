@@ -10,7 +10,6 @@ record {"__key__": "000", "image": {"bytes": ..., "path": "shard.tar/000.jpg"}, 
 "https://a.example/x.jpg", "json.width": 640}.
 """
 
-import json
 import sys
 import tarfile
 from array import array
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from phi3v.data.images import begins_as_image
+from phi3v.data.json_text import parse_json
 from phi3v.data.not_read import NotRead
 from phi3v.data.record_table import RecordTable
 from phi3v.errors import DataError
@@ -99,6 +99,10 @@ class TarTable(RecordTable):
                     NotRead(f"more members of {path}", "as those that are named", files=passed - _NAMED)
                 )
             self._check_end(path, end)
+        except RecursionError as error:  # tarfile reads such a header within the one before
+            raise DataError(
+                f"shard {path} is damaged: its headers are nothing but long names: copy it again"
+            ) from error
         except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
             last = f" after {before}" if before else ""
             raise DataError(f"shard {path} is damaged{last} ({error}): copy it again") from error
@@ -135,7 +139,7 @@ def _text(data: bytes) -> str | None:
 def _json(data: bytes) -> dict[str, Any]:
     """A JSON member; one that holds no mapping has no keys."""
     try:
-        value = json.loads(data)
+        value = parse_json(data)
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -5,12 +5,14 @@ weights; prints nothing.
 """
 
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 from phi3v.data.check import (
     FetchedPart,
     Images,
     Report,
+    count_addresses,
     count_images,
     count_reasons,
     crop_prices,
@@ -19,6 +21,7 @@ from phi3v.data.check import (
     rows_beyond,
 )
 from phi3v.data.duplicates import find_duplicates
+from phi3v.data.fact_table import FactTable
 from phi3v.data.fetch import FetchSummary, fetch_images
 from phi3v.data.reading import Reading
 from phi3v.errors import DataError
@@ -66,7 +69,7 @@ def check_recipe(
     data, unsplit = _open(recipe, download=whole, failures=failures, on_progress=on_progress)
     options = survey_options(recipe, context, decode=decode, hashes=True)
     train, held_out, problems = survey_data(data, processor, options, on_progress=on_progress)
-    facts = [*train.facts, *held_out.facts]
+    facts = FactTable(chain(train.facts, held_out.facts))
     crops = recipe.image.num_crops if processor is None else processor.image_processor.num_crops
     rope_limit = config.original_max_position_embeddings if config is not None else None
     return Report(
@@ -82,7 +85,7 @@ def check_recipe(
         trouble=data.refusal or unsplit or find_refusal(recipe, data, problems, len(train.kept)),
         sampled=data.sampled,
         decoded=decode,
-        images=Images(count_images(facts), len({url for fact in facts for url in fact.web}), data.not_cached),
+        images=Images(count_images(facts), count_addresses(facts), data.not_cached),
         model=name if model else None,
         num_crops=crops,
         lengths=length_spreads(facts) if model else {},

@@ -100,7 +100,7 @@ def _with_images(
 
     complete: list[Row | ShownRow] = []
     for row in rows:
-        failed = [failures[image.url].message for image in row.images if image.url in failures]
+        failed = [failures[image.url].message for image in row.images if image.url and image.url in failures]
         if (row.source, row.index) in wrong:
             complete.append(ShownRow(row.source, row.index, [], [], wrong[row.source, row.index]))
         elif failed:
