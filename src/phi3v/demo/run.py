@@ -22,7 +22,7 @@ from phi3v.demo.catalogue import write_catalogue
 from phi3v.errors import ConfigError
 from phi3v.evaluation.controls import answer_controls
 from phi3v.evaluation.report_run import write_report
-from phi3v.evaluation.run import held_out_rows
+from phi3v.evaluation.run import feature_store, held_out_rows
 from phi3v.recipe import Recipe
 from phi3v.recipe_yaml import read_yaml
 from phi3v.run_folder import RunFolder, replace_file, to_json
@@ -66,14 +66,15 @@ def run_demo(
     tables = _products(folder / "products")
     recipe = demo_recipe(tables["train"], tables["test"], folder / "tuned", overrides)
     say(f"tuning on {_count_rows(tables['train'])} products")
-    train(recipe, on_event=on_event)
+    features = feature_store(recipe, None)  # both runs see the same photos
+    train(recipe, on_event=on_event, features=features)
     run = RunFolder(folder / "tuned")
     say("control: the same questions with spoiled pictures")
     spoiled = answer_controls(run.path, on_progress=on_progress)
     say("control: a second run, tuned on answers that were shuffled among the photos")
     shuffled = shuffle_answers(tables["train"])
     control = demo_recipe(shuffled, tables["test"], folder / "shuffled", overrides)
-    train(control, on_event=on_event)
+    train(control, on_event=on_event, features=features)
     evaluation, lost = run.read_evaluation(), RunFolder(folder / "shuffled").read_evaluation()
     controls = {
         "most frequent answer to everything": evaluation["majority"]["share"],
