@@ -61,7 +61,7 @@ def test_a_steps_loss_and_gradients_are_the_plain_ones(mix: str, attn: str) -> N
     assert_close(loss, plain_loss, rtol=1e-6, atol=1e-6)
     assert lean.keys() == plain.keys()
     for name, gradient in plain.items():
-        limit = 1e-5 * max(float(gradient.abs().max()), 1e-3)
+        limit = 1e-5 * max(float(gradient.abs().max()), 1e-2)  # biases of keys have none but rounding
         assert_close(lean[name], gradient, rtol=0, atol=limit, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -172,7 +172,8 @@ def test_checkpointing_reaches_the_last_layer_too() -> None:
     loss, again = gradients_of(model, batch)
     hook.remove()
     assert len(calls) == 2 and torch.equal(loss, plain_loss)
-    assert all(torch.equal(again[name], plain[name]) for name in plain)
+    for name, gradient in plain.items():  # sums over several threads may come in another order
+        assert_close(again[name], gradient, rtol=0, atol=1e-6 * max(float(gradient.abs().max()), 1e-2))
 
 
 @pytest.mark.parametrize(

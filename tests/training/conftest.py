@@ -25,7 +25,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe_in(world: Path, folder: Path, name: str, sections: dict[str, Any]) -> phi3v.Recipe:
     """A recipe of six steps of four samples for a run in a folder; `sections` replace its own."""
     values = {
-        "model": str(world / "model"),
+        "model": {"name": str(world / "model"), "device": "cpu"},  # what they assert is the way of a CPU
         "data": {
             "train": str(world / "photos" / "rows.jsonl"),
             "prompt": "Which colour?",
