@@ -51,6 +51,23 @@ def test_broken_files_are_one_line(name: str, content: bytes, words: str, tmp_pa
     assert name in str(caught.value) and "\n" not in str(caught.value) and "error occurred" not in str(caught.value)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("named", ["", "*.csv", "metadata.csv"])
+@pytest.mark.parametrize("bad", [0, 1])
+def test_text_that_is_no_utf_8_is_named_by_file_and_line_in_a_set_of_several(
+    bad: int, named: str, streaming: bool, tmp_path: Path
+) -> None:
+    """A folder, a pattern, and folders of photos; the first file, whose header is read by itself, and the second."""
+    names = ["a/metadata.csv", "b/metadata.csv"] if named == "metadata.csv" else ["a.csv", "b.csv"]
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"file_name,title\n1.jpg," + (b"caf\xe9\n" if number == bad else b"scarf\n"))
+    with pytest.raises(DataError) as caught:
+        open_set(str(tmp_path / named if named == "*.csv" else tmp_path), streaming=streaming)
+    line = f"data set {tmp_path / names[bad]} cannot be read: line 2 is not UTF-8 text: save it as UTF-8"
+    assert str(caught.value) == line
+
+
 @pytest.mark.parametrize(
     ("name", "content", "fault"),
     [

@@ -12,7 +12,7 @@ from typing import Any
 
 from phi3v.data.json_text import parse_json
 from phi3v.data.parquet_faults import parquet_fault
-from phi3v.data.text_guard import find_text_fault
+from phi3v.data.text_guard import encoding_fault, find_text_fault
 
 _TEXT_FILES = (".csv", ".tsv", ".json", ".jsonl")
 _JSON_KINDS = {
@@ -35,14 +35,8 @@ def find_fault(path: Path) -> str | None:
         return parquet_fault(path)
     if path.suffix.lower() not in _TEXT_FILES:
         return None
-    if (found := find_text_fault(path)) is not None:
+    if (found := find_text_fault(path) or encoding_fault(path)) is not None:
         return found
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return f"line {number} is not UTF-8 text: save it as UTF-8"
     if path.suffix.lower() == ".jsonl":
         return _lines_fault(path)
     return _json_fault(path) if path.suffix.lower() == ".json" else None

@@ -68,6 +68,7 @@ def open_set(
         if split not in tables:
             raise DataError(f"{name} has no split {split}; its splits are {', '.join(tables)}")
         return {"train": tables[split]}
+    where = ""
     try:
         with _without_progress_bars():
             if (opened := _open_local(path, streaming, confined)) is not None:
@@ -77,15 +78,13 @@ def open_set(
                 f"data set {source} does not exist (looked in {Path.cwd()}): relative paths count from the folder in "
                 "which phi3v is started"
             )
+        where = "; it is no file or folder here, and was looked for on the hub: check the name and the network"
         extra = ({"name": subset} if subset else {}) | _streamed(streaming)
         found = datasets.load_dataset(source, **extra, revision=checked_commit(source, revision))
         return {split: _undecoded(table, HF_HUB_CACHE) for split, table in found.items()}
     except DataError:
         raise
     except Exception as error:  # readers of many formats, each with exceptions of its own
-        where = ""
-        if not path.exists():
-            where = "; it is no file or folder here, and was looked for on the hub: check the name and the network"
         told = _fault_of_files([path], error) if path.is_file() else f"{source} {_cannot(error)}"
         text = f"data set {told}{where}"
         if _without_token(str(error)) != str(error):
@@ -194,9 +193,9 @@ def _open_data(paths: Sequence[Path], streaming: bool) -> OpenedTable:
     if builder == "json":
         records = JsonTable(paths)
         return OpenedTable(records, root, {}, frozenset(), tuple(paths), _parts(paths, records.counts))
-    extra = reader_options(first) | _streamed(streaming)
     reader = "csv" if builder == "tsv" else builder
     try:
+        extra = reader_options(first) | _streamed(streaming)
         table = datasets.load_dataset(reader, data_files=_listed(paths), split="train", **extra)
         opened = _undecoded(table, root)
         counts = [_count(opened.table, path) for path in paths] if len(paths) > 1 else []

@@ -66,6 +66,17 @@ def find_text_fault(path: Path) -> str | None:
     return _cells_fault(path, "\t" if ending == ".tsv" else ",")
 
 
+def encoding_fault(path: Path) -> str | None:
+    """The first line that is no UTF-8: `a,b`, `caf\\xe9,2` -> "line 2 is not UTF-8 text: save it as UTF-8"."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return f"line {number} is not UTF-8 text: save it as UTF-8"
+    return None
+
+
 def count_rows(path: Path) -> int:
     """The rows of a CSV or TSV file without faults, its header not counted: `a,b`, `1,2`, `3,4` -> 2."""
     return sum(1 for _ in _rows(path, "\t" if path.suffix.lower() == ".tsv" else ",")) - 1
@@ -132,7 +143,7 @@ def _cells_fault(path: Path, separator: str) -> str | None:
                 continue
             return f"line {number} has {cells} cell{'s' * (cells != 1)}, the header has {header}: {way_out}"
     except UnicodeDecodeError:
-        return None  # faults names the line
+        return encoding_fault(path)
     return _name_fault(path, separator) if header else EMPTY_CSV
 
 
