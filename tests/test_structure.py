@@ -96,7 +96,7 @@ LIBRARIES = {
     "liger_kernel": ("training.faster_layers",),
     "datasets": ("data.dates", "data.opening", "data.saved", "data.tables", "data.undecoded"),
     "triton": ("kernels.triton_passes",),
-    "pyarrow": ("data.dates", "data.parquet_faults", "data.saved"),
+    "pyarrow": ("data.dates", "data.misfits", "data.parquet_faults", "data.saved"),
     "simplejpeg": ("data.fast_jpeg",),
     "jinja2": ("checkpoint_files", "evaluation.report*", "data.show_page"),
     "markupsafe": ("evaluation.report*",),

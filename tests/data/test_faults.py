@@ -177,11 +177,46 @@ def test_a_row_of_a_parquet_file_that_is_no_text_is_named(tmp_path: Path) -> Non
 
 def test_a_parquet_file_with_other_columns_is_named(tmp_path: Path) -> None:
     titles(tmp_path / "train-0.parquet")
-    pq.write_table(pa.table({"number": [1], "name": ["x"]}), tmp_path / "train-1.parquet")
+    pq.write_table(pa.table({"number": [1]}), tmp_path / "train-1.parquet")  # what is not there is empty
+    pq.write_table(pa.table({"number": [1], "name": ["x"]}), tmp_path / "train-2.parquet")
     with pytest.raises(
-        DataError, match=r"train-1.parquet cannot be read: its columns are number, name, and those of t"
+        DataError, match=r"train-2.parquet cannot be read: its columns are number, name, and those of t"
     ):
         load_rows(str(tmp_path), options=TITLES)
+
+
+@pytest.mark.parametrize(
+    ("named", "header", "told"),
+    [("", "number", "number"), ("*.csv", "Title,number", "Title, number"), ("", 'number," title"', "number, ' title'")],
+)
+def test_a_csv_file_without_a_column_of_the_first_is_named(header: str, told: str, named: str, tmp_path: Path) -> None:
+    names = ["a.csv", "b.csv", "c.csv", "d.csv"]
+    headers = ["number,title", "title,number", "title,more,number", header]  # in another order, or more: fine
+    for name, names_of_columns in zip(names, headers, strict=True):
+        cells = ",".join("1" * len(names_of_columns.split(",")))
+        (tmp_path / name).write_text(f"{names_of_columns}\n{cells}\n")
+    source = str(tmp_path / named if named else tmp_path)
+    line = f"data set {tmp_path / 'd.csv'} cannot be read: its columns are {told}, and those of a.csv are number, title"
+    for caught in (refused(source), refused_in_a_stream(source)):
+        assert caught == f"{line}: save all with the same"
+    (tmp_path / "d.csv").unlink()
+    assert len(load_rows(source, options=TITLES)[0]) == 3
+
+
+def refused(source: str) -> str:
+    """What is said of a set."""
+    with pytest.raises(DataError) as caught:
+        load_rows(source, options=TITLES)
+    return str(caught.value)
+
+
+def refused_in_a_stream(source: str) -> str:
+    """What is said of a set when it is gone through."""
+    rows = stream_data(source, options=TITLES, validation_split=None).train.rows(ignore, shuffled=False)
+    with pytest.raises(DataError) as caught:
+        for _ in range(1000):
+            next(rows)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("offset", [2**31 - 100, 9 * 50 + 500])

@@ -26,7 +26,8 @@ from phi3v.data.faults import find_fault
 from phi3v.data.folder import KINDS, as_typed, contained, find_files, matching
 from phi3v.data.hub_card import checked_commit
 from phi3v.data.json_table import JsonTable
-from phi3v.data.parquet_faults import count_records, ends_fault, other_columns
+from phi3v.data.misfits import find_misfit
+from phi3v.data.parquet_faults import count_records, ends_fault
 from phi3v.data.photo_tables import JoinedPhotos, PhotosTable, have_labels, photo_column
 from phi3v.data.saved import open_saved
 from phi3v.data.tables import FilePart, OpenedTable, StreamTable, Table
@@ -288,7 +289,7 @@ def _fault_of_files(paths: Sequence[Path], error: BaseException) -> str:
     for path in paths:
         if (found := find_fault(path)) is not None:
             return f"{path} cannot be read: {found}"
-    if paths[0].suffix.lower() == ".parquet" and (other := other_columns(paths)) is not None:
+    if (other := find_misfit(paths)) is not None:
         return f"{other[0]} cannot be read: {other[1]}"
     return f"{paths[0]} {_cannot(error)}"
 

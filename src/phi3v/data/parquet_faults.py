@@ -4,7 +4,6 @@ In comes a path, out comes half a sentence, or None. `ends_fault` reads eight by
 `parquet_fault` goes through the whole file and comes after one has failed. Rows and row groups count from 0.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -45,25 +44,6 @@ def parquet_fault(path: Path) -> str | None:
             return _bad_group(file)
     except _FAILURES as error:
         return f"its footer, which says what is in it, does not read ({_words(error)}): copy it again"
-
-
-def other_columns(paths: Sequence[Path]) -> tuple[Path, str] | None:
-    """The first of some files whose columns are not those of the first one, and how they differ; None for equal ones.
-
-    Example: a.parquet with the columns image, title and b.parquet with image, name -> (b.parquet, "its columns are
-    image, name, and those of a.parquet are image, title: save all with the same").
-    """
-    known: list[str] | None = None
-    for path in paths:
-        try:
-            names = pq.read_schema(path).names
-        except _FAILURES:
-            return None
-        if known is not None and sorted(names) != sorted(known):
-            told = f"its columns are {', '.join(names)}, and those of {paths[0].name} are {', '.join(known)}"
-            return path, f"{told}: save all with the same"
-        known = known or names
-    return None
 
 
 def _bad_group(file: pq.ParquetFile) -> str | None:

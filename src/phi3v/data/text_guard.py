@@ -82,6 +82,14 @@ def count_rows(path: Path) -> int:
     return sum(1 for _ in _rows(path, "\t" if path.suffix.lower() == ".tsv" else ",")) - 1
 
 
+def header_names(path: Path) -> list[str]:
+    """The names of the columns of a CSV or TSV file: `a,"b c"` -> ["a", "b c"]; none where there is no header."""
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    with open(path, encoding="utf-8-sig", newline="") as file, suppress(csv.Error):
+        return next((cells for cells in csv.reader(file, delimiter=separator) if any(map(str.strip, cells))), [])
+    return []
+
+
 def _binary_fault(path: Path) -> str | None:
     """What a file is that begins as no text of UTF-8 does."""
     with open(path, "rb") as file:
@@ -144,16 +152,14 @@ def _cells_fault(path: Path, separator: str) -> str | None:
             return f"line {number} has {cells} cell{'s' * (cells != 1)}, the header has {header}: {way_out}"
     except UnicodeDecodeError:
         return encoding_fault(path)
-    return _name_fault(path, separator) if header else EMPTY_CSV
+    return _name_fault(path) if header else EMPTY_CSV
 
 
-def _name_fault(path: Path, separator: str) -> str | None:
+def _name_fault(path: Path) -> str | None:
     """The column whose name stands twice in the header of a file whose quotes are closed."""
-    with open(path, encoding="utf-8-sig", newline="") as file, suppress(csv.Error):
-        names = next((cells for cells in csv.reader(file, delimiter=separator) if any(map(str.strip, cells))), [])
-        twice = next((name for place, name in enumerate(names) if name.strip() and name in names[:place]), None)
-        return None if twice is None else f"its header names the column {twice[:80]!r} twice: rename one of them"
-    return None
+    names = header_names(path)
+    twice = next((name for place, name in enumerate(names) if name.strip() and name in names[:place]), None)
+    return None if twice is None else f"its header names the column {twice[:80]!r} twice: rename one of them"
 
 
 def _rows(path: Path, separator: str) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,58 @@
+"""Of several data files that are read as one table, the one that does not go with the first.
+
+In come the paths of CSV, TSV or Parquet files, in the order in which they are read, after a failure; out comes one of
+them and half a sentence, or None. `datasets` reads all as the first one is: it refuses CSV files that lack one of its
+columns, and Parquet files that have a column more. What else may be wrong with a file by itself is the business of
+`faults`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from phi3v.data.text_guard import header_names
+
+_FAILURES = (pa.ArrowException, OSError, ValueError, TypeError, KeyError)
+
+
+def find_misfit(paths: Sequence[Path]) -> tuple[Path, str] | None:
+    """The first of some files that cannot be read as the first one is, and why.
+
+    Example: a.csv with the columns image, title and b.csv with image, name -> (b.csv, "its columns are image, name, and
+    those of a.csv are image, title: save all with the same").
+    """
+    if paths[0].suffix.lower() not in (".csv", ".tsv"):
+        return _parquet_misfit(paths) if paths[0].suffix.lower() == ".parquet" else None
+    known = header_names(paths[0])
+    for path in paths[1:]:
+        if (names := header_names(path)) and set(known) - set(names):
+            return path, _other_columns(names, known, paths[0])
+    return None
+
+
+def _parquet_misfit(paths: Sequence[Path]) -> tuple[Path, str] | None:
+    """The first Parquet file with columns that the first one lacks."""
+    try:
+        first = pq.read_schema(paths[0])
+        for path in paths[1:]:
+            with pq.ParquetFile(path) as file:
+                schema = file.schema_arrow
+                if set(schema.names) - set(first.names):
+                    return path, _other_columns(schema.names, first.names, paths[0])
+    except _FAILURES:  # of a file by itself
+        return None
+    return None
+
+
+def _other_columns(names: Sequence[str], known: Sequence[str], first: Path) -> str:
+    """How the columns of a file differ from those of the first one."""
+    its, those = (", ".join(map(_shown, columns)) for columns in (names, known))
+    return f"its columns are {its}, and those of {first.name} are {those}: save all with the same"
+
+
+def _shown(name: str) -> str:
+    """A column's name in a list of them, quoted where it would mislead: "title" -> title, " title" -> ' title'."""
+    is_plain = name.isprintable() and "," not in name and name == name.strip() != ""
+    return (name if is_plain else repr(name))[:80]
