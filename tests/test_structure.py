@@ -94,7 +94,7 @@ LIBRARIES = {
     "peft": ("adapters", "tuning"),
     "bitsandbytes": ("loading",),
     "liger_kernel": ("training.faster_layers",),
-    "datasets": ("data.dates", "data.opening", "data.saved", "data.tables", "data.undecoded"),
+    "datasets": ("data.dates", "data.misfits", "data.opening", "data.saved", "data.tables", "data.undecoded"),
     "triton": ("kernels.triton_passes",),
     "pyarrow": ("data.dates", "data.misfits", "data.parquet_faults", "data.saved"),
     "simplejpeg": ("data.fast_jpeg",),

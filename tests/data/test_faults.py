@@ -5,6 +5,7 @@ import io
 import struct
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -201,6 +202,21 @@ def test_a_csv_file_without_a_column_of_the_first_is_named(header: str, told: st
         assert caught == f"{line}: save all with the same"
     (tmp_path / "d.csv").unlink()
     assert len(load_rows(source, options=TITLES)[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("other", "kind"),
+    [([{"z": 1}], "struct<z: int64>"), (["x"], "string"), ([7] * 1000 + [2.5], "double")],
+)
+def test_a_parquet_file_with_a_column_of_another_type_is_named(other: list[Any], kind: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"title": [470], "more": ["a"]}), tmp_path / "a.parquet")
+    for name, fine in (("b", pa.array([1], pa.int32())), ("c", ["7"])):  # these become numbers, in another order too
+        pq.write_table(pa.table({"more": ["b"], "title": fine}), tmp_path / f"{name}.parquet")
+    assert [row.messages[-1].text for row in load_rows(str(tmp_path), options=TITLES)[0]] == ["470", "1", "7"]
+    pq.write_table(pa.table({"title": other, "more": ["d"] * len(other)}), tmp_path / "d.parquet", row_group_size=100)
+    line = f"its column 'title' is {kind}, and that of a.parquet is int64: save all with the same type"
+    for caught in (refused(str(tmp_path)), refused_in_a_stream(str(tmp_path))):
+        assert caught == f"data set {tmp_path / 'd.parquet'} cannot be read: {line}"
 
 
 def refused(source: str) -> str:
