@@ -1,48 +1,72 @@
 """What to do about a row that is left out: reason code in, one short sentence out.
 
-A test holds this against the codes that are raised; docs/data.md says the same at more length.
+The sentences are those of the tables in docs/data.md; a test holds them against each other and against the codes that
+are raised.
 """
+
+from phi3v.data.fit import OnTooLong
+
+TOO_LONG: dict[OnTooLong, str] = {
+    "skip": "set data.on_too_long to fewer_crops or cut_text, lower image.num_crops, or raise data.max_length",
+    "fewer_crops": "shorten the text, set data.on_too_long to cut_text, or raise data.max_length",
+    "cut_text": "set data.on_too_long to fewer_crops, lower image.num_crops, or raise data.max_length",
+}
+"""What the recipe does about long rows -> the way out where a row is too long all the same."""
 
 ADVICE = {
     "missing_value": "fill the cell, or take the column out of the template",
-    "value_type": "name a column with text or numbers in the template, and save its text as UTF-8",
-    "conversation_type": "write the turns as docs/data.md shows them: role and content, or from and value",
-    "turn_role": "name the speakers system, user and assistant (or human and gpt)",
-    "turn_order": "let user and assistant alternate, a system turn first if there is one, the answer last",
-    "empty_question": "fill the turn, or take the row out",
-    "empty_answer": "fill the turn, or take the row out",
-    "image_tags": "write one <image> in the questions for each image of the row, or none at all",
-    "unclear_tags": "say data.format: conversations where images stand at <image>; messages where it is text",
+    "value_type": "name a column with text or numbers; mend a number or date out of range; save text as UTF-8",
+    "conversation_type": "write the turns as mappings of role and content, or from and value",
+    "turn_role": "name the speakers system, user and assistant (or human and gpt), or drop the row",
+    "turn_order": "let user and assistant alternate, the answer last, or drop the row",
+    "empty_question": "fill the turn, or drop the row",
+    "empty_answer": "fill the turn, or drop the row",
+    "image_tags": "write one <image> or image part in the questions for each image of the row, or none at all",
+    "unclear_tags": "say data.format: conversations where <image> is the image's place, messages where it is text",
     "image_missing": "fill the cell, drop the row, or give an empty list [] for a row without images",
     "image_type": "name the column with the images in data.images",
     "image_path": "mend the path, or set data.image_root",
-    "image_unreadable": "save it again as JPEG or PNG, or leave the row out; for its size raise image.max_pixels",
-    "image_narrow": "crop the image to a less extreme shape, or raise image.num_crops",
-    "image_places": "place each image once, in the order of the list",
+    "image_unreadable": "save it again as JPEG or PNG, or drop the row; for its size raise image.max_pixels",
     "data_uri": "write it as data:image/png;base64,... or save the image as a file",
+    "held_out_image": "nothing; or give data.validation",
+    "image_narrow": "crop it to a less extreme shape, or raise image.num_crops",
+    "too_long": TOO_LONG["skip"],
     "no_answer": "end the conversation with a turn of the assistant",
-    "too_long": "set data.on_too_long: fewer_crops or cut_text, lower image.num_crops, or raise data.max_length",
-    "not_encoded": "mend what the line says, or take the row out",
-    "held_out_image": "nothing, or give data.validation: a validation row has the same image",
-    "url_scheme": "give http or https addresses, or save the image as a file and name it",
-    "url_invalid": "mend the address",
-    "url_private": "give a public address; if the machine is yours, add it to data.allow_hosts",
-    "url_not_cached": "run phi3v data check with --fetch",
-    "url_not_found": "the image is gone: mend the address, or take the row out",
-    "url_gone": "the image is gone: mend the address, or take the row out",
-    "url_html": "the address leads to a page: give the address of the image itself",
-    "url_not_image": "the address leads to something else: give the address of the image itself",
-    "url_too_large": "save a smaller file behind the address",
+    "image_places": "place each image once, in the order of the list",
+    "not_encoded": "mend what the line says, or drop the row",
+    "url_scheme": "give an http or https address, or save the image as a file",
+    "url_not_cached": "run the command again",
+    "url_invalid": "write it as https://host/path, or save the image as a file",
+    "url_private": "if the machine is yours, list it in data.allow_hosts",
+    "url_dns": "mend the name; look whether this machine has a network",
+    "url_connect": "try again later; look whether a firewall is between",
+    "url_tls": "mend the name; set SSL_CERT_FILE for an authority of your own",
+    "url_timeout": "try again later; save slow ones as files",
+    "url_busy": "run the command again later",
+    "url_server": "run the command again later",
+    "url_refused": "look whether the address opens in a browser without signing in",
+    "url_not_found": "mend the address, or drop the row",
+    "url_gone": "drop the row",
+    "url_redirects": "name the last address",
+    "url_reset": "run the command again",
+    "url_length": "run the command again",
+    "url_protocol": "look what answers at that port",
+    "url_too_large": "save a smaller file",
+    "url_encoded": "save it as a file",
+    "url_empty": "mend the address",
+    "url_html": "name the image's own address",
+    "url_not_image": "convert it and save it as a file",
+    "url_damaged": "drop the row, or save it as a file from elsewhere",
 }
 """Reason code -> the way out."""
 
-_ADDRESS = "run phi3v data check --fetch again; if it stays, open the address in a browser and mend it"
-_OTHER = "mend the row, or take it out of the set"
+_UNKNOWN = "mend the row, or drop it"
+"""For a failure that another version of phi3v wrote into the cache of images."""
 
 
-def advice(reason_code: str) -> str:
-    """The way out for a reason code; a general word where there is no special one.
+def advice(reason_code: str, on_too_long: OnTooLong = "skip") -> str:
+    """The way out for a reason code, where rows that are too long are handled as the recipe says.
 
     Example: advice("missing_value") -> "fill the cell, or take the column out of the template".
     """
-    return ADVICE.get(reason_code) or (_ADDRESS if reason_code.startswith("url_") else _OTHER)
+    return TOO_LONG[on_too_long] if reason_code == "too_long" else ADVICE.get(reason_code, _UNKNOWN)

@@ -79,7 +79,7 @@ def check_recipe(
         train=len(train.kept),
         validation=len(held_out.kept),
         origin=data.origin,
-        problems=listed(problems),
+        problems=listed(problems, recipe.data.on_too_long),
         reasons=count_reasons(problems),
         **_limits(recipe),
         trouble=data.refusal or unsplit or find_refusal(recipe, data, problems, len(train.kept)),
