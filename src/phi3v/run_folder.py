@@ -6,6 +6,7 @@
     features.json      how many images have kept features, where the recipe keeps them
     metrics.jsonl      one JSON object per logged step, appended
     checkpoints/       what resuming needs, filled by the trainer
+    run.lock           held by the process that trains, see `run_lock`
     adapter/           the tuned adapter with the processor, or
     model/             the whole model, when all of it was tuned
     predictions.jsonl  one JSON object per evaluated row
@@ -31,6 +32,7 @@ from typing import Any, Literal
 
 from phi3v.errors import CheckpointError, ConfigError
 from phi3v.recipe import RUN_FILES, Recipe
+from phi3v.run_lock import LOCK_FILE, RunLock
 
 RunState = Literal["new", "unfinished", "finished"]
 
@@ -61,6 +63,7 @@ class RunFolder:
         self.evaluation = self.path / "evaluation.json"
         self.report = self.path / "report.html"
         self.finished = self.path / "finished.json"
+        self.lock = RunLock(self.path)
 
     @staticmethod
     def is_run(path: str | Path) -> bool:
@@ -84,11 +87,14 @@ class RunFolder:
         A new run gets versions.json and recipe.yaml, local paths in it made absolute, so that the run can be used from
         any folder. An existing one takes the values that do not change the training (`recipe.SETTINGS`): recipe.yaml
         is written anew, and what was made with other ones (scores and report, or the report) is removed.
-        Raises: ConfigError as `look`.
+        The folder is locked from here on, see `RunLock`.
+        Raises: ConfigError as `look`, and when another process trains in it.
         """
         state = self.look(recipe)
         if state == "new":
             self._make_folder()
+        self.lock.take()
+        if state == "new":
             self.write_recipe(recipe.with_places())
             self.write_versions(gather_versions())
         elif changed := recipe.differences(self.read_recipe()):
@@ -119,7 +125,7 @@ class RunFolder:
     def _is_bare(self) -> bool:
         """Whether the folder holds nothing but what `start` writes, and empty folders."""
         return all(
-            entry in (self.recipe, self.versions, self.problems, self.features)
+            entry in (self.recipe, self.versions, self.problems, self.features, self.lock.file)
             or (entry.is_dir() and not any(entry.iterdir()))
             for entry in self.path.iterdir()
         )
@@ -152,7 +158,7 @@ class RunFolder:
             raise ConfigError(f"output {self.path} cannot be used ({above} {why}): give another folder")
         try:
             entries = [entry.name for entry in self.path.iterdir()] if os.path.lexists(self.path) else []
-            found = sorted(name for name in entries if not fnmatch(name, ".recipe.yaml.*.tmp"))
+            found = sorted(name for name in entries if not fnmatch(name, ".recipe.yaml.*.tmp") and name != LOCK_FILE)
             cut_off = found == ["recipe.yaml"] and self.recipe.read_text("utf-8") == recipe.with_places().to_yaml()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"output {self.path} cannot be used ({error}): give another folder") from error
@@ -226,12 +232,16 @@ class RunFolder:
         """The lines of metrics.jsonl in their order, [] when there are none; a half last line is left out."""
         return self._read_lines(self.metrics) if self.metrics.is_file() else []
 
-    def keep_metrics(self, last_step: int) -> None:
+    def keep_metrics(self, last_step: int, of_last: int | None = None) -> None:
         """Drops the lines of steps after `last_step`: they are about to be computed again from a checkpoint.
 
-        Example: lines of steps 5, 10, 15 with last_step 10 -> 5, 10. Lines without a step stay.
+        Of `last_step` itself the first `of_last` lines stay, those that the checkpoint knows; None for all.
+        Example: lines of steps 5, 10, 10, 15 with last_step 10 and of_last 1 -> 5, 10. Lines without a step stay.
         """
         kept = [line for line in self.read_metrics() if line.get("step", 0) <= last_step]
+        if of_last is not None:
+            lines = [place for place, line in enumerate(kept) if line.get("step") == last_step][of_last:]
+            kept = [line for place, line in enumerate(kept) if place not in lines]
         if self.metrics.is_file():
             replace_file(self.metrics, "".join(to_json(line) + "\n" for line in kept))
 
@@ -348,7 +358,7 @@ def replace_file(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def replace_folder(path: Path, save: Callable[[Path], Any]) -> None:
@@ -366,16 +376,21 @@ def replace_folder(path: Path, save: Callable[[Path], Any]) -> None:
     save(fresh)
     for file in fresh.rglob("*"):
         if file.is_file():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
+            sync_file(file)
     if path.exists():
         os.replace(path, old)
     os.replace(fresh, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync_folder(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Sees what was written into a file onto the disk."""
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def sync_folder(path: Path) -> None:
     """Sees a rename inside `path` onto the disk, where the system can do that."""
     if os.name != "posix":
         return
