@@ -5,7 +5,8 @@
       optimizer.safetensors, optimizer.json            the optimiser, see `state_files`; so are scheduler and scaler
       rank-0.safetensors, rank-0.json                  what each process has for itself: random states, running sums
       trainer_state.json                               steps done, what was logged
-      manifest.json                                    written last: step, conditions, size and SHA-256 of each file
+      manifest.json                                    written last: step, conditions, size and SHA-256 of each file,
+                                                       and of itself
 
 A checkpoint is filled in `.checkpoint-50.tmp` beside it; its files, the manifest and the folder are seen onto the disk
 before one rename makes it a checkpoint. Several processes may fill one folder: one calls `begin`, all write files with
@@ -70,7 +71,8 @@ def publish(staging: Path, facts: dict[str, Any]) -> Path:
         sync_file(staging / name)
     files = {name: {"bytes": (staging / name).stat().st_size, "sha256": _digest(staging / name)} for name in names}
     manifest = {"format": FORMAT, "step": checkpoint_step(target), **facts, "files": files}
-    (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    sealed = {"manifest": manifest, "sha256": _seal(manifest)}
+    (staging / MANIFEST).write_text(json.dumps(sealed, indent=1), encoding="utf-8")
     sync_file(staging / MANIFEST)
     sync_folder(staging)
     if target.exists():
@@ -146,9 +148,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{file} is missing")
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        whole = (manifest["format"], manifest["step"]) == (FORMAT, checkpoint_step(path))
-        whole = whole and all({"bytes", "sha256"} <= set(facts) for facts in manifest["files"].values())
+        sealed = json.loads(file.read_text(encoding="utf-8"))
+        manifest = sealed["manifest"]
+        whole = sealed["sha256"] == _seal(manifest)
+        whole = whole and (manifest["format"], manifest["step"]) == (FORMAT, checkpoint_step(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
@@ -186,6 +189,11 @@ def _remove(path: Path) -> None:
     shutil.rmtree(away, ignore_errors=True)
     os.replace(path, away)
     shutil.rmtree(away, ignore_errors=True)
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    """SHA-256 of what a manifest says."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(file: Path) -> str:

@@ -68,6 +68,7 @@ class DurableTrainer(Trainer):
         self.signals = signals or StopSignals()
         self.facts = facts or {}
         self.moment: Moment | None = None
+        self.updating = False  # an update of the weights has begun whose step is not whole yet
         self.saved: Path | None = None
         self._resumed: Path | None = None
         self.add_callback(_Updates(self))
@@ -80,8 +81,6 @@ class DurableTrainer(Trainer):
         except Interrupted:
             self.save_last_step()
             raise
-        finally:
-            self.signals.held = False
 
     # saving
 
@@ -90,8 +89,7 @@ class DurableTrainer(Trainer):
 
         Returns: the checkpoint to go on from; None where there is none.
         """
-        whole = self.moment is not None and self.moment.step == self.state.global_step and not self.signals.held
-        if whole and not self._is_saved():
+        if self.moment is not None and not self.updating and not self._is_saved():
             self.signals.hold()
             self._write()
         return self.saved
@@ -169,6 +167,7 @@ class DurableTrainer(Trainer):
             tokens=int(self.state.num_input_tokens_seen),
             operations=float(self.state.total_flos + self.current_flos),
         )
+        self.updating = False
 
     # resuming
 
@@ -272,6 +271,7 @@ class _Updates(TrainerCallback):
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """From here to the end of the step weights, optimiser and counters belong together."""
         self.trainer.signals.hold()
+        self.trainer.updating = True
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ class WatchedWorkers:
         """
         self.stuck_after = stuck_after
         self.killed = False
+        self._closed = False
         self._notes = torch.zeros((workers, 2), dtype=torch.int64).share_memory_()  # process, notes so far
         self._waiting_since: float | None = None
         self._thread: threading.Thread | None = None
@@ -58,10 +59,14 @@ class WatchedWorkers:
         """It waits no more."""
         self._waiting_since = None
 
+    def close(self) -> None:
+        """The loader is not used any more."""
+        self._closed = True
+
     def _look(self) -> None:
-        """Runs in a thread of its own, as long as the process or until workers were killed."""
+        """Runs in a thread of its own, until the end or until workers were killed."""
         before, changed = self._notes.clone(), time.monotonic()
-        while not self.killed:
+        while not self.killed and not self._closed:
             time.sleep(min(_LOOK_EVERY, self.stuck_after / 4))
             now, since = time.monotonic(), self._waiting_since
             if not torch.equal(before, self._notes):

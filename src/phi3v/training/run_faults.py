@@ -17,7 +17,6 @@ from phi3v.training.step_faults import is_out_of_memory
 from phi3v.training.step_trainer import StepTrainer
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_SPACE = "No space left on device"
 
 
 @contextlib.contextmanager
@@ -59,7 +58,9 @@ def one_line_faults(trainer: StepTrainer, folder: Path) -> Iterator[None]:
 
 def is_full(error: BaseException) -> bool:
     """Whether an error says that no more fits onto a disk, into a quota or a file."""
-    return (isinstance(error, OSError) and error.errno in _FULL) or _NO_SPACE in str(error)
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    return any(f"(os error {number})" in str(error) for number in _FULL)  # how safetensors, written in Rust, says it
 
 
 def _again(saved: Path | None) -> str:

@@ -56,9 +56,17 @@ class StepTrainer(DurableTrainer):
         super().__init__(**arguments)
         self.step_collator = step_collator
         self.non_finite = non_finite or NonFinite()
-        self.eval_workers = WatchedWorkers(self.args.dataloader_num_workers)
+        self.workers, self.eval_workers = (WatchedWorkers(self.args.dataloader_num_workers) for _ in range(2))
         self.short_dtype = short_dtype
         self.masters: dict[str, torch.nn.Parameter] = {}
+
+    def train(self, *arguments: Any, **named: Any) -> Any:
+        """The training, and the end of what watches its loader workers."""
+        try:
+            return super().train(*arguments, **named)
+        finally:
+            self.workers.close()
+            self.eval_workers.close()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's optimiser, over float32 masters where weights compute in a shorter type.
@@ -99,7 +107,6 @@ class StepTrainer(DurableTrainer):
         """
         collate: Any = getattr(self, "data_collator")  # noqa: B009 -- set by the class above, unseen by mypy
         samples: Any = self.train_dataset
-        self.workers = WatchedWorkers(self.args.dataloader_num_workers)
         self.data_collator, self.train_dataset = self.step_collator, self.workers.samples(samples)
         try:
             loader: Any = super().get_train_dataloader()
