@@ -2,7 +2,8 @@
 
 The first signal raises `Interrupted` at once, or as soon as what was held is done: an update with what belongs to it,
 the writing of a checkpoint. The second one leaves at once. In processes that are forked meanwhile, loader workers, it
-does nothing: their parent ends them. Knows nothing of the Trainer.
+does nothing: their parent ends them. What torch raises when such a process dies waits too: it looks again by itself
+where it waits for a batch. Knows nothing of the Trainer.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ class StopSignals:
         self.held = False
         self.received: int | None = None
         self._before: dict[int, Any] = {}
+        self._of_children: Any = None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -39,17 +41,18 @@ class StopSignals:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self._set(False)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
     def hold(self) -> None:
         """From here on a signal waits."""
-        self.held = True
+        self._set(True)
 
     def release(self) -> None:
         """From here on a signal acts. Raises: Interrupted when one came meanwhile."""
-        self.held = False
+        self._set(False)
         self.check()
 
     def check(self) -> None:
@@ -60,12 +63,21 @@ class StopSignals:
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
         """Inside this context signals act although they are held outside."""
-        outside, self.held = self.held, False
-        self.check()
+        outside = self.held
+        self.release()
         try:
             yield
         finally:
-            self.held = outside
+            self._set(outside)
+
+    def _set(self, held: bool) -> None:
+        """Holds or lets go, and what is raised when a child dies with it."""
+        if held and not self.held and self._before and hasattr(signal, "SIGCHLD"):
+            self._of_children = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if not held and self._of_children is not None:
+            signal.signal(signal.SIGCHLD, self._of_children)
+            self._of_children = None
+        self.held = held
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """What Python calls."""
