@@ -4,6 +4,7 @@ Reads lines of JSON, the arguments of `phi3v` and a file for what it says, and a
 code when it has ended. `Server` is the other side.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -12,11 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+"""GPUs that the runs see: none, unless said."""
+
 
 def serve() -> None:
     """Answers until standard input ends."""
     import resource
-    import signal
 
     import phi3v.training.train
     from phi3v.cli import main
@@ -36,12 +39,13 @@ def serve() -> None:
                 main()
             except SystemExit as stop:
                 code = int(stop.code or 0)
+            except KeyboardInterrupt:  # before the command line was ready for it, or behind its end
+                code = 130
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
         print(child, flush=True)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         print(128 - code if code < 0 else code, flush=True)  # as shells say it: 137 for SIGKILL
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Running:
@@ -51,8 +55,9 @@ class Running:
         self.server, self.process, self.began = server, process, time.monotonic()
 
     def send(self, number: int) -> None:
-        """Sends a signal; False where the call has ended meanwhile."""
-        os.kill(self.process, number)  # nobody reaps it before `ends`, so the number is its own
+        """Sends a signal, where the call has not ended meanwhile."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process, number)
 
     def ends(self) -> int:
         """The exit code, when it has ended."""
@@ -65,7 +70,7 @@ class Server:
     """Starts runs; a context manager."""
 
     def __enter__(self) -> "Server":
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": DEVICES}
         self.process: Any = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

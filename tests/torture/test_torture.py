@@ -2,6 +2,7 @@
 
 Each test has a short form in `make test`, under tests/training. Everything here starts the command line in processes of
 its own, and what a run ends with is compared with the undisturbed run's, bit by bit. A line with the counts is printed.
+With CUDA_VISIBLE_DEVICES=0 the runs are on a GPU, with deterministic algorithms.
 """
 
 import os
@@ -18,7 +19,7 @@ import pytest
 import yaml
 from run_ends import assert_same_end, end_of
 from tiny_models import write_photos, write_tiny_model
-from torture_server import Running, Server
+from torture_server import DEVICES, Running, Server
 
 from phi3v.training.checkpoints import all_checkpoints, find_fault
 
@@ -56,6 +57,7 @@ class Bench:
                 "logging_steps": 3,
                 "dataloader_num_workers": workers,
                 "lr_scheduler_type": "cosine",
+                "full_determinism": bool(DEVICES),
                 **training,
             },
             "evaluation": {"rows": 1, "max_new_tokens": 2},

@@ -128,16 +128,15 @@ class DurableTrainer(Trainer):
         """Writes all files of a checkpoint but its manifest."""
         assert self.moment is not None and self.optimizer is not None and self.lr_scheduler is not None
         self.save_weights(folder)
-        if not self.args.save_only_model:
-            write_state(folder, "optimizer", self.optimizer.state_dict())
-            write_state(folder, "scheduler", self.lr_scheduler.state_dict())
-            if self.accelerator.scaler is not None:
-                write_state(folder, "scaler", self.accelerator.scaler.state_dict())
-            moment = self.moment
-            sums = {"loss": moment.loss, "logged": moment.logged, "total_loss": moment.total_loss}
-            write_state(folder, f"rank-{self.args.process_index}", {"random": moment.random, **sums})
-        self.state.total_flos = self.moment.operations
-        self.state.num_input_tokens_seen = self.moment.tokens
+        write_state(folder, "optimizer", self.optimizer.state_dict())
+        write_state(folder, "scheduler", self.lr_scheduler.state_dict())
+        if self.accelerator.scaler is not None:
+            write_state(folder, "scaler", self.accelerator.scaler.state_dict())
+        moment = self.moment
+        sums = {"loss": moment.loss, "logged": moment.logged, "total_loss": moment.total_loss}
+        write_state(folder, f"rank-{self.args.process_index}", {"random": moment.random, **sums})
+        self.state.total_flos = moment.operations
+        self.state.num_input_tokens_seen = moment.tokens
         exported = [one for one in [*self.callback_handler.callbacks, self.control] if isinstance(one, ExportableState)]
         for one in exported:
             held = self.state.stateful_callbacks[type(one).__name__]
