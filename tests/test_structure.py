@@ -46,6 +46,7 @@ LAYERS = (
     ("recipe_*", 0),
     ("run_folder", 0),
     ("run_lock", 0),
+    ("whole_files", 0),
 )
 
 # Where each library may be imported (lazily or not). A library that is not here may not be imported at all.

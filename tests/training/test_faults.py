@@ -281,7 +281,8 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(make: MakeR
     phi3v.train(recipe)
     child = os.fork()
     if not child:
-        RunLock(recipe.output).take()
+        lock = RunLock(recipe.output)
+        lock.take()
         time.sleep(60)
         os._exit(0)
     try:
@@ -309,7 +310,9 @@ def test_other_rows_or_another_base_are_refused_and_other_versions_listed(
     ]
     table.write_text("\n".join(lines))
     recipe = make(
-        model=str(model), data={"train": str(table)}, training={**STEPS, "max_steps": 4, "micro_batch_size": 1}
+        model=str(model),
+        data={"train": str(table), "allow_outside_root": True},
+        training={**STEPS, "max_steps": 4, "micro_batch_size": 1},
     )
 
     def stop(event: TrainingEvent) -> None:

@@ -123,7 +123,7 @@ class StepCollator:
 
     def halve(self) -> None:
         """From now on micro-batches hold half as much: packs of 10 tokens are packs of 5."""
-        self.halvings += 1
+        self.halvings.add_(1)
 
     def is_single(self, examples: list[Example]) -> bool:
         """Whether each of these examples is a micro-batch of its own, and nothing smaller can be made of them."""

@@ -216,9 +216,7 @@ def _tune(
         eval_dataset=eval_samples if data.validation else None,
         callbacks=[*_callbacks(recipe, run, report, watch), *callbacks],
         short_dtype=short,
-        non_finite=NonFinite(
-            recipe.training.non_finite, partial(name_rows, data.train) if isinstance(data, LoadedData) else None
-        ),
+        non_finite=_non_finite(recipe, data),
         signals=signals,
         facts=facts,
     )
@@ -228,17 +226,28 @@ def _tune(
     with one_line_faults(trainer, run.path):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         _save(run, recipe, trainer, processor)
+    seconds = time.monotonic() - began
+    return _result(run, trainer, report, seconds, resumed_from=done, held_out=len(data.validation or []))
+
+
+def _result(run: RunFolder, trainer: StepTrainer, report: TrainableReport, seconds: float, **known: Any) -> RunResult:
+    """What a training did."""
     return RunResult(
-        status="resumed" if checkpoint else "trained",
+        status="trained" if known["resumed_from"] is None else "resumed",
         folder=run.path,
         steps=trainer.state.global_step,
-        seconds=time.monotonic() - began,
+        seconds=seconds,
         metrics=_last_losses(run),
         trainable={part: asdict(count) for part, count in report.parts.items()},
-        held_out=len(data.validation or []),
-        resumed_from=done,
-        fast_lora=asdict(fast_lora_state(model)),
+        fast_lora=asdict(fast_lora_state(trainer.model)),
+        **known,
     )
+
+
+def _non_finite(recipe: Recipe, data: LoadedData | StreamedData) -> NonFinite:
+    """What happens to a step whose loss or gradient is no number; rows of a stream have no names."""
+    rows = data.train if isinstance(data, LoadedData) else None
+    return NonFinite(recipe.training.non_finite, None if rows is None else partial(name_rows, rows))
 
 
 def _make_trainer(**arguments: Any) -> StepTrainer:
