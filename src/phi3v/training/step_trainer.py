@@ -171,13 +171,13 @@ class StepTrainer(DurableTrainer):
         rows = self.rows_of_step(step)
         samples = [self.train_dataset[row] for row in rows]
         while rows:
-            self.step_collator.halve()
-            smaller = self.step_collator(samples)
+            smaller = self.step_collator(samples)  # one that was loaded in advance may be larger than they are now
             if len(smaller) > micro_batches:
                 self.facts["halvings"] = int(self.step_collator.halvings)
                 return smaller
             if self.step_collator.is_single(samples):
                 break
+            self.step_collator.halve()
         raise TrainingError(
             f"out of memory at step {step} ({reason}) with {'one sample' if rows else 'the samples of a stream'} at a "
             "time: set training.activation_checkpointing: true, a smaller image.max_tokens, data.max_length or "
