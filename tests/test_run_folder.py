@@ -30,7 +30,12 @@ def test_a_run_goes_from_new_to_finished(tmp_path: Path) -> None:
     run.mark_finished({"steps": 3})
     assert (run.state(), run.start(recipe())) == ("finished", "finished")
     assert run.read_summary() == {"steps": 3}
-    assert sorted(path.name for path in run.path.iterdir()) == ["finished.json", "recipe.yaml", "run.lock", "versions.json"]
+    assert sorted(path.name for path in run.path.iterdir()) == [
+        "finished.json",
+        "recipe.yaml",
+        "run.lock",
+        "versions.json",
+    ]
 
 
 def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:

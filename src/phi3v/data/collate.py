@@ -125,11 +125,11 @@ class StepCollator:
         """From now on micro-batches hold half as much: packs of 10 tokens are packs of 5."""
         self.halvings.add_(1)
 
-    def is_single(self, examples: list[Example]) -> bool:
+    def is_single(self, examples: Sequence[Example]) -> bool:
         """Whether each of these examples is a micro-batch of its own, and nothing smaller can be made of them."""
         return all(len(group) == 1 for group in self._groups(examples))
 
-    def _groups(self, examples: list[Example]) -> list[list[int]]:
+    def _groups(self, examples: Sequence[Example]) -> list[list[int]]:
         """Which examples go together."""
         how = replace(self.micro_batches, halvings=int(self.halvings))
         return how.groups([len(example["input_ids"]) for example in examples])

@@ -106,7 +106,7 @@ class StepTrainer(DurableTrainer):
         once more.
         """
         collate: Any = getattr(self, "data_collator")  # noqa: B009 -- set by the class above, unseen by mypy
-        samples: Any = self.train_dataset
+        samples: Any = getattr(self, "train_dataset")  # noqa: B009 -- the same
         self.data_collator, self.train_dataset = self.step_collator, self.workers.samples(samples)
         try:
             loader: Any = super().get_train_dataloader()
