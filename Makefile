@@ -32,8 +32,9 @@ demo: .venv/ready-demo
 	.venv/bin/python -m phi3v demo
 	@echo '(the command phi3v is in .venv/bin; ". .venv/bin/activate" puts it on the path)'
 
+# A file's tests stay with one worker, so that what they share (a trained run, say) is made once.
 test: .venv/ready-test
-	$(ONE_THREAD) $(PYTEST) -m "not slow and not torture" -n $(WORKERS) -q -rfEs $(ARGS)
+	$(ONE_THREAD) $(PYTEST) -m "not slow and not torture" -n $(WORKERS) --dist loadfile -q -rfEs $(ARGS)
 
 test-slow: .venv/ready-test
 	$(PYTEST) -m slow -q -rfEs $(ARGS)

@@ -9,6 +9,7 @@ import statistics
 import time
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from ways import Example, Way, make_optimiser, run_step, synchronise, trained_tokens
@@ -45,9 +46,16 @@ class Measured:
 
 
 def measure(
-    way: Way, examples: list[Example], micro_batch: int, device: str, *, warm: int = 2, most_seconds: float = 6.0
+    way: Way,
+    examples: list[Example],
+    micro_batch: int,
+    device: str,
+    *,
+    warm: int = 2,
+    most_seconds: float = 6.0,
+    least: int = 3,
 ) -> Measured:
-    """Steps over all examples, at least three of them and at most so many seconds after the warm-up.
+    """Steps over all examples, at most so many seconds after the warm-up, but at least some.
 
     Args:
         way: what to measure.
@@ -56,6 +64,7 @@ def measure(
         device: cpu or cuda.
         warm: steps before the clock runs; the host's waits are counted in the last of them.
         most_seconds: the clock's limit.
+        least: steps, whatever the clock says.
     Raises: torch.OutOfMemoryError.
     """
     batches = [pin(batch) for batch in way.batches(examples, micro_batch)] if device == "cuda" else None
@@ -71,7 +80,7 @@ def measure(
             run_step(way, batches, items, optimiser, device)
     compiled, seconds = graphs(), []
     until = synchronise(device) + most_seconds
-    while len(seconds) < 3 or (time.perf_counter() < until and len(seconds) < 20):
+    while len(seconds) < least or (time.perf_counter() < until and len(seconds) < 20):
         began = synchronise(device)
         run_step(way, batches, items, optimiser, device)
         seconds.append(synchronise(device) - began)
@@ -81,12 +90,10 @@ def measure(
     )
 
 
-def measure_if_it_fits(
-    way: Way, examples: list[Example], micro_batch: int, device: str, *, warm: int = 2, most_seconds: float = 6.0
-) -> Measured | None:
+def measure_if_it_fits(way: Way, examples: list[Example], micro_batch: int, device: str, **how: Any) -> Measured | None:
     """As `measure`; None, with all memory given back, where the device has too little of it."""
     try:
-        return measure(way, examples, micro_batch, device, warm=warm, most_seconds=most_seconds)
+        return measure(way, examples, micro_batch, device, **how)
     except torch.OutOfMemoryError:
         pass  # what the failed step held is let go of when the error is, behind this line
     for weight in way.trained:

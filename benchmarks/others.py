@@ -9,7 +9,7 @@ its own, so a user joins the two models; the order of image tokens is taken from
     peft      (b) the strongest of plain libraries: sdpa, no checkpointing, real crops, 23 layers without autograd,
               logits at every position as transformers makes them; `fp32_adapters=False` keeps adapters in the base's
               number type, which is faster still
-    compiled  (c) the same with Liger's Phi-3 parts, where installed, and torch.compile for each layer
+    compiled  (c) the same with torch.compile for each layer; `compiled-liger` also with Liger's Phi-3 parts
 """
 
 import importlib.util
@@ -114,7 +114,7 @@ def joined(
 
     Args:
         config: sizes.
-        way: "guide", "peft" or "compiled".
+        way: "guide", "peft", "compiled" or "compiled-liger".
         device: cpu, cuda or meta.
         dtype: of the base.
         fp32_adapters: PEFT's default; False leaves them in `dtype`.
@@ -125,7 +125,7 @@ def joined(
     guide, note = way == "guide", ""
     padded = guide if padded is None else padded
     model = JoinedPhi3V(config, device=device, dtype=dtype, guide=guide, padded=padded)
-    if way == "compiled":
+    if way == "compiled-liger":
         if importlib.util.find_spec("liger_kernel") is None or device != "cuda":
             note = "Liger is not installed, or has no kernels here: compile alone"
         else:
@@ -142,7 +142,7 @@ def joined(
             weight.data = weight.data.to(dtype)  # PEFT leaves those on the meta device as they are
     if guide:
         decoder.gradient_checkpointing_enable({"use_reentrant": False})
-    if way == "compiled":
+    if way.startswith("compiled"):
         for layer in [*decoder.model.layers, *model.tower.encoder.layers]:
             layer.compile()
     return model.train(), note

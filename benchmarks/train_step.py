@@ -8,10 +8,12 @@ Phi-3-Vision's full size with random weights, bfloat16, LoRA r=16 on all project
 backward, clipping and AdamW. `--quick` tries a program on the CPU with a tiny model: its figures mean nothing. The
 floor of a step is its least arithmetic (`phi3v.training.floor`) over the rate of a large matrix product, measured in
 the same call. Lines appear as they are measured, and the JSON is written after each. Past `--minutes` what is left is
-skipped, with a line.
+skipped, with a line. `--ways` measures some of them, and `--add FILE` puts the lines of an earlier call on the same
+card and versions beside them.
 """
 
 import argparse
+import json
 import time
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -29,8 +31,8 @@ from ways import WAYS, make_way
 
 from phi3v.training.floor import useful_operations
 
-ORDER = ("ours", "peft16", "peft", "guide", "ours-padded", "ours-eager", "ours-compiled", "compiled")
-"""What is compiled comes last: it takes longest to begin."""
+ORDER = ("ours", "peft16", "peft", "guide", "ours-padded", "ours-eager", "ours-compiled", "compiled", "compiled-liger")
+"""What is compiled comes last: it takes longest to begin; and Liger's rope, once there, stays in transformers."""
 QUICK_SHAPES: dict[str, list[Grid]] = {"2509": [(1, 2)] * 2, "757": [(1, 1)] * 2, "mixed": [(1, 2), (1, 1)]}
 
 
@@ -69,7 +71,21 @@ class Bench:
         result = {**machine(), "quick": given.quick, "matrix_rate_1e12": round(rate / 1e12, 3), "lines": []}
         print(f"{result['device']}, torch {result['torch']}, {dtype}, matrix product {rate / 1e12:.1f}e12 a second")
         config = config_of("tiny" if given.quick else "full")
-        return cls(given, device, config, dtype, rate, result, time.monotonic() + 60 * given.minutes)
+        bench = cls(given, device, config, dtype, rate, result, time.monotonic() + 60 * given.minutes)
+        if getattr(given, "add", None):
+            bench.add(json.loads(given.add.read_text(encoding="utf-8")))
+        return bench
+
+    def add(self, earlier: dict[str, Any]) -> None:
+        """Takes the lines of an earlier call in, except those of ways that this one measures."""
+        same = ("device", "torch", "transformers", "peft", "quick")
+        if differing := [name for name in same if earlier[name] != self.result[name]]:
+            raise SystemExit(f"{self.given.add} was measured with another {differing[0]}")
+        for line in earlier["lines"]:
+            if "way" in line and line["way"] not in self.given.ways:
+                self.result["lines"].append(line)
+                if "samples/s" in line:
+                    self.bars.setdefault(f"{line['shape']}: samples/s", {})[line["way"]] = line["samples/s"]
 
     def late(self, what: str) -> bool:
         """Whether the time is over; says what is skipped."""
@@ -118,22 +134,25 @@ def step(bench: Bench) -> None:
         if bench.late(name):
             continue
         try:
-            way = make_way(name, bench.config, device=bench.device, dtype=bench.dtype)
-        except torch.OutOfMemoryError:
-            bench.line({"way": name, "failed": "its weights do not fit"})
-            continue
-        for shape, (examples, grids, text) in samples.items():
-            if bench.late(f"{name} {shape}"):
-                continue
-            micro_batch, measured = largest_that_fits(bench, way, examples)
-            floor = bench.floor_seconds(grids, text)
-            note = "; ".join(filter(None, [way.note, paths_of(way.model) if name.startswith("ours") else ""]))
-            bench.line(values_of(shape, name, micro_batch, measured, floor, note))
-            if measured:
-                bench.bars.setdefault(f"{shape}: samples/s", {})[name] = measured.rate
-        del way
+            step_of(bench, name, samples)
+        except Exception as error:  # others' kernels and compilers: one that breaks is a line, the rest goes on
+            bench.line({"way": name, "failed": f"{type(error).__name__}: {str(error)[:300]}"})
         release()
     compare(bench)
+
+
+def step_of(bench: Bench, name: str, samples: dict[str, tuple[list, list[Grid], int]]) -> None:
+    """One way at all shapes."""
+    way = make_way(name, bench.config, device=bench.device, dtype=bench.dtype)
+    for shape, (examples, grids, text) in samples.items():
+        if bench.late(f"{name} {shape}"):
+            continue
+        micro_batch, measured = largest_that_fits(bench, way, examples)
+        floor = bench.floor_seconds(grids, text)
+        note = "; ".join(filter(None, [way.note, paths_of(way.model) if name.startswith("ours") else ""]))
+        bench.line(values_of(shape, name, micro_batch, measured, floor, note))
+        if measured:
+            bench.bars.setdefault(f"{shape}: samples/s", {})[name] = measured.rate
 
 
 def largest_that_fits(bench: Bench, way: Any, examples: list) -> tuple[int, Measured | None]:
@@ -165,12 +184,14 @@ def values_of(
 
 
 def compare(bench: Bench) -> None:
-    """Ours beside the faster (b) and beside our own padded run, where both were measured."""
+    """Ours beside the faster (b), the faster (c) and our own padded run, where both were measured."""
     for name, bars in bench.bars.items():
         plain = max((bars[way] for way in ("peft", "peft16") if way in bars), default=None)
+        compiled = max((bars[way] for way in ("compiled", "compiled-liger") if way in bars), default=None)
         best = max((rate for way, rate in bars.items() if way.startswith("ours")), default=None)
-        if plain and best:
-            bench.line({"shape": name.split(":")[0], "ours / (b)": round(best / plain, 3)})
+        for other, rate in (("ours / (b)", plain), ("ours / (c)", compiled)):
+            if rate and best:
+                bench.line({"shape": name.split(":")[0], other: round(best / rate, 3)})
         if "ours" in bars and "ours-padded" in bars:
             ratio = round(bars["ours"] / bars["ours-padded"], 3)
             bench.line({"shape": name.split(":")[0], "ours packed / padded": ratio})
@@ -208,17 +229,23 @@ def memory(bench: Bench) -> None:
 
 
 def fill_card(bench: Bench, way: Any, made: list, label: str, cap: float) -> None:
-    """Larger and larger batches of one sample shape, until one does not fit."""
-    largest, best, fastest = 0, 0, None
-    for batch in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)[: 2 if bench.given.quick else None]:
+    """The largest batch of one sample shape by trying, and samples/s of it and of the next smaller one."""
+    sizes = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)[: 2 if bench.given.quick else None]
+    rates: dict[int, Measured] = {}
+    low, high = 0, len(sizes)  # sizes before `low` fit, those from `high` on do not
+    while low < high:
+        middle = (low + high) // 2
+        batch = sizes[middle]
+        tried = measure_if_it_fits(way, made[:batch], batch, bench.device, warm=1, most_seconds=0.0, least=1)
+        low, high = (middle + 1, high) if tried else (low, middle)
+    for batch in sizes[max(0, low - 2) : low]:
         measured = measure_if_it_fits(way, made[:batch], batch, bench.device, warm=1, most_seconds=0.0)
-        if measured is None:
-            break
-        largest = batch
-        if fastest is None or measured.rate > fastest.rate:
-            best, fastest = batch, measured
-    values: dict[str, Any] = {"what": label, "gib": cap, "largest batch": largest}
-    if fastest is not None:
+        if measured:
+            rates[batch] = measured
+    values: dict[str, Any] = {"what": label, "gib": cap, "largest batch": sizes[low - 1] if low else 0}
+    if rates:
+        best = max(rates, key=lambda batch: rates[batch].rate)
+        fastest = rates[best]
         values |= {"best batch": best, "samples/s": round(fastest.rate, 3), "peak_gib": round(fastest.peak_gib, 2)}
         bench.bars.setdefault(f"{cap:g} GiB: samples/s", {})[f"ours, {label}"] = fastest.rate
     bench.line({**values, "note": way.note})
@@ -301,6 +328,7 @@ def main() -> None:
             options.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(ORDER))
             options.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
             options.add_argument("--seconds", type=float, default=4.0, help="of each measurement at most")
+            options.add_argument("--add", type=Path, help="the .json of an earlier call, for ways not measured now")
         if mode == "memory":
             options.add_argument("--caps", nargs="+", type=float, default=[8.0, 12.0, 24.0], help="GiB")
     given = parser.parse_args()

@@ -24,13 +24,14 @@ WAYS = {
     "guide": "(a) the guide: eager attention, checkpointing, 17 crops, fp32 logits and adapters",
     "peft": "(b) transformers + PEFT: sdpa, real crops, all logits, fp32 adapters under autocast",
     "peft16": "(b) with adapters in the base's number type, which is faster",
-    "compiled": "(c) the faster (b) with Liger's parts and torch.compile for each layer",
+    "compiled": "(c) the faster (b) with torch.compile for each layer",
+    "compiled-liger": "(c) the same with Liger's parts",
     "ours-eager": "ours, packed, PEFT's layers, nothing compiled",
     "ours-compiled": "ours, packed, torch.compile for each layer",
     "ours-padded": "ours, padded, hand-written layers",
     "ours": "ours, packed, hand-written layers",
 }
-"""Name -> what it is. The first four are what a user could run instead."""
+"""Name -> what it is. The first five are what a user could run instead."""
 
 PARTS = {
     "ours-eager": Parts(fast_lora=False, compiled=False),
@@ -78,7 +79,7 @@ def make_way(name: str, config: Phi3VConfig, *, device: str, dtype: torch.dtype,
         dtype: of the base.
         parts: of ours, where they are not those of the name.
     """
-    if name in ("guide", "peft", "peft16", "compiled"):
+    if name in ("guide", "peft", "peft16", "compiled", "compiled-liger"):
         fp32 = name in ("guide", "peft")
         kind, slots = name.removesuffix("16"), 17 if name == "guide" else None
         model, note = joined(config, kind, device=device, dtype=dtype, fp32_adapters=fp32)
@@ -132,7 +133,7 @@ def run_step(way: Way, batches: list[Batch], items: int, optimiser: torch.optim.
     return total
 
 
-def make_optimiser(way: Way, device: str, rate: float = 1e-6) -> torch.optim.Optimizer:
+def make_optimiser(way: Way, device: str, rate: float = 1e-9) -> torch.optim.Optimizer:
     """AdamW, in one kernel on a GPU, as the Trainer chooses it; over masters where a way has them.
 
     With so small a learning rate weights stay where they began, and losses of ways can be compared at any time.

@@ -54,6 +54,14 @@ report:
 output: {folder}/run
 """
 
+SEVERAL = """
+import json, sys
+from phi3v.cli import app
+for words in json.loads(sys.argv[1]):
+    try: app(words)
+    except SystemExit as done: print(done.code, flush=True)
+"""
+
 
 def phi3v(*words: object, timeout: float = 120, **kwargs) -> subprocess.CompletedProcess[str]:
     """Run `python -m phi3v` and give back exit code and both streams."""
@@ -100,22 +108,18 @@ def test_commands_and_flags_are_frozen():
         "demo": ["--output", "--json", "--debug"],
         "data": [],
         "data check": ["source", "overrides", "--fetch", "--shard", "--quick", "--json", "--debug"],
-        "data show": ["source", "overrides", "--rows", "--out", "--text", "--json", "--debug"],
+        "data show": ["source", "overrides", "--rows", "--out", "--text", "--quick", "--json", "--debug"],
     }
 
 
-@pytest.mark.parametrize(
-    "words", [["--help"], ["--version"], ["train", "--help"], ["demo", "-h"], ["data", "check", "-h"]]
-)
-def test_help_imports_nothing_heavy(words):
-    program = (
-        "import sys\nfrom phi3v.cli import app\n"
-        f"try: app({words})\nexcept SystemExit as done: assert done.code == 0\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'matplotlib', 'numpy', 'PIL'} & set(sys.modules)\n"
-        "sys.exit(f'imported {heavy}' if heavy else 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+def test_help_imports_nothing_heavy():
+    lines = [["--help"], ["--version"], ["train", "--help"], ["demo", "-h"], ["data", "check", "-h"]]
+    heavy = "{'torch', 'transformers', 'datasets', 'matplotlib', 'numpy', 'PIL'} & set(sys.modules)"
+    program = f"{SEVERAL}print('imported', {heavy})"
+    done = subprocess.run([sys.executable, "-c", program, json.dumps(lines)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    printed = done.stdout.splitlines()
+    assert printed.count("0") == len(lines) and printed[-1] == "imported set()"
 
 
 @pytest.mark.parametrize(
@@ -264,51 +268,54 @@ def test_train_shows_what_trains_and_writes_a_whole_run(trained, folder):
     assert not [name for name in names if not (folder / "run" / name).exists()]
 
 
-def test_a_run_of_relative_paths_works_from_any_folder(folder, tmp_path):
+def test_a_run_of_relative_paths_works_from_any_folder(inside, folder, tmp_path, monkeypatch):
     recipe = (folder / "recipe.yaml").read_text().replace(f"{folder}/", "")
     (folder / "relative.yaml").write_text(recipe)
-    done = phi3v("train", "relative.yaml", "output=relative", "evaluation.rows=2", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    elsewhere = phi3v("evaluate", folder / "relative", "--json", cwd=tmp_path)
-    assert elsewhere.returncode == 0, elsewhere.stderr
+    monkeypatch.chdir(folder)
+    done = inside("train", "relative.yaml", "output=relative", "evaluation.rows=2")
+    assert done.exit_code == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    elsewhere = inside("evaluate", folder / "relative", "--json")
+    assert elsewhere.exit_code == 0, elsewhere.stderr
     assert json.loads(elsewhere.stdout)["base"] == str(folder / "model")
-    again = phi3v("train", folder / "relative" / "recipe.yaml", "--json", cwd=tmp_path)
+    again = inside("train", folder / "relative" / "recipe.yaml", "--json")
     assert json.loads(again.stdout)["status"] == "finished", again.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_train_again_says_that_it_is_finished(trained, folder):
-    again = phi3v("train", folder / "recipe.yaml", "--json")
-    assert again.returncode == 0, again.stderr
+def test_train_again_says_that_it_is_finished(trained, inside, folder):
+    again = inside("train", folder / "recipe.yaml", "--json")
+    assert again.exit_code == 0, again.stderr
     result = json.loads(again.stdout)
     assert (result["status"], result["steps"]) == ("finished", 2)
     assert result["evaluation"]["rows"] == 6 and result["report"] == str(folder / "run" / "report.html")
 
 
-def test_json_of_a_training_is_alone_on_standard_output(folder):
-    done = phi3v("train", folder / "recipe.yaml", f"output={folder / 'other'}", "--json")
-    assert done.returncode == 0, done.stderr
+def test_json_of_a_training_is_alone_on_standard_output(inside, folder):
+    done = inside("train", folder / "recipe.yaml", f"output={folder / 'other'}", "--json")
+    assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)
     assert done.stdout.count("\n") == 1
     assert result["status"] == "trained" and result["trainable"]["language model"]["trainable"] > 0
     assert "what trains" in done.stderr
 
 
-def test_evaluate(trained, folder):
+def test_evaluate(trained, inside, folder):
     run = folder / "run"
-    assert "same answer to all" in phi3v("evaluate", run).stdout
-    done = phi3v("evaluate", run, "--rows", 2, "--data", folder / "recipe.yaml", "--json")
-    assert done.returncode == 0, done.stderr
+    assert "same answer to all" in inside("evaluate", run).stdout
+    done = inside("evaluate", run, "--rows", 2, "--data", folder / "recipe.yaml", "--json")
+    assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["rows"] == 2 and result["base"] == str(folder / "model")
     assert set(result["scores"]) == {"base", "tuned"}
 
 
-def test_ask_streams_and_answers_the_same_for_machines(trained, folder):
+def test_ask_streams_and_answers_the_same_for_machines(trained, inside, folder):
     photos = [folder / "photos" / "0.png", folder / "photos" / "1.png"]
-    streamed = phi3v("ask", folder / "run", *photos, "Which colours?")
+    streamed = inside("ask", folder / "run", *photos, "Which colours?")
     done = phi3v("ask", folder / "run", *photos, "Which colours?", "--json")
-    assert (streamed.returncode, done.returncode) == (0, 0), streamed.stderr + done.stderr
+    assert (streamed.exit_code, done.returncode) == (0, 0), streamed.stderr + done.stderr
+    assert done.stdout.count("\n") == 1
     result = json.loads(done.stdout)
     assert streamed.stdout == result["answer"] + "\n" and result["answer"]
     assert result["images"] == list(map(str, photos)) and result["question"] == "Which colours?"
@@ -337,11 +344,15 @@ def test_a_run_that_was_trained_on_a_gpu_is_asked_and_evaluated_on_a_cpu(trained
 def test_libraries_say_nothing_beside_our_line(folder):
     (folder / "photos" / "broken.jsonl").write_text('{"image": "0.png", "colour": "red"}\n{"image":\n')
     (folder / "photos" / "broken.csv").write_bytes(b"image,colour\n0.png,\xff\n")
-    for name in ("broken.jsonl", "broken.csv"):
-        data = f"data.train={folder}/photos/{name}"
-        done = phi3v("train", folder / "recipe.yaml", data, f"output={folder}/broken_run")
-        assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr.count("\n") == 1 and f"{name} cannot be read: line 2 is not" in done.stderr
+    names = ("broken.jsonl", "broken.csv")
+    lines = [
+        ["train", f"{folder}/recipe.yaml", f"data.train={folder}/photos/{name}", f"output={folder}/broken_run"]
+        for name in names
+    ]
+    done = subprocess.run([sys.executable, "-c", SEVERAL, json.dumps(lines)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "1\n1\n"), done.stderr
+    for name, line in zip(names, done.stderr.splitlines(), strict=True):
+        assert line.startswith("phi3v: ") and f"{name} cannot be read: line 2 is not" in line
 
 
 DAMAGED_TIFF = """

@@ -193,6 +193,29 @@ def test_a_stream_of_bad_rows_is_refused_before_a_model_is_loaded_with_the_reaso
     assert not (folder / "run").exists()
 
 
+def test_of_a_stream_of_several_sets_each_is_gone_through_and_judged_by_itself(
+    run: Any, folder: Path, model: Path
+) -> None:
+    """A set of one row comes to its end before another has shown what it holds; a file may be named twice."""
+    for name, bad in (("one", range(0)), ("sound", range(0)), ("bad", range(1, 40))):
+        rows = [{"q": f"{name} {n}", "a": None if n in bad else "yes"} for n in range(1 if name == "one" else 40)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for names, split, counts, trouble in (
+        (("sound", "sound"), "null", (80, 80, 80, 0), None),
+        (("one", "sound"), "{validation: 10}", (41, 41, 31, 10), None),
+        (("one", "bad"), "null", (41, 2, 2, 0), "bad.jsonl: 39 of 40 rows cannot be used (39 missing_value): row 1: "),
+    ):
+        sets = [
+            f'{{source: {folder}/{name}.jsonl, weight: 1, images: null, prompt: "{place} {{q}}", answer: "{{a}}"}}'
+            for place, name in enumerate(names)
+        ]
+        text = f"data: {{train: [{', '.join(sets)}], streaming: true, split: {split}}}\ntraining: {{max_steps: 3}}\n"
+        (folder / "mixed.yaml").write_text(f"model: {model}\n{text}")
+        found = json.loads(run("check", folder / "mixed.yaml", "--json").stdout)
+        assert (found["rows"], found["usable"], found["train"], found["validation"]) == counts
+        assert trouble is None if found["trouble"] is None else trouble is not None and trouble in found["trouble"]
+
+
 def test_a_data_set_alone_is_counted_without_tokens_and_with_a_model_in_full(
     run: Any, folder: Path, model: Path
 ) -> None:

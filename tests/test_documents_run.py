@@ -36,7 +36,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(folder / "products" / rows[0]["image"], folder / "scarf.jpg")
     text = block("README.md", "yaml", "products/products.csv")
     assert MODEL in text
-    (folder / "shop.yaml").write_text(text.replace(MODEL, f"model: {folder / 'model'}"))
+    text = text.replace(MODEL, f"model: {folder / 'model'}")
+    (folder / "shop.yaml").write_text(text + "evaluation: {max_new_tokens: 4}\n")  # an untrained model goes on for ever
     return folder
 
 

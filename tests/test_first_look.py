@@ -38,7 +38,7 @@ def test_repeated_rows_are_looked_at_once_and_left_out_everywhere() -> None:
     assert found.kept == [0, 2, 3]
     assert [(fact.source, fact.row) for fact in found.facts] == [("a.csv", 0), ("b.csv", 0)]
     assert [(problem.row, problem.reason_code) for problem in found.problems] == [(1, "no_answer")]
-    assert told[-1] == ("looking at the rows", 5, 5)
+    assert told[-1] == ("looking at the rows", 3, 3)
 
 
 def photo(number: int, kind: str, turned: bool = False) -> bytes:

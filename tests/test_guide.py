@@ -23,8 +23,8 @@ def guide() -> ModuleType:
 
 
 def test_the_guide_trains_and_answers_both_ways(guide: ModuleType, tmp_path: Path, capsys) -> None:
-    table = write_catalogue(tmp_path / "products", train=60, test=1)["train"]
-    guide.main(tmp_path, str(tiny_model_path()), table, max_steps=4)
+    table = write_catalogue(tmp_path / "products", train=40, test=1)["train"]
+    guide.main(tmp_path, str(tiny_model_path()), table, max_steps=2)
     printed = capsys.readouterr().out
     assert "the guide's way:" in printed and "with phi3v:" in printed and "exact match" in printed
     for folder in (tmp_path / "adapter", tmp_path / "run" / "adapter"):

@@ -103,7 +103,7 @@ LIBRARIES = {
     "peft": ("adapters", "tuning"),
     "bitsandbytes": ("loading",),
     "liger_kernel": ("training.faster_layers",),
-    "datasets": ("data.dates", "data.opening", "data.saved", "data.undecoded"),
+    "datasets": ("data.dates", "data.opening", "data.saved", "data.tables", "data.undecoded"),
     "triton": ("kernels.triton_passes",),
     "pyarrow": ("data.dates", "data.parquet_faults", "data.saved"),
     "simplejpeg": ("data.fast_jpeg",),

@@ -26,12 +26,28 @@ def check_adapter(folder: Path) -> None:
     from peft import PeftType
 
     tensor_shapes(folder / ADAPTER_WEIGHTS)
-    kind = read_json(folder / ADAPTER_CONFIG).get("peft_type")
+    values = read_json(folder / ADAPTER_CONFIG)
+    kind, begun = values.get("peft_type"), values.get("init_lora_weights")
     if kind not in [known.value for known in PeftType]:
         raise CheckpointError(
             f"{folder / ADAPTER_CONFIG}: peft_type is {kind!r}, which is no kind of adapter that peft has (LORA for "
             "instance): copy the file again"
         )
+    if starts_at_random(begun):
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: init_lora_weights is {begun!r}, a random decomposition that cannot be made "
+            "again, so the weights below this adapter are not known: tune with pissa, or save it with peft's "
+            "path_initial_model_for_weight_conversion"
+        )
+
+
+def starts_at_random(way: Any) -> bool:
+    """Whether `init_lora_weights` splits the base's weights at random: a second time the parts would be others.
+
+    PEFT stores the adapter's part alone and makes the other again when it is loaded. Example: "pissa_niter_4", a
+    randomised SVD -> True; "pissa", a whole one -> False.
+    """
+    return isinstance(way, str) and way.startswith("pissa_niter_")
 
 
 def load_adapter(model: PreTrainedModel, place: Target, *, trainable: bool = False) -> Any:

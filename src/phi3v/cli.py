@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 
 from phi3v import __version__
-from phi3v.cli_command import AsJson, Command, Debug, Overrides, refuse_empty, refuse_options
+from phi3v.cli_command import AsJson, Command, Debug, Overrides, RecipeFile, read_path, refuse_empty, refuse_options
 from phi3v.cli_data import data_app
 from phi3v.cli_profile import profile
 from phi3v.cli_session import session
@@ -39,7 +39,10 @@ app = typer.Typer(
 app.add_typer(data_app)
 
 Device = Annotated[
-    str | None, typer.Option(help="Where the model runs: auto, cpu, cuda; where nothing is said, as its recipe says.")
+    str | None,
+    typer.Option(
+        help="Where the model runs: auto, cpu, cuda; where nothing is said, as its recipe says.", callback=refuse_empty
+    ),
 ]
 Target = Annotated[
     str,
@@ -67,7 +70,7 @@ def _root(
 @app.command(cls=Command, short_help="Tune a model as a recipe says, or go on with a run.")
 def train(
     context: typer.Context,
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")],
+    recipe: RecipeFile,
     overrides: Overrides = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -160,7 +163,9 @@ def ask(
 @app.command(cls=Command, short_help="See it learn, on a small model that comes with phi3v.")
 def demo(
     context: typer.Context,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for all that it writes.")] = Path("runs/demo"),
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder for all that it writes.", parser=read_path)
+    ] = Path("runs/demo"),
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:

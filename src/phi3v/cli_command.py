@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -45,8 +46,17 @@ def refuse_options(overrides: list[str] | None) -> None:
             raise typer.BadParameter(f"{word!r} is not key=value, e.g. training.epochs=1", param_hint="key=value")
 
 
+def read_path(value: str | Path) -> Path:
+    """A path as typed; the empty one is refused as `refuse_empty` does, since `Path("")` is the current folder."""
+    refuse_empty(str(value))
+    return Path(value)
+
+
 def refuse_empty(value: str | None) -> str | None:
     """Refuses "" where a place is named: it would be taken for the current folder, a shell's unset variable often."""
     if value is not None and not value.strip():
         raise typer.BadParameter("it is empty; name something, or check the variable that it comes from")
     return value
+
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", parser=read_path)]

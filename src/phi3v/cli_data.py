@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phi3v.cli_command import AsJson, Command, Debug, Overrides, refuse_empty, refuse_options
+from phi3v.cli_command import AsJson, Command, Debug, Overrides, read_path, refuse_empty, refuse_options
 from phi3v.cli_session import FAILED, session
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ Source = Annotated[
         callback=refuse_empty,
     ),
 ]
+Quick = Annotated[bool, typer.Option("--quick", help="Read headers of images and decode none.")]
 STAND_IN = "no model"
 
 
@@ -44,7 +45,7 @@ def check(
     overrides: Overrides = None,
     fetch: Annotated[bool, typer.Option("--fetch", help="Download images that are not in the cache.")] = False,
     shard: Annotated[str, typer.Option(metavar="i/n", help="With --fetch, the i-th of n parts alone, from 0.")] = "0/1",
-    quick: Annotated[bool, typer.Option("--quick", help="Read headers of images and decode none.")] = False,
+    quick: Quick = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -79,9 +80,11 @@ def show(
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows to show, evenly spaced.")] = 8,
     out: Annotated[
-        Path | None, typer.Option(metavar="PAGE.html", help="The page; NAME-rows.html where nothing is said.")
+        Path | None,
+        typer.Option(metavar="PAGE.html", help="The page; NAME-rows.html where nothing is said.", parser=read_path),
     ] = None,
     text: Annotated[bool, typer.Option("--text", help="Print tokens here and write no page.")] = False,
+    quick: Quick = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -100,7 +103,7 @@ def show(
         if recipe.model.name == STAND_IN:
             raise ConfigError(f"nothing says whose tokens to show {source} with: add model=NAME, a model folder or id")
         with Screen(here.screen) as screen:
-            found = show_recipe(recipe, rows=rows, on_progress=screen.on_progress)
+            found = show_recipe(recipe, rows=rows, decode=not quick, on_progress=screen.on_progress)
         page = None if text else out or Path(f"{Path(source).stem}-rows.html")
         if page is not None:
             page.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from phi3v.evaluation.figures import counted, duration, percent, short_number
 
 if TYPE_CHECKING:
     from phi3v.data.check import Report
+    from phi3v.data.not_read import NotRead
     from phi3v.data.show import ShownRow
 
 SHOWN_PROBLEMS = 3
@@ -30,6 +31,8 @@ _BAR = 30  # characters of the longest bar
 def show_check(console: Console, report: Report) -> None:
     """The whole report."""
     _say(console, headline(report), style="bold")
+    for line in [*set_lines(report), *not_read_lines(report)]:
+        _say(console, line)
     _say(console, image_line(report))
     for line in part_lines(report):
         _say(console, line)
@@ -53,6 +56,37 @@ def headline(report: Report) -> str:
     first = "the first " if report.sampled else ""
     stream = " of a stream" if report.sampled else ""
     return f"{report.source}: {first}{counted(report.rows, 'row')}{stream}, {report.usable} usable: {used}"
+
+
+def set_lines(report: Report) -> Iterator[str]:
+    """What an epoch holds of each set, where that is not every row once.
+
+    Example: "w1.jsonl: 60 of its 100 rows in an epoch, 40 left out (weights, data.max_rows)" and "w2.jsonl: all of its
+    20 rows in an epoch, 60 with those that come again".
+    """
+    if all(one.epoch == one.rows and not one.left_out for one in report.sets):
+        return
+    for one in report.sets:
+        different = one.rows - one.left_out
+        held = "all" if not one.left_out else short_number(different)
+        line = f"{one.source}: {held} of its {counted(one.rows, 'row')} in an epoch"
+        line += f", {short_number(one.epoch)} with those that come again" if one.epoch > different else ""
+        yield line + (f", {short_number(one.left_out)} left out (weights, data.max_rows)" if one.left_out else "")
+
+
+def not_read_lines(report: Report) -> Iterator[str]:
+    """Files of the set that are not read: how many for each reason, and the first ones.
+
+    Example: "2 not read, its name tells no split, and the names of others do: more.csv, old.csv".
+    """
+    reasons: dict[str, list[NotRead]] = {}
+    for one in report.not_read:
+        reasons.setdefault(one.reason, []).append(one)
+    for reason, found in reasons.items():
+        number = sum(one.files for one in found)
+        more = number - sum(one.files for one in found[:SHOWN_PROBLEMS])
+        named = ", ".join(one.file for one in found[:SHOWN_PROBLEMS]) + (f" and {more} more" if more else "")
+        yield f"not read, {reason}: {named}" if number == 1 else f"{number} not read, {reason}: {named}"
 
 
 def image_line(report: Report) -> str:
@@ -101,7 +135,8 @@ def duplicate_lines(report: Report) -> Iterator[str]:
     found = report.duplicates
     counts = {
         "held-out row is in the training rows as well, so its score says nothing": found.rows_in_both,
-        "held-out row has an image of a training row": found.images_in_both - found.rows_in_both,
+        "held-out row has an image of a training row, so its score says little": found.images_in_both
+        - found.rows_in_both,
         "held-out row repeats another": found.rows_in_validation,
         "training row repeats another": found.rows_in_train,
         "training row has the images of another": found.images_in_train - found.rows_in_train,

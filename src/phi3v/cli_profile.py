@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phi3v.cli_command import AsJson, Debug, Overrides, refuse_options
+from phi3v.cli_command import AsJson, Debug, Overrides, RecipeFile, read_path, refuse_options
 from phi3v.cli_session import session
 
 if TYPE_CHECKING:
@@ -21,14 +21,16 @@ if TYPE_CHECKING:
 
 def profile(
     context: typer.Context,
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")],
+    recipe: RecipeFile,
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps that are watched, after two that warm up.")] = 5,
     rows: Annotated[
         int | None, typer.Option(min=1, help="Train on so many generated rows instead of the recipe's.")
     ] = None,
     image: Annotated[str, typer.Option(metavar="WxH", help="With --rows, the size of the photos.")] = "1200x1600",
-    trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Write what ran, for Perfetto.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write what ran, for Perfetto.", parser=read_path)
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:

@@ -74,7 +74,7 @@ class Screen:
                 self.console.print(f"going on from the checkpoint of step {event.resumed_from}")
         elif event.kind == "features":
             self.on_progress("looking at the images", event.step, event.total)
-        elif event.kind == "kept":
+        elif event.kind in ("kept", "way"):
             self.console.print(printable(event.line), markup=False, soft_wrap=True)
         elif event.kind == "rows" and event.rows is not None:
             self.console.print(printable(rows_line(event.rows)), markup=False, soft_wrap=True)

@@ -1,9 +1,9 @@
 """What every command shares: quiet libraries, one line for an error, one JSON object for machines, exit codes.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted from the keyboard, 143 by SIGTERM. With `--json` standard
-output carries exactly one JSON object, whatever the libraries print; everything else goes to standard error. Imports no
-heavy library itself, huggingface_hub aside, which has to be told how long to wait (`cli_hub`), and PIL when a command
-runs.
+output carries exactly one JSON object, {"error": LINE} where a command fails, whatever the libraries print; everything
+else goes to standard error. Imports no heavy library itself, huggingface_hub aside, which has to be told how long to
+wait (`cli_hub`), and PIL when a command runs.
 """
 
 from __future__ import annotations
@@ -56,6 +56,11 @@ class Session:
             self.answers.write(to_json(value) + "\n")
             self.answers.flush()
 
+    def failed(self, message: str, debug: bool) -> None:
+        """Print why a command failed: a line for people, and with `--json` an object for machines as well."""
+        _say(message, debug)
+        self.result({"error": printable(message)})
+
 
 @contextlib.contextmanager
 def session(debug: bool = False, as_json: bool = False, *, on_interrupt: str = "") -> Iterator[Session]:
@@ -69,29 +74,30 @@ def session(debug: bool = False, as_json: bool = False, *, on_interrupt: str = "
     hush(debug, as_json)
     give_up_early()
     answers = sys.stdout
+    here = Session(as_json, answers)
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _terminated) if main else None
     try:
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-            yield Session(as_json, answers)
+            yield here
     except typer.Exit:
         raise
     except KeyboardInterrupt as error:
-        _say("interrupted" + on_interrupt, debug)
+        here.failed("interrupted" + on_interrupt, debug)
         raise typer.Exit(error.exit_code if isinstance(error, Interrupted) else INTERRUPTED) from None
     except BrokenPipeError:  # the reader of our output has gone: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), answers.fileno())
         raise typer.Exit(FAILED) from None
     except Phi3VError as error:
-        _say(str(error), debug)
+        here.failed(str(error), debug)
         raise typer.Exit(FAILED) from None
     except FileNotFoundError as error:
-        _say(f"no such file: {error.filename}" if error.filename else str(error), debug)
+        here.failed(f"no such file: {error.filename}" if error.filename else str(error), debug)
         raise typer.Exit(FAILED) from None
     except Exception as error:  # a fault of ours or of a library: still one line, and the way to see more
         if _is_usage_error(error):
             raise
-        _say(f"{type(error).__name__}: {error} (run again with --debug to see where)", debug)
+        here.failed(f"{type(error).__name__}: {error} (run again with --debug to see where)", debug)
         raise typer.Exit(FAILED) from None
     finally:
         if main:

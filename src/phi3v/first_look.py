@@ -7,6 +7,7 @@ no weights and writes nothing.
 
 import contextlib
 import sys
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,11 +15,15 @@ from itertools import islice
 from typing import Any, Self
 
 from phi3v.data.columns import RowOptions
+from phi3v.data.fact_table import FactTable
 from phi3v.data.image_cache import FetchFailure
+from phi3v.data.mixing import SetUse
+from phi3v.data.not_read import NotRead
 from phi3v.data.reading import Reading
-from phi3v.data.rows import describe_problems, refusal
+from phi3v.data.rows import Rows, describe_problems, refusal
 from phi3v.data.schema import Row, RowProblem
 from phi3v.data.sources import LoadedData, StreamedData, load_data, stream_data
+from phi3v.data.streaming import interleaved
 from phi3v.data.survey import RowFacts, SurveyOptions, survey, too_long_problem
 from phi3v.errors import ConfigError, DataError, NoUsableRowError
 from phi3v.recipe import Recipe
@@ -42,7 +47,7 @@ class Surveyed:
     """
 
     kept: list[int]
-    facts: list[RowFacts]
+    facts: Sequence[RowFacts]
     problems: list[RowProblem]
     lengths: list[int]
 
@@ -134,6 +139,8 @@ class FoundRows:
     not_cached: list[str]
     refusal: str | None = None
     sampled: bool = False
+    sets: Sequence[SetUse] = ()
+    not_read: Sequence[NotRead] = ()
 
 
 def find_rows(
@@ -163,6 +170,8 @@ def find_rows(
             data.rows_in,
             data.not_cached,
             data.refusal,
+            sets=data.sets,
+            not_read=data.not_read,
         )
     how = recipe.data.reading_options | {"max_skipped": 1.0, "on_problem": "skip"}
     options = row_options(recipe)
@@ -171,25 +180,64 @@ def find_rows(
         stream = stream_data(options=options, reading=reading, **recipe.data.load_options)
     except NoUsableRowError:  # none to hold out either: the problems are told by what follows
         stream = stream_data(options=options, reading=reading, **recipe.data.load_options | {"validation_split": None})
-    told = list(stream.problems)
-    first: dict[tuple[str, int], Row] = {}
+    held_from = Counter(number for number, *_ in stream.train.held_out)
+    looks = [_SetLook(records.map.source, held_from[place]) for place, records in enumerate(stream.train.sets)]
+    rows: list[Row] = []
 
-    def note(problem: RowProblem) -> None:
-        told.append(problem)
-        if len(told) + len(first) >= STREAM_SAMPLE:
+    def note(number: int, problem: RowProblem) -> None:
+        looks[number].problems.append(problem)
+        if sum(look.seen for look in looks) >= STREAM_SAMPLE:
             raise _SampleTaken
 
-    with contextlib.suppress(_SampleTaken, NoUsableRowError):  # of the latter all problems have been noted
-        for row in stream.train.rows(note, shuffled=False):
-            if len(told) + len(first) >= STREAM_SAMPLE or (row.source, row.index) in first:
+    passes = [_rows_alone(rows) for rows in stream.train.passes(note)]
+    with contextlib.suppress(_SampleTaken):
+        for number, row in interleaved(passes, stream.train.weights):
+            looks[number].usable += 1
+            rows.append(row)
+            if sum(look.seen for look in looks) >= STREAM_SAMPLE:
                 break
-            first[row.source, row.index] = row
-    problems = list({(problem.source, problem.row): problem for problem in told}.values())
     held_out = stream.validation or []
-    absent = [image.url for row in [*first.values(), *held_out] for image in row.images if image.path is None]
+    problems = [problem for look in looks for problem in look.problems]
+    if stream.origin == "validation":  # of a split the same problems come by once more
+        problems = [*stream.problems, *problems]
+    absent = [image.url for row in [*rows, *held_out] for image in row.images if image.path is None]
     not_cached = list(dict.fromkeys(url for url in absent if url is not None))
-    total = len(first) + len(held_out) + len(problems)
-    return FoundRows(list(first.values()), held_out, problems, stream.origin, total, not_cached, sampled=True)
+    limits = (recipe.data.max_skipped, recipe.data.on_problem)
+    refused = next((line for look in looks if (line := look.refusal(*limits)) is not None), None)
+    total = len(rows) + len(held_out) + len(problems)
+    found = FoundRows(rows, held_out, problems, stream.origin, total, not_cached, refused, sampled=True)
+    return replace(found, not_read=stream.not_read)
+
+
+@dataclass
+class _SetLook:
+    """What was seen of one set of a stream: rows that were held out, behind them rows and problems."""
+
+    source: str
+    held_out: int
+    usable: int = 0
+    problems: list[RowProblem] = field(default_factory=list)
+
+    @property
+    def seen(self) -> int:
+        """Its records, those aside that were held out."""
+        return self.usable + len(self.problems)
+
+    def refusal(self, max_skipped: float, on_problem: str) -> str | None:
+        """Why a training would give the set up; None when it would not."""
+        if not self.problems:
+            return None
+        total = self.seen + self.held_out
+        line = refusal(self.problems, total, self.source, max_skipped=max_skipped, on_problem=on_problem)
+        if line is None and not self.usable:
+            line = f"{describe_problems(self.problems, total, self.source)}; no row is left to train on: mend the data"
+        return line
+
+
+def _rows_alone(rows: Iterable[Row]) -> Iterator[Row]:
+    """Rows of a set as long as some come: of one that has none the problems have been noted."""
+    with contextlib.suppress(NoUsableRowError):
+        yield from rows
 
 
 class _SampleTaken(Exception):
@@ -220,37 +268,47 @@ def survey_rows(
 
     Example: rows a, b, a of which b is too long -> kept [0, 2], facts of a and b, the problem of b.
     """
-    places: list[int] = []  # for each position a number that equal rows share
-    distinct = survey(_first_times(rows, places), processor, options)
-    facts, problems, bad, tokens = [], [], set(), {}
+    distinct, places = rows.distinct() if isinstance(rows, Rows) else _distinct(rows)
+    facts, problems, bad, tokens = FactTable(), [], set(), array("q")
     limit = options.max_length or sys.maxsize
-    for number, found in enumerate(distinct):
+    for number, found in enumerate(survey(distinct, processor, options)):
+        tokens.append(0)
         if isinstance(found, RowFacts):
-            facts.append(found)
+            facts.add(found)
             tokens[number] = min(found.length.total, limit) if found.length is not None else 0
         problem = found if isinstance(found, RowProblem) else too_long_problem(found)
         if problem is not None:
             problems.append(problem)
             bad.add(number)
         if on_progress is not None and number % 64 == 0:
-            on_progress(stage, len(places), len(rows))
-    if on_progress is not None and len(rows):
-        on_progress(stage, len(rows), len(rows))
+            on_progress(stage, number + 1, len(distinct))
+    if on_progress is not None and len(distinct):
+        on_progress(stage, len(distinct), len(distinct))
     kept = [position for position, number in enumerate(places) if number not in bad]
     return Surveyed(kept, facts, problems, [tokens[places[position]] for position in kept])
 
 
-def _first_times(rows: Iterable[Row], places: list[int]) -> Iterator[Row]:
-    """The rows that were not there before; `places` gets the number of the distinct row of each."""
+def survey_data(
+    data: LoadedData | FoundRows, processor: Any | None, options: SurveyOptions, *, on_progress: Progress | None = None
+) -> tuple[Surveyed, Surveyed, list[RowProblem]]:
+    """Looks at all rows of a recipe. Returns: training rows, held-out rows, and the problems of the whole, in order."""
+    train = survey_rows(data.train, processor, options, on_progress=on_progress)
+    held_out = survey_rows(data.validation or [], processor, options, stage=HELD_OUT, on_progress=on_progress)
+    problems = [*data.problems, *train.problems, *held_out.problems]
+    return train, held_out, sorted(problems, key=lambda problem: (problem.source, problem.row))
+
+
+def _distinct(rows: Iterable[Row]) -> tuple[list[Row], list[int]]:
+    """As `Rows.distinct`, of rows in memory."""
     known: dict[int, int] = {}
+    distinct, places = [], []
     for row in rows:
         key = hash((row.source, row.index, row.messages, row.images))
         if key not in known:
             known[key] = len(known)
-            places.append(known[key])
-            yield row
-        else:
-            places.append(known[key])
+            distinct.append(row)
+        places.append(known[key])
+    return distinct, places
 
 
 def find_refusal(
@@ -287,9 +345,7 @@ def measured_rows(
     Raises: DataError as `find_refusal` says.
     """
     options = survey_options(recipe, context, decode=False, hashes=False)
-    train = survey_rows(data.train, processor, options, on_progress=on_progress)
-    held_out = survey_rows(data.validation or [], processor, options, stage=HELD_OUT, on_progress=on_progress)
-    problems = [*data.problems, *train.problems, *held_out.problems]
+    train, held_out, problems = survey_data(data, processor, options, on_progress=on_progress)
     if (line := find_refusal(recipe, data, problems, len(train.kept))) is not None:
         raise DataError(line)
     validation = None if data.validation is None else data.validation.take(held_out.kept)
@@ -310,11 +366,8 @@ def refuse_bad_stream(recipe: Recipe, data: StreamedData, processor: Any, contex
     """
     options = survey_options(recipe, context, decode=False, hashes=False)
     problems: list[RowProblem] = []
-    seen: set[tuple[str, int]] = set()
-    for row in islice(data.train.rows(problems.append, shuffled=False), _ASKED_FIRST):
-        if (row.source, row.index) in seen:
-            continue  # a small set comes by again
-        seen.add((row.source, row.index))
+    passes = data.train.passes(lambda _, problem: problems.append(problem))
+    for _, row in islice(interleaved(passes, data.train.weights), _ASKED_FIRST):
         look = survey_rows([row], processor, options)
         problems += look.problems
         if look.kept and not (problems and recipe.data.on_problem == "stop"):

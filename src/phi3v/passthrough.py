@@ -25,7 +25,7 @@ def check_names(section: str, given: Iterable[str], known: Iterable[str]) -> Non
     names = list(known)
     for name in given:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
             raise ConfigError(f"{section}.{name} is no option" + (f": did you mean {near[0]}?" if near else ""))
 
 

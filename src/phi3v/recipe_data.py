@@ -39,7 +39,9 @@ class SplitSection(Section):
     """How validation rows are taken from `data.train` when there are no others."""
 
     validation: Annotated[int | float, BeforeValidator(_share_or_rows)] = Field(
-        default=0.1, description="Validation rows: a number of rows, or a share between 0.0 and 1.0."
+        default=0.1,
+        description="Validation rows: a share between 0.0 and 1.0, or a number of rows; with a share no row changes "
+        "sides when others are added.",
     )
     seed: int = Field(default=0, ge=0, description="Another seed gives another choice of rows.")
 

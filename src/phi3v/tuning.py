@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PreTrainedModel
 
+from phi3v.adapters import starts_at_random
 from phi3v.errors import ConfigError
 from phi3v.model.vision_phi3_v import Phi3VVisionTransformer
 from phi3v.passthrough import check_names, first_line
@@ -127,13 +128,20 @@ def lora_config(options: Mapping[str, Any], *, tower: Choice = "frozen", project
             f"lora.bias is {bias!r}, and the language model has no bias: all would train those of the vision part; "
             "take it out, or train that part with vision.tower or vision.projector"
         )
+    if starts_at_random(begun := options.get("init_lora_weights")):
+        raise ConfigError(
+            f"lora.init_lora_weights is {begun!r}: its random decomposition of the base comes out otherwise when the "
+            "run is loaded again; use pissa, which does not"
+        )
     values = {"task_type": "CAUSAL_LM", "target_modules": list(LORA_PROJECTIONS), **options}
     if values["target_modules"] == "all-linear":  # PEFT's own reading of it would hit the tower too
         values["target_modules"] = list(LORA_PROJECTIONS)
+    if not isinstance(saved := values.get("modules_to_save") or [], list | tuple):
+        raise ConfigError(f"lora.modules_to_save is {saved!r}, allowed is a list of names, [lm_head] for instance")
     whole = ["img_processor"] if tower == "train" else []
     whole += ["img_projection.0", "img_projection.2"] if projector == "train" else []
     if whole:
-        values["modules_to_save"] = [*(values.get("modules_to_save") or []), *whole]
+        values["modules_to_save"] = [*saved, *whole]
     try:
         return LoraConfig(**values)
     except (TypeError, ValueError) as error:

@@ -119,6 +119,13 @@ def test_trained_are_the_answer_and_its_end(name: str, processor: Phi3VProcessor
     assert processor.image_token_id not in trained
 
 
+def test_white_space_in_front_of_an_answer_is_not_trained_and_behind_it_is(processor: Phi3VProcessor) -> None:
+    plain, before, behind = (
+        encode(row(QUESTION, ("assistant", text)), processor)["labels"] for text in ("yes", "\n  yes", "yes \n")
+    )
+    assert torch.equal(plain, before) and len(behind) > len(plain)
+
+
 def test_every_turn_of_the_assistant_is_trained_on_request(processor: Phi3VProcessor) -> None:
     sample = encode(ROWS["turns"], processor, train_on="all_assistant")
     trained = sample["labels"][sample["labels"] != -100].tolist()

@@ -25,6 +25,9 @@ def test_images_come_once_and_are_counted(tmp_path: Path) -> None:
         first = fetch_images(urls, cache, LIMITS, on_progress=lambda done, total: progress.append((done, total)))
         again = fetch_images([*urls, server.url("/good/3.png")], cache, LIMITS)
         requests = len(server.seen)
+        changed = cache.path(urls[0])
+        changed.write_bytes(bytes(changed.stat().st_size))  # as long, and no longer the image
+        assert fetch_images(urls, cache, LIMITS).downloaded == 1
     size = sum(len(picture(number)) for number in range(3))
     assert first == FetchSummary(total=3, cached=0, downloaded=3, failures={}, bytes=size)
     assert again == FetchSummary(total=4, cached=3, downloaded=1, failures={}, bytes=len(picture(3)))

@@ -10,10 +10,12 @@ import pytest
 from PIL import Image
 
 from phi3v.data.columns import RowOptions
-from phi3v.data.folder import FolderFiles, find_files
+from phi3v.data.folder import FolderFiles, find_files, matching
+from phi3v.data.not_read import NamedFiles, NotRead, unnamed
 from phi3v.data.opening import open_set
 from phi3v.data.reading import Reading
-from phi3v.data.sources import load_data, load_rows
+from phi3v.data.schema import ImageRef
+from phi3v.data.sources import load_data, load_rows, stream_data
 from phi3v.errors import DataError
 
 OPTIONS = RowOptions(images=None, prompt="?", answer="{title}")
@@ -47,6 +49,22 @@ def answers(source: Path, options: RowOptions = OPTIONS) -> list[str]:
         (["trained.tsv", ".hidden/x.csv", ".train.csv"], "tsv", {"train": ["trained.tsv"]}),
         (["a.csv", "dataset_infos.json", "img/a.jpg", "img/b.jpg"], "csv", {"train": ["a.csv"]}),
         (["cat/a.jpg", "dog/b.png"], "images", {"train": ["cat/a.jpg", "dog/b.png"]}),
+        (
+            ["train/0.tar", "train/0.parquet", "val/1.tar"],
+            "shards",
+            {"train": ["train/0.tar"], "validation": ["val/1.tar"]},
+        ),
+        (["0.tar", "x.csv", "y.csv"], "shards", {"train": ["0.tar"]}),
+        (["train/0.parquet", "train/1.parquet"], "parquet", {"train": ["train/0.parquet", "train/1.parquet"]}),
+        (["a.csv", "old/backup.tar"], "csv", {"train": ["a.csv"]}),
+        (["1.jpg", "2.jpg", "old/backup.tar"], "images", {"train": ["1.jpg", "2.jpg"]}),
+        (["cat/metadata.csv", "dog/metadata.csv"], "metadata", {"train": ["cat/metadata.csv", "dog/metadata.csv"]}),
+        (["metadata.csv", "photos/more.csv"], "metadata", {"train": ["metadata.csv"]}),
+        (
+            ["val/metadata.csv", "train/metadata.csv"],
+            "metadata",
+            {"train": ["train/metadata.csv"], "validation": ["val/metadata.csv"]},
+        ),
     ],
 )
 def test_files_and_splits(names: list[str], kind: str, splits: dict[str, list[str]], tmp_path: Path) -> None:
@@ -98,7 +116,163 @@ def test_several_files_of_a_split_are_one_table_and_paths_count_from_the_folder(
     fill(tmp_path, "data/1.csv", "data/2.csv", text="title,image\nx,a.png\n")
     options = RowOptions(prompt="?", answer="{title}")
     data = load_data(str(tmp_path), options=options, validation_split=None)
-    assert [(row.index, row.answer) for row in data.train] == [(0, "x"), (1, "x")] and data.problems == []
+    assert [(row.source, row.index, row.answer) for row in data.train] == [
+        (f"{tmp_path}/data/{name}.csv", 0, "x") for name in (1, 2)
+    ]
+    assert data.problems == []
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_several_files_are_named_by_file_and_number_there(kind: str, streaming: bool, tmp_path: Path) -> None:
+    for name, titles in (("a", ["1", "2", "3"]), ("b", ["4", None, "6"])):
+        rows = datasets.Dataset.from_list([{"title": title} for title in titles])
+        file = str(tmp_path / f"{name}.{kind}")
+        {"csv": rows.to_csv, "jsonl": rows.to_json, "parquet": rows.to_parquet}[kind](file)
+    how = Reading(max_skipped=0.5)
+    if streaming:
+        problems: list[Any] = []
+        data = stream_data(str(tmp_path), options=OPTIONS, validation_split=1, reading=how)
+        assert [row.answer for row in data.validation or []] == ["1"]
+        stream = data.train.rows(problems.append, shuffled=False)
+        train = [next(stream) for _ in range(4)]  # row 0 of b is not the row 0 of a that is held out
+        assert [row.answer for row in train] == ["2", "3", "4", "6"]
+    else:
+        found = load_data(str(tmp_path), options=OPTIONS, validation_split=None, reading=how)
+        train, problems = list(found.train)[1:], found.problems
+        with pytest.raises(DataError, match=rf"set: 1 of 6 rows .*\): .*set/b.{kind}, row 1: column 'title' is empty"):
+            (tmp_path / "set").mkdir()
+            for file in tmp_path.glob(f"?.{kind}"):
+                file.rename(tmp_path / "set" / file.name)
+            load_data(str(tmp_path / "set"), options=OPTIONS, validation_split=None)
+    assert [(Path(row.source).name, row.index) for row in train] == [
+        (f"a.{kind}", 1),
+        (f"a.{kind}", 2),
+        (f"b.{kind}", 0),
+        (f"b.{kind}", 2),
+    ]
+    assert [str(problem) for problem in problems] == [f"{tmp_path}/b.{kind}, row 1: column 'title' is empty"]
+
+
+def test_what_is_not_read_is_named_with_its_reason(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    fill(folder, "train.jsonl", "more.jsonl", "old.csv", ".git/config", "__x.jsonl", "README.md", "a.jpg", "b.jfif")
+    (folder / "link").symlink_to(tmp_path)
+    found = {Path(one.file).name: (one.reason, one.by_rows) for one in find_files(folder).not_read}
+    hidden, by_rows = "hidden: its name begins with . or __", "no row that can be used names it"
+    assert found == {
+        "more.jsonl": ("its name tells no split, and the names of others do", False),
+        "old.csv": ("json files are read here: name it itself to read it", False),
+        ".git": (hidden, True),
+        "__x.jsonl": (hidden, True),
+        "link": ("a link to a folder, which is not followed", True),
+        "a.jpg": (by_rows, True),
+        "b.jfif": (f"no data by its ending, and {by_rows}", True),
+        "README.md": (f"no data by its ending, and {by_rows}", True),
+    }
+    assert {one.file for one in find_files(folder).not_read if one.file.endswith("/")} == {
+        f"{folder}/.git/",
+        f"{folder}/link/",
+    }
+
+
+def test_what_rows_name_is_read(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    beside = [NotRead(f"{folder}/{name}", "why", by_rows=True) for name in ("a.jpg", "b.jpg", "link/", "other/")]
+    named = NamedFiles(beside)
+    named.note([ImageRef("x/../a.jpg", root=folder), ImageRef("link/c.jpg", root=folder)])
+    named.note(
+        [ImageRef("b.jpg", data=b"x", root=folder), ImageRef(None, None, folder, True, "https://a.example/b.jpg")]
+    )
+    assert named.names == {f"{folder}/a.jpg", f"{folder}/link/"}
+    assert unnamed([beside, beside], named.names) == [beside[1], beside[3]]
+
+
+def test_splits_that_nobody_asks_for_and_photos_without_rows_are_not_read(tmp_path: Path) -> None:
+    fill(tmp_path, "train.csv", "val.csv", "test.csv", text="image,title\na.png,x\nb.png,\n")
+    for name in "abc":
+        Image.new("RGB", (5, 4)).save(tmp_path / f"{name}.png")
+    options, how = RowOptions(prompt="?", answer="{title}"), Reading(max_skipped=0.5)
+    data = load_data(str(tmp_path), options=options, reading=how)
+    by_rows = "no row that can be used names it"
+    split = "a split that is neither trained on nor held out: name it in data.train or data.validation"
+    photos = [NotRead(f"{tmp_path}/{name}.png", by_rows, by_rows=True) for name in "bc"]
+    assert data.not_read == [*photos, NotRead(f"{tmp_path}:test", split)]
+    given = load_data(str(tmp_path), options=options, validation=str(tmp_path / "val.csv"), reading=how)
+    assert given.not_read == data.not_read
+    stream = stream_data(str(tmp_path), options=options, reading=how)
+    assert [one.file for one in stream.not_read] == [f"{tmp_path}:validation", f"{tmp_path}:test"]
+
+
+def test_photos_are_read_by_content_where_their_ending_says_nothing(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "set", tmp_path / "outside.png"
+    for kind in ("cat", "dog"):
+        (folder / kind).mkdir(parents=True)
+        Image.new("RGB", (5, 4)).save(folder / kind / "a.jpg")
+    for name, form in (("b.jfif", "JPEG"), ("c", "PNG"), ("d.bin", "BMP"), ("e.x", "WEBP"), (".f.jpg", "JPEG")):
+        Image.new("RGB", (5, 4)).save(folder / "dog" / name, form)
+    Image.new("RGB", (5, 4)).save(outside)
+    (folder / "dog" / "g").symlink_to(outside)
+    os.mkfifo(folder / "dog" / "h")
+    fill(folder, "dog/i.heic", "dog/note.txt", text="BMW")
+    data = load_data(str(folder), options=RowOptions(prompt="?", answer="{label}"), validation_split=None)
+    names = [Path(row.images[0].path or "").name for row in data.train]
+    assert names == ["a.jpg", "a.jpg", "b.jfif", "c", "d.bin", "e.x"] and data.problems == []
+    assert [row.answer for row in data.train] == ["cat", *["dog"] * 5]
+    told = {Path(one.file).name: one.reason.partition(":")[0] for one in data.not_read}
+    content = "by its content no JPEG, PNG, WebP, GIF, BMP or TIFF"
+    assert told == {".f.jpg": "hidden", **dict.fromkeys(("g", "h", "i.heic", "note.txt"), content)}
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_metadata_in_folders_of_classes_names_photos_from_its_own_place(
+    kind: str, streaming: bool, tmp_path: Path
+) -> None:
+    for label, names in (("cat", ["a.png", "gone.png"]), ("dog", ["a.png", "../cat/b.png"])):
+        (tmp_path / label).mkdir()
+        for name in ("a.png", "b.png"):
+            Image.new("RGB", (5, 4)).save(tmp_path / label / name)
+        rows = datasets.Dataset.from_list([{"file_name": name, "title": label} for name in names])
+        file = str(tmp_path / label / f"metadata.{kind}")
+        {"csv": rows.to_csv, "jsonl": rows.to_json, "parquet": rows.to_parquet}[kind](file)
+    options, how = RowOptions(prompt="?", answer="{title}"), Reading(max_skipped=1.0)
+    if streaming:
+        rows = stream_data(str(tmp_path), options=options, reading=how).train.rows(print, shuffled=False)
+        train = [next(rows) for _ in range(3)]
+    else:
+        data = load_data(str(tmp_path), options=options, validation_split=None, reading=how)
+        train = list(data.train)
+        assert [(str(problem), problem.reason_code) for problem in data.problems] == [
+            (
+                f"{tmp_path}/cat/metadata.{kind}, row 1: image cat/gone.png does not exist "
+                f"(looked for {tmp_path}/cat/gone.png)",
+                "image_path",
+            )
+        ]
+        assert [one.file for one in data.not_read] == [f"{tmp_path}/dog/b.png"]
+    assert [(row.answer, row.images[0].path) for row in train] == [
+        ("cat", "cat/a.png"),
+        ("dog", "dog/a.png"),
+        ("dog", "dog/../cat/b.png"),
+    ]
+    assert train[2].source == f"{tmp_path}/dog/metadata.{kind}" and train[2].index == 1
+
+
+def test_patterns_name_files_with_braces(tmp_path: Path) -> None:
+    fill(tmp_path, "08.csv", "09.csv", "10.csv", "a{b}.csv", "x.jsonl")
+    names = [f"{tmp_path}/{name}.csv" for name in ("08", "09", "10")]
+    assert [str(path) for path in matching(f"{tmp_path}/{{08..10}}.csv")] == names
+    assert [str(path) for path in matching(f"{tmp_path}/{{0,0}}{{8..9}}.csv")] == [*names[:2], *names[:2]]
+    assert [str(path) for path in matching(f"{tmp_path}/{{08,1*}}.csv")] == [names[0], names[2]]
+    assert [str(path) for path in matching(f"{tmp_path}/[01]*.csv")] == names
+    assert matching(f"{tmp_path}/none*.csv") == [] == matching(f"{tmp_path}/none.csv")
+    with pytest.raises(DataError, match=r"data file .*/11.csv, which .*/\{08..11\}.csv names, does not exist"):
+        load_rows(f"{tmp_path}/{{08..11}}.csv", options=OPTIONS)
+    with pytest.raises(DataError, match="names more than 100,000 files"):
+        matching(f"{tmp_path}/{{0..999999999}}.csv")
+    assert len(load_rows(f"{tmp_path}/{{08..10}}.csv", options=OPTIONS)[0]) == 6
+    assert len(load_rows(f"{tmp_path}/a{{b}}.csv", options=OPTIONS)[0]) == 2
 
 
 def test_photos_in_folders_have_labels(tmp_path: Path) -> None:

@@ -56,14 +56,34 @@ def test_a_cache_can_be_pickled_and_makes_no_folder_by_itself(tmp_path: Path) ->
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("content", [b"", CONTENT[:-1], CONTENT + b"!"], ids=["empty", "cut off", "longer"])
-def test_a_file_that_lost_its_size_is_not_there_and_is_replaced(content: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [b"", CONTENT[:-1], CONTENT + b"!", bytes(len(CONTENT))],
+    ids=["empty", "cut off", "longer", "as long"],
+)
+def test_a_file_that_was_written_to_is_not_there_and_is_replaced(content: bytes, tmp_path: Path) -> None:
     cache = ImageCache(tmp_path)
     keep(cache, URL, CONTENT)
     cache.path(URL).write_bytes(content)
     assert cache.path(URL) is None
     keep(cache, URL, CONTENT)
     assert cache.path(URL).read_bytes() == CONTENT
+
+
+def test_bytes_are_read_again_only_where_the_file_is_not_older_than_its_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ImageCache(tmp_path)
+    keep(cache, URL, CONTENT)
+    path = cache.path(URL)
+    now = path.stat().st_mtime_ns
+    os.utime(tmp_path / "urls" / URL_HASH[:2] / URL_HASH[2:4] / URL_HASH, ns=(now, now))
+    read: list[object] = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *given: read.append(given) or digest(*given))
+    for moved, times in ((-1, 0), (0, 1), (1, 2)):  # older: taken as it is; of the same time, newer: looked at
+        os.utime(path, ns=(now + moved, now + moved))
+        assert cache.path(URL) == path and len(read) == times
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_models import write_tiny_model
 
 import phi3v
+from phi3v.recipe import Recipe
+from phi3v.training.data_check import check_recipe
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -39,8 +43,8 @@ def slope(samples: np.ndarray, rows: int) -> float:
 
 def test_memory_stays_flat() -> None:
     """A few pages more or less are the allocator's; one kept image alone would be 2.7 MB."""
-    samples = held("images", 200, timeout=170)
-    assert samples[-1] - samples[10] < 1.0 * 200 + 256
+    samples = held("images", 100, timeout=170)
+    assert samples[-1] - samples[10] < 1.0 * 100 + 256
 
 
 @pytest.mark.slow
@@ -50,3 +54,32 @@ def test_memory_stays_flat() -> None:
 )
 def test_the_slope_is_under_a_kilobyte_a_row(kind: str, rows: int) -> None:
     assert slope(held(kind, rows, timeout=3500), rows) < 1.0
+
+
+def traced(rows: int, folder: Path) -> int:
+    """The most bytes that Python and numpy held while a set of rows without images was looked at as a whole."""
+    lines = (json.dumps({"prompt": f"question {number}", "answer": f"the {number}"}) for number in range(rows))
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    data = {"train": str(folder / "rows.jsonl"), "images": None}
+    tracemalloc.start()
+    try:
+        report = check_recipe(Recipe.from_dict({"model": str(folder / "model"), "data": data}))
+        assert report.passed and report.usable == rows and report.validation
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_check_keeps_less_than_a_kilobyte_a_row(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "model")
+    traced(50, tmp_path)  # what is made once
+    few, many = (traced(rows, tmp_path) for rows in (300, 900))
+    assert many - few < 1000 * 600
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("kind", ["check text", "check headers"])
+def test_a_check_of_many_rows_keeps_less_than_a_kilobyte_a_row(kind: str) -> None:
+    few, many = (held(kind, rows, timeout=3500)[-1] for rows in (20_000, 200_000))
+    assert many - few < 180_000

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from phi3v.data.columns import RowOptions
-from phi3v.data.mixing import choose, mix, shares
+from phi3v.data.mixing import SetUse, choose, mix, set_uses, shares
 from phi3v.data.sources import load_data
 from phi3v.errors import DataError
 
@@ -31,6 +31,8 @@ def test_rows_repeat_equally_often_but_for_a_drawn_rest() -> None:
     few = [choose(100, 10, seed, "a") for seed in (1, 1, 2)]
     assert few[0] == few[1] != few[2] and all(sorted(set(one)) == one and len(one) == 10 for one in few)
     assert mix([0, 0, 0, 1], 2, [1, 1], 0)[2:] == [3, 3]
+    uses = [SetUse("a", rows=3, epoch=2, left_out=1), SetUse("b", rows=1, epoch=2, left_out=0)]
+    assert set_uses(["a", "b"], [0, 0, 0, 1], [0, 2, 3, 3]) == uses
 
 
 def write(folder: Path, name: str, count: int, column: str) -> str:
@@ -52,6 +54,9 @@ def test_sets_have_rows_by_weight_and_keep_source_and_number(tmp_path: Path) -> 
     ]
     data = load_data(sets, options=options, validation_split=None)
     assert Counter(row.source for row in data.train) == {large: 20, small: 20}
+    assert data.sets == [SetUse(large, rows=30, epoch=20, left_out=10), SetUse(small, rows=10, epoch=20, left_out=0)]
+    first = load_data(large, options=options, validation_split=None, max_rows=7)
+    assert (len(first.train), first.sets) == (7, [SetUse(large, rows=30, epoch=7, left_out=23)])
     assert set(Counter(row.index for row in data.train if row.source == small).values()) == {2}
     assert set(Counter(row.index for row in data.train if row.source == large).values()) == {1}
     assert {row.answer[:2] for row in data.train if row.source == small} == {"A "}

@@ -13,6 +13,7 @@ from image_server import picture
 
 from phi3v.data.columns import RowOptions
 from phi3v.data.images import open_image
+from phi3v.data.not_read import NotRead
 from phi3v.data.sources import Reading, load_data, load_rows
 from phi3v.errors import DataError
 
@@ -48,7 +49,7 @@ def sample(key: str, number: int, **more: Any) -> list[tuple[str, bytes | str]]:
     ]
 
 
-@pytest.mark.parametrize("named", ["", "*.tar", "00000.tar"])
+@pytest.mark.parametrize("named", ["", "*.tar", "{00000..00001}.tar", "00000.tar"])
 def test_shards_are_read_as_they_are(named: str, tmp_path: Path) -> None:
     for number in range(2):
         members = [member for n in range(3) for member in sample(f"{number:05d}{n:04d}", 3 * number + n)]
@@ -56,7 +57,8 @@ def test_shards_are_read_as_they_are(named: str, tmp_path: Path) -> None:
     (tmp_path / "00000_stats.json").write_text("{}")  # img2dataset leaves such files beside them
     options = RowOptions(prompt="Size {json.width}?", answer="{txt}: {json.url}")
     rows, problems = load_rows(str(tmp_path / named), options=options)
-    assert problems == [] and [row.index for row in rows] == list(range(3 if named == "00000.tar" else 6))
+    places = [(str(tmp_path / f"0000{n // 3}.tar"), n % 3) for n in range(3 if named == "00000.tar" else 6)]
+    assert problems == [] and [(row.source, row.index) for row in rows] == places
     for number, row in enumerate(rows):
         assert row.answer == f"scarf {number}: https://shop.example/{number}.jpg" and row.question == "Size 16?"
         assert row.images[0].data == picture(number, "JPEG")
@@ -87,6 +89,25 @@ def test_members_lead_nowhere(tmp_path: Path) -> None:
         (3, "missing_value"),
     ]
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.tar", "secret.jpg", "set"]
+    link = "a link, a device or a sparse file, which leads out of the shard or is not all there"
+    ending = "its name has no ending, or nothing before it"
+    assert {one.file.removeprefix(f"{tmp_path}/set/a.tar/"): one.reason for one in data.not_read} == {
+        "link.jpg": link,
+        "links.txt": link,
+        ".hidden": ending,
+        "noending": ending,
+    }
+
+
+def test_folders_of_shards_are_splits_and_images_are_told_by_content(tmp_path: Path) -> None:
+    shard(tmp_path / "train" / "0.tar", [("a.jfif", picture(1, "JPEG")), ("a.txt", b"one"), *sample("b", 2)])
+    shard(tmp_path / "val" / "0.tar", [*sample("c", 3), *[(f"more{n}", b"x") for n in range(25)]])
+    data = load_data(str(tmp_path), options=OPTIONS)
+    assert data.validation is not None and [row.answer for row in data.train] == ["one", "scarf 2"]
+    assert [row.answer for row in data.validation] == ["scarf 3"] and data.origin == "validation"
+    assert data.train[0].images[0].data == picture(1, "JPEG")
+    assert sum(one.files for one in data.not_read) == 25 and data.not_read[0].file == f"{tmp_path}/val/0.tar/more0"
+    assert data.not_read[-1] == NotRead(f"more members of {tmp_path}/val/0.tar", "as those that are named", files=5)
 
 
 def test_samples_may_differ(tmp_path: Path) -> None:
@@ -125,7 +146,16 @@ def test_conversations_in_json_members(tmp_path: Path) -> None:
     assert (row.question, row.answer, row.images[0].data) == ("What?", "A hat.", picture(1, "JPEG"))
 
 
-@pytest.mark.parametrize("change", ["cut in a member", "cut in a header", "noise in a header", "empty", "text", "gzip"])
+def long_name() -> bytes:
+    """A GNU header that says the next member's name."""
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 2
+    return info.tobuf(format=tarfile.GNU_FORMAT) + b"x\0".ljust(512, b"\0")
+
+
+@pytest.mark.parametrize(
+    "change", ["cut in a member", "cut in a header", "noise in a header", "empty", "text", "gzip", "names"]
+)
 def test_damaged_shards_are_one_line(change: str, tmp_path: Path) -> None:
     path = shard(tmp_path / "00000.tar", [*sample("a", 1), *sample("b", 2)])
     whole = path.read_bytes()
@@ -137,6 +167,7 @@ def test_damaged_shards_are_one_line(change: str, tmp_path: Path) -> None:
         "empty": b"",
         "text": b"image,title\n" * 200,
         "gzip": b"\x1f\x8b" + whole,
+        "names": long_name() * 3000 + whole,
     }
     path.write_bytes(changed[change])
     with pytest.raises(DataError, match=r"^shard .*00000.tar is damaged.*: copy it again$") as caught:

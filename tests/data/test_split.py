@@ -52,6 +52,17 @@ def test_small_sets_have_rows_on_both_sides() -> None:
             assert split.train and split.validation and not split.left_out
 
 
+def test_of_sets_so_small_that_a_side_would_be_empty_one_row_goes_over_and_back() -> None:
+    few, more = ([[f"{row}.jpg"] for row in range(rows)] for rows in (5, 200))
+    gone = 0
+    for seed in range(20):
+        before, after = (set(split_rows(keys, 0.1, seed).validation) for keys in (few, more))
+        gone += len(before - after)
+        assert not before - after or (len(before) == 1 and not after & set(range(5)))
+        assert after & set(range(5)) <= before
+    assert gone  # at this size it happens
+
+
 def test_what_cannot_be_split_is_refused() -> None:
     for keys, words in (([], "no usable row"), ([["a"]], "1 usable row"), ([["a"]] * 3, "3 rows of the same image")):
         with pytest.raises(DataError, match=f"^{words} cannot be split into train and validation: give data.valid"):

@@ -2,6 +2,7 @@
 
 import datetime
 import decimal
+import json
 
 import pytest
 
@@ -77,3 +78,9 @@ def test_values_become_text(value: object, text: str | None) -> None:
 def test_what_no_template_can_show_is_refused(value: object) -> None:
     with pytest.raises(TypeError, match="which a template cannot show"):
         cell_text(value)
+
+
+def test_an_infinite_number_is_refused() -> None:
+    for value in (float("inf"), -float("inf"), json.loads("1e400")):
+        with pytest.raises(TypeError, match="a number that is infinite, or larger than any that is kept"):
+            cell_text(value)

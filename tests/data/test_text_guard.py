@@ -1,6 +1,8 @@
 """Text files that would kill a parser, or be read as something else, are one line that names file and line."""
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -85,6 +87,8 @@ EMPTY = ": write an empty cell as nothing between two separators"
             'image,title\na.jpg,Foo\nb.jpg,"Bar\nc.jpg,Baz\n',
             "a quote that is opened in the row of line 3 is never closed: close it, or write it twice",
         ),
+        ("a.csv", "title,b,title\n1,2,3\n", "its header names the column 'title' twice: rename one of them"),
+        ("a.tsv", 'a\t"t\tu"\t"t\tu"\n1\t2\t3\n', "its header names the column 't\\tu' twice: rename one of them"),
         ("a.csv", "", "it is empty: write a line with the names of the columns, and below it a line for each row"),
         ("a.jsonl", "\n \n", "it is empty: write one JSON object a line"),
     ],
@@ -104,11 +108,30 @@ def test_lines_that_are_no_rows(name: str, text: str, fault: str, tmp_path: Path
         "title,b\n,\n'a,b'\n",
         'title\n"a,b"\n',
         "title,b\ra,b\rc,d\r",
+        " \n\ntitle,,,Title\n1,2,3,4\n",
     ],
 )
 def test_csv_that_is_fine_is_let_through(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(text.encode())
     assert find_text_fault(tmp_path / "a.csv") is None
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.tar"])
+def test_numbers_are_kept_to_the_last_digit_and_refused_where_they_cannot_be(name: str, tmp_path: Path) -> None:
+    """Python makes no number of 5,000 digits, and reads 1e400 as infinite."""
+    texts = [f'{{"title": {number}}}' for number in ("470", "1" * 5000, "1e400", "5")]
+    if name == "a.tar":
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for number, text in enumerate(texts):
+                info = tarfile.TarInfo(f"{number}.json")
+                info.size = len(text)
+                tar.addfile(info, io.BytesIO(text.encode()))
+    else:
+        (tmp_path / name).write_text("\n".join(texts) if name == "a.jsonl" else f"[{','.join(texts)}]")
+    options = RowOptions(images=None, prompt="?", answer="{json.title}" if name == "a.tar" else "{title}")
+    rows, problems = load_rows(str(tmp_path / name), options=options, reading=LOOSE)
+    assert [row.answer for row in rows] == ["470", "1" * 5000, "5"]
+    assert [(problem.row, problem.reason_code) for problem in problems] == [(2, "value_type")]
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,17 @@ def test_a_model_without_its_base_in_it_says_so(world: Path) -> None:
             pass
 
 
+def test_an_adapter_that_began_at_random_is_refused(world: Path, tmp_path: Path) -> None:
+    """PEFT makes the residual again when it loads, with other random numbers: the sum would be another model."""
+    from peft import LoraConfig, get_peft_model
+
+    base = load_target(world / "model", device="cpu").model
+    tuned = get_peft_model(base, LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights="pissa_niter_2"))
+    tuned.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"adapter_config.json: init_lora_weights is 'pissa_niter_2', a random"):
+        load_target(tmp_path / "adapter", device="cpu")
+
+
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_biases_are_not_trained_under_lora(bias: str) -> None:
     with pytest.raises(ConfigError) as error:

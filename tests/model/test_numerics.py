@@ -144,25 +144,28 @@ def test_bfloat16_is_close_and_keeps_its_rope(batch, eager):
     assert new.shape[1] == batch["input_ids"].shape[1] + 4
 
 
-def test_autocast_trains_float32_weights(batch, eager):
+def test_autocast_trains_float32_weights():
     """The original fails here: it places bfloat16 features into float32 embeddings."""
+    one = prompt(0, [4, 9], [(1, 1)])  # processors without bfloat16 units emulate them, slowly
     model = tiny_model().train()
+    with torch.no_grad():
+        plain = model(**one).loss.item()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     losses = []
-    for step in range(6):
+    for step in range(3):
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(**batch).loss
+            loss = model(**one).loss
         loss.backward()
         if step == 0:
-            assert loss.item() == pytest.approx(eager[1].item(), abs=0.05)
+            assert loss.item() == pytest.approx(plain, abs=0.05)
             assert all(value.dtype == torch.float32 for value in gradients(model).values())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.05, losses
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_close(model(**batch, trained_logits_only=True).loss, model(**batch).loss, rtol=0, atol=0.02)
+        assert_close(model(**one, trained_logits_only=True).loss, model(**one).loss, rtol=0, atol=0.02)
 
 
 def test_device_map_with_offload_to_cpu_and_disk(tmp_path, batch):
@@ -227,12 +230,13 @@ def compiler():
 
 
 @pytest.mark.timeout(300)
-def test_a_decoder_layer_compiles_in_one_piece(compiler, batch):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_decoder_layer_compiles_in_one_piece(compiler, batch, backend):
     model = tiny_model()
     with torch.no_grad():
         expected = model(**batch, use_cache=False).logits
         for layer in model.model.layers:
-            layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
+            layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False, backend=backend)
         logits = model(**batch, use_cache=False).logits
     real = batch["attention_mask"].bool()
     assert_close(logits[real], expected[real], rtol=0, atol=TOLERANCE)

@@ -19,11 +19,18 @@ def adapter(run: Path) -> dict[str, torch.Tensor]:
 def test_a_run_ends_with_the_same_adapter_either_way(make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two layers, six steps of two micro-batches, a dropout that must draw the same masks."""
     settings = {"lora": {"r": 4, "lora_dropout": 0.1}, "training": {"max_steps": 6}}
-    plain = phi3v.train(make("plain", **settings))
+    told: list[str] = []
+    plain = phi3v.train(make("plain", **settings), on_event=lambda event: told.append(event.line))
     monkeypatch.setattr("phi3v.training.train.attach_fast_lora", partial(attach_fast_lora, force=True))
-    fast = phi3v.train(make("fast", **settings))
+    fast = phi3v.train(make("fast", **settings), on_event=lambda event: told.append(event.line))
     assert plain.fast_lora == {"layers": 2, "attached": 0, "reasons": {"no CUDA device": 2}, "calls": {}}
     assert fast.fast_lora == {"layers": 2, "attached": 2, "reasons": {}, "calls": {"fast": 2 * 6 * 2}}
+    lines = [line.split(", ", 1) for line in told if line]
+    assert [line[0].split(" of ")[0] for line in lines] == ["each step: packs"] * 2
+    assert [line[1] for line in lines] == [
+        "attention phi3v_packed_slices, 0 of 2 decoder layers hand-written (no CUDA device), none compiled",
+        "attention phi3v_packed_slices, 2 of 2 decoder layers hand-written, none compiled",
+    ]
     expected, found = adapter(plain.folder), adapter(fast.folder)
     assert found.keys() == expected.keys()
     for name, weight in expected.items():

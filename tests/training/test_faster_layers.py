@@ -9,11 +9,13 @@ import pytest
 import torch
 from golden_models import tiny_model
 from tiny_prompts import IMAGE, batch_of, prompt
+from transformers.models.phi3 import modeling_phi3
 
 import phi3v
 from phi3v.data.step_batch import step_batch
 from phi3v.errors import ConfigError, DeviceError, MissingPackageError
 from phi3v.training import faster_layers
+from phi3v.training import train as training
 from phi3v.training.faster_layers import check_faster_layers, compile_layers, compiles, use_faster_layers
 from phi3v.training.master_weights import shorten_weights
 from phi3v.tuning import attach_lora
@@ -73,7 +75,7 @@ def test_compiled_layers_give_the_plain_gradients_and_compile_once(compiler: Non
     for one, other in zip(found, plain, strict=True):
         assert one.keys() == other.keys() and one
         for name, gradient in other.items():
-            limit = 1e-5 * max(float(gradient.abs().max()), 1e-3)
+            limit = 1e-5 * max(float(gradient.abs().max()), 1e-2)  # some are zero but for rounding
             torch.testing.assert_close(one[name], gradient, rtol=0, atol=limit)
 
 
@@ -165,15 +167,37 @@ def test_liger_is_handed_its_options_and_not_the_loss(make: MakeRecipe, liger: l
     assert call == {
         "rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False, "rms_norm": True, "swiglu": True
     }  # fmt: skip
-    for config in ({"fused_linear_cross_entropy": True}, {"geglu": True}):
-        with pytest.raises(ConfigError, match="liger_kernel_config"):
-            use_faster_layers(model, make(training={**options, "liger_kernel_config": config}), CPU)
     assert use_faster_layers(model, make(), CPU) == {"liger": 0, "compiled": 0} and len(liger) == 1
 
 
+def test_what_liger_does_not_have_is_refused_before_anything_is_made(
+    make: MakeRecipe, liger: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"use_liger_kernel": True, "compile_layers": False}
+    monkeypatch.setattr(training, "_training_device", lambda name: CUDA)
+    monkeypatch.setattr(training, "load_processor", lambda *args, **options: pytest.fail("loaded"))
+    for config, expected in (
+        ({"rms_nrom": True}, "training.liger_kernel_config.rms_nrom is no option: did you mean rms_norm?"),
+        ({"model": None}, "training.liger_kernel_config.model is no option"),
+        ("rope", "training.liger_kernel_config is 'rope', allowed is a mapping, {rope: false} for instance"),
+        (
+            {"fused_linear_cross_entropy": True},
+            "training.liger_kernel_config: the loss is phi3v's own, take (fused_linear_)cross_entropy out",
+        ),
+    ):
+        recipe = make(training={**options, "liger_kernel_config": config})
+        with pytest.raises(ConfigError) as error:
+            phi3v.train(recipe)
+        assert str(error.value) == expected and not Path(recipe.output).exists()
+    check_faster_layers(make(training={**options, "liger_kernel_config": {"rope": False}}), CUDA)
+    assert not liger
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels need a GPU")
-def test_ligers_kernels_give_the_plain_gradients_on_a_gpu(make: MakeRecipe) -> None:
+def test_ligers_kernels_give_the_plain_gradients_on_a_gpu(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("liger_kernel", reason="needs liger-kernel")
+    for name in ("apply_rotary_pos_emb", "Phi3RMSNorm", "Phi3MLP"):  # Liger replaces them for the whole process
+        monkeypatch.setattr(modeling_phi3, name, getattr(modeling_phi3, name))
     torch.manual_seed(0)
     model = lora_model().cuda()
     moved = {key: one.cuda() if isinstance(one, torch.Tensor) else one for key, one in batches()[0].items()}

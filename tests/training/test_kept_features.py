@@ -98,35 +98,33 @@ def run(recipe: phi3v.Recipe, **options: Any) -> list[str]:
     return [event.line for event in events if event.kind == "kept"]
 
 
-@pytest.mark.parametrize("cache", ["memory", "disk"])
 def test_the_tower_sees_each_image_once_and_the_run_is_the_same(
-    make: MakeRecipe, seen: list[int], tmp_path: Path, cache: str
+    make: MakeRecipe, seen: list[int], tmp_path: Path
 ) -> None:
     """Three epochs, three validations, and the evaluation of base and tuned model; the dropout of LoRA at work."""
     plain = make("plain", **EVALUATED)
-    kept = make("kept", **EVALUATED, vision={"cache": cache, "cache_folder": str(tmp_path / "features")})
     phi3v.train(plain)
     assert sum(seen) > 2 * 3 * 10
-    seen.clear()
-    (line,) = run(kept)
-    report = RunFolder(kept.output).read_features()
-    where = "in memory" if cache == "memory" else "on disk"
-    assert line == f"features of 12 images are kept {where} ({report['kept_bytes'] / 1000:.1f} kB)"
-    assert seen == [2] * UNIQUE  # a view of the whole and one crop each
-    assert_same_run(kept, plain, 0.0)  # bit for bit: one photo went through the tower at a time there too
-    scores, expected = (RunFolder(one.output).read_evaluation()["scores"] for one in (kept, plain))
-    for who in ("base", "tuned"):
-        assert scores[who]["loss"] == pytest.approx(expected[who]["loss"], abs=1e-5)
-    answers = [[line["tuned"] for line in RunFolder(one.output).read_predictions()] for one in (kept, plain)]
-    assert answers[0] == answers[1]
-    assert (report["images"], report["kept"], report["computed"], report["rows"]) == (12, 12, 12, 14)
-    if cache == "disk":
+    for cache, where in (("memory", "in memory"), ("disk", "on disk")):
         seen.clear()
-        again = make("again", **EVALUATED, vision={"cache": "disk", "cache_folder": str(tmp_path / "features")})
-        run(again)
-        phi3v.evaluate(again.output)
-        assert seen == [] and RunFolder(again.output).read_features()["computed"] == 0
-        assert_same_run(again, plain, 0.0)
+        kept = make(cache, **EVALUATED, vision={"cache": cache, "cache_folder": str(tmp_path / "features")})
+        (line,) = run(kept)
+        report = RunFolder(kept.output).read_features()
+        assert line == f"features of 12 images are kept {where} ({report['kept_bytes'] / 1000:.1f} kB)"
+        assert seen == [2] * UNIQUE  # a view of the whole and one crop each
+        assert_same_run(kept, plain, 0.0)  # bit for bit: one photo went through the tower at a time there too
+        scores, expected = (RunFolder(one.output).read_evaluation()["scores"] for one in (kept, plain))
+        for who in ("base", "tuned"):
+            assert scores[who]["loss"] == pytest.approx(expected[who]["loss"], abs=1e-5)
+        answers = [[line["tuned"] for line in RunFolder(one.output).read_predictions()] for one in (kept, plain)]
+        assert answers[0] == answers[1]
+        assert (report["images"], report["kept"], report["computed"], report["rows"]) == (12, 12, 12, 14)
+    seen.clear()
+    again = make("again", **EVALUATED, vision={"cache": "disk", "cache_folder": str(tmp_path / "features")})
+    run(again)
+    phi3v.evaluate(again.output)
+    assert seen == [] and RunFolder(again.output).read_features()["computed"] == 0
+    assert_same_run(again, plain, 0.0)
 
 
 def test_trials_share_what_is_in_memory(make: MakeRecipe, seen: list[int]) -> None:
@@ -171,14 +169,13 @@ def test_one_changed_pixel_and_one_changed_weight_are_seen(
 
 @pytest.mark.parametrize("cache", ["memory", "disk"])
 def test_what_does_not_fit_is_said_and_goes_through_the_tower_each_time(
-    make: MakeRecipe, seen: list[int], filled: list[int], tmp_path: Path, cache: str
+    make: MakeRecipe, trained: MakeRecipe, seen: list[int], filled: list[int], tmp_path: Path, cache: str
 ) -> None:
-    plain = make("plain")
+    plain = trained()
     room = 5 * ENTRY + 4_000
     vision = {"cache": cache, "cache_gb": room / 10**9, "cache_folder": str(tmp_path / "features")}
     little = make("little", vision=vision)
-    phi3v.train(plain)
-    seen.clear()
+    seen.clear(), filled.clear()
     (line,) = run(little)
     where, ways = ("on disk", "") if cache == "disk" else ("in memory", ", or vision.cache=disk")
     report = RunFolder(little.output).read_features()

@@ -1,8 +1,9 @@
-"""A checkpoint in Microsoft's exact layout, at full width, through train, ask, save and reload.
+"""A checkpoint in Microsoft's exact layout through train, ask, save and reload: at full width, and narrow in seconds.
 
 The real configuration is cut to two decoder layers and filled with random bfloat16 weights, in shards with an index.
 With the reference data at hand its files are the hub's own (config, preprocessor, tokenizer); without, the
-configuration is written here and the tokenizer is the small one. About 1.5 GB of weights; half a minute.
+configuration is written here and the tokenizer is the small one. At full width that is 1.5 GB of weights and minutes
+of arithmetic; narrow, it has the same tensors by name, the same vocabulary, heads of the same size and fewer of them.
 """
 
 import json
@@ -21,11 +22,22 @@ from tiny_models import PREPROCESSOR, write_photos, write_small_tokenizer
 import phi3v
 from phi3v.demo.tokenizer import BASE_SIZE
 from phi3v.loading import load_target
+from phi3v.model.configuration_phi3_v import CLIP_VIT_LARGE_336
 from phi3v.run_folder import RunFolder
 from phi3v.targets import tensor_shapes
 
 HUB = shared_folder() / "phi3v" / "hub" / "Phi-3-vision-128k-instruct"
 LAYERS = 2
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+NARROW = {
+    "hidden_size": 192,
+    "intermediate_size": 256,
+    **HEADS,
+    "img_processor": {"name": "clip_vision_model", "image_dim_out": 32, "num_img_tokens": 144},
+    "vision_config": {**CLIP_VIT_LARGE_336, **TOWER},
+}
+"""What is smaller in the narrow one: two heads of 96, and a tower of all its 24 layers."""
 # Processors without bfloat16 units emulate them: the full tower then takes minutes instead of seconds.
 COMPUTE = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
 
@@ -59,13 +71,13 @@ def published_config() -> dict[str, Any]:
     }
 
 
-def write_checkpoint(folder: Path) -> Path:
-    """The model folder, as a download of the hub's would be."""
+def write_checkpoint(folder: Path, changes: dict[str, Any]) -> Path:
+    """The model folder, as a download of the hub's would be; `changes` are fields of its configuration."""
     from phi3v.model.configuration_phi3_v import Phi3VConfig
     from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 
     folder.mkdir()
-    config = {**published_config(), "num_hidden_layers": LAYERS}
+    config = {**published_config(), "num_hidden_layers": LAYERS, **changes}
     (folder / "config.json").write_text(json.dumps(config))
     if HUB.is_dir():
         for name in (
@@ -113,8 +125,9 @@ def stored(folder: Path) -> dict[str, Path]:
 
 
 @pytest.mark.timeout(600)
-def test_train_ask_save_and_reload(tmp_path: Path) -> None:
-    model, photos = write_checkpoint(tmp_path / "model"), write_photos(tmp_path / "photos", 2)
+@pytest.mark.parametrize("changes", [NARROW, pytest.param({}, marks=pytest.mark.slow)], ids=["narrow", "full"])
+def test_train_ask_save_and_reload(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model, photos = write_checkpoint(tmp_path / "model", changes), write_photos(tmp_path / "photos", 2)
     recipe = phi3v.Recipe.from_dict(
         {
             "model": {"name": str(model), "dtype": COMPUTE, "device": "cpu"},
@@ -127,7 +140,12 @@ def test_train_ask_save_and_reload(tmp_path: Path) -> None:
             },
             "image": {"num_crops": 1},
             "lora": {"r": 2},
-            "training": {"samples_per_step": 1, "max_steps": 2, "logging_steps": 1, "learning_rate": 1e-3},
+            "training": {
+                "samples_per_step": 1,
+                "max_steps": 2,
+                "logging_steps": 1,
+                "learning_rate": 1e-2 if changes else 1e-3,
+            },
             "output": str(tmp_path / "run"),
         }
     )
@@ -138,7 +156,10 @@ def test_train_ask_save_and_reload(tmp_path: Path) -> None:
     with safe_open(run.adapter / "adapter_model.safetensors", "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     assert len(tensors) == LAYERS * 4 * 2
-    assert tensors["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"].shape == (3072, 2)
+    assert tensors["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"].shape == (
+        changes.get("hidden_size", 3072),
+        2,
+    )
     assert all(tensor.any() and tensor.isfinite().all() for tensor in tensors.values())
 
     chat = phi3v.ChatModel.from_target(recipe.output, dtype=COMPUTE)
@@ -147,10 +168,11 @@ def test_train_ask_save_and_reload(tmp_path: Path) -> None:
     del chat
 
     loaded = load_target(model, dtype="bfloat16")
-    loaded.model.save_pretrained(tmp_path / "saved", max_shard_size="900MB")
+    loaded.model.save_pretrained(tmp_path / "saved", max_shard_size="10MB" if changes else "900MB")
     loaded.processor.save_pretrained(tmp_path / "saved")
     del loaded
     assert_same_checkpoint(tmp_path / "saved", model)
+    assert ("vision_config" in json.loads((tmp_path / "saved" / "config.json").read_text())) == bool(changes)
     again = load_target(tmp_path / "saved", dtype="bfloat16")
     assert again.kind == "model" and again.processor.image_processor.num_crops == 16
 
@@ -166,7 +188,7 @@ def assert_same_checkpoint(found: Path, expected: Path) -> None:
     for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "rope_scaling", "rope_theta"):
         assert config[key] == original[key]
     assert config["original_max_position_embeddings"] == original["original_max_position_embeddings"]
-    assert "vision_config" not in config and "auto_map" not in config
+    assert "auto_map" not in config
 
 
 @pytest.mark.skipif(not HUB.is_dir(), reason=f"needs the hub's own files, which are not at {HUB}")

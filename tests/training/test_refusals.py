@@ -54,6 +54,12 @@ def refusals(world: Path) -> list[tuple[dict[str, Any], type[Exception], str]]:
             ConfigError,
             "^lora.modules_to_save: 'bogus' hits no mod",
         ),
+        (
+            {"lora": {"modules_to_save": "lm_head"}},
+            ConfigError,
+            "^lora.modules_to_save is 'lm_head', allowed is a list",
+        ),
+        ({"lora": {"init_lora_weights": "pissa_niter_4"}}, ConfigError, "^lora.init_lora_weights .* use pissa, which"),
         ({"data": {"train": str(world / "nothing.csv")}}, DataError, "nothing.csv"),
         ({"data": {"answer": "{shade}"}}, DataError, "column 'shade'"),
         ({"data": {"max_length": 5}}, DataError, "too_long|longest|tokens"),
@@ -63,7 +69,7 @@ def refusals(world: Path) -> list[tuple[dict[str, Any], type[Exception], str]]:
     ]
 
 
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", range(12))
 def test_what_is_refused_leaves_no_folder(make: MakeRecipe, world: Path, number: int) -> None:
     sections, error, words = refusals(world)[number]
     recipe = make(**sections)

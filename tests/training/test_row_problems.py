@@ -53,6 +53,7 @@ def make(world: Path, output: Path, changes: dict[str, Any], data: dict[str, Any
             "seed": 3,
             **changes,
         },
+        "evaluation": {"max_new_tokens": 4},
         "output": str(output),
     }
     return phi3v.Recipe.from_dict(values)

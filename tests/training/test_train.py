@@ -68,11 +68,10 @@ def test_a_run_has_all_its_files_and_the_second_call_says_finished(make: MakeRec
         phi3v.train(recipe.with_overrides(["training.seed=6"]))
 
 
-def test_the_guides_last_step_works_on_the_adapter_folder(make: MakeRecipe, world: Path) -> None:
+def test_the_guides_last_step_works_on_the_adapter_folder(trained: MakeRecipe, world: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoProcessor
 
-    recipe = make()
-    phi3v.train(recipe)
+    recipe = trained()
     folder = RunFolder(recipe.output).adapter
     phi3v.register()
     model = AutoModelForCausalLM.from_pretrained(str(folder))
@@ -85,9 +84,9 @@ def test_the_guides_last_step_works_on_the_adapter_folder(make: MakeRecipe, worl
 
 
 @pytest.mark.parametrize("micro", [1, 4])
-def test_a_step_does_not_depend_on_its_micro_batches(make: MakeRecipe, micro: int) -> None:
-    whole, cut = make("whole", training={"micro_batch_size": 2}), make("cut", training={"micro_batch_size": micro})
-    phi3v.train(whole)
+def test_a_step_does_not_depend_on_its_micro_batches(make: MakeRecipe, trained: MakeRecipe, micro: int) -> None:
+    whole, cut = trained(), make(training={"micro_batch_size": micro})
+    assert whole.training.micro_batch_size == 2
     phi3v.train(cut)
     assert_same(adapter(cut), adapter(whole), 1e-5)
     losses = [[line["loss"] for line in RunFolder(r.output).read_metrics() if "loss" in line] for r in (whole, cut)]
@@ -119,11 +118,10 @@ def test_a_steps_loss_is_the_mean_over_all_its_trained_tokens(make: MakeRecipe, 
 
 
 @pytest.mark.parametrize("stop_after", [3, 4, 5])
-def test_a_resumed_run_ends_as_an_undisturbed_one(make: MakeRecipe, stop_after: int) -> None:
+def test_a_resumed_run_ends_as_an_undisturbed_one(make: MakeRecipe, trained: MakeRecipe, stop_after: int) -> None:
     settings = {"save_steps": 2, "lr_scheduler_type": "cosine", "weight_decay": 0.01, "warmup_steps": 1}
     sections = {"lora": {"r": 4, "lora_dropout": 0.1}, "training": settings}
-    undisturbed = make("undisturbed", **sections)
-    phi3v.train(undisturbed)
+    undisturbed = trained(**sections)
 
     def interrupt(event: TrainingEvent) -> None:
         if event.kind == "step" and event.step == stop_after:
@@ -163,13 +161,14 @@ def test_logits_are_computed_at_trained_positions_only(make: MakeRecipe, monkeyp
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_trains_and_changes_nothing(make: MakeRecipe, reentrant: bool) -> None:
-    plain = make("plain", training={"max_steps": 2})
+def test_gradient_checkpointing_trains_and_changes_nothing(
+    make: MakeRecipe, trained: MakeRecipe, reentrant: bool
+) -> None:
+    plain = trained(training={"max_steps": 2})
     options: dict[str, Any] = {"max_steps": 2, "gradient_checkpointing": True}
     if reentrant:
         options["gradient_checkpointing_kwargs"] = {"use_reentrant": True}
     checkpointed = make("checkpointed", training=options)
-    phi3v.train(plain)
     phi3v.train(checkpointed)
     assert moved(adapter(checkpointed))
     assert_same(adapter(checkpointed), adapter(plain), 1e-6)
@@ -234,9 +233,10 @@ def test_null_for_checkpointing_arguments_leaves_them_to_us(make: MakeRecipe) ->
     assert moved(adapter(recipe))
 
 
-def test_a_run_without_held_out_rows_has_a_report_with_its_curve(make: MakeRecipe) -> None:
-    recipe = make()
+def test_a_run_without_held_out_rows_has_a_report_with_its_curve(trained: MakeRecipe) -> None:
+    recipe = trained()
     result = phi3v.train(recipe)
+    assert result.status == "finished"
     run = RunFolder(recipe.output)
     page = run.report.read_text(encoding="utf-8")
     assert result.held_out == 0 and not run.evaluation.exists()
@@ -244,8 +244,8 @@ def test_a_run_without_held_out_rows_has_a_report_with_its_curve(make: MakeRecip
     assert "Exact match" not in page and "evaluation.json" not in page
 
 
-def test_the_last_loss_is_that_of_the_last_step(make: MakeRecipe) -> None:
-    often, seldom = make("often"), make("seldom", training={"logging_steps": 4})
+def test_the_last_loss_is_that_of_the_last_step(make: MakeRecipe, trained: MakeRecipe) -> None:
+    often, seldom = trained(), make("seldom", training={"logging_steps": 4})
     told: list[tuple[str, int]] = []
     every = phi3v.train(often).metrics
     few = phi3v.train(seldom, on_event=lambda event: told.append((event.kind, event.step))).metrics

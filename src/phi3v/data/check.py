@@ -7,15 +7,21 @@ show. Opens nothing and counts no token itself. Knows no recipes, models or devi
 from __future__ import annotations
 
 import math
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from phi3v.data.advice import advice
 from phi3v.data.duplicates import Duplicates
+from phi3v.data.fact_table import digest_array
 from phi3v.data.fetch import FetchSummary
+from phi3v.data.mixing import SetUse
+from phi3v.data.not_read import NotRead
 from phi3v.data.schema import RowProblem
 from phi3v.data.survey import RowFacts
 from phi3v.errors import ImageError
@@ -99,10 +105,12 @@ def _next_step(step: int) -> int:
 
 def length_spreads(facts: Sequence[RowFacts]) -> dict[str, Spread | None]:
     """Spreads of total, image, text and trained tokens of the rows whose length is known."""
-    lengths = [fact.length for fact in facts if fact.length is not None]
-    return {
-        name: spread([getattr(length, name) for length in lengths]) for name in ("total", "image", "text", "trained")
-    }
+    found = {name: array("q") for name in ("total", "image", "text", "trained")}
+    for fact in facts:
+        if fact.length is not None:
+            for name, values in found.items():
+                values.append(getattr(fact.length, name))
+    return {name: spread(values) for name, values in found.items()}
 
 
 def crop_prices(
@@ -137,10 +145,12 @@ def _price(
             known[size] = _tokens_or_none(*size, num_crops)
         return known[size]
 
-    rows = [(fact, sum(map(cost, fact.sizes))) for fact in facts]
-    images = sum(len(fact.sizes) for fact in facts)
-    total = sum(tokens for _, tokens in rows)
-    whole = [tokens + fact.length.text for fact, tokens in rows if fact.length is not None]
+    images, total, whole = 0, 0, array("q")
+    for fact in facts:
+        tokens = sum(map(cost, fact.sizes))
+        images, total = images + len(fact.sizes), total + tokens
+        if fact.length is not None:
+            whole.append(tokens + fact.length.text)
     return CropPrice(
         num_crops,
         max_tokens,
@@ -246,6 +256,8 @@ class Report:
         beyond_rope: rows that are longer than that.
         duplicates: rows and images that are there more than once.
         crops: what images cost at other numbers of crops.
+        not_read: files, folders and splits of the set that are not read, each with its reason, see `not_read.NotRead`.
+        sets: what an epoch holds of each set of training rows, by headers, see `mixing.SetUse`; none for a stream.
         outlook: steps and time of a run, see `training.outlook`; None where no recipe was given.
     """
 
@@ -273,6 +285,8 @@ class Report:
     beyond_rope: int
     duplicates: Duplicates
     crops: list[CropPrice]
+    sets: Sequence[SetUse] = ()
+    not_read: Sequence[NotRead] = ()
     outlook: dict[str, Any] | None = None
     part: FetchedPart | None = None
 
@@ -307,7 +321,12 @@ def count_reasons(problems: Sequence[RowProblem]) -> dict[str, int]:
 
 def count_images(facts: Sequence[RowFacts]) -> int:
     """Distinct contents of images: the same picture under two names is one."""
-    return len({image for fact in facts for image in fact.images})
+    return len(np.unique(digest_array(image for fact in facts for image in fact.images)))
+
+
+def count_addresses(facts: Sequence[RowFacts]) -> int:
+    """Distinct web addresses of images."""
+    return len(np.unique(digest_array(address for fact in facts for address in fact.web)))
 
 
 def rows_beyond(facts: Sequence[RowFacts], tokens: int | None) -> int:

@@ -13,13 +13,13 @@ text is literal, `<image>` included. Reason codes beside those of `cells`: `conv
 (`<image>` may be text or a place).
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from phi3v.data.cells import Cells
 from phi3v.data.columns import ColumnMap, Format, RowOptions, check_image_column
+from phi3v.data.json_text import parse_json
 from phi3v.data.schema import ImagePart, ImageRef, Message, Role, Row, TextPart, UnusableRecord
 from phi3v.data.templates import Template, known_columns, whole_text
 from phi3v.data.text_guard import MAX_DEPTH, is_too_deep
@@ -251,7 +251,7 @@ def _parsed(value: str, column: str) -> Any:
     if is_too_deep(value):
         raise UnusableRecord("conversation_type", f"column {column!r} nests more than {MAX_DEPTH} lists and mappings")
     try:
-        return json.loads(value) if value.strip() else None
+        return parse_json(value) if value.strip() else None
     except (ValueError, RecursionError):
         message = f"column {column!r} holds text and no list of turns"
         raise UnusableRecord("conversation_type", message) from None

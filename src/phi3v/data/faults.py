@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from phi3v.data.json_text import parse_json
 from phi3v.data.parquet_faults import parquet_fault
 from phi3v.data.text_guard import find_text_fault
 
@@ -51,14 +52,14 @@ def _json_fault(path: Path) -> str | None:
     """The fault of a JSON file, which holds one list of objects, or one object a line."""
     first = next((line for _, line in _lines(path)), "")
     try:
-        json.loads(first)
+        parse_json(first)
     except (ValueError, RecursionError):
         try:
-            whole = json.loads(path.read_text(encoding="utf-8-sig"))
+            whole = parse_json(path.read_text(encoding="utf-8-sig"))
         except ValueError as error:
             return f"{_reason(error)}: write a list of objects, or one JSON object a line"
         return _list_fault(whole)
-    return _lines_fault(path) if first.startswith("{") else _list_fault(json.loads(first))
+    return _lines_fault(path) if first.startswith("{") else _list_fault(parse_json(first))
 
 
 def _list_fault(value: Any) -> str | None:
@@ -76,7 +77,7 @@ def _lines_fault(path: Path) -> str | None:
     """The first line that is no JSON object."""
     for number, line in _lines(path):
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as error:
             return f"{_reason(error, number)}: write one JSON object a line"
         if not isinstance(value, dict):

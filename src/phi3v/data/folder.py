@@ -1,8 +1,10 @@
-"""Which files of a folder are its data, and of which split: found here, inside the folder, and nowhere else.
+"""Which files of a folder are its data, of which split, and which are not read: found inside the folder, nowhere else.
 
-In comes a folder; out come the files of each split, all of one kind. What a folder says about itself, a dataset card
-with its `data_files` or a script, is not obeyed. Links to folders are not followed; a data file that is a link counts
-where it leads, which must be inside the folder unless the caller allows more. Opens no file.
+In comes a folder, or a pattern of files; out come the files of each split, all of one kind, and what is left over, each
+with its reason. What a folder says about itself, a dataset card with its `data_files` or a script, is not obeyed. Links
+to folders are not followed; a data file that is a link counts where it leads, which must be inside the folder unless
+the caller allows more. Opens no file but, where photos are the data, those whose name says nothing, for their first
+bytes.
 
 A split is told by a folder's name, else by a file's, as `datasets` does it: test/a.csv, my-test.csv and
 data/test-00000-of-00001.parquet are of the split `test`; where no name tells, all files are `train`.
@@ -12,15 +14,21 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from glob import glob
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
+from phi3v.data.images import begins_as_image
+from phi3v.data.not_read import NotRead
 from phi3v.errors import DataError
 
 KINDS = {".csv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 """Ending -> what kind of data it holds."""
 
+_SHARD = ".tar"
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _IMAGES = {f".{ending}": "images" for ending in ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")}
 _NO_DATA = ("dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json")
 _KEYWORDS = {
@@ -29,6 +37,13 @@ _KEYWORDS = {
     "test": "test|testing|eval|evaluation",
 }
 _SHARDED = re.compile(r"data/(.+)-\d{5}-of-\d{5}[^/]*")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_SPAN = re.compile(r"(\d{1,9})\.\.(\d{1,9})")
+_NO_SPLIT = "its name tells no split, and the names of others do"
+_NO_IMAGE = "by its content no JPEG, PNG, WebP, GIF, BMP or TIFF"
+_NO_ROW = "no row that can be used names it"
+_NO_DATA_NO_ROW = f"no data by its ending, and {_NO_ROW}"
+_MOST_NAMES = 100_000  # of a pattern: {0..999999999} is a slip
 
 
 @dataclass(frozen=True)
@@ -36,43 +51,44 @@ class FolderFiles:
     """The data of a folder.
 
     Attributes:
-        kind: "csv", "tsv", "json", "parquet" or "images".
+        kind: "shards", "metadata" (of photos), "csv", "tsv", "json", "parquet" or "images".
         splits: split -> its files, in the order of their names.
+        not_read: the others.
     """
 
     kind: str
     splits: dict[str, list[Path]]
+    not_read: tuple[NotRead, ...] = field(default=(), compare=False)
 
 
 def find_files(folder: Path, *, confined: bool = True) -> FolderFiles:
-    """The data files of a folder; of several kinds the one with the most files, images only where there is no other.
+    """The data files of a folder: shards, else metadata of photos, else of several kinds the one with the most files,
+    images only where there is no other. Shards and metadata count where every data file lies beside or below one.
 
     Example: train.csv, val.csv, README.md and photos/a.jpg -> FolderFiles("csv", {"train": [.../train.csv],
-    "validation": [.../val.csv]}).
+    "validation": [.../val.csv]}) with README.md and photos/a.jpg not read, unless rows name them.
     Raises: DataError when there are none, as many of one kind as of another, or one that leads out of the folder; a
             photo that is not there is a problem of its row, unless no photo is.
     """
-    found = list(_walk(folder))
-    kinds = Counter(KINDS[path.suffix.lower()] for path in found if path.suffix.lower() in KINDS).most_common()
-    if not kinds and not any(path.suffix.lower() in _IMAGES for path in found):
+    found, passed = _walk(folder)
+    kind = _kind(folder, found)
+    files = [path for path in found if _is_of(path, kind, folder, confined=confined)]
+    if not files:
         raise DataError(
             f"data set {folder} cannot be read: it doesn't contain any data files ({', '.join(KINDS)}, .tar, or images)"
         )
-    if len(kinds) > 1 and kinds[0][1] == kinds[1][1]:
-        raise DataError(f"data set {folder} holds {kinds[0][0]} and {kinds[1][0]} files: name the file that is meant")
-    kind = kinds[0][0] if kinds else "images"
-    files = [path for path in found if (KINDS | _IMAGES).get(path.suffix.lower()) == kind]
     splits = _splits({path.relative_to(folder).as_posix(): path for path in files})
-    inside = {
-        split: [
-            path if kind == "images" and not path.exists() else contained(path, folder, confined=confined)
-            for path in paths
-        ]
-        for split, paths in splits.items()
-    }
-    if not any(path.exists() for paths in inside.values() for path in paths):
+    chosen, read = set(files), {path for paths in splits.values() for path in paths}
+    others = [_not_read(path, kind, chosen=path in chosen) for path in found if path not in read]
+    if kind == "images" and not any(path.exists() for path in read):
         contained(files[0], folder, confined=confined)
-    return FolderFiles(kind, inside)
+    real = {
+        path: path if kind == "images" and not path.exists() else contained(path, folder, confined=confined)
+        for path in read
+    }
+    if kind != "metadata":  # of these the place counts, not where a link leads
+        splits = {split: [real[path] for path in paths] for split, paths in splits.items()}
+    return FolderFiles(kind, splits, (*passed, *others))
 
 
 def contained(path: Path, folder: Path, *, confined: bool = True) -> Path:
@@ -92,13 +108,105 @@ def contained(path: Path, folder: Path, *, confined: bool = True) -> Path:
     return real
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """All files below a folder that may hold data, sorted, whatever lies in hidden folders left out."""
+def as_typed(name: str, folder: Path) -> str:
+    """The name of a file below a folder, as the user named the folder: "/home/ann/set/a.csv", "set" -> "set/a.csv"."""
+    real = folder.resolve()
+    return str(folder / Path(name).relative_to(real)) if Path(name).is_relative_to(real) else name
+
+
+def matching(pattern: str) -> list[Path]:
+    """The files of a pattern: of {000..002} and {a,b} each that it names, of *, ? and [...] those that are there.
+
+    Example: "{000..001}.tar" -> [000.tar, 001.tar]; "shards/*.tar" -> all that there are, sorted; "a.csv" -> [].
+    Raises: DataError for a file of {} that is not there, or a pattern of more than 100,000 names.
+    """
+    names = list(islice(_unfolded(pattern), _MOST_NAMES + 1))
+    if len(names) > _MOST_NAMES:
+        raise DataError(f"data set {pattern} names more than {_MOST_NAMES:,} files: mend what stands in braces")
+    found: list[Path] = []
+    for name in names:
+        files = [Path(name)] if Path(name).is_file() else sorted(map(Path, glob(name, recursive=True)))
+        if not files and names != [pattern]:
+            raise DataError(f"data file {name}, which {pattern} names, does not exist (looked in {Path.cwd()})")
+        found += files
+    return found
+
+
+def _unfolded(pattern: str) -> Iterator[str]:
+    """A pattern once for each of its braces' names: "a{1,2}b" -> "a1b", "a2b"; "{08..10}" -> "08", "09", "10"."""
+    place = _BRACES.search(pattern)
+    if place is None:
+        yield pattern
+        return
+    names: Iterator[str] | list[str] = place[1].split(",") if "," in place[1] else [place[0]]
+    if span := _SPAN.fullmatch(place[1]):
+        width = len(span[1]) if span[1].startswith("0") else 0
+        names = (f"{number:0{width}d}" for number in range(int(span[1]), int(span[2]) + 1))
+    for name in names:
+        yield from (pattern[: place.start()] + name + rest for rest in _unfolded(pattern[place.end() :]))
+
+
+def _walk(folder: Path) -> tuple[list[Path], list[NotRead]]:
+    """All files below a folder that may hold data, sorted, and what is passed over: hidden things, links to folders."""
+    found: list[Path] = []
+    passed: list[NotRead] = []
     for place, folders, names in os.walk(folder):
+        for name in sorted([*folders, *names]):
+            path, end = Path(place, name), "/" if name in folders else ""
+            if name.startswith((".", "__")):
+                passed.append(NotRead(f"{path}{end}", "hidden: its name begins with . or __", by_rows=True))
+            elif end and path.is_symlink():
+                passed.append(NotRead(f"{path}/", "a link to a folder, which is not followed", by_rows=True))
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
         for name in sorted(names):
             if not name.startswith((".", "__")) and name not in _NO_DATA:
-                yield Path(place, name)
+                found.append(Path(place, name))
+    return found, passed
+
+
+def _kind(folder: Path, found: Sequence[Path]) -> str:
+    """What the data of a folder are. Raises: DataError for as many of one kind as of another."""
+    data = [path for path in found if path.suffix.lower() in KINDS]
+    shards = [path.parent for path in found if path.suffix.lower() == _SHARD]
+    photos = sum(path.suffix.lower() in _IMAGES for path in found)
+    homes = set(shards)
+    if folder in homes or (homes and all(path.parent in homes for path in data) and len(shards) >= photos):
+        return "shards"
+    homes = {path.parent for path in data if path.name in _METADATA}
+    if homes and not any(homes.isdisjoint(path.parents) for path in data):
+        return "metadata"
+    kinds = Counter(KINDS[path.suffix.lower()] for path in data).most_common()
+    if len(kinds) > 1 and kinds[0][1] == kinds[1][1]:
+        raise DataError(f"data set {folder} holds {kinds[0][0]} and {kinds[1][0]} files: name the file that is meant")
+    return kinds[0][0] if kinds else "images"
+
+
+def _is_of(path: Path, kind: str, folder: Path, *, confined: bool) -> bool:
+    """Whether a file is of the kind that is read; a photo of an unknown ending by its content."""
+    ending = path.suffix.lower()
+    if kind == "metadata":
+        return path.name in _METADATA
+    known = {**KINDS, **_IMAGES, _SHARD: "shards"}.get(ending)
+    if known is not None or kind != "images":
+        return known == kind
+    try:
+        with open(contained(path, folder, confined=confined), "rb") as file:
+            return begins_as_image(file.read(16))
+    except (DataError, OSError):
+        return False
+
+
+def _not_read(path: Path, kind: str, *, chosen: bool) -> NotRead:
+    """Why a file is not read where files of a kind are."""
+    ending = path.suffix.lower()
+    if chosen:
+        return NotRead(str(path), _NO_SPLIT)
+    if ending in KINDS or ending == _SHARD or kind == "shards":
+        what = {"shards": ".tar", "images": "image"}.get(kind, kind)
+        return NotRead(str(path), f"{what} files are read here: name it itself to read it")
+    if kind == "images":
+        return NotRead(str(path), _NO_IMAGE)
+    return NotRead(str(path), _NO_ROW if ending in _IMAGES else _NO_DATA_NO_ROW, by_rows=True)
 
 
 def _splits(files: dict[str, Path]) -> dict[str, list[Path]]:

@@ -8,7 +8,9 @@
 One file an address and nothing that all share, so any number of processes, also on several machines with a shared file
 system, fill one cache without waiting for each other. A file comes to its place complete: written in tmp/, synced,
 renamed. A process that is killed leaves files in tmp/ alone, and the next one removes them. Nothing in objects/ or
-urls/ depends on when, where or in which order it was written. Knows nothing of how images are downloaded.
+urls/ depends on when, where or in which order it was written. A file in objects/ that was written to after its address
+was noted is taken for good only while its bytes still have its name for a hash. Knows nothing of how images are
+downloaded.
 """
 
 import hashlib
@@ -50,17 +52,17 @@ class ImageCache:
     folder: Path
 
     def path(self, url: str) -> Path | None:
-        """The complete file of an address; None while it is not cached, or when the file has lost its size."""
-        entry = self._entry(url)
+        """The complete file of an address; None while it is not cached, or when the file is not what it was."""
+        entry, noted = self._entry(url)
         digest, size = entry.get("object"), entry.get("bytes")
-        if not isinstance(digest, str) or len(digest) != 64 or not digest.isalnum():
+        if not isinstance(digest, str) or len(digest) != 64 or not digest.isalnum() or not isinstance(size, int):
             return None
         path = self._place("objects", digest)
-        return path if file_size(path) == size else None
+        return path if _is_whole(path, size, before=noted) else None
 
     def failure(self, url: str) -> FetchFailure | None:
         """The lasting failure that is remembered of an address."""
-        entry = self._entry(url)
+        entry, _ = self._entry(url)
         code, message = entry.get("failure"), entry.get("message")
         return FetchFailure(code, message) if isinstance(code, str) and isinstance(message, str) else None
 
@@ -86,13 +88,14 @@ class ImageCache:
             "another folder in data.image_cache"
         )
 
-    def _entry(self, url: str) -> dict[str, Any]:
-        """What is known of an address; {} for nothing, or for a file that is no entry."""
+    def _entry(self, url: str) -> tuple[dict[str, Any], int]:
+        """What is known of an address, and when it was noted; {} for nothing, or for a file that is no entry."""
         try:
-            entry = json.loads(self._place("urls", url_digest(url)).read_text(encoding="utf-8"))
+            with open(self._place("urls", url_digest(url)), encoding="utf-8") as file:
+                entry, noted = json.load(file), os.fstat(file.fileno()).st_mtime_ns
         except (OSError, ValueError):
-            return {}
-        return entry if isinstance(entry, dict) else {}
+            return {}, 0
+        return (entry, noted) if isinstance(entry, dict) else ({}, 0)
 
     def _place(self, kind: str, digest: str) -> Path:
         """Where a file with this hash lies: "objects", "abcd..." -> objects/ab/cd/abcd..."""
@@ -123,7 +126,7 @@ class CacheWriter:
             size = written.tell()
             os.fsync(written.fileno())
         place = self.cache._place("objects", digest)
-        if file_size(place) != size:
+        if not _is_whole(place, size):
             move(file, place)
         self._write_entry(url, {"bytes": size, "object": digest})
         return size
@@ -140,6 +143,23 @@ class CacheWriter:
             written.flush()
             os.fsync(written.fileno())
         move(file, self.cache._place("urls", url_digest(url)))
+
+
+def _is_whole(path: Path, size: int, *, before: int = 0) -> bool:
+    """Whether a file of this size still has the bytes that it is named for.
+
+    Args:
+        path: the file, named by the SHA-256 of its bytes.
+        size: what it must have, in bytes.
+        before: a file whose last write was before this time, in ns, is known to be good. Files of the same moment are
+            not: a file system may keep time in steps of some ms, or of a second.
+    """
+    if file_size(path) != size:
+        return False
+    if path.stat().st_mtime_ns < before:
+        return True
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == path.name
 
 
 def url_digest(url: str) -> str:

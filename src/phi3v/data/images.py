@@ -30,7 +30,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from hashlib import file_digest
+from hashlib import file_digest, sha256
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +54,7 @@ WEB_ADDRESS = re.compile(r"(https?|ftp|s3|gs|hf):/", re.IGNORECASE)
 """How a web address begins, also one that was taken for a path, which has lost a slash."""
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _ORIENTATION_TAG = 0x0112
+_READ_WHOLE = 2**20  # bytes of a file that are hashed in one piece
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -142,6 +143,15 @@ def look_at(image: ImageRef, *, max_pixels: int = MAX_PIXELS, digest: bool = Fal
         if _may_be_cut_off(file):
             _decode(opened, file, orientation)
         return look
+
+
+def begins_as_image(head: bytes) -> bool:
+    """Whether the first 16 bytes of a file are those of a format that is read: b"\\xff\\xd8\\xff\\xe0..." -> True."""
+    if head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")):
+        return True
+    if head.startswith(b"BM"):
+        return head[6:10] == bytes(4)
+    return head.startswith(b"RIFF") and head[8:12] == b"WEBP"
 
 
 def content_digest(image: ImageRef) -> str:
@@ -281,7 +291,10 @@ def _may_be_cut_off(file: MeteredBytes | MeteredFile) -> bool:
 
 def _digest(file: MeteredBytes | MeteredFile) -> str:
     """The SHA-256 of a whole file."""
+    size = file.seek(0, os.SEEK_END)
     file.seek(0)
+    if size <= _READ_WHOLE:  # most are: for these the buffer of file_digest would cost as much as the hash
+        return sha256(file.read()).hexdigest()
     return file_digest(file, "sha256").hexdigest()
 
 

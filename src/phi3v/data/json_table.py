@@ -8,13 +8,13 @@ memory. Records count from 0, through all files.
 
 import json
 from array import array
-from bisect import bisect_right
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from phi3v.data.faults import find_fault
+from phi3v.data.json_text import parse_json, whole_number
 from phi3v.data.record_table import RecordTable
 from phi3v.errors import DataError
 
@@ -28,7 +28,6 @@ class JsonTable(RecordTable):
     def __init__(self, paths: Sequence[Path]) -> None:
         """Finds where the records begin. Raises: DataError in one line that names file and line."""
         super().__init__(paths)
-        self._firsts: list[int] = []  # of each file: the number of its first record
         self._starts = array("Q")
         self._ends = array("Q")
         self._names: dict[str, None] = {}
@@ -47,12 +46,9 @@ class JsonTable(RecordTable):
         """Number of records."""
         return len(self._starts)
 
-    def _file_of(self, number: int) -> int:
-        return bisect_right(self._firsts, number) - 1
-
     def _read(self, number: int, file: BinaryIO) -> dict[str, Any]:
         file.seek(self._starts[number])
-        record = json.loads(file.read(self._ends[number] - self._starts[number]))
+        record = parse_json(file.read(self._ends[number] - self._starts[number]))
         return {self._renamed.get(name, name): value for name, value in record.items()}
 
     def rename_columns(self, names: dict[str, str]) -> "JsonTable":
@@ -74,12 +70,12 @@ class JsonTable(RecordTable):
             file.seek(start)
             for line in file:
                 if line.strip():
-                    self._note(json.loads(line), start, start + len(line))
+                    self._note(parse_json(line), start, start + len(line))
                 start += len(line)
 
     def _find_in_list(self, text: str, offset: int) -> None:
         """Notes the objects of one JSON list; `offset` is the byte at which the text begins."""
-        decoder, place = json.JSONDecoder(), text.index("[") + 1
+        decoder, place = json.JSONDecoder(parse_int=whole_number), text.index("[") + 1
         byte, counted = offset, 0
         while text[(place := _behind_space(text, place)) : place + 1] != "]":
             value, end = decoder.raw_decode(text, place)

@@ -1,11 +1,30 @@
 """How many rows of each set an epoch has, and which: several sets mixed by weight.
 
-In come the numbers of rows and weights; out come positions. The choice depends on these and on the seed alone. Knows
-nothing about rows.
+In come the numbers of rows and weights; out come positions, and what these hold of each set. The choice depends on
+numbers, weights and the seed alone. Knows nothing about rows.
 """
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from random import Random
+
+
+@dataclass(frozen=True, slots=True)
+class SetUse:
+    """What an epoch holds of a set.
+
+    Attributes:
+        source: the set.
+        rows: its rows to train on, before weights and `data.max_rows`.
+        epoch: rows of it in an epoch, repeated ones as often as they come.
+        left_out: of `rows`, those that do not come at all.
+    """
+
+    source: str
+    rows: int
+    epoch: int
+    left_out: int
 
 
 def shares(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
@@ -53,3 +72,18 @@ def mix(set_numbers: Sequence[int], sets: int, weights: Sequence[float], seed: i
         for number, found in enumerate(members)
         for place in choose(len(found), wanted[number], seed, str(number))
     ]
+
+
+def set_uses(sources: Sequence[str], set_numbers: Sequence[int], positions: Sequence[int]) -> list[SetUse]:
+    """What an epoch holds of each set.
+
+    Args:
+        sources: the names of the sets.
+        set_numbers: for each row the number of its set.
+        positions: the rows of an epoch.
+    Example: ["a", "b"], [0, 0, 0, 1], [0, 2, 3, 3] -> SetUse("a", rows=3, epoch=2, left_out=1) and
+        SetUse("b", rows=1, epoch=2, left_out=0).
+    """
+    rows, epoch = Counter(set_numbers), Counter(set_numbers[position] for position in positions)
+    different = Counter(set_numbers[position] for position in set(positions))
+    return [SetUse(name, rows[n], epoch[n], rows[n] - different[n]) for n, name in enumerate(sources)]

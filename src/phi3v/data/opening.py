@@ -1,6 +1,6 @@
 """From the name of a data set to tables of records, one for each of its splits; formats are left to `datasets`.
 
-In come a folder, a file, a pattern of .tar shards, or a hub id; out come tables (anything with `column_names`, a length
+In come a folder, a file, a pattern of files, or a hub id; out come tables (anything with `column_names`, a length
 and records by number) with the folder that their image paths count from. Read without `datasets`: local JSON
 (`json_table`), whose texts and numbers stay as they are written, and local shards (`tar_table`). Knows nothing about
 rows.
@@ -13,98 +13,31 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from glob import glob
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 from huggingface_hub import get_token
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from phi3v.data.dates import DatedTable, batches_of, date_columns
+from phi3v.data.dates import DatedTable, date_columns
 from phi3v.data.faults import find_fault
-from phi3v.data.folder import KINDS, contained, find_files
+from phi3v.data.folder import KINDS, as_typed, contained, find_files, matching
 from phi3v.data.hub_card import checked_commit
 from phi3v.data.json_table import JsonTable
-from phi3v.data.parquet_faults import ends_fault, other_columns
+from phi3v.data.parquet_faults import count_records, ends_fault, other_columns
+from phi3v.data.photo_tables import JoinedPhotos, PhotosTable, have_labels, photo_column
 from phi3v.data.saved import open_saved
+from phi3v.data.tables import FilePart, OpenedTable, StreamTable, Table
 from phi3v.data.tar_table import TarTable
-from phi3v.data.text_guard import find_text_fault
+from phi3v.data.text_guard import count_rows, find_text_fault
 from phi3v.data.undecoded import ParsedTable, json_columns, undecoded
-from phi3v.data.unreached import PhotosTable, is_reached
 from phi3v.errors import DataError
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "test")
-_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-_STREAMED_AT_ONCE = 64
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
 _logger = logging.getLogger(__name__)
-
-
-class Table(Protocol):
-    """Records by number; iterating gives them in order."""
-
-    column_names: list[str]
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, number: int) -> dict[str, Any]: ...
-    def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]: ...
-    def __iter__(self) -> Iterator[dict[str, Any]]: ...
-
-
-class StreamTable:
-    """Records that can only be gone through; one pass begins at the beginning."""
-
-    def __init__(self, table: datasets.IterableDataset, column_names: list[str] | None = None) -> None:
-        """Keep the records; their first one names the columns where neither types nor the caller do."""
-        self._table = table
-        self.column_names = list(column_names or table.column_names or next(iter(table), {}))
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The records in order; in batches, because one by one `datasets` divides them among loader workers."""
-        for batch in batches_of(self._table, _STREAMED_AT_ONCE):
-            yield from (dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True))
-
-    def __len__(self) -> int:
-        """Not known before the end. Raises: TypeError."""
-        raise TypeError("a stream has no length")
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        """Raises: TypeError."""
-        raise TypeError("records of a stream have no numbers to ask for")
-
-    def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
-        """Raises: TypeError."""
-        raise TypeError("records of a stream have no numbers to ask for")
-
-    def select_columns(self, columns: list[str]) -> "StreamTable":
-        """The same records with these columns alone, where the types of all columns are known."""
-        return StreamTable(self._table.select_columns(columns), columns) if self._table.features else self
-
-    def rename_columns(self, names: dict[str, str]) -> "StreamTable":
-        """The same records with other column names."""
-        columns = [names.get(name, name) for name in self.column_names]
-        return StreamTable(self._table.rename_columns(names), columns)
-
-
-@dataclass(frozen=True)
-class OpenedTable:
-    """One split of a set.
-
-    Attributes:
-        table: its records, images undecoded.
-        root: folder that image paths count from.
-        labels: column -> names of its numbers, for columns of class labels.
-        single_floats: columns of 32-bit floats.
-        files: what the records are read from, where these are files of this machine that `datasets` reads.
-    """
-
-    table: Table
-    root: str
-    labels: dict[str, list[str]]
-    single_floats: frozenset[str]
-    files: tuple[Path, ...] = ()
 
 
 def open_set(
@@ -118,7 +51,8 @@ def open_set(
     """The splits of a set.
 
     Args:
-        source: a folder, a file, a pattern such as shards/*.tar, or a hub id, with `:SPLIT` behind it for one split.
+        source: a folder, a file, a pattern such as shards/{000..123}.tar, or a hub id, with `:SPLIT` behind it for one
+            split.
         revision: of a hub set.
         subset: the configuration of a hub set that has several.
         streaming: True gives tables that can only be gone through, of which nothing is kept on the disk.
@@ -160,13 +94,13 @@ def open_set(
 
 
 def _open_local(path: Path, streaming: bool, confined: bool) -> dict[str, OpenedTable] | None:
-    """A file, a folder or a pattern of shards; None when nothing is there."""
+    """A file, a folder or a pattern of files; None when nothing is there."""
     if path.is_file():
         return {"train": _open_file(path, streaming)}
     if path.is_dir():
         return _open_folder(path, streaming, confined)
-    if path.suffix.lower() == ".tar" and (shards := sorted(Path(name) for name in glob(str(path), recursive=True))):
-        return {"train": OpenedTable(TarTable(shards), str(shards[0].parent), {}, frozenset())}
+    if path.suffix.lower() in (*KINDS, ".tar") and (files := matching(str(path))):
+        return {"train": _open_shards(files) if path.suffix.lower() == ".tar" else _open_data(files, streaming)}
     return None
 
 
@@ -174,65 +108,74 @@ def _open_folder(path: Path, streaming: bool, confined: bool) -> dict[str, Opene
     """A folder of shards, of photos with their metadata, of data files, or one that `save_to_disk` wrote."""
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return {name: _undecoded(table, str(path)) for name, table in open_saved(path, confined=confined).items()}
-    if shards := sorted(path.glob("*.tar")):
-        shards = [contained(shard, path, confined=confined) for shard in shards]
-        return {"train": OpenedTable(TarTable(shards), str(path), {}, frozenset())}
-    if (table := _open_metadata(path, streaming, confined)) is not None:
-        return {"train": table}
-    folders = (folder for folder in sorted(path.iterdir()) if folder.is_dir() and not folder.is_symlink())
-    below = {folder.name: _open_metadata(folder, streaming, confined) for folder in folders}
-    splits = {name: table for name, table in below.items() if table is not None}
-    if splits and len(splits) == len(below) and set(splits) <= {"train", *VALIDATION_NAMES}:
-        return splits
-    return _open_files(path, streaming, confined)
-
-
-def _open_files(path: Path, streaming: bool, confined: bool) -> dict[str, OpenedTable]:
-    """The data files of a folder by split; a folder of photos without metadata has the column `label` as well."""
     found = find_files(path, confined=confined)
-    if found.kind == "images":
-        reached = {name: list(filter(is_reached, files)) for name, files in found.splits.items()}
-        listed = datasets.data_files.DataFilesDict({name: _listed(files) for name, files in reached.items()})
-        tables = datasets.load_dataset("imagefolder", data_files=listed, **_streamed(streaming))
-        opened = {name: _undecoded(table, str(path)) for name, table in tables.items()}
-        others = {name: [file for file in files if not is_reached(file)] for name, files in found.splits.items()}
-        return {
-            name: replace(its, table=PhotosTable(its.table, others[name])) if others[name] else its
-            for name, its in opened.items()
-        }
-    splits = {name: _open_data(files, streaming) for name, files in found.splits.items()}
-    return {name: replace(opened, root=str(path)) for name, opened in splits.items()}
+    opened: dict[str, OpenedTable] = {}
+    labels = have_labels(found.splits)
+    for name, files in found.splits.items():
+        if found.kind == "shards":
+            table = _open_shards(files)
+        elif found.kind == "metadata":
+            table = _open_metadata(files, path, streaming, confined)
+        elif found.kind == "images":
+            table = OpenedTable(PhotosTable(files, labels=labels), str(path), {}, frozenset())
+        else:
+            table = _open_data(files, streaming)
+        parts = tuple(replace(part, name=as_typed(part.name, path)) for part in table.parts)
+        inner = tuple(replace(one, file=as_typed(one.file, path)) for one in table.not_read)
+        root = table.root if found.kind == "metadata" else str(path)
+        opened[name] = replace(table, root=root, parts=parts, not_read=(*found.not_read, *inner))
+    return opened
 
 
-def _open_metadata(folder: Path, streaming: bool, confined: bool) -> OpenedTable | None:
-    """The photos of a folder by its metadata file, whose `file_name` becomes the column `image`; None without one.
+def _open_shards(files: Sequence[Path]) -> OpenedTable:
+    """Shards as one table."""
+    table = TarTable(files)
+    parts = _parts(files, table.counts)
+    return OpenedTable(table, str(files[0].parent), {}, frozenset(), parts=parts, not_read=tuple(table.not_read))
 
-    `file_names` becomes `images`, and `left_file_name` becomes `left`.
+
+def _parts(files: Sequence[Path], counts: Sequence[int]) -> tuple[FilePart, ...]:
+    """The records by file; none where one file has all."""
+    return tuple(map(FilePart, map(str, files), counts)) if len(files) > 1 else ()
+
+
+def _open_metadata(files: Sequence[Path], folder: Path, streaming: bool, confined: bool) -> OpenedTable:
+    """The photos of a folder by its metadata files, each of which names photos from its own place on.
+
+    The column `file_name` becomes `image`, `file_names` becomes `images`, and `left_file_name` becomes `left`.
     """
-    found = [folder / name for name in _METADATA if (folder / name).exists()]
-    if not found:
-        return None
-    if len(found) > 1:
-        raise DataError(f"{folder} has {' and '.join(path.name for path in found)}: keep one of them")
-    opened = replace(_open_file(contained(found[0], folder, confined=confined), streaming), root=str(folder))
-    names = {column: _photo_column(column) for column in opened.table.column_names}
-    renamed = {old: new for old, new in names.items() if old != new}
-    if not renamed:
-        raise DataError(f"{found[0]} has no column file_name, which names the photo of a row")
-    return replace(opened, table=opened.table.rename_columns(renamed))  # type: ignore[attr-defined]
+    opened: list[OpenedTable] = []
+    images: set[str] = set()
+    for file, following in zip(files, [*files[1:], None], strict=True):
+        if following is not None and following.parent == file.parent:
+            raise DataError(f"{file.parent} has {file.name} and {following.name}: keep one of them")
+        its = _open_file(contained(file, folder, confined=confined), streaming)
+        names = {column: photo_column(column) for column in its.table.column_names}
+        renamed = {old: new for old, new in names.items() if old != new}
+        if not renamed:
+            raise DataError(f"{file} has no column file_name, which names the photo of a row")
+        images |= set(renamed.values())
+        opened.append(replace(its, table=its.table.rename_columns(renamed), root=str(file.parent)))  # type: ignore[attr-defined]
+    if len(opened) == 1:
+        return opened[0]
+    places = [file.parent.relative_to(folder).as_posix() for file in files]
+    table = JoinedPhotos([its.table for its in opened], places, images)
+    floats = frozenset(name for its in opened for name in its.single_floats)
+    counts = [_count(its.table, file) for its, file in zip(opened, files, strict=True)]
+    return OpenedTable(table, str(folder), {}, floats, tuple(files), _parts(files, counts))
 
 
-def _photo_column(column: str) -> str:
-    """The image column that a column of file names becomes: "file_name" -> "image", "left_file_name" -> "left"."""
-    if column.endswith("file_names"):
-        return column[: -len("_file_names")] or "images"
-    return (column[: -len("_file_name")] or "image") if column.endswith("file_name") else column
+def _count(table: Table, file: Path) -> int:
+    """How many records of a table come from a file, of a stream too."""
+    if KINDS[file.suffix.lower()] == "json":
+        return len(table)
+    return count_records(file) if file.suffix.lower() == ".parquet" else count_rows(file)
 
 
 def _open_file(path: Path, streaming: bool) -> OpenedTable:
     """One file."""
     if path.suffix.lower() == ".tar":
-        return OpenedTable(TarTable([path]), str(path.parent), {}, frozenset())
+        return _open_shards([path])
     if path.suffix.lower() not in KINDS:
         raise DataError(f"data file {path} ends in none of {', '.join(KINDS)}, .tar; convert it or rename it")
     return _open_data([path], streaming)
@@ -242,17 +185,23 @@ def _open_data(paths: Sequence[Path], streaming: bool) -> OpenedTable:
     """Data files of one kind as one table."""
     first, root = paths[0], str(paths[0].parent)
     builder = KINDS[first.suffix.lower()]
+    if other := next((path for path in paths if KINDS.get(path.suffix.lower()) != builder), None):
+        raise DataError(f"data set {first} and {other} are of two kinds: name files of one")
     for path in paths:
         wrong = ends_fault(path) if builder == "parquet" else find_text_fault(path)
         if wrong is not None:
             raise DataError(f"data set {path} cannot be read: {wrong}")
     if builder == "json":
-        return OpenedTable(JsonTable(paths), root, {}, frozenset())
+        records = JsonTable(paths)
+        return OpenedTable(records, root, {}, frozenset(), tuple(paths), _parts(paths, records.counts))
     extra = reader_options(first) | _streamed(streaming)
     reader = "csv" if builder == "tsv" else builder
     try:
         table = datasets.load_dataset(reader, data_files=_listed(paths), split="train", **extra)
-        return replace(_undecoded(table, root), files=tuple(paths))
+        opened = _undecoded(table, root)
+        counts = [_count(opened.table, path) for path in paths] if len(paths) > 1 else []
+        known = streaming or sum(counts) == len(opened.table)
+        return replace(opened, files=tuple(paths), parts=_parts(paths, counts) if known else ())
     except DataError:
         raise
     except Exception as error:  # with exceptions of the readers' own; here it is known which files they read

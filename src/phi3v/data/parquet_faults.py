@@ -27,6 +27,11 @@ def ends_fault(path: Path) -> str | None:
     return None if tail == _MARK else f"it is cut off behind {size} bytes: copy it again"
 
 
+def count_records(path: Path) -> int:
+    """The rows of a file, by its footer."""
+    return int(pq.read_metadata(path).num_rows)
+
+
 def parquet_fault(path: Path) -> str | None:
     """The first place at which a file does not read.
 

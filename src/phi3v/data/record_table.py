@@ -5,6 +5,7 @@ through all records opens each file once. Knows no format.
 """
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -23,14 +24,20 @@ class RecordTable(ABC):
     def __init__(self, paths: Sequence[Path]) -> None:
         """Name the files; paths are kept as text, which other processes can be given."""
         self._paths = [str(path) for path in paths]
+        self._firsts: list[int] = []  # of each file: the number of its first record
 
     @abstractmethod
     def __len__(self) -> int:
         """Number of records."""
 
-    @abstractmethod
+    @property
+    def counts(self) -> list[int]:
+        """The number of records of each file."""
+        return [end - first for first, end in zip(self._firsts, [*self._firsts[1:], len(self)], strict=True)]
+
     def _file_of(self, number: int) -> int:
         """The place in `_paths` of the file that holds a record."""
+        return bisect_right(self._firsts, number) - 1
 
     @abstractmethod
     def _read(self, number: int, file: BinaryIO) -> dict[str, Any]:

@@ -5,20 +5,27 @@ be used. Every record is either a row or a problem. Knows nothing about recipes,
 """
 
 from array import array
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from functools import cached_property
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, overload
+
+import numpy as np
 
 from phi3v.data.cells import Looks, check_images, group_keys
 from phi3v.data.columns import ColumnMap
 from phi3v.data.conversations import ConversationMap
 from phi3v.data.image_cache import FetchFailure
+from phi3v.data.kept_keys import KeptKeys
 from phi3v.data.known_sizes import KnownSizes
-from phi3v.data.opening import Table, narrowed, records_of
+from phi3v.data.not_read import NamedFiles, NotRead
+from phi3v.data.opening import narrowed, records_of
 from phi3v.data.schema import Row, RowProblem, UnusableRecord
+from phi3v.data.tables import FilePart, Table
 
 _READ_AT_ONCE = 32
 """Records that going through rows reads together; their embedded images are in memory meanwhile."""
@@ -35,6 +42,8 @@ class RecordSet:
         max_pixels: images with more pixels are unusable.
         files: what the records are read from, where that is known.
         sizes: of images that were looked at.
+        parts: the records by file, where there are several files.
+        not_read: what else lies there.
     """
 
     table: Table
@@ -43,6 +52,36 @@ class RecordSet:
     max_pixels: int
     files: tuple[Path, ...] = ()
     sizes: KnownSizes = field(default_factory=KnownSizes)
+    parts: tuple[FilePart, ...] = ()
+    not_read: tuple[NotRead, ...] = ()
+
+    @cached_property
+    def _firsts(self) -> list[int]:
+        """Of each part the number of its first record: parts of 3 and 2 records -> [0, 3]."""
+        return [0, *accumulate(part.records for part in self.parts)][: len(self.parts)]
+
+    def place(self, number: int) -> tuple[str, int]:
+        """What a record is read from, and its number there.
+
+        Example: record 4 of a.jsonl with 3 records and b.jsonl -> ("b.jsonl", 1).
+        """
+        if not self.parts:
+            return self.map.source, number
+        at = bisect_right(self._firsts, number) - 1
+        return self.parts[at].name, number - self._firsts[at]
+
+    def problem(self, number: int, error: UnusableRecord) -> RowProblem:
+        """The problem of a record."""
+        source, row = self.place(number)
+        return RowProblem(row, error.reason_code, str(error), source)
+
+    def made(self, record: Mapping[str, Any], number: int) -> Row:
+        """The row of a record that was read, its images unopened. Raises: UnusableRecord."""
+        row = self.map.row(record, number)
+        if not self.parts:
+            return row
+        source, number = self.place(number)
+        return replace(row, source=source, index=number)
 
     def row(self, number: int) -> Row:
         """The row of a record, its images with the sizes that are known. Raises: UnusableRecord."""
@@ -53,7 +92,7 @@ class RecordSet:
         return map(self._made, self.table.__getitems__(list(numbers)), numbers)
 
     def _made(self, record: dict[str, Any], number: int) -> Row:
-        row, sizes = self.map.row(record, number), self.sizes.of(number)
+        row, sizes = self.made(record, number), self.sizes.of(number)
         if not sizes or len(sizes) != len(row.images):
             return row
         images = (replace(image, size=size) for image, size in zip(row.images, sizes, strict=True))
@@ -106,6 +145,18 @@ class Rows(Sequence[Row]):
         behind = [number + len(self._sets) for number in other._set_numbers]
         return Rows([*self._sets, *other._sets], [*self._set_numbers, *behind], [*self._numbers, *other._numbers])
 
+    def distinct(self) -> tuple["Rows", Sequence[int]]:
+        """Each record once, in the order of their first places, and for each row the number of its record there.
+
+        Example: rows a, b, a -> rows a, b and [0, 1, 0].
+        """
+        places = np.array(self._set_numbers, dtype=np.int64) * (max(self._numbers, default=0) + 1) + self._numbers
+        _, firsts, numbers = np.unique(places, return_index=True, return_inverse=True)
+        if len(firsts) == len(self):
+            return self, range(len(self))
+        order = np.argsort(firsts)
+        return self.take(firsts[order].tolist()), array("q", np.argsort(order)[numbers].tolist())
+
     @property
     def set_numbers(self) -> Sequence[int]:
         """For each row the number of its set: rows of two sets, added -> [0, 0, 1, 1, 1]."""
@@ -133,14 +184,16 @@ class FirstLook:
         problems: those that cannot.
         waiting: the records with images that are still to be downloaded.
         not_cached: the web addresses of these images, each once.
+        named: what lies beside the data and is named by rows, see `not_read.NamedFiles`.
     """
 
     records: RecordSet
     usable: Sequence[int]
-    keys: list[list[str]]
+    keys: Sequence[Sequence[str]]
     problems: list[RowProblem]
     waiting: Sequence[int]
     not_cached: list[str]
+    named: Collection[str] = ()
 
     @property
     def rows(self) -> Rows:
@@ -157,16 +210,18 @@ def read_rows(records: RecordSet, *, with_keys: bool) -> FirstLook:
     """
     patient = records.waiting_for_downloads()
     usable, waiting = array("q"), array("q")
-    keys: list[list[str]] = []
+    keys = KeptKeys()
     problems: list[RowProblem] = []
     missing: dict[str, None] = {}
     sizes = KnownSizes()
+    named = NamedFiles(records.not_read)
     for number, record in enumerate(records.records()):
         try:
-            row = patient.map.row(record, number)
+            row = patient.made(record, number)
+            named.note(row.images)
             looks = check_images(row, records.max_pixels, digests=with_keys)
         except UnusableRecord as error:
-            problems.append(RowProblem(number, error.reason_code, str(error), records.map.source))
+            problems.append(records.problem(number, error))
             continue
         usable.append(number)
         _keep_sizes(sizes, number, looks)
@@ -174,8 +229,8 @@ def read_rows(records: RecordSet, *, with_keys: bool) -> FirstLook:
             waiting.append(number)
             missing |= dict.fromkeys(absent)
         if with_keys:
-            keys.append(group_keys(row, looks))
-    return FirstLook(replace(records, sizes=sizes), usable, keys, problems, waiting, list(missing))
+            keys.add(group_keys(row, looks))
+    return FirstLook(replace(records, sizes=sizes), usable, keys, problems, waiting, list(missing), named.names)
 
 
 def look_again(look: FirstLook, failures: Mapping[str, FetchFailure]) -> FirstLook:
@@ -186,23 +241,29 @@ def look_again(look: FirstLook, failures: Mapping[str, FetchFailure]) -> FirstLo
         failures: web address -> why it could not be downloaded.
     Example: usable 0, 1, 2 with 1 waiting, and its address answered 404 -> usable 0, 2 and the problem of 1.
     """
-    records, failed, sizes = look.records, {}, KnownSizes()
-    keys = dict(zip(look.usable, look.keys, strict=True)) if look.keys else {}
+    records, usable, failed = look.records, array("q"), []
+    keys, sizes, waiting = KeptKeys(), KnownSizes(), iter(look.waiting)
     told = replace(records, map=replace(records.map, cells=replace(records.map.cells, failures=failures)))
-    for number in look.waiting:
-        try:
-            row = told.row(number)
-            looks = check_images(row, records.max_pixels, digests=bool(keys))
-        except UnusableRecord as error:
-            failed[number] = RowProblem(number, error.reason_code, str(error), records.map.source)
-            continue
-        _keep_sizes(sizes, number, looks)
-        if keys:
-            keys[number] = group_keys(row, looks)
-    usable = array("q", (number for number in look.usable if number not in failed))
-    problems = sorted([*look.problems, *failed.values()], key=lambda problem: problem.row)
+    next_waiting = next(waiting, None)
+    for place, number in enumerate(look.usable):
+        row_keys = look.keys[place] if look.keys else None
+        if number == next_waiting:
+            next_waiting = next(waiting, None)
+            try:
+                row = told.row(number)
+                looks = check_images(row, records.max_pixels, digests=row_keys is not None)
+            except UnusableRecord as error:
+                failed.append(records.problem(number, error))
+                continue
+            _keep_sizes(sizes, number, looks)
+            row_keys = group_keys(row, looks) if row_keys is not None else None
+        usable.append(number)
+        if row_keys is not None:
+            keys.add(row_keys)
+    order = {part.name: place for place, part in enumerate(records.parts)}
+    problems = sorted([*look.problems, *failed], key=lambda problem: (order.get(problem.source, 0), problem.row))
     known = replace(records, sizes=records.sizes.merged(sizes))
-    return FirstLook(known, usable, [keys[number] for number in usable] if keys else [], problems, array("q"), [])
+    return FirstLook(known, usable, keys, problems, array("q"), [], look.named)
 
 
 def _keep_sizes(sizes: KnownSizes, number: int, looks: Looks) -> None:
@@ -258,5 +319,7 @@ def describe_counts(reasons: Counter[str], first: Sequence[RowProblem], total: i
     if not total:
         return f"{source} has no rows"
     counts = ", ".join(f"{count} {code}" for code, count in reasons.most_common())
-    told = "; ".join(f"row {problem.row}: {problem.message}" for problem in first)
+    told = "; ".join(
+        f"row {problem.row}: {problem.message}" if problem.source == source else str(problem) for problem in first
+    )
     return f"{source}: {reasons.total()} of {total} rows cannot be used ({counts}): {told}"

@@ -1,24 +1,28 @@
 """From the names of data sets to rows: training and validation rows, and the problems of what is left out.
 
 In come sources and options named as in the recipe's section `data`; out come `Rows`. Sets are opened by `opening`,
-images behind web addresses downloaded once by `fetch`, records read by `rows`. Rows count from 0 as their source does.
+images behind web addresses downloaded once by `fetch`, records read by `rows`. Rows count from 0 as their source does,
+those of several files in each file.
 
 Validation rows: `validation` where it is given; else the sets' own `validation`, `valid`, `val`, `dev` or `test`, when
 each set has one; else rows split off `train`.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from phi3v.data.cells import Cells
 from phi3v.data.columns import RowOptions
 from phi3v.data.conversations import record_map
 from phi3v.data.fetch import fetch_images
-from phi3v.data.mixing import mix
-from phi3v.data.opening import VALIDATION_NAMES, OpenedTable, narrowed, open_set
+from phi3v.data.kept_keys import KeptKeys
+from phi3v.data.mixing import SetUse, mix, set_uses
+from phi3v.data.not_read import NotRead, unnamed
+from phi3v.data.opening import VALIDATION_NAMES, narrowed, open_set
 from phi3v.data.reading import Reading
 from phi3v.data.rows import (
     FirstLook,
@@ -31,8 +35,10 @@ from phi3v.data.rows import (
     shared_image_problem,
 )
 from phi3v.data.schema import Row, RowProblem
+from phi3v.data.set_choice import SetChoice, choices_of, weights_of
 from phi3v.data.split import split_rows
-from phi3v.data.streaming import RowStream
+from phi3v.data.streaming import RowStream, interleaved
+from phi3v.data.tables import OpenedTable
 from phi3v.errors import DataError
 
 _logger = logging.getLogger(__name__)
@@ -52,6 +58,8 @@ class LoadedData:
             rows and problems together.
         not_cached: web addresses of images that are still to be downloaded, each once.
         refusal: why a set is refused, with `Reading.refuse` False; else None.
+        sets: what an epoch holds of each set of training rows.
+        not_read: what lies beside the files that were read, and splits that nobody asked for.
     """
 
     train: Rows
@@ -61,6 +69,8 @@ class LoadedData:
     rows_in: int = 0
     not_cached: list[str] = field(default_factory=list)
     refusal: str | None = None
+    sets: list[SetUse] = field(default_factory=list)
+    not_read: list[NotRead] = field(default_factory=list)
 
 
 def load_data(
@@ -92,8 +102,8 @@ def load_data(
     Raises: DataError in one line.
     """
     how = reading or Reading()
-    wanted = _choices(train, options, revision, subset)
-    weights = _weights(wanted)
+    wanted = choices_of(train, options, revision, subset)
+    weights = weights_of(wanted)
     parts, held, origin = _open_sets(wanted, validation, how)
     splitting = not held and validation_split is not None
     looks = _look([*parts, *held], how, with_keys=splitting)
@@ -101,20 +111,23 @@ def load_data(
     held_out = _joined(looks[len(parts) :]) if held else None
     shared: list[RowProblem] = []
     if splitting and validation_split is not None:
-        keys = [key for look in looks for key in look.keys]
+        keys = KeptKeys(key for look in looks for key in look.keys)
         split = split_rows(keys, validation_split, split_seed)
         shared = [shared_image_problem(row.source, row.index) for row in rows.take(split.left_out)]
         rows, held_out, origin = rows.take(split.train), rows.take(split.validation), "split"
-    if weights is not None:
-        rows = rows.take(mix(rows.set_numbers, len(parts), weights, split_seed))
+    numbers = rows.set_numbers
+    epoch: Sequence[int] = range(len(rows)) if weights is None else mix(numbers, len(parts), weights, split_seed)
+    epoch = epoch[:max_rows]
     return LoadedData(
-        train=rows[:max_rows],
+        train=rows.take(epoch),
         validation=held_out,
         problems=[*(problem for look in looks for problem in look.problems), *shared],
         origin=origin,
         rows_in=sum(len(part.table) for part in [*parts, *held]),
         not_cached=list(dict.fromkeys(url for look in looks for url in look.not_cached)),
         refusal=next((line for look in looks if (line := _set_refusal(look, how)) is not None), None),
+        sets=set_uses([part.map.source for part in parts], numbers, epoch),
+        not_read=unnamed([part.not_read for part in [*parts, *held]], {name for look in looks for name in look.named}),
     )
 
 
@@ -127,12 +140,14 @@ class StreamedData:
         validation: rows held out; None when there are none.
         problems: the rows left out so far: those of the validation set, and those before the last row held out.
         origin: "validation" (given), "split" (the first rows), or "none".
+        not_read: what lies beside the files that are read, photos left out, which rows to come may name.
     """
 
     train: RowStream
     validation: Sequence[Row] | None
     problems: list[RowProblem]
     origin: str
+    not_read: list[NotRead] = field(default_factory=list)
 
 
 def stream_data(
@@ -162,14 +177,17 @@ def stream_data(
     Raises: DataError in one line.
     """
     how = reading or Reading()
-    wanted = _choices(train, options, revision, subset)
-    weights = _weights(wanted) or [1.0]
+    wanted = choices_of(train, options, revision, subset)
+    weights = weights_of(wanted) or [1.0]
     if len(weights) < len(wanted):
         raise DataError("data.train: with data.streaming each of several sets needs a weight")
     if max_rows is not None:
         raise DataError("data.max_rows is for sets that are read whole: with data.streaming set training.max_steps")
+    opened = _training_sets(wanted, how, streaming=True)
+    parts = [_with_others(*one, choice.source) for one, choice in zip(opened, wanted, strict=True)]
+    not_read = unnamed([[one for one in part.not_read if not one.by_rows] for part in parts], set())
     stream = RowStream(
-        [part for part, _ in _training_sets(wanted, how, streaming=True)],
+        parts,
         weights,
         seed=split_seed,
         limits=how.limits,
@@ -180,13 +198,16 @@ def stream_data(
     problems: list[RowProblem] = []
     if validation is not None:
         look = _look_at_validation(replace(wanted[0], source=validation), how)
-        return StreamedData(stream.without(look.rows), look.rows, look.problems, "validation")
+        return StreamedData(stream.without(look.rows), look.rows, look.problems, "validation", not_read)
     if validation_split is None:
-        return StreamedData(stream, None, problems, "none")
-    first = list(islice(stream.rows(problems.append, shuffled=False), int(validation_split)))
-    if len({(row.source, row.index) for row in first}) < len(first):
-        raise DataError(f"data.split.validation asks for {len(first)} rows, and the sets have fewer: lower it")
-    return StreamedData(stream.without(first), first, problems, "split")
+        return StreamedData(stream, None, problems, "none", not_read)
+    passes = stream.passes(lambda _, problem: problems.append(problem))
+    first = list(islice(interleaved(passes, weights), int(validation_split)))
+    if len(first) < int(validation_split):
+        raise DataError(f"data.split.validation asks for {validation_split} rows, and the sets have fewer: lower it")
+    rows = [row for _, row in first]
+    known = ((number, row.source, row.index) for number, row in first)
+    return StreamedData(stream.without(rows, known), rows, problems, "split", not_read)
 
 
 def load_rows(
@@ -207,76 +228,42 @@ def load_rows(
         reading: downloads, and how many rows may be left out.
     Raises: DataError in one line.
     """
-    look = _look_at_validation(_SetChoice(source, options, None, revision, subset), reading or Reading())
+    look = _look_at_validation(SetChoice(source, options, None, revision, subset), reading or Reading())
     return look.rows, look.problems
 
 
-@dataclass(frozen=True)
-class _SetChoice:
-    """One set of `train`: a source and what holds for it."""
-
-    source: str
-    options: RowOptions
-    weight: float | None
-    revision: str | None
-    subset: str | None
-
-    @classmethod
-    def of(
-        cls, choice: Mapping[str, Any], options: RowOptions, revision: str | None, subset: str | None
-    ) -> "_SetChoice":
-        """A mapping of a recipe with the section's values where it has none of its own."""
-        own = {key: value for key, value in choice.items() if key not in ("source", "weight", "revision", "subset")}
-        return cls(
-            choice["source"],
-            replace(options, **own),
-            choice.get("weight"),
-            choice.get("revision", revision),
-            choice.get("subset", subset),
-        )
-
-
-def _choices(
-    train: str | Sequence[Mapping[str, Any]], options: RowOptions, revision: str | None, subset: str | None
-) -> list[_SetChoice]:
-    """The sets of `train`; one name is a list of one set."""
-    named = [{"source": train}] if isinstance(train, str) else train
-    return [_SetChoice.of(choice, options, revision, subset) for choice in named]
-
-
-def _weights(choices: Sequence[_SetChoice]) -> list[float] | None:
-    """The weights of the sets, None when no set has one. Raises: DataError when only some have."""
-    given = [choice.weight for choice in choices if choice.weight is not None]
-    if given and len(given) < len(choices):
-        bare = next(choice.source for choice in choices if choice.weight is None)
-        raise DataError(f"data.train: {bare} has no weight and another set has: give every set a weight, or none")
-    return given or None
-
-
 def _open_sets(
-    wanted: Sequence[_SetChoice], validation: str | None, how: Reading
+    wanted: Sequence[SetChoice], validation: str | None, how: Reading
 ) -> tuple[list[RecordSet], list[RecordSet], str]:
     """The sets to train on, those of validation rows, and where the latter come from.
 
     There are none of the latter when rows have to be split off, or are not wanted.
     """
     opened = _training_sets(wanted, how)
-    parts = [part for part, _ in opened]
-    if validation is not None:
-        return parts, [_validation_records(replace(wanted[0], source=validation), how)], "validation"
+    names = [next((split for split in VALIDATION_NAMES if split in others), "") for _, others in opened]
+    if validation is not None or not all(names):
+        names = []
     held: list[RecordSet] = []
-    origin = "none"
-    for (_, others), choice in zip(opened, wanted, strict=True):
-        own = next((split for split in VALIDATION_NAMES if split in others), None)
-        if own is None:
-            return parts, [], "none"
-        origin = own if not held else origin
-        held.append(_records(others[own], f"{choice.source} ({own})", choice, how))
-    return parts, held, origin
+    for (_, others), choice, own in zip(opened, wanted, names, strict=False):
+        held.append(_records(others.pop(own), f"{choice.source} ({own})", choice, how))
+    if validation is not None:
+        held = [_validation_records(replace(wanted[0], source=validation), how)]
+    read = {file.resolve() for records in held for file in records.files}
+    parts = [_with_others(*one, choice.source, read) for one, choice in zip(opened, wanted, strict=True)]
+    return parts, held, "validation" if validation is not None else names[0] if names else "none"
+
+
+def _with_others(
+    part: RecordSet, others: Mapping[str, OpenedTable], source: str, read: Collection[Path] = ()
+) -> RecordSet:
+    """A set whose other splits are among what is not read, unless their files are."""
+    reason = "a split that is neither trained on nor held out: name it in data.train or data.validation"
+    names = [name for name, its in others.items() if not its.files or its.files[0].resolve() not in read]
+    return replace(part, not_read=(*part.not_read, *(NotRead(f"{source}:{name}", reason) for name in names)))
 
 
 def _training_sets(
-    wanted: Sequence[_SetChoice], how: Reading, *, streaming: bool = False
+    wanted: Sequence[SetChoice], how: Reading, *, streaming: bool = False
 ) -> list[tuple[RecordSet, dict[str, OpenedTable]]]:
     """For each set the records to train on, and its other splits."""
     found = []
@@ -287,13 +274,13 @@ def _training_sets(
     return found
 
 
-def _open(choice: _SetChoice, *, streaming: bool = False) -> dict[str, OpenedTable]:
+def _open(choice: SetChoice, *, streaming: bool = False) -> dict[str, OpenedTable]:
     """The splits of a set; its data files may lie where its images may."""
     confined = not choice.options.allow_outside_root
     return open_set(choice.source, choice.revision, choice.subset, streaming=streaming, confined=confined)
 
 
-def _validation_records(choice: _SetChoice, how: Reading) -> RecordSet:
+def _validation_records(choice: SetChoice, how: Reading) -> RecordSet:
     """The only split of a set, else its own validation or test split."""
     tables = _open(choice)
     names = [name for name in VALIDATION_NAMES if name in tables] if len(tables) > 1 else list(tables)
@@ -305,7 +292,7 @@ def _validation_records(choice: _SetChoice, how: Reading) -> RecordSet:
     return _records(tables[names[0]], choice.source, choice, how)
 
 
-def _look_at_validation(choice: _SetChoice, how: Reading) -> FirstLook:
+def _look_at_validation(choice: SetChoice, how: Reading) -> FirstLook:
     """The first look at the validation rows of a set."""
     return _look([_validation_records(choice, how)], how, with_keys=False)[0]
 
@@ -319,7 +306,7 @@ def _train_name(tables: Mapping[str, OpenedTable], source: str) -> str:
     )
 
 
-def _records(opened: OpenedTable, source: str, choice: _SetChoice, how: Reading) -> RecordSet:
+def _records(opened: OpenedTable, source: str, choice: SetChoice, how: Reading) -> RecordSet:
     """A split with the map that makes rows of it. Raises: DataError for columns that are not there."""
     options = choice.options
     cells = Cells(
@@ -334,7 +321,9 @@ def _records(opened: OpenedTable, source: str, choice: _SetChoice, how: Reading)
     columns = record_map(opened.table.column_names, options, source, cells)
     columns.check(opened.table.column_names)
     table = narrowed(opened.table, columns.columns)
-    return RecordSet(table, columns, choice.source, options.max_pixels, opened.files)
+    return RecordSet(
+        table, columns, choice.source, options.max_pixels, opened.files, parts=opened.parts, not_read=opened.not_read
+    )
 
 
 def _look(parts: Sequence[RecordSet], how: Reading, *, with_keys: bool) -> list[FirstLook]:

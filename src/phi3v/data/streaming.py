@@ -6,8 +6,9 @@ record is a row or a problem, which is told when it comes by. Knows no models an
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count, islice
 from random import Random
 from typing import Literal
@@ -40,7 +41,7 @@ class RowStream:
         download: False downloads nothing.
         max_skipped: share of the records of a set that may be problems.
         on_problem: "stop" allows none.
-        held_out: (source, number) of rows that are not to come, because they are validation rows.
+        held_out: (number of the set, source, index) of rows that are not to come, because they are validation rows.
         held_out_keys: what ties a row to them, see `cells.group_keys`; such rows do not come either.
     """
 
@@ -51,7 +52,7 @@ class RowStream:
     download: bool = True
     max_skipped: float = 0.05
     on_problem: Literal["skip", "stop"] = "skip"
-    held_out: frozenset[tuple[str, int]] = frozenset()
+    held_out: frozenset[tuple[int, str, int]] = frozenset()
     held_out_keys: frozenset[str] = frozenset()
 
     def rows(self, tell: Tell, *, start: int = 0, shuffled: bool = True) -> Iterator[Row]:
@@ -66,18 +67,32 @@ class RowStream:
             among its first 1,000 records.
         """
         sources = [self._endless(number, tell, shuffled) for number in range(len(self.sets))]
-        return islice(_interleaved(sources, self.weights), start, None)
+        return (row for _, row in islice(interleaved(sources, self.weights), start, None))
 
-    def without(self, rows: Sequence[Row]) -> "RowStream":
-        """The same stream without some rows and without rows that share an image with them."""
+    def passes(self, tell: Callable[[int, RowProblem], None]) -> list[Iterator[Row]]:
+        """One pass over each set, in order, for `interleaved`.
+
+        Args:
+            tell: called with the number of the set and each problem.
+        Raises: as `rows` does, while rows are taken.
+        """
+        return [self._one_pass(number, partial(tell, number), set()) for number in range(len(self.sets))]
+
+    def without(self, rows: Sequence[Row], held_out: Iterable[tuple[int, str, int]] = ()) -> "RowStream":
+        """The same stream without rows that share an image with validation rows, and without these themselves.
+
+        Args:
+            rows: the validation rows.
+            held_out: number of the set, source and index of those that are of this stream.
+        """
         keys = frozenset(key for row in rows for key in group_keys(row))
-        return replace(self, held_out=frozenset((row.source, row.index) for row in rows), held_out_keys=keys)
+        return replace(self, held_out=frozenset(held_out), held_out_keys=keys)
 
     def _endless(self, number: int, tell: Tell, shuffled: bool) -> Iterator[Row]:
         """One set again and again."""
         told: set[int] = set()
         for turn in count():
-            rows = self._one_pass(self.sets[number], tell, told)
+            rows = self._one_pass(number, tell, told)
             if shuffled:
                 rows = _shuffled(rows, Random(f"stream {self.seed} {number} {turn}"))
             found = False
@@ -87,25 +102,26 @@ class RowStream:
             if not found:
                 raise NoUsableRowError(f"{self.sets[number].map.source} has no usable row")
 
-    def _one_pass(self, records: RecordSet, tell: Tell, told: set[int]) -> Iterator[Row]:
+    def _one_pass(self, place: int, tell: Tell, told: set[int]) -> Iterator[Row]:
         """The usable rows of a set in order, its problems told the first time."""
+        records = self.sets[place]
         tally = _Tally(records.map.source)
         for number, outcome in self._outcomes(records):
             tally.seen += 1
             if isinstance(outcome, UnusableRecord):
-                problem = RowProblem(number, outcome.reason_code, str(outcome), records.map.source)
+                problem = records.problem(number, outcome)
                 tally.note(problem)
                 if number not in told:
                     told.add(number)
                     tell(problem)
                 if self.on_problem == "stop":
                     raise DataError(f"{problem}; data.on_problem is stop: mend the row, or set it to skip")
-            elif (outcome.source, outcome.index) in self.held_out:
+            elif (place, outcome.source, outcome.index) in self.held_out:
                 pass
             elif not self.held_out_keys.isdisjoint(group_keys(outcome) if self.held_out_keys else ()):
                 if number not in told:
                     told.add(number)
-                    tell(shared_image_problem(records.map.source, number))
+                    tell(shared_image_problem(outcome.source, outcome.index))
             else:
                 yield outcome
             if tally.seen % CHECKED_EVERY == 0:
@@ -171,7 +187,7 @@ class _Tally:
 def _attempt(records: RecordSet, record: Mapping, number: int) -> Row | UnusableRecord:
     """The row of a record whose images have been looked at, or what is wrong with it."""
     try:
-        row = records.map.row(record, number)
+        row = records.made(record, number)
         check_images(row, records.max_pixels)
         return row
     except UnusableRecord as problem:
@@ -205,16 +221,20 @@ def _embedded_bytes(row: Row) -> int:
     return sum(len(image.data) for image in row.images if image.data is not None)
 
 
-def _interleaved(sources: Sequence[Iterator[Row]], weights: Sequence[float]) -> Iterator[Row]:
-    """Rows of several sources; at any time each has given its share, to within one row.
+def interleaved(sources: Sequence[Iterator[Row]], weights: Sequence[float]) -> Iterator[tuple[int, Row]]:
+    """Rows of several sources with the number of each; at any time each has given its share, to within one row.
 
+    A source that comes to its end leaves the others to share what follows.
     Example: weights 2 and 1 -> a, b, a, a, b, a, ...: the source that is furthest behind its share comes next.
     """
-    given = [0] * len(sources)
-    total = sum(weights)
-    while True:
-        rows = sum(given) + 1
-        behind = [rows * weight / total - done for weight, done in zip(weights, given, strict=True)]
-        chosen = max(range(len(sources)), key=lambda number: behind[number])
+    left = dict(enumerate(sources))
+    given = dict.fromkeys(left, 0)
+    while left:
+        rows, total = sum(given[number] for number in left) + 1, sum(weights[number] for number in left)
+        chosen = max(left, key=lambda number: rows * weights[number] / total - given[number])
+        row = next(left[chosen], None)
+        if row is None:
+            del left[chosen]
+            continue
         given[chosen] += 1
-        yield next(sources[chosen])
+        yield chosen, row

@@ -20,7 +20,8 @@ from phi3v.data.schema import ImageRef, Row, RowProblem, TrainOn
 from phi3v.errors import ImageError, TooLongError
 
 _BATCH = 64  # rows that are looked at together
-_DIGEST_BYTES = 16  # enough that two contents of a set never meet by chance
+DIGEST_BYTES = 16
+"""Of a hash: enough that two contents of a set never meet by chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,4 +201,4 @@ def _text_digest(row: Row) -> bytes:
 
 def _digest(content: bytes) -> bytes:
     """Sixteen bytes that stand for a content."""
-    return blake2b(content, digest_size=_DIGEST_BYTES).digest()
+    return blake2b(content, digest_size=DIGEST_BYTES).digest()

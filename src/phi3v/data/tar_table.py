@@ -1,16 +1,15 @@
 """Webdataset shards as a table: the members of a sample, files that share a name up to its first dot, are its columns.
 
 In come paths of .tar files; out come records by number, read where they lie: nothing is unpacked or copied, so member
-names lead nowhere, and links, devices and sparse files are passed over. An image member is the column `image` (a list
-where a sample has several), a text member its ending (`txt`), and the keys of a JSON member are `json.KEY`. What
-img2dataset writes is of this form.
+names lead nowhere, and links, devices and sparse files are passed over, as are members without an ending (`not_read`).
+An image member, by its ending or its content, is the column `image` (a list where a sample has several), a text member
+its ending (`txt`), and the keys of a JSON member are `json.KEY`. What img2dataset writes is of this form.
 
 Example: a shard with 000.jpg, 000.txt and 000.json, which holds {"url": "https://a.example/x.jpg", "width": 640} -> the
 record {"__key__": "000", "image": {"bytes": ..., "path": "shard.tar/000.jpg"}, "txt": "a scarf", "json.url":
 "https://a.example/x.jpg", "json.width": 640}.
 """
 
-import json
 import sys
 import tarfile
 from array import array
@@ -18,13 +17,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from phi3v.data.images import begins_as_image
+from phi3v.data.json_text import parse_json
+from phi3v.data.not_read import NotRead
 from phi3v.data.record_table import RecordTable
 from phi3v.errors import DataError
 
+_TEXTS = ("json", "txt")
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _MAX_MEMBER_BYTES = 256 * 2**20
 _SAMPLES_FOR_COLUMNS = 100
 _BLOCK = 512
+_NAMED = 20  # members of a shard that are not read and are named one by one
 
 
 class TarTable(RecordTable):
@@ -33,63 +37,72 @@ class TarTable(RecordTable):
     def __init__(self, paths: Sequence[Path]) -> None:
         """Reads the headers of all members. Raises: DataError in one line for a shard that is cut off or no tar."""
         super().__init__(paths)
-        self._shards = array("I")
         self._first = array("Q")  # of each sample: its first entry in the arrays below
         self._offsets = array("Q")
         self._sizes = array("Q")
         self._endings: list[str] = []
         self._names: list[str] = []
-        for shard, path in enumerate(paths):
-            self._index(shard, path)
+        self.not_read: list[NotRead] = []
+        for path in paths:
+            self._firsts.append(len(self._names))
+            self._index(path)
         self._first.append(len(self._offsets))
         self.column_names = self._columns()
 
     def __len__(self) -> int:
         """Number of samples."""
-        return len(self._shards)
-
-    def _file_of(self, number: int) -> int:
-        return self._shards[number]
+        return len(self._names)
 
     def _read(self, number: int, file: BinaryIO) -> dict[str, Any]:
         """The record of a sample; a text member that is not UTF-8, or JSON that is none, is an empty cell."""
         record: dict[str, Any] = {"__key__": self._names[number]}
         images: list[dict[str, Any]] = []
-        shard = Path(self._paths[self._shards[number]]).name
+        shard = Path(self._paths[self._file_of(number)]).name
         for entry in range(self._first[number], self._first[number + 1]):
             ending, size = self._endings[entry], self._sizes[entry]
             file.seek(self._offsets[entry])
             data = file.read(size) if size <= _MAX_MEMBER_BYTES else b""
-            if ending.rpartition(".")[2] in _IMAGES:
+            kind = ending.rpartition(".")[2]
+            if kind in _IMAGES or (kind not in _TEXTS and begins_as_image(data[:16])):
                 images.append({"bytes": data, "path": f"{shard}/{self._names[number]}.{ending}"})
-            elif ending.rpartition(".")[2] == "json":
+            elif kind == "json":
                 record |= {f"{ending}.{key}": value for key, value in _json(data).items()}
             else:
                 record[ending] = _text(data)
         record["image"] = images if len(images) > 1 else images[0] if images else None
         return record
 
-    def _index(self, shard: int, path: Path) -> None:
+    def _index(self, path: Path) -> None:
         """Notes where the members of one shard lie."""
-        before = ""
+        before, passed = "", 0
         try:
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
                     folder, _, name = member.name.rpartition("/")
                     key, dot, ending = name.partition(".")
                     if not member.isreg() or member.issparse() or not dot or not key:
+                        passed += not member.isdir()
+                        if passed <= _NAMED and not member.isdir():
+                            self.not_read.append(_passed_over(path, member))
                         continue
                     key = f"{folder}/{key}" if folder else key
-                    if key != before or not self._names:
+                    if key != before:
                         before = key
-                        self._shards.append(shard)
                         self._first.append(len(self._offsets))
                         self._names.append(key)
                     self._offsets.append(member.offset_data)
                     self._sizes.append(member.size)
                     self._endings.append(sys.intern(ending.lower()))
                 end = tar.offset
+            if passed > _NAMED:
+                self.not_read.append(
+                    NotRead(f"more members of {path}", "as those that are named", files=passed - _NAMED)
+                )
             self._check_end(path, end)
+        except RecursionError as error:  # tarfile reads such a header within the one before
+            raise DataError(
+                f"shard {path} is damaged: its headers are nothing but long names: copy it again"
+            ) from error
         except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
             last = f" after {before}" if before else ""
             raise DataError(f"shard {path} is damaged{last} ({error}): copy it again") from error
@@ -107,6 +120,14 @@ class TarTable(RecordTable):
         return list(names)
 
 
+def _passed_over(path: Path, member: tarfile.TarInfo) -> NotRead:
+    """A member that is of no sample: "a.tar/readme", "its name has no ending, or nothing before it"."""
+    reason = "its name has no ending, or nothing before it"
+    if not member.isreg() or member.issparse():
+        reason = "a link, a device or a sparse file, which leads out of the shard or is not all there"
+    return NotRead(f"{path}/{member.name[:120]}", reason)
+
+
 def _text(data: bytes) -> str | None:
     """A text member."""
     try:
@@ -118,7 +139,7 @@ def _text(data: bytes) -> str | None:
 def _json(data: bytes) -> dict[str, Any]:
     """A JSON member; one that holds no mapping has no keys."""
     try:
-        value = json.loads(data)
+        value = parse_json(data)
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -95,8 +95,8 @@ def cell_text(value: Any) -> str | None:
 
     A whole float loses its ".0" because one empty cell turns a column of ints into floats, which must not change the
     other rows. CSV cells arrive here as the text of the file: 007, 19.90 and NA stay.
-    Raises: TypeError for lists, mappings and bytes, which no template can show, for text that is no text, and for a
-            `NoDate`.
+    Raises: TypeError for lists, mappings and bytes, which no template can show, for text that is no text, for an
+        infinite number, and for a `NoDate`.
     """
     if value is None or isinstance(value, str):
         return whole_text(value) if value and value.strip() else None
@@ -133,5 +133,5 @@ def _number(value: float) -> str | None:
     if math.isnan(value):
         return None
     if math.isinf(value):
-        return str(value)
+        raise TypeError("holds a number that is infinite, or larger than any that is kept (1e308)")
     return format(Decimal(repr(value)), "f").removesuffix(".0")

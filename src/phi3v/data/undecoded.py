@@ -8,13 +8,13 @@ Texts of the type `Json`, which `datasets` makes of JSON columns of no one type,
 by cell: where `datasets` parses, one text that is no JSON stops the whole set.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import datasets
 
+from phi3v.data.json_text import parse_json
 from phi3v.data.text_guard import is_too_deep
 from phi3v.errors import DataError
 
@@ -136,6 +136,6 @@ def _parsed_cell(value: Any, feature: Any) -> Any:
     if type(feature).__name__ != "Json":
         return [_parsed_cell(inner, feature.feature) for inner in value]
     try:
-        return None if is_too_deep(value) else json.loads(value)
+        return None if is_too_deep(value) else parse_json(value)
     except (ValueError, RecursionError):
         return None

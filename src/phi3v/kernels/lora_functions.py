@@ -39,7 +39,7 @@ class Heads:
 
 
 class NormQkvRope(torch.autograd.Function):
-    """Hidden states `[B, S, H]` to queries, keys, values `[B, S, heads, D]`, and the hidden states for the residual.
+    """Hidden states `[B, S, H]` to queries, keys, values `[B, heads, S, D]`, and the hidden states for the residual.
 
     That the residual goes through here lets both gradients of the hidden states meet in one pass.
     """
@@ -62,10 +62,11 @@ class NormQkvRope(torch.autograd.Function):
         qkv, low, kept = project(normed, qkv_proj)
         passes.rotate(qkv, cos, sin, heads.queries + heads.keys)
         ctx.save_for_backward(rows, scale, low, kept, cos, sin)
-        ctx.norm, ctx.qkv_proj, ctx.dtypes = norm, qkv_proj, _dtypes(a, b)
+        ctx.norm, ctx.qkv_proj = norm, qkv_proj
         widths = [count * heads.size for count in (heads.queries, heads.keys, heads.keys)]
         queries, keys, values = (
-            part.view(*hidden.shape[:2], -1, heads.size) for part in qkv.view(*hidden.shape[:2], -1).split(widths, -1)
+            part.view(*hidden.shape[:2], -1, heads.size).transpose(1, 2)
+            for part in qkv.view(*hidden.shape[:2], -1).split(widths, -1)
         )
         return queries, keys, values, hidden.view_as(hidden)
 
@@ -75,14 +76,14 @@ class NormQkvRope(torch.autograd.Function):
         """Gradients of hidden states, A and B."""
         rows, scale, low, kept, cos, sin = ctx.saved_tensors
         shape, width = grads[3].shape, rows.shape[1]
-        queries, keys, values = (grad.reshape(-1, *grad.shape[2:]) for grad in grads[:3])
+        queries, keys, values = (grad.transpose(1, 2).flatten(0, 1) for grad in grads[:3])
         grad = passes.rotate_backward(queries, keys, values, cos, sin)
         residual = grads[3].reshape(-1, width).contiguous()
         to_rows, to_a, to_b = _behind_norm(
             grad, rows, scale, low, kept, ctx.norm, ctx.qkv_proj, residual, ctx.needs_input_grad[:2]
         )
         to_hidden = None if to_rows is None else to_rows.view(shape)
-        return to_hidden, *_as_trained((to_a, to_b), ctx.dtypes), None, None, None, None, None
+        return to_hidden, to_a, to_b, None, None, None, None, None
 
 
 class OutputAndMlp(torch.autograd.Function):
@@ -106,6 +107,7 @@ class OutputAndMlp(torch.autograd.Function):
         if o_proj.b is not None:
             outer_low, outer_kept = to_low_rank(outer, o_proj, out=outer.new_empty(outer.shape[0], o_proj.spare))
             middle.addmm_(outer_low, o_proj.b.t())
+            outer_low = outer_low.mul_(o_proj.scale)
         normed, scale = _normed(middle, norm, gate_up_proj.spare)
         gate_up, normed_low, normed_kept = project(normed, gate_up_proj)
         del normed
@@ -116,7 +118,7 @@ class OutputAndMlp(torch.autograd.Function):
         ctx.save_for_backward(
             outer, outer_low, outer_kept, middle, scale, normed_low, normed_kept, gate_up, inner_low, inner_kept
         )
-        ctx.norm, ctx.projections, ctx.dtypes = norm, (o_proj, gate_up_proj, down_proj), _dtypes(*adapters)
+        ctx.norm, ctx.projections = norm, (o_proj, gate_up_proj, down_proj)
         return result.view(residual.shape)
 
     @staticmethod
@@ -140,7 +142,7 @@ class OutputAndMlp(torch.autograd.Function):
         )
         if to_outer is not None:
             to_outer = to_outer.view(*shape[:2], -1)
-        factors = _as_trained((o_a, o_b, gate_up_a, gate_up_b, down_a, down_b), ctx.dtypes)
+        factors = (o_a, o_b, gate_up_a, gate_up_b, down_a, down_b)
         return to_outer, to_middle.view(shape), None, None, None, None, *factors
 
 
@@ -167,12 +169,12 @@ def _behind_norm(
         return passes.rms_norm_backward(torch.mm(grad, operands.weight), rows, norm.weight, scale, residual), None, None
     assert operands.b is not None and operands.joined is not None
     both = torch.mm(grad, operands.joined) if wanted[0] else None
-    grad_low = torch.mm(grad, operands.b) if both is None else both[:, width:].contiguous()
+    grad_low = torch.mm(grad, operands.b) if both is None else both[:, width:]
     if kept is None:
         # the normed rows are rows * scale * weight: scale goes to the R columns, weight to the R rows of the result
-        scaled = (grad_low * scale[:, None]).to(rows.dtype)
+        scaled = torch.mul(grad_low, scale[:, None], out=rows.new_empty(grad_low.shape))
         to_a, to_b = factor_gradients(grad, low, scaled, rows, operands)
-        to_a = to_a * norm.weight
+        to_a.mul_(norm.weight)
     else:
         seen = dropped(_normed(rows, norm, 0)[0], kept, operands)
         to_a, to_b = factor_gradients(grad, low, grad_low, seen, operands)
@@ -195,7 +197,7 @@ def _behind_swiglu(
     assert operands.joined is not None
     width = operands.weight.shape[1]
     both = torch.mm(grad, operands.joined)
-    to_inner, grad_low = both[:, :width], both[:, width:].contiguous()
+    to_inner, grad_low = both[:, :width], both[:, width:]
     if kept is None:
         to_gate_up, inner = passes.swiglu_backward(gate_up, to_inner, grad_low, operands.a)
     else:
@@ -219,15 +221,3 @@ def _behind_output(
     elif to_rows is not None:
         to_rows.add_(dropped(torch.mm(grad_low, operands.a), kept, operands))
     return to_rows, to_a, to_b
-
-
-def _dtypes(*weights: Gradient) -> tuple[torch.dtype | None, ...]:
-    """The dtypes that trained weights have, and so their gradients; None where there is no weight."""
-    return tuple(None if weight is None else weight.dtype for weight in weights)
-
-
-def _as_trained(grads: tuple[Gradient, ...], dtypes: tuple[torch.dtype | None, ...]) -> tuple[Gradient, ...]:
-    """Gradients in the dtypes of their weights."""
-    return tuple(
-        None if grad is None or dtype is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)
-    )

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, eager_attention_forward
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
 from phi3v.kernels.lora_functions import Heads, Norm, NormQkvRope, OutputAndMlp
 from phi3v.kernels.lora_operands import WidenedWeights, active_adapter, adapter_weights
+from phi3v.model.step_phi3_v import attend, pick
 
 _SERVED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -109,13 +109,13 @@ class HandWrittenLayer:
             )
         assert position_embeddings is not None
         queries, keys, values, residual = self._before_attention(hidden_states, *position_embeddings)
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.self_attn.layer_idx)
         kwargs = {**kwargs, "position_ids": position_ids, "use_cache": use_cache}
-        attended = self._attend(queries, keys, values, attention_mask, past_key_values, kwargs)
+        attended = attend(self.self_attn, queries, keys, values, attention_mask, **kwargs)
         attended = attended.reshape(*hidden_states.shape[:2], -1)
         if kept_positions is not None:
-            attended, residual = (
-                rows.flatten(0, 1).index_select(0, kept_positions)[None] for rows in (attended, residual)
-            )
+            attended, residual = pick(attended, kept_positions), pick(residual, kept_positions)
         return self._after_attention(attended, residual)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -124,7 +124,7 @@ class HandWrittenLayer:
     def _before_attention(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values `[B, S, heads, D]`, and the residual."""
+        """Queries, keys and values `[B, heads, S, D]`, and the residual."""
         attention, size = self.self_attn, self.self_attn.head_dim
         heads = Heads(attention.config.num_attention_heads, attention.num_key_value_heads, size)
         operands = self.lora_state.widened.operands("qkv_proj", attention.qkv_proj, training=self.training)
@@ -137,33 +137,6 @@ class HandWrittenLayer:
             sin.reshape(-1, size).contiguous(),
             heads,
         )
-
-    def _attend(
-        self,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Any,
-        kwargs: dict[str, Any],
-    ) -> torch.Tensor:
-        """Attention as the plain layer calls it, `[B, S, heads, D]`."""
-        module = self.self_attn
-        queries, keys, values = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
-        if past_key_values is not None:
-            keys, values = past_key_values.update(keys, values, module.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention_forward)
-        return attend(
-            module,
-            queries,
-            keys,
-            values,
-            attention_mask,
-            dropout=module.attention_dropout if self.training else 0.0,
-            scaling=module.scaling,
-            sliding_window=getattr(module.config, "sliding_window", None),
-            **kwargs,
-        )[0]
 
     def _after_attention(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Output projection, residual, norm, MLP, residual."""

@@ -27,6 +27,7 @@ class Operands:
         rank: r, 0 without an adapter.
         scale: alpha / r, or alpha / sqrt(r) under rsLoRA.
         dropout: share of the adapter's input that is dropped, 0.0 outside training.
+        grad_dtype: what the gradients of PEFT's A and B are, float32 where these are rounded from float32 masters.
     """
 
     weight: torch.Tensor
@@ -36,6 +37,7 @@ class Operands:
     rank: int = 0
     scale: float = 0.0
     dropout: float = 0.0
+    grad_dtype: torch.dtype | None = None
 
     @property
     def spare(self) -> int:
@@ -63,13 +65,32 @@ def adapter_weights(projection: Any) -> tuple[torch.Tensor | None, torch.Tensor 
     return (None, None) if name is None else (projection.lora_A[name].weight, projection.lora_B[name].weight)
 
 
+@dataclass(frozen=True)
+class _Filled:
+    """The operands of a projection, and what is written into them anew in each forward pass.
+
+    Attributes:
+        operands: of the projection.
+        key: places of the weights in memory, scale, dropout, dtype of gradients; with another key they are made anew.
+        sources: A and B as PEFT trains them.
+        scaled: `[N, r]`, the columns that take scaled B.
+        padded: `[r, K]`, the rows that take A; None where A is used as it is.
+    """
+
+    operands: Operands
+    key: tuple[Any, ...]
+    sources: tuple[torch.Tensor, torch.Tensor]
+    scaled: torch.Tensor
+    padded: torch.Tensor | None
+
+
 @dataclass
 class WidenedWeights:
     """The widened base weights of one layer, by projection; they follow a module that is moved or loaded anew."""
 
     matrices: dict[str, torch.Tensor] = field(default_factory=dict)
+    filled: dict[str, _Filled] = field(default_factory=dict)
 
-    @torch.no_grad()
     def operands(self, name: str, projection: Any, *, training: bool, join: bool = True) -> Operands:
         """The operands of a projection with the adapter's weights of this moment.
 
@@ -83,20 +104,41 @@ class WidenedWeights:
         adapter = active_adapter(projection)
         if adapter is None:
             return Operands(base.weight.detach())
-        a, b = projection.lora_A[adapter].weight.detach(), projection.lora_B[adapter].weight.detach()
-        rank, scale = a.shape[0], float(projection.scaling[adapter])
+        weight, a, b = base.weight, projection.lora_A[adapter].weight, projection.lora_B[adapter].weight
+        drop = projection.lora_dropout[adapter]
+        share = float(drop.p) if training and isinstance(drop, nn.Dropout) else 0.0
+        options = (float(projection.scaling[adapter]), share, a.grad_dtype or a.dtype)
+        filled = self.filled.get(name)
+        # memory that is held here is not given to another weight, so places tell weights apart
+        if filled is None or filled.key != (weight.data_ptr(), a.data_ptr(), b.data_ptr(), *options):
+            filled = self.filled[name] = self._fill(name, base, (a.detach(), b.detach()), options, join=join)
+        torch.mul(filled.sources[1], options[0], out=filled.scaled)
+        if filled.padded is not None:
+            filled.padded.copy_(filled.sources[0])
+        return filled.operands
+
+    @torch.no_grad()
+    def _fill(
+        self,
+        name: str,
+        base: nn.Linear,
+        sources: tuple[torch.Tensor, torch.Tensor],
+        options: tuple[float, float, torch.dtype],
+        *,
+        join: bool,
+    ) -> _Filled:
+        """Room for A and B, the sources, beside a base weight; options are scale, dropout, and dtype of gradients."""
+        (a, b), rank = sources, sources[0].shape[0]
         spare = spare_columns(rank)
         joined = self._widened(name, base, spare) if join else None
         outputs, inputs = base.weight.shape
         scaled = base.weight.new_zeros(outputs, spare) if joined is None else joined[:, inputs:]
-        torch.mul(b, scale, out=scaled[:, :rank])
+        padded = None
         if a.dtype != base.weight.dtype or rank != spare:
             padded = base.weight.new_zeros(spare, inputs)
-            padded[:rank] = a
-            a = padded
-        drop = projection.lora_dropout[adapter]
-        share = float(drop.p) if training and isinstance(drop, nn.Dropout) else 0.0
-        return Operands(base.weight.detach(), joined, a, scaled, rank, scale, share)
+        operands = Operands(base.weight.detach(), joined, a if padded is None else padded, scaled, rank, *options)
+        key = (base.weight.data_ptr(), a.data_ptr(), b.data_ptr(), *options)
+        return _Filled(operands, key, sources, scaled[:, :rank], None if padded is None else padded[:rank])
 
     def _widened(self, name: str, base: nn.Linear, spare: int) -> torch.Tensor:
         """`[N, K + R]` whose first K columns are the module's weight; made anew when that is another one now."""
@@ -117,6 +159,7 @@ class WidenedWeights:
     def release(self, name: str, projection: Any) -> None:
         """Gives a module a weight of its own again, in one piece."""
         base = getattr(projection, "base_layer", projection)
+        self.filled.pop(name, None)
         if self.matrices.pop(name, None) is not None:
             base.weight.data = base.weight.data.contiguous()
 
@@ -130,8 +173,8 @@ def project(rows: torch.Tensor, operands: Operands, residual: torch.Tensor | Non
         residual: `[T, N]`, added.
 
     Returns:
-        The result `[T, N]`; x A' `[T, R]` for the backward pass, or None; and which inputs of the adapter were kept
-        under dropout, `[T, K]`, or None.
+        The result `[T, N]`; x A' times the scale, `[T, R]`, for the backward pass, or None; and which inputs of the
+        adapter were kept under dropout, `[T, K]`, or None.
     """
     low = kept = None
     matrix = operands.weight
@@ -139,7 +182,7 @@ def project(rows: torch.Tensor, operands: Operands, residual: torch.Tensor | Non
         assert operands.joined is not None
         inputs = operands.weight.shape[1]
         low, kept = to_low_rank(rows[:, :inputs], operands, out=rows[:, inputs:])
-        matrix, low = operands.joined, low.contiguous()
+        matrix, low = operands.joined, low * operands.scale
     result = torch.mm(rows, matrix.t()) if residual is None else torch.addmm(residual, rows, matrix.t())
     return result, low, kept
 
@@ -168,15 +211,23 @@ def dropped(rows: torch.Tensor, kept: torch.Tensor | None, operands: Operands) -
 def factor_gradients(
     grad: torch.Tensor, low: torch.Tensor, grad_low: torch.Tensor, seen: torch.Tensor, operands: Operands
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of A and B, `[r, K]` and `[N, r]`.
+    """Gradients of A and B, `[r, K]` and `[N, r]`, in the dtype that they are wanted in.
 
     Args:
         grad: of the projection's result, `[T, N]`.
-        low: x A', `[T, R]`.
+        low: x A' times the scale, `[T, R]`.
         grad_low: its gradient, the scale in it.
         seen: the adapter's input x, `[T, K]`.
         operands: of the projection.
     """
-    to_b = grad.new_empty(grad.shape[1], low.shape[1])
-    torch.addmm(to_b, grad.t(), low, beta=0, alpha=operands.scale, out=to_b)
-    return torch.mm(grad_low.t(), seen)[: operands.rank], to_b[:, : operands.rank]
+    to_a, to_b = _product(grad_low.t(), seen, operands.grad_dtype), _product(grad.t(), low, operands.grad_dtype)
+    return to_a[: operands.rank], to_b[:, : operands.rank]
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """A product in a dtype of its own: CUDA writes float32 of half precision at once, with no rounding in between."""
+    if dtype in (None, left.dtype):
+        return torch.mm(left, right)
+    if dtype == torch.float32 and left.device.type in ("cuda", "meta") and torch.version.hip is None:
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left, right).to(dtype)

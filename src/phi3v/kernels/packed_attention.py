@@ -112,7 +112,8 @@ def packed_attention(
         lengths = cu_seqlens.diff().tolist() if sample_lengths is None else sample_lengths
         return by_slices(module, query, key, value, lengths, dropout=dropout, scaling=scaling), None
     groups = query.shape[1] // key.shape[1]
-    rows = [part[0].transpose(0, 1) for part in (query, repeat_kv(key, groups), repeat_kv(value, groups))]
+    # squeezed, not indexed: the gradient of an index is a copy into zeros
+    rows = [part.squeeze(0).transpose(0, 1) for part in (query, repeat_kv(key, groups), repeat_kv(value, groups))]
     return kernel(*rows, cu_seqlens, max_seqlen, scaling)[None], None
 
 

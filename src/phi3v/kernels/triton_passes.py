@@ -4,9 +4,13 @@ Contracts, letters and examples stand in `passes`. A kernel reads each input onc
 taken within a row, so results do not depend on the number of tokens or the order of programs.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
+
+_block = functools.cache(triton.next_power_of_2)
 
 
 @triton.jit
@@ -134,7 +138,7 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.
     """See `passes.rms_norm`."""
     tokens, width = hidden.shape
     scale = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
-    block = triton.next_power_of_2(width)
+    block = _block(width)
     _rms_norm[(tokens,)](
         hidden, weight, out, scale, hidden.stride(0), out.stride(0), eps, H=width, BLOCK=block, num_warps=8
     )
@@ -147,7 +151,7 @@ def rms_norm_backward(
     """See `passes.rms_norm_backward`."""
     tokens, width = hidden.shape
     out = torch.empty_like(hidden)
-    block = triton.next_power_of_2(width)
+    block = _block(width)
     _rms_norm_backward[(tokens,)](
         grad, hidden, weight, scale, residual, out, grad.stride(0), H=width, BLOCK=block, num_warps=8
     )
@@ -159,7 +163,7 @@ def rotate(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int) 
     half = cos.shape[1] // 2
     _rotate[(qkv.shape[0],)](
         qkv, cos, sin, qkv.stride(0), cos.shape[0],
-        HEADS=heads, HEAD_BLOCK=triton.next_power_of_2(heads), HALF=half, BLOCK=triton.next_power_of_2(half),
+        HEADS=heads, HEAD_BLOCK=_block(heads), HALF=half, BLOCK=_block(half),
         num_warps=4,
     )  # fmt: skip
 
@@ -176,8 +180,8 @@ def rotate_backward(
         queries, keys, values, out, cos, sin,
         queries.stride(0), keys.stride(0), values.stride(0), out.stride(0), cos.shape[0],
         QUERY_HEADS=query_heads, KEY_HEADS=key_heads,
-        QUERY_BLOCK=triton.next_power_of_2(query_heads), KEY_BLOCK=triton.next_power_of_2(key_heads),
-        HALF=head_size // 2, BLOCK=triton.next_power_of_2(head_size // 2),
+        QUERY_BLOCK=_block(query_heads), KEY_BLOCK=_block(key_heads),
+        HALF=head_size // 2, BLOCK=_block(head_size // 2),
         num_warps=4,
     )  # fmt: skip
     return out
@@ -186,7 +190,7 @@ def rotate_backward(
 def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     """See `passes.swiglu`."""
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-    block = min(1024, triton.next_power_of_2(width))
+    block = min(1024, _block(width))
     _swiglu[(tokens, triton.cdiv(width, block))](gate_up, out, out.stride(0), F=width, BLOCK=block, num_warps=4)
 
 

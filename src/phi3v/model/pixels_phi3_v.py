@@ -2,8 +2,10 @@
 
 In: RGB images and sizes of `image_tokens`. Out: uint8 canvases and float crops, the same as the original code's: the
 crops to the last bit, the view of the whole within 1e-6. Two ways to resize: PIL's, which is the original's, and
-torch's on uint8, which is faster and one grey level off at most (of white noise, one value in a million is two off).
-Knows no files, no settings, no tokens.
+torch's on uint8, which is faster and one grey level off at most. White noise alone goes further: one value in a million
+is two levels off. The view of the whole weighs 16 pixels, with 1.89 in sum of amounts: of white noise one value in ten
+thousand is more than one level off (1.4 was the most), of photographs one in 300,000 at most. Knows no files, no
+settings, no tokens.
 
 Everything is done plane by plane (channel, height, width): so each crop is made in one pass from bytes that lie side by
 side, and no float image of the whole canvas is ever made.
@@ -40,9 +42,10 @@ def draw_canvas(image: Image.Image | np.ndarray, num_crops: int, fast: bool = Fa
     drawn_CHW = canvas_CHW[:, top : top + new_height, left : left + new_width]
     if fast:
         pixels_HWC = torch.from_numpy(np.require(image, np.uint8, ["C", "W"]))  # turned arrays are copied
-        resized = interpolate(
-            pixels_HWC.permute(2, 0, 1)[None], size=(new_height, new_width), mode="bilinear", antialias=True
-        )
+        resized = pixels_HWC.permute(2, 0, 1)[None]
+        if width < height:  # torch filters along the width first, too; the reason is given below
+            resized = interpolate(resized, size=(new_height, width), mode="bilinear", antialias=True)
+        resized = interpolate(resized, size=(new_height, new_width), mode="bilinear", antialias=True)
         drawn_CHW[:] = resized[0].numpy()
         return canvas_CHW.transpose(1, 2, 0)
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)

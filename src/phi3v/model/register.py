@@ -1,22 +1,59 @@
-"""Makes Phi-3-V known to transformers' Auto classes."""
+"""Makes Phi-3-V known to transformers' Auto classes.
 
+Models and configurations are chosen by the type in config.json, and registering is enough. Processors and tokenizers
+are chosen by the class that their own files name; a name that nobody knows, with an `auto_map` beside it, has the Auto
+class ask whether the folder's code may run. So their `from_pretrained` looks at config.json first: Phi-3-V's folders
+load with the classes here, whatever else they say; for all other folders it is transformers' own.
+"""
+
+import functools
+import json
 import logging
+import os
+from pathlib import Path
 from typing import Any, NoReturn
 
 logger = logging.getLogger(__name__)
 
+_PLACE_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+_OPTIONS_OF_AUTO = (
+    "config",
+    "trust_remote_code",
+    "code_revision",
+    "backend",
+    "use_fast",
+    "image_processor_filename",
+    "tokenizer_type",
+    "mistral_format",
+)
+"""Arguments by which Auto classes choose a class, which is chosen here."""
 
-class Phi3VVideoProcessor:
-    """What `AutoVideoProcessor` finds for Phi-3-V: nothing that reads videos, and so no code of the folder either.
+
+class _Nothing:
+    """What Auto classes find for Phi-3-V where it has nothing, and so no code of the folder either.
 
     Without it transformers' pipelines take the image processor's `auto_map` for that of a video processor, and ask
     whether its code may run.
     """
 
+    kind: str
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
         """Raises: ValueError, always."""
-        raise ValueError("Phi-3-V reads text and images only: it has no video processor")
+        raise ValueError(f"Phi-3-V reads text and images only: it has no {cls.kind}")
+
+
+class Phi3VVideoProcessor(_Nothing):
+    """For `AutoVideoProcessor`."""
+
+    kind = "video processor"
+
+
+class Phi3VFeatureExtractor(_Nothing):
+    """For `AutoFeatureExtractor`."""
+
+    kind = "feature extractor"
 
 
 def register() -> None:
@@ -29,10 +66,13 @@ def register() -> None:
     """
     from transformers import (
         AutoConfig,
+        AutoFeatureExtractor,
         AutoImageProcessor,
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
         AutoProcessor,
+        AutoTokenizer,
+        PreTrainedTokenizerFast,
         __version__,
     )
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -57,7 +97,56 @@ def register() -> None:
     AutoImageProcessor.register(Phi3VConfig, image_processor_classes={"pil": Phi3VImageProcessor}, exist_ok=True)
     AutoVideoProcessor.register(Phi3VConfig, Phi3VVideoProcessor, exist_ok=True)
     AutoProcessor.register(Phi3VConfig, Phi3VProcessor, exist_ok=True)
+    for auto, ours in (
+        (AutoImageProcessor, Phi3VImageProcessor),
+        (AutoProcessor, Phi3VProcessor),
+        (AutoTokenizer, PreTrainedTokenizerFast),  # the generic one: LlamaTokenizer gives other ids
+        (AutoVideoProcessor, Phi3VVideoProcessor),
+        (AutoFeatureExtractor, Phi3VFeatureExtractor),
+    ):
+        _put_first(auto, ours)
     for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
         auto.register(Phi3VConfig, Phi3VForCausalLM, exist_ok=True)
     # by this table of names transformers' Trainer knows that smoothed labels belong to the logits before them
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(Phi3VConfig.model_type, Phi3VForCausalLM.__name__)
+
+
+def _put_first(auto: Any, ours: Any) -> None:
+    """Has an Auto class load Phi-3-V's folders with `ours`, before it looks at what they say about classes and code."""
+    plain = auto.from_pretrained.__func__
+    if hasattr(plain, "phi3_v"):
+        return
+
+    @functools.wraps(plain)
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *inputs: Any, **kwargs: Any) -> Any:
+        if not _is_phi3_v(pretrained_model_name_or_path, kwargs):
+            return plain(cls, pretrained_model_name_or_path, *inputs, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in _OPTIONS_OF_AUTO}
+        return ours.from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
+
+    marked: Any = from_pretrained
+    marked.phi3_v = ours
+    auto.from_pretrained = classmethod(from_pretrained)
+
+
+def _is_phi3_v(place: Any, options: dict[str, Any]) -> bool:
+    """Whether a folder, a file in it or a hub id is Phi-3-V's, by the config that is handed over or its config.json."""
+    from transformers import PreTrainedConfig
+    from transformers.utils import CONFIG_NAME, cached_file
+
+    from .configuration_phi3_v import Phi3VConfig
+
+    if isinstance(config := options.get("config"), PreTrainedConfig):
+        return config.model_type == Phi3VConfig.model_type
+    reasons = ("gated_repo", "missing_entries", "connection_errors")
+    try:
+        file = cached_file(
+            os.path.dirname(place) if os.path.isfile(place) else place,
+            CONFIG_NAME,
+            **{name: options[name] for name in _PLACE_OPTIONS if name in options},
+            **{f"_raise_exceptions_for_{reason}": False for reason in reasons},
+        )
+        values = json.loads(Path(file).read_text(encoding="utf-8")) if file else None
+    except (OSError, ValueError):  # what is wrong with a place, the Auto class itself says
+        return False
+    return isinstance(values, dict) and values.get("model_type") == Phi3VConfig.model_type

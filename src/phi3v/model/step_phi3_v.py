@@ -93,21 +93,36 @@ def attend_at(
     query, key, value = (part.view(heads).transpose(1, 2) for part in parts)
     # By its name in transformers' module, where other libraries put kernels of theirs.
     query, key = modeling_phi3.apply_rotary_pos_emb(query, key, *position_embeddings)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+    attended = attend(attention, query, key, value, attention_mask, **kwargs)
+    return attention.o_proj(pick(attended.flatten(2), kept_positions))
+
+
+def attend(
+    attention: Any,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """The attention that a Phi3Attention's config names, with that module's settings.
+
+    Shapes: `[B, heads, S, D]` to `[B, S, heads, D]`; keys and values may have fewer heads.
+    """
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(
         attention.config._attn_implementation, modeling_phi3.eager_attention_forward
     )
-    attended, _ = attend(
+    return function(
         attention,
-        query,
-        key,
-        value,
+        queries,
+        keys,
+        values,
         attention_mask,
         dropout=attention.attention_dropout if attention.training else 0.0,
         scaling=attention.scaling,
         sliding_window=getattr(attention.config, "sliding_window", None),
         **kwargs,
-    )
-    return attention.o_proj(pick(attended.flatten(2), kept_positions))
+    )[0]
 
 
 def _head_counts(attention: Any) -> tuple[int, int, int]:

@@ -24,7 +24,8 @@ class TrainingEvent:
     Attributes:
         kind: "start" (with `trainable`), "step" (after each optimiser step), "metrics" (losses were logged;
             before the "step"), "look" (images are downloaded, rows are looked at), "rows" (with `rows`), "features"
-            (images go through the frozen tower in advance), "kept" (with `line`), "end", or "answers" (held-out rows).
+            (images go through the frozen tower in advance), "kept" and "way" (with `line`), "end", or "answers"
+            (held-out rows).
         step: steps done.
         total: steps of the whole run; for "look", "features" and "answers" `step` and `total` count rows or addresses.
         seconds_left: an estimate, None until there is one.
@@ -33,10 +34,11 @@ class TrainingEvent:
         resumed_from: step of the checkpoint that the run goes on from, at the start.
         stage: whose answers, for "answers": "base answers" or "tuned answers"; which rows, for "look".
         rows: how many rows the run uses, for "rows".
-        line: what is kept of the images and what is not, for "kept"; `step` of `total` different images are.
+        line: what is kept of the images and what is not, for "kept"; `step` of `total` different images are. Which
+            way a step goes (packs, attention, layers), for "way".
     """
 
-    kind: Literal["start", "look", "rows", "features", "kept", "step", "metrics", "end", "answers"]
+    kind: Literal["start", "look", "rows", "features", "kept", "way", "step", "metrics", "end", "answers"]
     step: int
     total: int
     seconds_left: float | None = None

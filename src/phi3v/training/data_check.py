@@ -5,12 +5,14 @@ weights; prints nothing.
 """
 
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 from phi3v.data.check import (
     FetchedPart,
     Images,
     Report,
+    count_addresses,
     count_images,
     count_reasons,
     crop_prices,
@@ -19,18 +21,18 @@ from phi3v.data.check import (
     rows_beyond,
 )
 from phi3v.data.duplicates import find_duplicates
+from phi3v.data.fact_table import FactTable
 from phi3v.data.fetch import FetchSummary, fetch_images
 from phi3v.data.reading import Reading
 from phi3v.errors import DataError
 from phi3v.first_look import (
-    HELD_OUT,
     FoundRows,
     Progress,
     Surveyed,
     find_refusal,
     find_rows,
+    survey_data,
     survey_options,
-    survey_rows,
 )
 from phi3v.loading import load_config, load_processor
 from phi3v.recipe import Recipe
@@ -66,12 +68,8 @@ def check_recipe(
     whole = fetch and shard == (0, 1)
     data, unsplit = _open(recipe, download=whole, failures=failures, on_progress=on_progress)
     options = survey_options(recipe, context, decode=decode, hashes=True)
-    train = survey_rows(data.train, processor, options, on_progress=on_progress)
-    held_out = survey_rows(data.validation, processor, options, stage=HELD_OUT, on_progress=on_progress)
-    problems = sorted(
-        [*data.problems, *train.problems, *held_out.problems], key=lambda problem: (problem.source, problem.row)
-    )
-    facts = [*train.facts, *held_out.facts]
+    train, held_out, problems = survey_data(data, processor, options, on_progress=on_progress)
+    facts = FactTable(chain(train.facts, held_out.facts))
     crops = recipe.image.num_crops if processor is None else processor.image_processor.num_crops
     rope_limit = config.original_max_position_embeddings if config is not None else None
     return Report(
@@ -87,7 +85,7 @@ def check_recipe(
         trouble=data.refusal or unsplit or find_refusal(recipe, data, problems, len(train.kept)),
         sampled=data.sampled,
         decoded=decode,
-        images=Images(count_images(facts), len({url for fact in facts for url in fact.web}), data.not_cached),
+        images=Images(count_images(facts), count_addresses(facts), data.not_cached),
         model=name if model else None,
         num_crops=crops,
         lengths=length_spreads(facts) if model else {},
@@ -98,6 +96,8 @@ def check_recipe(
         beyond_rope=rows_beyond(facts, rope_limit),
         duplicates=find_duplicates(train.facts, held_out.facts),
         crops=crop_prices(facts, num_crops=crops, max_tokens=recipe.image.max_tokens, context=context),
+        sets=data.sets,
+        not_read=data.not_read,
         part=None if whole or not fetch else FetchedPart.of(shard, part, **_limits(recipe)),
         outlook=_outlook(recipe, train, config, crops) if model else None,
     )

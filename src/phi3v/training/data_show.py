@@ -1,16 +1,20 @@
-"""`show_recipe(recipe)`: some rows of a recipe's data as people and as the model see them. Loads no weights."""
+"""`show_recipe(recipe)`: some rows of a recipe's data as people and as the model see them. Loads no weights.
 
-from collections.abc import Sequence
+Which rows can be used is judged as `check_recipe` judges it, so both say the same numbers and the same reasons.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from phi3v.data.check import listed
 from phi3v.data.fetch import fetch_images
+from phi3v.data.image_cache import FetchFailure
 from phi3v.data.reading import Reading
 from phi3v.data.schema import ImageRef, Row
 from phi3v.data.show import ShownRow, show_row, spaced
 from phi3v.data.show_page import render_rows
-from phi3v.first_look import Progress, find_rows
+from phi3v.first_look import Progress, find_rows, survey_data, survey_options
 from phi3v.loading import load_config, load_processor
 from phi3v.recipe import Recipe
 
@@ -23,8 +27,9 @@ class Shown:
         source: the set.
         model: whose tokens they are.
         rows: rows read.
-        usable: rows that can be used, by their headers.
+        usable: rows that can be used.
         problems: rows that are left out, as `data.check.listed` gives them.
+        decoded: whether every image was decoded, or headers were taken for enough.
         shown: some of the training rows.
     """
 
@@ -33,6 +38,7 @@ class Shown:
     rows: int
     usable: int
     problems: list[dict[str, Any]]
+    decoded: bool
     shown: Sequence[ShownRow]
 
     def to_dict(self) -> dict[str, Any]:
@@ -44,13 +50,14 @@ class Shown:
         return render_rows(self.source, {"rows": self.rows, "usable": self.usable, "model": self.model}, self.shown)
 
 
-def show_recipe(recipe: Recipe, *, rows: int = 8, on_progress: Progress | None = None) -> Shown:
+def show_recipe(recipe: Recipe, *, rows: int = 8, decode: bool = True, on_progress: Progress | None = None) -> Shown:
     """Training rows of a recipe, evenly spaced over the set, so that nobody picked the good ones.
 
     Args:
         recipe: whose data, images and model.
         rows: how many.
-        on_progress: called as images are downloaded, those of the rows that are shown and no others.
+        decode: decode every image of the set, as a check does; False takes headers for enough.
+        on_progress: called as rows are looked at and images downloaded, those of the rows that are shown and no others.
     Raises: DataError, CheckpointError: the set or the model's small files cannot be read.
     """
     name = recipe.model.name
@@ -63,34 +70,41 @@ def show_recipe(recipe: Recipe, *, rows: int = 8, on_progress: Progress | None =
         "max_pixels": recipe.image.max_pixels,
     }
     data = find_rows(recipe, download=False, on_progress=on_progress)
+    options = survey_options(recipe, context, decode=decode, hashes=False)
+    problems = survey_data(data, processor, options, on_progress=on_progress)[2]
+    wrong = {(problem.source, problem.row): problem.message for problem in problems}
     chosen = [data.train[position] for position in spaced(len(data.train), rows)]
     shown = [
         row if isinstance(row, ShownRow) else show_row(row, processor, **how)
-        for row in _with_images(chosen, recipe, on_progress)
+        for row in _with_images(chosen, wrong, recipe, on_progress)
     ]
-    problems = listed(data.problems)
-    return Shown(recipe.data.train_name, name, data.rows_in, data.rows_in - len(problems), problems, shown)
+    usable = data.rows_in - len(problems)
+    return Shown(recipe.data.train_name, name, data.rows_in, usable, listed(problems), decode, shown)
 
 
-def _with_images(rows: Sequence[Row], recipe: Recipe, on_progress: Progress | None) -> list[Row | ShownRow]:
-    """The rows with the files of images that were still to be downloaded, or with why these did not come."""
+def _with_images(
+    rows: Sequence[Row], wrong: Mapping[tuple[str, int], str], recipe: Recipe, on_progress: Progress | None
+) -> list[Row | ShownRow]:
+    """The rows with the files of images that were still to be downloaded, or with why they cannot be shown."""
     reading = Reading.of(**recipe.data.reading_options)
     missing = [image.url for row in rows for image in row.images if image.path is None and image.url is not None]
-    if not missing or reading.cache is None:
-        return list(rows)
     told = None if on_progress is None else lambda done, total: on_progress("downloading images", done, total)
-    failures = fetch_images(missing, reading.cache, reading.limits, on_progress=told).failures
     cache = reading.cache
+    failures: Mapping[str, FetchFailure] = {}
+    if missing and cache is not None:
+        failures = fetch_images(missing, cache, reading.limits, on_progress=told).failures
 
     def here(image: ImageRef) -> ImageRef:
-        found = cache.path(image.url) if image.url is not None and image.path is None else None
+        found = cache.path(image.url) if cache and image.url is not None and image.path is None else None
         return image if found is None else replace(image, path=str(found))
 
     complete: list[Row | ShownRow] = []
     for row in rows:
-        failed = [failures[image.url] for image in row.images if image.url in failures]
-        if failed:
-            complete.append(ShownRow(row.source, row.index, [], [], failed[0].message))
+        failed = [failures[image.url].message for image in row.images if image.url and image.url in failures]
+        if (row.source, row.index) in wrong:
+            complete.append(ShownRow(row.source, row.index, [], [], wrong[row.source, row.index]))
+        elif failed:
+            complete.append(ShownRow(row.source, row.index, [], [], failed[0]))
         else:
             complete.append(replace(row, images=tuple(map(here, row.images))))
     return complete

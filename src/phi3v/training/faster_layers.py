@@ -1,28 +1,33 @@
 """Faster forms of the model's layers from libraries, as a recipe chooses them: torch.compile, Liger's kernels.
 
 In comes a model that is ready to train; the same model computes the same things with fewer passes over memory. Nothing
-of it is saved. Knows nothing of data or of the Trainer.
+of it is saved. `step_line` says in words which way a step goes. Knows nothing of rows or of the Trainer.
 """
 
 import importlib.util
+import inspect
 from typing import Any
 
 import torch
 from torch import nn
 
+from phi3v.data.plan import MicroBatches
 from phi3v.errors import ConfigError, DeviceError, MissingPackageError
+from phi3v.kernels.lora_layer import FastLoraState
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
-from phi3v.passthrough import first_line
+from phi3v.passthrough import check_names
 from phi3v.recipe import Recipe
 
 CHECKPOINTING = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
 """Where TrainingArguments takes how activations are checkpointed, by its new name and its old one."""
+_LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 
 
 def check_faster_layers(recipe: Recipe, device: torch.device) -> None:
     """Refuses what cannot be had here, before anything is loaded.
 
     Raises:
+        ConfigError: an argument that Liger does not have, or a loss of Liger's.
         MissingPackageError: Triton or Liger is not installed.
         DeviceError: Liger's kernels, or offloaded checkpoints, without a GPU.
     """
@@ -45,6 +50,23 @@ def check_faster_layers(recipe: Recipe, device: torch.device) -> None:
         raise MissingPackageError(
             "training.use_liger_kernel is true and Liger is not installed: pip install 'phi3v[liger]'"
         )
+    _check_liger_options(training.options.get("liger_kernel_config") or {})
+
+
+def _check_liger_options(options: Any) -> None:
+    """Refuses arguments that Liger's `apply_liger_kernel_to_phi3` does not have, and its losses.
+
+    Example: {"rms_nrom": False} -> "training.liger_kernel_config.rms_nrom is no option: did you mean rms_norm?".
+    """
+    from liger_kernel.transformers import apply_liger_kernel_to_phi3
+
+    section = "training.liger_kernel_config"
+    if not isinstance(options, dict):
+        raise ConfigError(f"{section} is {options!r}, allowed is a mapping, {{rope: false}} for instance")
+    known = [name for name in inspect.signature(apply_liger_kernel_to_phi3).parameters if name != "model"]
+    check_names(section, options, known)
+    if any(options.get(loss) for loss in _LIGER_LOSSES):
+        raise ConfigError(f"{section}: the loss is phi3v's own, take (fused_linear_)cross_entropy out")
 
 
 def use_faster_layers(model: Any, recipe: Recipe, device: torch.device) -> dict[str, int]:
@@ -75,7 +97,7 @@ def compiles(choice: bool | str, device: torch.device, *, quantized: bool) -> bo
 
 
 def compile_layers(model: Phi3VForCausalLM, **options: Any) -> int:
-    """Compiles each layer of the decoder and of the tower by itself; the number of layers.
+    """Compiles each layer of the decoder and of the tower by itself; how many are compiled: hand-written ones are not.
 
     Layers of one kind share their code, so few are compiled. Sizes are left open: a batch of another length or with
     other crops is no reason to compile again.
@@ -89,7 +111,7 @@ def compile_layers(model: Phi3VForCausalLM, **options: Any) -> int:
     layers: list[nn.Module] = [*model.model.layers, *transformer.encoder.layers[: transformer.layers_read]]
     for layer in layers:
         layer.compile(**{"dynamic": True, **options})
-    return len(layers)
+    return sum(layer._compiled_call_impl is not None for layer in layers)
 
 
 def use_liger(model: Phi3VForCausalLM, options: dict[str, Any]) -> int:
@@ -99,21 +121,38 @@ def use_liger(model: Phi3VForCausalLM, options: dict[str, Any]) -> int:
 
     Args:
         model: a Phi-3-V on a GPU.
-        options: arguments of Liger's `apply_liger_kernel_to_phi3`.
-    Raises: ConfigError for a loss of Liger's, or an argument that it does not know.
+        options: arguments of Liger's `apply_liger_kernel_to_phi3`, which `check_faster_layers` has looked at.
     """
     from liger_kernel.transformers import apply_liger_kernel_to_phi3
 
-    if options.get("fused_linear_cross_entropy") or options.get("cross_entropy"):
-        raise ConfigError(
-            "training.liger_kernel_config: the loss is phi3v's own, take (fused_linear_)cross_entropy out"
-        )
-    losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-    try:
-        apply_liger_kernel_to_phi3(**{**options, **losses}, model=model)
-    except TypeError as error:
-        raise ConfigError(f"training.liger_kernel_config: {first_line(error)}") from error
+    apply_liger_kernel_to_phi3(**{**options, **dict.fromkeys(_LIGER_LOSSES, False)}, model=model)
     return len(model.model.layers)
+
+
+def step_line(attention: str, micro_batches: MicroBatches, state: FastLoraState, layers: dict[str, int]) -> str:
+    """Which way the steps of a run go, in one line.
+
+    Args:
+        attention: its name.
+        micro_batches: how a step is cut.
+        state: of the decoder's layers, before any was compiled: of a compiled one no other reason is known.
+        layers: what `use_faster_layers` did.
+    Example: "each step: packs of at most 5,078 tokens, attention phi3v_packed_varlen, 32 of 32 decoder layers
+    hand-written, 23 layers compiled", or "each step: 2 padded samples at a time, attention sdpa, 0 of 32 decoder layers
+    hand-written (no CUDA device), none compiled".
+    """
+    if not micro_batches.packed:
+        size = micro_batches.size
+        cut = f"{size} padded samples at a time" if size > 1 else "one sample at a time"
+    elif micro_batches.tokens:
+        cut = f"packs of at most {micro_batches.tokens:,} tokens"
+    else:
+        cut = f"packs of at most {micro_batches.size} times a step's longest sample"
+    written = f"{state.attached} of {state.layers} decoder layers hand-written"
+    reasons = f" ({', '.join(state.reasons)})" if state.reasons else ""
+    more = [f"{layers['compiled']} layers compiled" if layers["compiled"] else "none compiled"]
+    more += [f"{layers['liger']} with Liger's kernels"] if layers["liger"] else []
+    return f"each step: {cut}, attention {attention}, {written}{reasons}, {', '.join(more)}"
 
 
 def _active(module: Any) -> Any:

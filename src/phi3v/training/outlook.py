@@ -6,6 +6,7 @@ rate of a machine is measured, with the matrix product that training spends its 
 """
 
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,16 +74,21 @@ def outlook(recipe: Recipe, rows: int, facts: Sequence[RowFacts], config: Any, n
     per_epoch = None if recipe.data.streaming else whole
     steps = training.max_steps or int(-(-whole * training.epochs // 1))
     samples = steps * training.samples_per_step
-    known = [fact for fact in facts if fact.length is not None]
     counts = (rows, training.samples_per_step, per_epoch, steps)
-    if config is None or num_crops is None or not known or not rows:
+    if config is None or num_crops is None or not rows or all(fact.length is None for fact in facts):
         return Outlook(*counts, None, None, training.packing, None, None, None, None)
-    tokens = round(sum(fact.length.total for fact in known if fact.length) / len(known) * samples)
-    language = sum(language_operations(recipe, config, fact.length.total) for fact in known if fact.length)
-    vision = sum(vision_operations(recipe, config, fact, num_crops) for fact in known)
-    operations = (language * samples + vision * (rows if recipe.vision.cache else samples)) / len(known)
     limit = recipe.data.max_length or config.max_position_embeddings
-    fitting = [min(fact.length.total, limit) for fact in known if fact.length and fact.too_long is None]
+    totals, fitting, language, vision = array("q"), array("q"), 0.0, 0.0
+    for fact in facts:
+        if fact.length is None:
+            continue
+        totals.append(fact.length.total)
+        language += language_operations(recipe, config, fact.length.total)
+        vision += vision_operations(recipe, config, fact, num_crops)
+        if fact.too_long is None:
+            fitting.append(min(fact.length.total, limit))
+    tokens = round(sum(totals) / len(totals) * samples)
+    operations = (language * samples + vision * (rows if recipe.vision.cache else samples)) / len(totals)
     machine, rate = measure_rate(recipe)
     return Outlook(*counts, *micro_batches(recipe, fitting), training.packing, tokens, operations, machine, rate)
 
@@ -100,10 +106,13 @@ def micro_batches(recipe: Recipe, lengths: Sequence[int]) -> tuple[float, int]:
         return 0.0, 0
     how = micro_batches_of(recipe, 0 if recipe.data.streaming else max(lengths))
     order = epoch_order(len(lengths), training.samples_per_step, training.seed, 0)
-    steps = list(plan_steps(lengths, order, training.samples_per_step, how))
-    groups = [[lengths[row] for row in group] for step in steps for group in step]
-    sizes = [sum(group) if how.packed else len(group) * max(group) for group in groups]
-    return len(groups) / len(steps), max(sizes)
+    steps, groups, largest = 0, 0, 0
+    for step in plan_steps(lengths, order, training.samples_per_step, how):
+        steps, groups = steps + 1, groups + len(step)
+        for group in step:
+            tokens = [lengths[row] for row in group]
+            largest = max(largest, sum(tokens) if how.packed else len(tokens) * max(tokens))
+    return groups / steps, largest
 
 
 def language_operations(recipe: Recipe, config: Any, tokens: int) -> float:

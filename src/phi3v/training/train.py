@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
+from phi3v.data.plan import MicroBatches
 from phi3v.data.sources import LoadedData, StreamedData
 from phi3v.errors import DeviceError, TrainingError
 from phi3v.evaluation.report_run import write_report
@@ -41,7 +42,7 @@ from phi3v.training.callbacks import (
 from phi3v.training.checkpoints import checkpoint_step, logged_lines, newest_checkpoint
 from phi3v.training.conditions import conditions_of, facts_of, name_weights
 from phi3v.training.disk_space import warn_of_space
-from phi3v.training.faster_layers import check_faster_layers, use_faster_layers
+from phi3v.training.faster_layers import check_faster_layers, step_line, use_faster_layers
 from phi3v.training.feature_cache import FeatureReport
 from phi3v.training.master_weights import same_in
 from phi3v.training.preflight import check_recipe_alone, check_upload
@@ -204,9 +205,9 @@ def _tune(
         on_features=lambda done, total: watch(TrainingEvent("features", done, total)),
         on_kept=lambda kept: watch(_kept_event(kept)),
     )
-    use_faster_layers(model, recipe, device)
     step_collator, eval_collator = make_collators(recipe, data, processor)
     step_collator.halvings.fill_(facts["halvings"])
+    _use_faster_layers(model, recipe, device, step_collator.micro_batches, watch)
     trainer = _make_trainer(
         model=model,
         args=arguments,
@@ -248,6 +249,16 @@ def _non_finite(recipe: Recipe, data: LoadedData | StreamedData) -> NonFinite:
     """What happens to a step whose loss or gradient is no number; rows of a stream have no names."""
     rows = data.train if isinstance(data, LoadedData) else None
     return NonFinite(recipe.training.non_finite, None if rows is None else partial(name_rows, rows))
+
+
+def _use_faster_layers(
+    model: Any, recipe: Recipe, device: torch.device, micro_batches: MicroBatches, watch: Watcher
+) -> None:
+    """Compiles layers and the like, and tells which way steps go."""
+    state = fast_lora_state(model)
+    layers = use_faster_layers(model, recipe, device)
+    line = step_line(model.config._attn_implementation, micro_batches, state, layers)
+    watch(TrainingEvent("way", 0, 0, line=line))
 
 
 def _make_trainer(**arguments: Any) -> StepTrainer:

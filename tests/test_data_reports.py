@@ -1,0 +1,76 @@
+"""`phi3v data check` and `data show` say the same, and name what is left out: rows, files, splits; errors as JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_data_cli
+from test_data_cli import write_rows
+
+folder, model, run = test_data_cli.folder, test_data_cli.model, test_data_cli.run
+
+
+def test_show_and_check_say_the_same_of_rows_that_only_decoding_shows_to_be_bad(run: Any, folder: Path) -> None:
+    photo = bytearray((folder / "photos" / "0.png").read_bytes())
+    photo[photo.index(b"IDAT") + 6] ^= 0xFF
+    (folder / "photos" / "bad.png").write_bytes(photo)  # its header and its end are sound
+    rows = [json.loads(line) for line in (folder / "photos" / "rows.jsonl").read_text().splitlines()]
+    rows[0]["image"], rows[1]["colour"] = "bad.png", "red " * 2000
+    write_rows(folder, rows)
+    words = [folder / "recipe.yaml", "data.max_length=1000", "data.max_skipped=0.2", "--json"]
+    for more, usable in (([], 36), (["--quick"], 37)):
+        checked, shown = (json.loads(run(name, *words, *more).stdout) for name in ("check", "show"))
+        assert shown["usable"] == checked["usable"] == usable
+        for key in ("rows", "problems", "decoded"):
+            assert shown[key] == checked[key]
+    found = json.loads(run("show", *words, "data.split=null", "--rows", 40, "--text").stdout)
+    assert {row["row"]: row["problem"] for row in found["shown"] if row["problem"]} == {
+        problem["row"]: problem["message"] for problem in found["problems"] if problem["row"] in (0, 1)
+    }
+
+
+def test_check_names_what_is_not_read(run: Any, folder: Path) -> None:
+    photos = folder / "photos"
+    photos.joinpath("old.csv").write_text("image,colour\n")
+    for name in ("a.txt", "b.txt", ".c"):
+        photos.joinpath(name).write_text("x")
+    words = ["check", folder / "recipe.yaml", "--quick", f"data.train={photos}"]
+    photos.joinpath("rows.jsonl").rename(photos / "rows-1.jsonl")
+    photos.joinpath("rows-2.jsonl").write_text(json.dumps({"image": "0.png", "colour": "red"}) + "\n")
+    found = json.loads(run(*words, "--json").stdout)
+    assert {Path(one["file"]).name for one in found["not_read"]} >= {"old.csv", "a.txt", "b.txt", ".c"}
+    assert f"{photos}/0.png" not in {one["file"] for one in found["not_read"]}
+    assert (found["problems"][0]["source"], found["problems"][0]["row"]) == (f"{photos}/rows-1.jsonl", 3)
+    lines = run(*words).stdout.splitlines()
+    assert f"not read, json files are read here: name it itself to read it: {photos}/old.csv" in lines
+    by_rows = "no data by its ending, and no row that can be used names it"
+    assert f"2 not read, {by_rows}: {photos}/a.txt, {photos}/b.txt" in lines
+    assert "not read" not in run("check", photos / "rows-1.jsonl", *words[2:3], "data.answer='{colour}'").stdout
+
+
+def test_rows_that_weights_leave_out_are_counted_set_by_set(run: Any, folder: Path) -> None:
+    for name, count in (("a", 30), ("b", 10)):
+        rows = [{"image": f"{number % 4}.png", "colour": f"{name} {number}"} for number in range(count)]
+        (folder / "photos" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = ", ".join(f"{{source: {folder}/photos/{name}.jsonl, weight: 1}}" for name in "ab")
+    words = ["check", folder / "recipe.yaml", "--quick", f"data.train=[{sets}]", "data.split=null"]
+    found = json.loads(run(*words, "--json").stdout)
+    assert (found["rows"], found["train"]) == (40, 40)
+    assert found["sets"] == [
+        {"source": f"{folder}/photos/a.jsonl", "rows": 30, "epoch": 20, "left_out": 10},
+        {"source": f"{folder}/photos/b.jsonl", "rows": 10, "epoch": 20, "left_out": 0},
+    ]
+    lines = run(*words).stdout.splitlines()
+    assert f"{folder}/photos/a.jsonl: 20 of its 30 rows in an epoch, 10 left out (weights, data.max_rows)" in lines
+    assert f"{folder}/photos/b.jsonl: all of its 10 rows in an epoch, 20 with those that come again" in lines
+    assert "in an epoch" not in run("check", folder / "recipe.yaml", "--quick").stdout.replace("an epoch,", "")
+
+
+@pytest.mark.parametrize("command", ["check", "show"])
+def test_errors_are_json_too(command: str, run: Any, folder: Path, model: Path) -> None:
+    (folder / "broken.csv").write_text("image,title\na.jpg,Foo,extra\n")
+    done = run(command, folder / "broken.csv", f"model={model}", "--json")
+    error = json.loads(done.stdout)["error"]
+    assert (done.exit_code, done.stderr) == (1, f"phi3v: {error}\n")
+    assert "broken.csv cannot be read: line 2 has 3 cells, the header has 2: put quotes around a cell" in error
