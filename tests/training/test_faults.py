@@ -71,7 +71,6 @@ def spoil_gradient(monkeypatch: pytest.MonkeyPatch, value: float, step: int, cal
     [
         (spoil_loss, math.nan, 0, "loss is nan"),
         (spoil_loss, math.inf, 1, "loss is inf"),
-        (spoil_gradient, math.nan, 0, "grad_norm is nan"),
         (spoil_gradient, math.inf, 0, "grad_norm is inf"),
     ],
 )
@@ -137,8 +136,7 @@ def test_a_run_that_leaves_out_every_step_is_stopped(make: MakeRecipe, monkeypat
         phi3v.train(make(training={**STEPS, "max_steps": 20, "non_finite": "skip"}))
 
 
-@pytest.mark.parametrize("step", [1, 4])
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(("step", "packing"), [(1, False), (4, True)])
 def test_a_step_without_memory_is_done_again_in_smaller_pieces(
     make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, step: int, packing: bool
 ) -> None:

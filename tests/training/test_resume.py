@@ -139,6 +139,17 @@ def test_loader_workers_change_nothing_of_it(make: MakeRecipe, undisturbed: dict
     assert_same_end(end_of(recipe.output), undisturbed)
 
 
+def test_a_model_that_is_tuned_as_a_whole_goes_on_exactly(make: MakeRecipe) -> None:
+    whole = {**HARD, "lora": None, "vision": {"tower": "train", "projector": "train"}}
+    undisturbed, recipe = make("whole", **whole), make("stopped", **whole)
+    phi3v.train(undisturbed)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        at_update(patch, 3, signal.SIGTERM)
+        phi3v.train(recipe)
+    assert phi3v.train(recipe).resumed_from == 3
+    assert_same_end(end_of(recipe.output), end_of(undisturbed.output))
+
+
 def test_a_signal_before_the_first_step_leaves_nothing_to_go_on_from(make: MakeRecipe) -> None:
     recipe = make("early", **HARD)
     with pytest.raises(Interrupted):
