@@ -45,6 +45,8 @@ LAYERS = (
     ("recipe", 0),
     ("recipe_*", 0),
     ("run_folder", 0),
+    ("run_lock", 0),
+    ("whole_files", 0),
 )
 
 # Where each library may be imported (lazily or not). A library that is not here may not be imported at all.
@@ -75,7 +77,7 @@ LIBRARIES = {
         "demo.*",
         "cli_session",
     ),
-    "numpy": ("model.*", "data.*", "evaluation.*", "demo.*"),
+    "numpy": ("model.*", "data.*", "evaluation.*", "training.state_files", "demo.*"),
     "PIL": ("model.*", "data.*", "generate", "evaluation.report", "evaluation.controls", "demo.*"),
     "tokenizers": ("model.*", "demo.*"),
     "huggingface_hub": (
@@ -89,7 +91,14 @@ LIBRARIES = {
     ),
     "httpx2": ("data.address_guard",),
     "httpcore2": ("data.guarded_network", "data.download", "data.fetch"),
-    "safetensors": ("loading", "features.files", "demo.*"),
+    "safetensors": (
+        "loading",
+        "features.files",
+        "training.state_files",
+        "training.durable_trainer",
+        "training.run_faults",
+        "demo.*",
+    ),
     "accelerate": ("training.*",),
     "peft": ("adapters", "tuning"),
     "bitsandbytes": ("loading",),

@@ -49,7 +49,7 @@ RUN_FILES = ("recipe.yaml", "versions.json")
 
 SETTINGS = tuple(
     "evaluation report model.device data.image_cache data.allow_hosts vision.cache_gb vision.cache_folder "
-    "training.fast_lora".split()
+    "training.fast_lora training.non_finite".split()
 )
 """Sections and keys that do not change what is trained: where and how fast it happens, and what is done afterwards."""
 
@@ -123,6 +123,9 @@ class TrainingSection(BaseModel):
     seed: int = Field(default=0, ge=0, description="Order of the samples, dropout and fresh adapter weights.")
     learning_rate: float = Field(default=2e-4, gt=0, allow_inf_nan=False, description="Peak learning rate.")
     fast_lora: Literal["auto", "off"] = Field(default="auto", description="auto: hand-written LoRA layers on GPUs.")
+    non_finite: Literal["stop", "skip"] = Field(
+        default="stop", description="A step whose loss or gradient is no number: stop, or leave it out."
+    )
     compile_layers: Literal["auto"] | bool = Field(
         default="auto", description="torch.compile for each layer; auto: GPUs."
     )

@@ -26,6 +26,9 @@ _DECIDED_ELSEWHERE = {
     "dataloader_drop_last": "training.samples_per_step (the last step of an epoch is filled up)",
     "auto_find_batch_size": "training.micro_batch_size (a step keeps its number of samples)",
     "resume_from_checkpoint": "output (a run goes on by itself)",
+    "save_only_model": "output (a run goes on from its checkpoints, and needs all of them)",
+    "ignore_data_skip": "data.streaming (a run goes on with the samples that were to come)",
+    "enable_jit_checkpoint": "what happens at SIGTERM (the last whole step is saved, see docs/training.md)",
     "train_sampling_strategy": "training.seed (each epoch has every row in an order of its own)",
     "length_column_name": "training.packing (lengths are known from image headers and texts)",
 }

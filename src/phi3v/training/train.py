@@ -5,10 +5,12 @@ newest complete checkpoint, or says that the run is finished. It prints nothing:
 `on_event`.
 """
 
+import contextlib
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,13 +39,18 @@ from phi3v.training.callbacks import (
     TrainingEvent,
     Watcher,
 )
-from phi3v.training.checkpoints import checkpoint_step, newest_checkpoint
+from phi3v.training.checkpoints import checkpoint_step, logged_lines, newest_checkpoint
+from phi3v.training.conditions import conditions_of, facts_of, name_weights
+from phi3v.training.disk_space import warn_of_space
 from phi3v.training.faster_layers import check_faster_layers, step_line, use_faster_layers
 from phi3v.training.feature_cache import FeatureReport
 from phi3v.training.master_weights import same_in
 from phi3v.training.preflight import check_recipe_alone, check_upload
+from phi3v.training.run_faults import one_line_faults
 from phi3v.training.samples import make_collators, make_samples, read_data
+from phi3v.training.step_faults import NonFinite, name_rows
 from phi3v.training.step_trainer import StepTrainer
+from phi3v.training.stop_signals import StopSignals
 from phi3v.training.trackers import tracker_callbacks
 from phi3v.tuning import TrainableReport, attach_lora, freeze, trainable_report
 
@@ -105,24 +112,38 @@ def train(
     Raises:
         ConfigError, DataError, CheckpointError, DeviceError, MissingPackageError: before the first step, in one line;
             the run's folder is made when all of it has been checked.
-        TrainingError: there is nothing to train, or a loss is not finite.
+        TrainingError: there is nothing to train, a loss is not finite, disk or memory are full.
+        Interrupted: SIGTERM or Ctrl-C came; the last whole step is saved, and the same call goes on behind it.
     """
     watch = on_event or (lambda event: None)
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     run = RunFolder(recipe.output)
     check_recipe_alone(recipe)
     store = feature_store(recipe, features)
-    if run.look(recipe) == "finished" and run.has_weights():
-        run.start(recipe)
-        summary = run.read_summary(needed=_SUMMARY)
-        kept = {entry.name: summary[entry.name] for entry in fields(RunResult) if entry.name in summary}
-        result = RunResult(**{**kept, "status": "finished", "folder": run.path, "seconds": 0.0, "resumed_from": None})
-    else:
-        check_upload(recipe)
-        result = _tune(recipe, run, watch, store)
-        run.mark_finished(result.to_dict())
-    _report(run, result, watch, store)
+    with StopSignals() as signals, _locked(run):
+        if run.look(recipe) == "finished" and run.has_weights():
+            run.start(recipe)
+            summary = run.read_summary(needed=_SUMMARY)
+            kept = {entry.name: summary[entry.name] for entry in fields(RunResult) if entry.name in summary}
+            now = {"status": "finished", "folder": run.path, "seconds": 0.0, "resumed_from": None}
+            result = RunResult(**{**kept, **now})
+        else:
+            check_upload(recipe)
+            result = _tune(recipe, run, watch, store, signals=signals)
+            run.mark_finished(result.to_dict())
+        _report(run, result, watch, store)
     return result
+
+
+@contextlib.contextmanager
+def _locked(run: RunFolder) -> Iterator[None]:
+    """Locks a run that is there, one that is new when its folder is made; nothing is locked behind this context."""
+    try:
+        if RunFolder.is_run(run.path):
+            run.lock.take()
+        yield
+    finally:
+        run.lock.give_back()
 
 
 def _report(run: RunFolder, result: RunResult, watch: Watcher, store: FeatureStore | None) -> None:
@@ -143,8 +164,9 @@ def train_watched(
 ) -> RunResult:
     """Trains as `train` does in a new folder, with callbacks of the Trainer beside ours, and writes no report."""
     check_recipe_alone(recipe)
-    store = feature_store(recipe, None)
-    return _tune(recipe, RunFolder(recipe.output), on_event or (lambda event: None), store, callbacks)
+    store, run = feature_store(recipe, None), RunFolder(recipe.output)
+    with _locked(run):
+        return _tune(recipe, run, on_event or (lambda event: None), store, callbacks)
 
 
 def _tune(
@@ -153,6 +175,7 @@ def _tune(
     watch: Watcher,
     store: FeatureStore | None,
     callbacks: Sequence[TrainerCallback] = (),
+    signals: StopSignals | None = None,
 ) -> RunResult:
     """Trains from the start or from the newest checkpoint, and writes the tuned weights."""
     device = _training_device(recipe.model.device)
@@ -163,10 +186,11 @@ def _tune(
     set_seed(recipe.training.seed)
     processor = load_processor(recipe.model.name, revision=recipe.model.revision, **recipe.image.processor_options)
     data = _usable_data(recipe, processor, watch)
-    model, autocast, short = _prepare_model(recipe, device)
+    model, base, autocast, short = _prepare_model(recipe, device)
     _refuse_idle_training(report := trainable_report(model))
     arguments = training_arguments(recipe, run, device=device, autocast=autocast, validated=bool(data.validation))
     check_optimiser(arguments, model)
+    facts = facts_of(checkpoint, conditions_of(data, base, device, resolve_dtype(recipe.model.dtype, device)))
     run.start(recipe)  # nothing was written so far
     run.write_problems(asdict(problem) for problem in data.problems)
     train_samples, eval_samples = make_samples(
@@ -182,6 +206,7 @@ def _tune(
         on_kept=lambda kept: watch(_kept_event(kept)),
     )
     step_collator, eval_collator = make_collators(recipe, data, processor)
+    step_collator.halvings.fill_(facts["halvings"])
     _use_faster_layers(model, recipe, device, step_collator.micro_batches, watch)
     trainer = _make_trainer(
         model=model,
@@ -192,22 +217,38 @@ def _tune(
         eval_dataset=eval_samples if data.validation else None,
         callbacks=[*_callbacks(recipe, run, report, watch), *callbacks],
         short_dtype=short,
+        non_finite=_non_finite(recipe, data),
+        signals=signals,
+        facts=facts,
     )
-    run.keep_metrics(-1 if done is None else done)
+    warn_of_space(run, report.trainable, arguments.save_total_limit)
+    run.keep_metrics(*((done, logged_lines(checkpoint)) if checkpoint else (-1,)))
     began = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    _save(run, recipe, trainer, processor)
+    with one_line_faults(trainer, run.path):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        _save(run, recipe, trainer, processor)
+    seconds = time.monotonic() - began
+    return _result(run, trainer, report, seconds, resumed_from=done, held_out=len(data.validation or []))
+
+
+def _result(run: RunFolder, trainer: StepTrainer, report: TrainableReport, seconds: float, **known: Any) -> RunResult:
+    """What a training did."""
     return RunResult(
-        status="resumed" if checkpoint else "trained",
+        status="trained" if known["resumed_from"] is None else "resumed",
         folder=run.path,
         steps=trainer.state.global_step,
-        seconds=time.monotonic() - began,
+        seconds=seconds,
         metrics=_last_losses(run),
         trainable={part: asdict(count) for part, count in report.parts.items()},
-        held_out=len(data.validation or []),
-        resumed_from=done,
-        fast_lora=asdict(fast_lora_state(model)),
+        fast_lora=asdict(fast_lora_state(trainer.model)),
+        **known,
     )
+
+
+def _non_finite(recipe: Recipe, data: LoadedData | StreamedData) -> NonFinite:
+    """What happens to a step whose loss or gradient is no number; rows of a stream have no names."""
+    rows = data.train if isinstance(data, LoadedData) else None
+    return NonFinite(recipe.training.non_finite, None if rows is None else partial(name_rows, rows))
 
 
 def _use_faster_layers(
@@ -269,8 +310,9 @@ def _training_device(device: str) -> torch.device:
     return wanted
 
 
-def _prepare_model(recipe: Recipe, device: torch.device) -> tuple[Any, torch.dtype | None, torch.dtype | None]:
-    """The model with what trains marked in float32, and the dtypes of mixed precision and of shortened weights.
+def _prepare_model(recipe: Recipe, device: torch.device) -> tuple[Any, str, torch.dtype | None, torch.dtype | None]:
+    """The model with what trains marked in float32, its base's name, and the dtypes of mixed precision and of shortened
+    weights.
 
     Under LoRA on a bfloat16 base everything computes in bfloat16 and the optimiser keeps float32 masters. float16,
     whose gradients need scaling, and a model tuned as a whole compute under autocast. None where that does not apply.
@@ -285,6 +327,7 @@ def _prepare_model(recipe: Recipe, device: torch.device) -> tuple[Any, torch.dty
         quantization=recipe.quantization,
         revision=recipe.model.revision,
     )
+    base = name_weights(model)
     vision = {"tower": recipe.vision.tower, "projector": recipe.vision.projector}
     if recipe.lora is None:
         freeze(model, language_model=True, **vision)
@@ -299,7 +342,7 @@ def _prepare_model(recipe: Recipe, device: torch.device) -> tuple[Any, torch.dty
     if wholly:
         _shorten_frozen_tower(model, compute)
     short = torch.bfloat16 if compute == torch.bfloat16 and not wholly else None
-    return model, None if compute in (torch.float32, short) else compute, short
+    return model, base, None if compute in (torch.float32, short) else compute, short
 
 
 def _shorten_frozen_tower(model: Any, dtype: torch.dtype) -> None:
@@ -330,14 +373,12 @@ def _callbacks(recipe: Recipe, run: RunFolder, report: TrainableReport, watch: W
 
 def _save(run: RunFolder, recipe: Recipe, trainer: StepTrainer, processor: Any) -> None:
     """Writes the tuned weights with the processor that belongs to them."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
 
     def save(folder: Path) -> None:
         if recipe.lora is None:
-            model.float()  # a frozen tower may have been shortened
-        model.save_pretrained(folder, state_dict=trainer.precise_state())
+            trainer.model.float()  # a frozen tower may have been shortened
+        trainer.save_weights(folder)
         processor.save_pretrained(folder)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's form with every field left open
 
     if recipe.lora is None:
         run.write_model(save)
