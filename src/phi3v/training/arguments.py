@@ -16,7 +16,7 @@ from transformers.training_args import OptimizerNames
 
 from phi3v.errors import ConfigError
 from phi3v.passthrough import check_names, first_line
-from phi3v.recipe import Recipe
+from phi3v.recipe import CHECKPOINTING, Recipe
 from phi3v.run_folder import RunFolder
 
 _DECIDED_ELSEWHERE = {
@@ -120,6 +120,7 @@ def _today(options: dict[str, Any]) -> dict[str, Any]:
     """
     known = {field.name for field in fields(TrainingArguments)}
     options = {name: value for name, value in options.items() if value is not None or name not in _KWARGS}
+    options = {name: value for name, value in options.items() if name not in CHECKPOINTING or value != "auto"}
     renamed = {name: name.replace("gradient_checkpointing", "activation_checkpointing") for name in options}
     return {renamed[name] if renamed[name] in known else name: value for name, value in options.items()}
 
@@ -168,6 +169,8 @@ def _check_plain(name: str, value: Any, default: Any) -> None:
 
     transformers itself would find out in the middle of a training, or take "no" for true.
     """
+    if name in CHECKPOINTING and value == "auto":
+        return  # chosen before it is used
     if isinstance(default, bool):
         if value is not None and not isinstance(value, bool):
             raise ConfigError(f"training.{name} is {value!r}, allowed are true and false")

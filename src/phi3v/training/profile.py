@@ -227,5 +227,5 @@ def advise(recipe: Recipe, found: Profile) -> Advice | None:
         return Advice("training.gradient_checkpointing", "false", seen)
     if found.device_idle is not None and found.device_idle - waiting > 0.15:
         seen = f"the GPU has nothing to do in {found.device_idle:.0%} of the time: its kernels are short"
-        return Advice("training.micro_batch_size", str(2 * training.micro_batch_size), seen)
+        return Advice("training.micro_batch_size", str(2 * training.micro_batch), seen)
     return None

@@ -127,8 +127,8 @@ def micro_batches_of(recipe: Recipe, longest: int) -> MicroBatches:
     Example: micro_batch_size 2 and a longest sample of 2,539 tokens make packs of at most 5,078.
     """
     training = recipe.training
-    tokens = training.tokens_per_micro_batch or training.micro_batch_size * longest or None
-    return MicroBatches(training.micro_batch_size, training.packing, tokens)
+    tokens = training.tokens_per_micro_batch or training.micro_batch * longest or None
+    return MicroBatches(training.micro_batch, training.packing, tokens)
 
 
 def _stand_ins(

@@ -21,13 +21,12 @@ from phi3v.evaluation.report_run import write_report
 from phi3v.evaluation.run import evaluate, feature_store, held_out_rows
 from phi3v.features.store import FeatureStore
 from phi3v.first_look import RowUse
-from phi3v.kernels.lora_layer import attach_fast_lora, fast_lora_state
-from phi3v.kernels.packed_attention import attach_packed_attention
-from phi3v.loading import load_base, load_processor, resolve_device, resolve_dtype
+from phi3v.kernels.lora_layer import fast_lora_state
+from phi3v.loading import load_processor, resolve_device
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.targets import resolve_target
-from phi3v.training.arguments import check_optimiser, library_errors, reentrant, training_arguments
+from phi3v.training.arguments import check_optimiser, library_errors, training_arguments
 from phi3v.training.callbacks import (
     LastStepCallback,
     MetricsCallback,
@@ -39,12 +38,13 @@ from phi3v.training.callbacks import (
 from phi3v.training.checkpoints import checkpoint_step, newest_checkpoint
 from phi3v.training.faster_layers import check_faster_layers, use_faster_layers
 from phi3v.training.feature_cache import FeatureReport
-from phi3v.training.master_weights import same_in
+from phi3v.training.memory_plan import adopt, settle
 from phi3v.training.preflight import check_recipe_alone, check_upload
+from phi3v.training.prepare import prepare_model
 from phi3v.training.samples import make_collators, make_samples, read_data
 from phi3v.training.step_trainer import StepTrainer
 from phi3v.training.trackers import tracker_callbacks
-from phi3v.tuning import TrainableReport, attach_lora, freeze, trainable_report
+from phi3v.tuning import TrainableReport, trainable_report
 
 _SUMMARY = ("steps", "metrics", "trainable", "held_out")
 """What the summary of a finished run has at least."""
@@ -109,6 +109,7 @@ def train(
     watch = on_event or (lambda event: None)
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     run = RunFolder(recipe.output)
+    recipe = adopt(recipe, run)
     check_recipe_alone(recipe)
     store = feature_store(recipe, features)
     if run.look(recipe) == "finished" and run.has_weights():
@@ -162,9 +163,13 @@ def _tune(
     set_seed(recipe.training.seed)
     processor = load_processor(recipe.model.name, revision=recipe.model.revision, **recipe.image.processor_options)
     data = _usable_data(recipe, processor, watch)
-    model, autocast, short = _prepare_model(recipe, device)
+    recipe = settle(recipe, data, processor, device)
+    prepared = prepare_model(recipe, device)
+    model = prepared.model
     _refuse_idle_training(report := trainable_report(model))
-    arguments = training_arguments(recipe, run, device=device, autocast=autocast, validated=bool(data.validation))
+    arguments = training_arguments(
+        recipe, run, device=device, autocast=prepared.autocast, validated=bool(data.validation)
+    )
     check_optimiser(arguments, model)
     run.start(recipe)  # nothing was written so far
     run.write_problems(asdict(problem) for problem in data.problems)
@@ -176,7 +181,7 @@ def _tune(
         model,
         steps_done=done or 0,
         store=store,
-        autocast=autocast,
+        autocast=prepared.autocast,
         on_features=lambda done, total: watch(TrainingEvent("features", done, total)),
         on_kept=lambda kept: watch(_kept_event(kept)),
     )
@@ -190,7 +195,7 @@ def _tune(
         train_dataset=train_samples,
         eval_dataset=eval_samples if data.validation else None,
         callbacks=[*_callbacks(recipe, run, report, watch), *callbacks],
-        short_dtype=short,
+        short_dtype=prepared.short,
     )
     run.keep_metrics(-1 if done is None else done)
     began = time.monotonic()
@@ -256,47 +261,6 @@ def _training_device(device: str) -> torch.device:
             "and model.device=cuda"
         )
     return wanted
-
-
-def _prepare_model(recipe: Recipe, device: torch.device) -> tuple[Any, torch.dtype | None, torch.dtype | None]:
-    """The model with what trains marked in float32, and the dtypes of mixed precision and of shortened weights.
-
-    Under LoRA on a bfloat16 base everything computes in bfloat16 and the optimiser keeps float32 masters. float16,
-    whose gradients need scaling, and a model tuned as a whole compute under autocast. None where that does not apply.
-    """
-    compute = resolve_dtype(recipe.model.dtype, device)
-    wholly = recipe.lora is None
-    model = load_base(
-        recipe.model.name,
-        dtype="float32" if wholly else recipe.model.dtype,
-        device=recipe.model.device,
-        attn_implementation=recipe.model.attn_implementation,
-        quantization=recipe.quantization,
-        revision=recipe.model.revision,
-    )
-    vision = {"tower": recipe.vision.tower, "projector": recipe.vision.projector}
-    if recipe.lora is None:
-        freeze(model, language_model=True, **vision)
-    else:
-        model = attach_lora(model, recipe.lora, revision=recipe.model.revision, **vision)
-    if reentrant(recipe.training.options):
-        model.enable_input_require_grads()  # re-entrant checkpoints need an input that asks for a gradient
-    if recipe.training.fast_lora == "auto" and not recipe.training.options.get("torch_compile"):
-        attach_fast_lora(model)
-    if recipe.training.packing:
-        attach_packed_attention(model)
-    if wholly:
-        _shorten_frozen_tower(model, compute)
-    short = torch.bfloat16 if compute == torch.bfloat16 and not wholly else None
-    return model, None if compute in (torch.float32, short) else compute, short
-
-
-def _shorten_frozen_tower(model: Any, dtype: torch.dtype) -> None:
-    """Puts a frozen tower into the compute dtype, where that changes none of its weights, to spare casts."""
-    tower = model.model.vision_embed_tokens.img_processor
-    weights = list(tower.parameters())
-    if not any(weight.requires_grad for weight in weights) and same_in(dtype, weights):
-        tower.to(dtype)
 
 
 def _refuse_idle_training(report: TrainableReport) -> None:
