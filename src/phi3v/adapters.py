@@ -60,6 +60,14 @@ def load_adapter(model: PreTrainedModel, place: Target, *, trainable: bool = Fal
     return tuned if trainable else tuned.eval()
 
 
+def adapter_state(model: Any) -> dict[str, Any]:
+    """The tensors that an adapter's file holds, by their names there."""
+    from peft import get_peft_model_state_dict
+
+    state: dict[str, Any] = get_peft_model_state_dict(model)
+    return state
+
+
 @contextlib.contextmanager
 def base_weights(model: Any) -> Iterator[Any]:
     """Inside this context a model with an adapter answers as its base does; one load serves both.

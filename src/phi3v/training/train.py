@@ -36,6 +36,7 @@ from phi3v.training.callbacks import (
     Watcher,
 )
 from phi3v.training.checkpoints import checkpoint_step, newest_checkpoint
+from phi3v.training.doctor import FirstStepCallback, check_base, check_first_batch
 from phi3v.training.faster_layers import check_faster_layers, use_faster_layers
 from phi3v.training.feature_cache import FeatureReport
 from phi3v.training.memory_plan import adopt, settle
@@ -166,6 +167,7 @@ def _tune(
     recipe = settle(recipe, data, processor, device)
     prepared = prepare_model(recipe, device)
     model = prepared.model
+    check_base(model, recipe)
     _refuse_idle_training(report := trainable_report(model))
     arguments = training_arguments(
         recipe, run, device=device, autocast=prepared.autocast, validated=bool(data.validation)
@@ -187,6 +189,7 @@ def _tune(
     )
     use_faster_layers(model, recipe, device)
     step_collator, eval_collator = make_collators(recipe, data, processor)
+    check_first_batch(train_samples, step_collator, processor)
     trainer = _make_trainer(
         model=model,
         args=arguments,
@@ -278,7 +281,14 @@ def _callbacks(recipe: Recipe, run: RunFolder, report: TrainableReport, watch: W
         run_name=recipe.report.run_name or run.path.name,
         config=recipe.model_dump(),
     )
-    return [LastStepCallback(), MetricsCallback(run), NonFiniteCallback(), ProgressCallback(watch, report), *trackers]
+    return [
+        FirstStepCallback(),
+        LastStepCallback(),
+        MetricsCallback(run),
+        NonFiniteCallback(),
+        ProgressCallback(watch, report),
+        *trackers,
+    ]
 
 
 def _save(run: RunFolder, recipe: Recipe, trainer: StepTrainer, processor: Any) -> None:
