@@ -108,7 +108,8 @@ def verdict(found: Plan) -> str:
     if left >= 0:
         return f"fits into {gib(found.total)} GiB: {gib(left)} {room} are left"
     what = "the answers to held-out rows take" if found.memory.step <= found.available else "a step takes"
-    return f"does not fit into {gib(found.total)} GiB: {what} {gib(-left)} GiB more than the {gib(found.available)} GiB that tensors may take"
+    there = f"the {gib(found.available)} GiB that tensors may take there"
+    return f"does not fit into {gib(found.total)} GiB: {what} {gib(-left)} GiB more than {there}"
 
 
 def gib(size: int) -> str:
