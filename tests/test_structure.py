@@ -81,7 +81,7 @@ LIBRARIES = {
         "demo.*",
         "cli_session",
     ),
-    "numpy": ("model.*", "data.*", "evaluation.*", "demo.*"),
+    "numpy": ("model.*", "data.*", "evaluation.*", "training.trackers", "demo.*"),
     "PIL": ("model.*", "data.*", "generate", "evaluation.report", "evaluation.controls", "demo.*"),
     "tokenizers": ("model.*", "demo.*"),
     "huggingface_hub": (

@@ -84,6 +84,9 @@ class ModelSection(Section):
         default="auto",
         description="Number type of weights; auto: bfloat16 on GPUs that have it, else float16; float32 on the CPU.",
     )
+    adapter: str | None = Field(
+        default=None, min_length=1, description="Run or adapter to go on from; its options take the place of lora."
+    )
     attn_implementation: str | None = Field(
         default=None, description="Attention of transformers (sdpa, eager, ...); null takes sdpa."
     )
@@ -132,6 +135,9 @@ class TrainingSection(BaseModel):
     seed: int = Field(default=0, ge=0, description="Order of the samples, dropout and fresh adapter weights.")
     learning_rate: float = Field(default=2e-4, gt=0, allow_inf_nan=False, description="Peak learning rate.")
     fast_lora: Literal["auto", "off"] = Field(default="auto", description="auto: hand-written LoRA layers on GPUs.")
+    early_stopping: int | None = Field(
+        default=None, ge=1, description="Validations without a better score that end a run; its best weights are kept."
+    )
     compile_layers: Literal["auto"] | bool = Field(
         default="auto", description="torch.compile for each layer; auto: GPUs."
     )
@@ -187,6 +193,23 @@ class Recipe(Section):
     evaluation: EvaluationSection = Field(default=EvaluationSection(), description="How answers are scored.")
     report: ReportSection = Field(default=ReportSection(), description="Who is told.")
     output: str = Field(min_length=1, description="Folder of the run; runs/<recipe name> where nothing is said.")
+
+    @model_validator(mode="after")
+    def _check_tuning(self) -> Self:
+        """Refuses LoRA where there is none."""
+        for key, wanted in (
+            ("vision.tower", self.vision.tower == "lora"),
+            ("vision.projector", self.vision.projector == "lora"),
+            ("model.adapter", self.model.adapter is not None),
+        ):
+            if wanted and self.lora is None:
+                raise ValueError(f"{key} asks for LoRA, and lora is null: take one of them out")
+        for name in ("tower", "projector"):
+            if getattr(self.vision, name) == "frozen" and getattr(self.vision, f"{name}_learning_rate") is not None:
+                raise ValueError(
+                    f"vision.{name}_learning_rate is set, and vision.{name} is frozen: take one of them out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_streaming(self) -> Self:
@@ -322,6 +345,7 @@ class Recipe(Section):
 
 _PLACES = (
     ("model", "name"),
+    ("model", "adapter"),
     ("data", "train"),
     ("data", "validation"),
     ("data", "image_root"),

@@ -23,6 +23,9 @@ class EvaluationSection(Section):
     rows: int | None = Field(default=None, ge=1, description="Validation rows to answer, the first ones; null for all.")
     batch_size: int = Field(default=8, ge=1, description="Rows that are answered at once.")
     max_new_tokens: int = Field(default=128, ge=1, description="Longest answer in tokens.")
+    during_training: int = Field(
+        default=0, ge=0, description="Held-out rows that are answered, shown and scored at each validation."
+    )
     numeric_fields: list[str] | None = Field(
         default=None, description="Answer columns scored as numbers; null finds them by their values."
     )

@@ -21,7 +21,7 @@ from phi3v.run_folder import RunFolder
 
 _DECIDED_ELSEWHERE = {
     "bf16": "model.dtype",
-    "fp16": "model.dtype",
+    "fp16": "model.dtype (float16 scales losses, and gradients of weights in bfloat16 cannot be scaled back)",
     "use_cpu": "model.device",
     "dataloader_drop_last": "training.samples_per_step (the last step of an epoch is filled up)",
     "auto_find_batch_size": "training.micro_batch_size (a step keeps its number of samples)",
@@ -61,6 +61,7 @@ def training_arguments(
         "save_strategy": "steps" if "save_steps" in options else "epoch",
         "save_total_limit": 2,
         "eval_strategy": ("steps" if "eval_steps" in options else "epoch") if validated else "no",
+        **({"load_best_model_at_end": True} if training.early_stopping is not None else {}),
         **(_of_streams(training.max_steps or 1, validated) if recipe.data.streaming else {}),
         # re-entrant checkpointing below a frozen embedding gives no gradient at all
         **_today({"gradient_checkpointing_kwargs": {"use_reentrant": False}}),

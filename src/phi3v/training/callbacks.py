@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from phi3v.errors import TrainingError
 from phi3v.first_look import RowUse
 from phi3v.run_folder import RunFolder
+from phi3v.training.meter import Meter
 from phi3v.tuning import TrainableReport
 
 
@@ -24,7 +25,7 @@ class TrainingEvent:
     Attributes:
         kind: "start" (with `trainable`), "step" (after each optimiser step), "metrics" (losses were logged;
             before the "step"), "look" (images are downloaded, rows are looked at), "rows" (with `rows`), "features"
-            (images go through the frozen tower in advance), "kept" (with `line`), "end", or "answers" (held-out rows).
+            (images go through the frozen tower in advance), "kept" (with `line`), "samples" (with `answers`), "end", or "answers" (held-out rows).
         step: steps done.
         total: steps of the whole run; for "look", "features" and "answers" `step` and `total` count rows or addresses.
         seconds_left: an estimate, None until there is one.
@@ -34,9 +35,11 @@ class TrainingEvent:
         stage: whose answers, for "answers": "base answers" or "tuned answers"; which rows, for "look".
         rows: how many rows the run uses, for "rows".
         line: what is kept of the images and what is not, for "kept"; `step` of `total` different images are.
+        rates: for "step", see `Meter.rates`.
+        answers: for "samples": row, question, expected and answer of a few held-out rows at this step.
     """
 
-    kind: Literal["start", "look", "rows", "features", "kept", "step", "metrics", "end", "answers"]
+    kind: Literal["start", "look", "rows", "features", "kept", "step", "metrics", "samples", "end", "answers"]
     step: int
     total: int
     seconds_left: float | None = None
@@ -46,6 +49,8 @@ class TrainingEvent:
     stage: str = ""
     rows: RowUse | None = None
     line: str = ""
+    rates: dict[str, float] = field(default_factory=dict)
+    answers: list[dict[str, Any]] = field(default_factory=list)
 
 
 Watcher = Callable[[TrainingEvent], None]
@@ -54,14 +59,15 @@ Watcher = Callable[[TrainingEvent], None]
 class ProgressCallback(TrainerCallback):
     """Tells a watcher about each step and estimates the time left from the steps of this session."""
 
-    def __init__(self, watcher: Watcher, trainable: TrainableReport) -> None:
-        self.watcher = watcher
+    def __init__(self, watcher: Watcher, trainable: TrainableReport, meter: Meter) -> None:
+        self.watcher, self.meter = watcher, meter
         self.trainable = trainable
         self._step: TrainingEvent | None = None  # of a step whose losses are about to be logged: they are told first
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The run starts, or goes on."""
         self.began, self.first = time.monotonic(), state.global_step
+        self.meter.begin()
         resumed = state.global_step or None
         self.watcher(
             TrainingEvent("start", self.first, state.max_steps, trainable=self.trainable, resumed_from=resumed)
@@ -71,7 +77,8 @@ class ProgressCallback(TrainerCallback):
         """A step is done."""
         done, left = state.global_step - self.first, state.max_steps - state.global_step
         seconds = (time.monotonic() - self.began) / done * left
-        event = TrainingEvent("step", state.global_step, state.max_steps, seconds_left=seconds)
+        rates = self.meter.rates()
+        event = TrainingEvent("step", state.global_step, state.max_steps, seconds_left=seconds, rates=rates)
         if control.should_log:
             self._step = event
         else:

@@ -4,18 +4,22 @@ The same steps prepare the model that trains and the one on the meta device that
 data or of the Trainer.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from phi3v.adapters import check_adapter, load_adapter
+from phi3v.errors import CheckpointError, ConfigError
 from phi3v.kernels.lora_layer import attach_fast_lora
 from phi3v.kernels.packed_attention import attach_packed_attention
 from phi3v.loading import load_base, resolve_dtype
 from phi3v.recipe import Recipe
+from phi3v.targets import Target, resolve_target
 from phi3v.training.arguments import reentrant
 from phi3v.training.master_weights import same_in
-from phi3v.tuning import attach_lora, freeze
+from phi3v.tuning import attach_lora, freeze, mark_trained, vision_choices
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ def make_ready(model: Any, recipe: Recipe, compute: torch.dtype, *, on_gpu: bool
     vision = {"tower": recipe.vision.tower, "projector": recipe.vision.projector}
     if recipe.lora is None:
         freeze(model, language_model=True, **vision)
+    elif recipe.model.adapter is not None:
+        model = _go_on(model, recipe, recipe.model.adapter)
     else:
         model = attach_lora(model, recipe.lora, revision=recipe.model.revision, **vision)
     if reentrant(recipe.training.options):
@@ -80,6 +86,34 @@ def make_ready(model: Any, recipe: Recipe, compute: torch.dtype, *, on_gpu: bool
         _shorten_frozen_tower(model, compute)
     short = torch.bfloat16 if compute == torch.bfloat16 and not wholly else None
     return Prepared(model, None if compute in (torch.float32, short) else compute, short)
+
+
+def _go_on(base: Any, recipe: Recipe, name: str) -> Any:
+    """The base with a trained adapter on it, ready for more training.
+
+    Raises: ConfigError when it does otherwise to the vision parts than the recipe; CheckpointError when it does not
+        fit the base.
+    """
+    place = adapter_place(name)
+    place = replace(place, base=str(recipe.model.name))
+    freeze(base, language_model=False, tower="frozen", projector="frozen")
+    tuned = load_adapter(base, place, trainable=True, on_meta=next(base.parameters()).device.type == "meta")
+    for part, does in vision_choices(tuned).items():
+        if does != (wanted := getattr(recipe.vision, part)):
+            raise ConfigError(f"model.adapter {name} has its {part} {does}: set vision.{part}={does}, it is {wanted}")
+    config = tuned.peft_config["default"]
+    config.base_model_name_or_path = str(Path(place.base).resolve()) if Path(place.base).is_dir() else place.base
+    config.revision = recipe.model.revision
+    return mark_trained(tuned)
+
+
+def adapter_place(name: str) -> Target:
+    """Where an adapter to go on from lies. Raises: CheckpointError when there is none, or a broken one."""
+    place = resolve_target(name)
+    if place.adapter is None:
+        raise CheckpointError(f"model.adapter {name} holds no adapter: name a run under LoRA or an adapter's folder")
+    check_adapter(place.adapter)
+    return place
 
 
 def _shorten_frozen_tower(model: Any, dtype: torch.dtype) -> None:

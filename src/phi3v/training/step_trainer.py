@@ -6,7 +6,7 @@ Trainer a step is one batch of N samples without accumulation: the loader's item
 which packing makes now more, now fewer. Nothing else of the Trainer is changed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from phi3v.errors import TrainingError
 from phi3v.training.master_weights import precise_state, shorten_weights, step_masters
+from phi3v.training.meter import Meter
+from phi3v.training.part_rates import set_part_rates
 from phi3v.training.sampling import WholeSteps
 
 MicroBatch = dict[str, Any]
@@ -35,6 +37,9 @@ class StepTrainer(Trainer):
         *,
         step_collator: Callable[[list[Any]], list[MicroBatch]],
         short_dtype: torch.dtype | None = None,
+        part_rates: Mapping[str, float] | None = None,
+        answer: Callable[[Any, int], dict[str, float]] | None = None,
+        meter: Meter | None = None,
         **arguments: Any,
     ) -> None:
         """A Trainer.
@@ -42,11 +47,15 @@ class StepTrainer(Trainer):
         Args:
             step_collator: makes the micro-batches of a step out of its samples.
             short_dtype: what weights that train compute in; None for their own.
+            part_rates: learning rates by part of the model, see `part_rates`.
+            answer: called with the model and the step at each validation; its scores are validation metrics.
+            meter: told of each step's samples and tokens.
             **arguments: the Trainer's own; its `data_collator` makes validation batches.
         """
         super().__init__(**arguments)
         self.step_collator: Any = step_collator
         self.short_dtype = short_dtype
+        self.part_rates, self.answer, self.meter = part_rates or {}, answer, meter or Meter()
         self.masters: dict[str, torch.nn.Parameter] = {}
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -54,11 +63,15 @@ class StepTrainer(Trainer):
 
         A checkpoint's weights, which are masters, are in the model by now.
         """
-        if self.short_dtype is None or self.optimizer is not None:
+        if self.optimizer is not None:
             return super().create_optimizer(model)
-        self.masters = shorten_weights(self.model, self.short_dtype)
+        if self.short_dtype is not None:
+            self.masters = shorten_weights(self.model, self.short_dtype)
         optimizer = super().create_optimizer(model)
-        step_masters(optimizer, self.model, self.masters)
+        if self.part_rates:
+            set_part_rates(optimizer, self.model, self.part_rates)
+        if self.masters:
+            step_masters(optimizer, self.model, self.masters)
         return optimizer
 
     def _prepare_input(self, data: Any) -> Any:
@@ -110,6 +123,7 @@ class StepTrainer(Trainer):
             raise TrainingError(
                 f"step {self.state.global_step + 1} has no trained token: every answer in it is empty, see data.answer"
             )
+        self.meter.add(micro_batches)
         if self.args.world_size == 1:  # known here: the device is not asked
             return steps, sum(len(one["trained_positions"]) for one in micro_batches)
         return steps, self._get_num_items_in_batch(micro_batches, device)
@@ -179,4 +193,8 @@ class StepTrainer(Trainer):
         if name in output.metrics:
             total = sum(loss for loss, _ in self._evaluated)
             output.metrics[name] = total / max(sum(tokens for _, tokens in self._evaluated), 1)
+        if self.answer is not None:
+            prefix = name.removesuffix("loss")
+            scores = self.answer(self.accelerator.unwrap_model(self.model), self.state.global_step)
+            output.metrics |= {f"{prefix}{key}": value for key, value in scores.items()}
         return output

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, set_seed
 
 from phi3v.data.sources import LoadedData, StreamedData
 from phi3v.errors import DeviceError, TrainingError
@@ -40,8 +40,10 @@ from phi3v.training.doctor import FirstStepCallback, check_base, check_first_bat
 from phi3v.training.faster_layers import check_faster_layers, use_faster_layers
 from phi3v.training.feature_cache import FeatureReport
 from phi3v.training.memory_plan import adopt, settle
+from phi3v.training.meter import Meter
 from phi3v.training.preflight import check_recipe_alone, check_upload
-from phi3v.training.prepare import prepare_model
+from phi3v.training.prepare import Prepared, prepare_model
+from phi3v.training.sample_answers import SampleAnswer, SampleAnswers
 from phi3v.training.samples import make_collators, make_samples, read_data
 from phi3v.training.step_trainer import StepTrainer
 from phi3v.training.trackers import tracker_callbacks
@@ -190,6 +192,7 @@ def _tune(
     use_faster_layers(model, recipe, device)
     step_collator, eval_collator = make_collators(recipe, data, processor)
     check_first_batch(train_samples, step_collator, processor)
+    meter, trackers = Meter(), _trackers(recipe, run)
     trainer = _make_trainer(
         model=model,
         args=arguments,
@@ -197,8 +200,11 @@ def _tune(
         data_collator=eval_collator,
         train_dataset=train_samples,
         eval_dataset=eval_samples if data.validation else None,
-        callbacks=[*_callbacks(recipe, run, report, watch), *callbacks],
+        callbacks=[*_callbacks(recipe, run, report, watch, meter), *trackers, *callbacks],
         short_dtype=prepared.short,
+        part_rates=recipe.vision.learning_rates,
+        answer=_sample_answers(recipe, run, data, processor, prepared, watch, trackers),
+        meter=meter,
     )
     run.keep_metrics(-1 if done is None else done)
     began = time.monotonic()
@@ -272,23 +278,52 @@ def _refuse_idle_training(report: TrainableReport) -> None:
         raise TrainingError("nothing trains: the recipe's lora and vision sections leave no weight to tune")
 
 
-def _callbacks(recipe: Recipe, run: RunFolder, report: TrainableReport, watch: Watcher) -> list[TrainerCallback]:
+def _callbacks(
+    recipe: Recipe, run: RunFolder, report: TrainableReport, watch: Watcher, meter: Meter
+) -> list[TrainerCallback]:
     """What watches the run; metrics are written before the check for non-finite numbers stops it."""
-    trackers = tracker_callbacks(
+    patience = recipe.training.early_stopping
+    return [
+        FirstStepCallback(),
+        LastStepCallback(),
+        MetricsCallback(run),
+        NonFiniteCallback(),
+        ProgressCallback(watch, report, meter),
+        *([] if patience is None else [EarlyStoppingCallback(patience)]),
+    ]
+
+
+def _trackers(recipe: Recipe, run: RunFolder) -> list[TrainerCallback]:
+    """Weights & Biases and TensorBoard, as the recipe asks for them."""
+    return tracker_callbacks(
         list(recipe.report.to),
         folder=run.path,
         project=recipe.report.project,
         run_name=recipe.report.run_name or run.path.name,
         config=recipe.model_dump(),
     )
-    return [
-        FirstStepCallback(),
-        LastStepCallback(),
-        MetricsCallback(run),
-        NonFiniteCallback(),
-        ProgressCallback(watch, report),
-        *trackers,
-    ]
+
+
+def _sample_answers(
+    recipe: Recipe,
+    run: RunFolder,
+    data: LoadedData | StreamedData,
+    processor: Any,
+    prepared: Prepared,
+    watch: Watcher,
+    trackers: Sequence[Any],
+) -> SampleAnswers | None:
+    """What answers a few held-out rows at each validation; None where none are asked for."""
+    if not recipe.evaluation.during_training or not data.validation:
+        return None
+
+    def tell(step: int, answers: list[SampleAnswer]) -> None:
+        plain = [answer.to_dict() for answer in answers]
+        run.append_metrics({"step": step, "answers": plain})
+        watch(TrainingEvent("samples", step, 0, answers=plain))
+
+    listeners = [tell, *(tracker.log_answers for tracker in trackers)]
+    return SampleAnswers(recipe, data.validation, processor, autocast=prepared.autocast, listeners=listeners)
 
 
 def _save(run: RunFolder, recipe: Recipe, trainer: StepTrainer, processor: Any) -> None:
