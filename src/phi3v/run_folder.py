@@ -10,7 +10,7 @@
     model/             the whole model, when all of it was tuned
     predictions.jsonl  one JSON object per evaluated row
     evaluation.json    the scores
-    report.html        the report
+    report.html        the report; loss.png is its curve
     finished.json      there when the run has reached its end; holds its summary
 
 Files are replaced whole (temporary file, fsync, os.replace), so a reader sees the old or the new content and nothing
@@ -337,12 +337,12 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a run's JSON cannot hold a {type(value).__name__}: {value!r:.80}")
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Puts `text` at `path` so that a reader, or a crash, finds the old or the new content whole."""
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Puts `content` at `path` so that a reader, or a crash, finds the old or the new content whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

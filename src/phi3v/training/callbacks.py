@@ -25,7 +25,8 @@ class TrainingEvent:
     Attributes:
         kind: "start" (with `trainable`), "step" (after each optimiser step), "metrics" (losses were logged;
             before the "step"), "look" (images are downloaded, rows are looked at), "rows" (with `rows`), "features"
-            (images go through the frozen tower in advance), "kept" (with `line`), "samples" (with `answers`), "end", or "answers" (held-out rows).
+            (images go through the frozen tower in advance), "kept" (with `line`), "samples" (with `answers`), "end",
+            or "answers" (held-out rows).
         step: steps done.
         total: steps of the whole run; for "look", "features" and "answers" `step` and `total` count rows or addresses.
         seconds_left: an estimate, None until there is one.
