@@ -26,6 +26,7 @@ class LiveTensors(TorchDispatchMode):
     """Follows the memory of meta tensors that are made inside its context, or given to `hold`.
 
     Attributes:
+        device: whose tensors are followed: meta, or cpu to compare a count with what really runs.
         kind: what tensors that are made now are held as.
         rows: what a boolean mask selects, which meta tensors cannot know.
         live: bytes alive now, by kind.
@@ -33,8 +34,9 @@ class LiveTensors(TorchDispatchMode):
     Example: three times `torch.empty(1000, dtype=torch.uint8).add(1)` inside it -> 2,000 bytes at most, 0 alive.
     """
 
-    def __init__(self, *, rows: int = 0) -> None:
+    def __init__(self, *, rows: int = 0, device: str = "meta") -> None:
         super().__init__()
+        self.device = device
         self.kind = "activations"
         self.rows = rows
         self.live: Counter[str] = Counter()
@@ -48,8 +50,8 @@ class LiveTensors(TorchDispatchMode):
         return self._most_total
 
     def hold(self, tensor: torch.Tensor, kind: str | None = None) -> None:
-        """Counts a tensor's memory for as long as it lives, once; on the meta device alone."""
-        if tensor.device.type != "meta":
+        """Counts a tensor's memory for as long as it lives, once; on the device that is followed alone."""
+        if tensor.device.type != self.device:
             return
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
