@@ -1,4 +1,4 @@
-"""Ways to tune: vision parts under LoRA, rates by part, going on from adapters, and what passes through to libraries."""
+"""Ways to tune: vision parts under LoRA, rates by part, going on from adapters, what passes through to libraries."""
 
 import json
 from collections.abc import Callable
