@@ -125,6 +125,8 @@ class LiveTensors(TorchDispatchMode):
 
     def _masked(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """The result; where a boolean mask decides its size, as many rows as were foretold."""
+        if self.device != "meta":
+            return func(*args, **kwargs)
         if name == "index" and any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in args[1]):
             self.wait()
             mask = next(i for i in args[1] if i is not None)
@@ -168,12 +170,13 @@ class DeviceKernels(TorchFunctionMode):
 
     Attributes:
         autocast: its number type, None for none.
+        fused_dropout: whether dropout keeps a byte for each value, as on a GPU, or a number.
         keeps_casts: whether autocast keeps its casts of weights, as it does while a forward pass runs.
     """
 
-    def __init__(self, seen: LiveTensors, autocast: torch.dtype | None) -> None:
+    def __init__(self, seen: LiveTensors, autocast: torch.dtype | None, *, fused_dropout: bool = True) -> None:
         super().__init__()
-        self.seen, self.autocast = seen, autocast
+        self.seen, self.autocast, self.fused_dropout = seen, autocast, fused_dropout
         self.keeps_casts = False
         self._casts: dict[int, torch.Tensor] = {}
         self._asked = (torch.is_autocast_enabled, torch.get_autocast_dtype)
@@ -205,7 +208,7 @@ class DeviceKernels(TorchFunctionMode):
             masked = kwargs.get("attn_mask") is not None
             heads = [self._cast(value) if self.autocast else value for value in args[:3]]
             return _Attention.apply(*heads, kwargs.get("is_causal", False) or masked, self.seen)
-        if func is torch.nn.functional.dropout:
+        if func is torch.nn.functional.dropout and self.fused_dropout:
             share, training = (*args[1:], kwargs.get("p", 0.5), kwargs.get("training", True))[:2]
             return torch.native_dropout(args[0], share, training)[0] if training and share else args[0]
         if self.autocast and func in (torch.nn.functional.linear, torch.nn.functional.conv2d, torch.matmul):

@@ -113,7 +113,7 @@ def count_memory(
     for weight in trained:
         weight.register_post_accumulate_grad_hook(lambda done: seen.move(done.grad, "gradients"))
     hand_written = OneKernelEach(seen, passes if on_gpu else None, HAND_WRITTEN)
-    device = DeviceKernels(seen, prepared.autocast)
+    device = DeviceKernels(seen, prepared.autocast, fused_dropout=on_gpu)
     with device, seen, hand_written:
         for samples in micro_batches:
             batch = _batch_of(samples, recipe, config, compute)
