@@ -53,6 +53,8 @@ def training_arguments(
     training = recipe.training
     check_options(training.options)
     options = _today(training.options)
+    if training.early_stopping is not None and not validated:
+        raise ConfigError("training.early_stopping needs held-out rows: set data.split or data.validation")
     transfer = {"non_blocking": device.type == "cuda"}  # from pinned memory, while the device computes
     transfer |= {"dispatch_batches": False} if recipe.data.streaming else {}
     defaults: dict[str, Any] = {

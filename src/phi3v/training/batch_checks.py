@@ -58,13 +58,17 @@ class Sequence:
     labels: list[int]
 
 
-def batch_faults(batch: Mapping[str, Any], ids: Ids) -> list[str]:
+def batch_faults(batch: Mapping[str, Any], ids: Ids, *, tags: bool = True) -> list[str]:
     """Everything that is wrong with a micro-batch.
 
+    Args:
+        batch: arguments of the model's `forward`.
+        ids: what it is read by.
+        tags: whether an image tag as plain text is a fault; rows may speak of such tags.
     Example: a batch whose labels are its ids -> ["image tokens are trained: ...", "sample 1 trains its prompt: ..."].
     """
     samples = list(sequences_of(batch))
-    faults = image_faults(batch, samples, ids)
+    faults = image_faults(batch, samples, ids, tags=tags)
     for number, sample in enumerate(samples, 1):
         faults += [f"sample {number} {fault}" for fault in (*label_faults(sample, ids), *form_faults(sample, ids))]
     return faults
@@ -89,7 +93,7 @@ def sequences_of(batch: Mapping[str, Any]) -> Iterator[Sequence]:
         yield Sequence(row[:length], labels[number])
 
 
-def image_faults(batch: Mapping[str, Any], samples: list[Sequence], ids: Ids) -> list[str]:
+def image_faults(batch: Mapping[str, Any], samples: list[Sequence], ids: Ids, *, tags: bool) -> list[str]:
     """Whether there is a feature for each image token and a token for each feature, and pixels are CLIP's."""
     tokens = sum(sample.ids.count(ids.image) for sample in samples)
     sizes = batch.get("image_sizes")
@@ -98,8 +102,7 @@ def image_faults(batch: Mapping[str, Any], samples: list[Sequence], ids: Ids) ->
     if not sizes:
         if pixels is not None or kept is not None:
             return ["pixels come without image_sizes: the model cannot place them, and would answer blindly"]
-        tags = [sample for sample in samples if "<|image" in ids.tokenizer.decode(_text_of(sample, ids))]
-        if tags:
+        if tags and any("<|image" in ids.tokenizer.decode(_text_of(sample, ids)) for sample in samples):
             return ["an image tag is tokenised as plain text and no image is there: the model never sees the picture"]
         return [f"{tokens} image tokens stand for no image"] if tokens else []
     features = sum(grid_tokens(int(height) // CROP_SIZE, int(width) // CROP_SIZE) for height, width in sizes)
@@ -143,11 +146,11 @@ def label_faults(sample: Sequence, ids: Ids) -> list[str]:
     wrong = [place for place in inside if sample.labels[place] not in (sample.ids[place], -100)]
     if wrong:
         faults.append(f"has a label at position {wrong[0]} that is not the token there")
-    if any(sample.ids[place] == ids.image for place in inside):
-        faults.append("trains image tokens")
     for first, last in _runs(inside):
         before = sample.ids[first - 1] if first else None
         if before != ids.assistant and not _only_newlines(sample.ids[:first], ids):
+            if ids.image in sample.ids[first : last + 1]:
+                faults.append("trains image tokens")
             shown = ids.tokenizer.decode([one for one in sample.ids[first : first + 6] if 0 <= one != ids.image])
             faults.append(f"trains its prompt: what is trained begins with {shown[:40]!r}, behind no <|assistant|>")
             break

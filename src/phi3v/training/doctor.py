@@ -192,7 +192,7 @@ def check_first_batch(samples: Any, collate: Callable[[list[Any]], list[Any]], p
     Raises: TrainingError in one line.
     """
     first = [samples[0]] if hasattr(samples, "__len__") else list(islice(iter(samples), 1))
-    if faults := [fault for batch in collate(first) for fault in batch_faults(batch, Ids.of(processor))]:
+    if faults := [fault for batch in collate(first) for fault in batch_faults(batch, Ids.of(processor), tags=False)]:
         raise TrainingError(f"the first sample would teach something else: {'; '.join(faults[:3])}; see phi3v doctor")
 
 
