@@ -167,7 +167,7 @@ def _scales_of(model: Any) -> list[torch.Tensor]:
 def _make_state(recipe: Recipe, stepped: list[Any], seen: LiveTensors, *, on_gpu: bool) -> None:
     """Has the recipe's optimiser make its state for meta weights, by a step or by its own beginning of one."""
     arguments = training_arguments(
-        recipe, RunFolder(recipe.output), device=torch.device("cpu"), autocast=None, validated=False
+        recipe, RunFolder(recipe.output), device=torch.device("cpu"), autocast=None, validated=True
     )
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     fused = options.pop("fused", False)

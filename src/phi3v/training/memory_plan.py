@@ -101,6 +101,7 @@ def plan_recipe(
     settled = choose(recipe, counted, available)
     found = counted(settled)
     fits = available is None or found.peak <= available
+    here = settled if torch.cuda.is_available() or not on_gpu else settled.with_overrides(["model.device=cpu"])
     changes = faster(settled, counted, available) if fits else smaller(settled, counted, available or 0)
     return Plan(
         device=f"{'GPU' if on_gpu else 'CPU'}, {str(compute).removeprefix('torch.')}",
@@ -109,7 +110,7 @@ def plan_recipe(
         total=total,
         changes=changes,
         chosen={key: value for key, value in automatic(settled).items() if key in recipe.automatic},
-        outlook=outlook(settled, seen.rows, seen.facts, config, seen.num_crops),
+        outlook=outlook(here, seen.rows, seen.facts, config, seen.num_crops),
         largest=max(sum(sample.tokens for sample in group) for group in counted.micro_batches(settled)),
         unknown_images=seen.unknown,
     )

@@ -21,7 +21,9 @@ from phi3v.training.outlook import measure_rate
 from phi3v.training.step_marks import SeenBatch, StepMarks
 from phi3v.training.train import train_watched
 
-NOT_WATCHED = ("save", "eval", "load_best_model", "metric_for_best_model", "greater_is_better", "push_to_hub")
+NOT_WATCHED = tuple(
+    "save eval load_best_model metric_for_best_model greater_is_better push_to_hub early_stopping".split()
+)
 """Beginnings of TrainingArguments that say what happens beside steps."""
 
 
