@@ -140,7 +140,7 @@ def _prepare(recipe: Recipe, config: Any, on_gpu: bool, compute: torch.dtype) ->
         attention="eager" if chosen == "eager" else "sdpa",  # all others take what one flash kernel takes
         quantization=quantization,
     )
-    base.config.name_or_path = recipe.model.name
+    base.config.name_or_path = base.name_or_path = recipe.model.name
     if recipe.lora is not None and isinstance(recipe.lora.get("init_lora_weights"), str):
         recipe = recipe.with_overrides(["lora.init_lora_weights=true"])  # begins from contents, of which there are none
     with torch.device("meta"):
