@@ -120,6 +120,8 @@ def count_memory(
             device.keeps_casts = True
             loss = model(**batch, num_items_in_batch=rows, use_cache=False).loss
             device.forget_casts()
+            for weight in model.parameters():  # hand-written layers keep a matrix and its adapter side by side
+                seen.move(weight, "weights")
             run_backward(loss)
             del loss, batch
     missing = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
