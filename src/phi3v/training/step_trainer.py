@@ -196,5 +196,5 @@ class StepTrainer(Trainer):
         if self.answer is not None:
             prefix = name.removesuffix("loss")
             scores = self.answer(self.accelerator.unwrap_model(self.model), self.state.global_step)
-            output.metrics |= {f"{prefix}{key}": value for key, value in scores.items()}
+            output.metrics.update({f"{prefix}{key}": value for key, value in scores.items()})
         return output
