@@ -62,13 +62,26 @@ def _wandb(folder: Path, project: str | None, run_name: str, config: dict[str, A
         def log_answers(self, step: int, answers: Sequence[SampleAnswer]) -> None:
             """A table of this step's answers with their photos."""
             rows = [
-                [step, [wandb.Image(photo) for photo in one.photos], one.question, one.expected, one.answer]
-                for one in answers
+                [step, wandb.Image(side_by_side(one.photos)), one.question, one.expected, one.answer] for one in answers
             ]
             table = wandb.Table(columns=["step", "images", "question", "expected", "answer"], data=rows)
             wandb.log({"answers": table, "train/global_step": step})
 
     return ClosingWandbCallback()
+
+
+def side_by_side(photos: Sequence[Any]) -> Any:
+    """Photos [height, width, 3] in one picture, the shorter ones filled up with white; a white dot where there are none.
+
+    Example: photos of 30x40 and 20x10 pixels (height x width) -> one of 30x50.
+    """
+    height = max((photo.height for photo in photos), default=1)
+    wide = np.full((height, max(1, sum(photo.width for photo in photos)), 3), 255, np.uint8)
+    left = 0
+    for photo in photos:
+        wide[: photo.height, left : left + photo.width] = np.asarray(photo.convert("RGB"))
+        left += photo.width
+    return wide
 
 
 def _tensorboard(folder: Path) -> TrainerCallback:
