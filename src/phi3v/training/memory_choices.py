@@ -21,6 +21,9 @@ from phi3v.training.sampling import epoch_order
 
 _ENOUGH_TOKENS = 16384
 _EPOCHS_SEEN = 3
+_COMFORTABLE = 0.9
+"""Share of what is there beyond which nothing is advised that takes more."""
+
 _FOUR_BITS = "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_use_double_quant: true}"
 
 
@@ -202,4 +205,4 @@ def faster(recipe: Recipe, count: Counted, available: int | None) -> list[Change
         return []
     override = f"training.{name}=false"
     peak = count(recipe.with_overrides([override])).peak
-    return [Change(override, peak)] if peak <= available else []
+    return [Change(override, peak)] if peak <= _COMFORTABLE * available else []

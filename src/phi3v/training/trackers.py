@@ -71,7 +71,7 @@ def _wandb(folder: Path, project: str | None, run_name: str, config: dict[str, A
 
 
 def side_by_side(photos: Sequence[Any]) -> Any:
-    """Photos [height, width, 3] in one picture, the shorter ones filled up with white; a white dot where there are none.
+    """Photos [height, width, 3] in one picture, shorter ones filled up with white; a white dot where there are none.
 
     Example: photos of 30x40 and 20x10 pixels (height x width) -> one of 30x50.
     """
