@@ -5,7 +5,7 @@
 Each case is a shipped recipe at a size, on generated photos and a model of random weights: it is planned, and then a
 few of its steps run, each case in a process of its own. Told are the counted and the measured peak, and how far apart
 they are. On a GPU the measured peak is torch's own count of allocated bytes. On a CPU it is the most that was resident
-while steps ran, less what the program held before it loaded anything; loading itself may take more for a moment, which
+while steps ran, less what the program held when its rows were read and its model was not; loading itself may take more for a moment, which
 is told beside it. `--size mid` is the size for a CPU: 4 layers of width 2048.
 """
 
@@ -73,9 +73,17 @@ def measure(name: str, folder: Path, image: tuple[int, int], device: str) -> dic
     import torch
     from transformers import TrainerCallback
 
+    from phi3v.training import prepare
     from phi3v.training.train import train_watched
 
-    seen: dict[str, Any] = {"program": resident("VmRSS")}
+    seen: dict[str, Any] = {}
+    load = prepare.load_base
+
+    def noted(*given: Any, **named: Any) -> Any:
+        seen["program"] = resident("VmRSS")  # rows are read and every library is there: what comes now is the model
+        return load(*given, **named)
+
+    prepare.load_base = noted  # type: ignore[assignment]
 
     class Peak(TrainerCallback):
         """Begins anew where steps begin, and reads at the end."""
