@@ -210,16 +210,29 @@ def _tune(
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _save(run, recipe, trainer, processor)
+    return _result(run, trainer, report, seconds=time.monotonic() - began, held_out=data.validation, resumed_from=done)
+
+
+def _result(
+    run: RunFolder,
+    trainer: StepTrainer,
+    report: TrainableReport,
+    *,
+    seconds: float,
+    held_out: Sequence[Any] | None,
+    resumed_from: int | None,
+) -> RunResult:
+    """What a training that has reached its end did."""
     return RunResult(
-        status="resumed" if checkpoint else "trained",
+        status="trained" if resumed_from is None else "resumed",
         folder=run.path,
         steps=trainer.state.global_step,
-        seconds=time.monotonic() - began,
+        seconds=seconds,
         metrics=_last_losses(run),
         trainable={part: asdict(count) for part, count in report.parts.items()},
-        held_out=len(data.validation or []),
-        resumed_from=done,
-        fast_lora=asdict(fast_lora_state(model)),
+        held_out=len(held_out or []),
+        resumed_from=resumed_from,
+        fast_lora=asdict(fast_lora_state(trainer.model)),
     )
 
 
