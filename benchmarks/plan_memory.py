@@ -5,8 +5,8 @@
 Each case is a shipped recipe at a size, on generated photos and a model of random weights: it is planned, and then a
 few of its steps run, each case in a process of its own. Told are the counted and the measured peak, and how far apart
 they are. On a GPU the measured peak is torch's own count of allocated bytes. On a CPU it is the most that was resident
-while steps ran, less what the program held when its rows were read and its model was not; loading itself may take more for a moment, which
-is told beside it. `--size mid` is the size for a CPU: 4 layers of width 2048.
+while steps ran, less what the program held when its rows were read and its model was not; loading itself may take more
+for a moment, which is told beside it. `--size mid` is the size for a CPU: 4 layers of width 2048.
 """
 
 import argparse

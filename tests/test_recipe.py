@@ -46,7 +46,8 @@ def test_the_output_is_named_after_the_file(tmp_path: Path) -> None:
         ("data.num_crops=4", "unknown key data.num_crops; did you mean image.num_crops?"),
         (
             "vision.qqq=1",
-            "unknown key vision.qqq; valid are tower, projector, tower_learning_rate, projector_learning_rate, cache, cache_gb, cache_folder",
+            "unknown key vision.qqq; valid are tower, projector, tower_learning_rate, projector_learning_rate, cache, "
+            "cache_gb, cache_folder",
         ),
         ("data.split.sed=1", "unknown key data.split.sed; did you mean data.split.seed?"),
         ("training.seed=abc", "training.seed: given 'abc', allowed is a whole number"),
