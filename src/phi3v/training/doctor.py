@@ -142,7 +142,9 @@ def _check_model(recipe: Recipe, prepared: Prepared, batches: list[Any], process
     checks.append(Check("the model looks at its pictures", sight_faults(model, batches[0])))
     options = recipe.training.options
     if any(options.get(one) for one in CHECKPOINTING):
-        kwargs = next((options[f"{one}_kwargs"] for one in CHECKPOINTING if options.get(f"{one}_kwargs")), {})
+        kwargs: dict[str, Any] = next(
+            (options[f"{one}_kwargs"] for one in CHECKPOINTING if options.get(f"{one}_kwargs")), {}
+        )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **kwargs})
     model.train()
     device = batches[0]["input_ids"].device.type

@@ -185,7 +185,8 @@ class DeviceKernels(TorchFunctionMode):
         """Answers for the meta device, of which torch knows no autocast, as a GPU would be answered for."""
         enabled, dtype = self._asked
         torch.is_autocast_enabled = lambda *kind: self.autocast is not None if kind == ("meta",) else enabled(*kind)
-        torch.get_autocast_dtype = lambda kind: self.autocast if kind == "meta" else dtype(kind)
+        asked: Any = lambda kind: self.autocast if kind == "meta" else dtype(kind)  # noqa: E731 -- stands in for torch's
+        torch.get_autocast_dtype = asked
         super().__enter__()
         return self
 
@@ -215,7 +216,11 @@ class DeviceKernels(TorchFunctionMode):
             args = [self._cast(value) if isinstance(value, torch.Tensor) else value for value in args]
         elif self.autocast and func is torch.nn.functional.layer_norm:
             tensors_up = [value.float() if isinstance(value, torch.Tensor) else value for value in args]
-            return func(*tensors_up, **{k: v.float() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()})
+            normalise: Any = func
+            named = {
+                name: value.float() if isinstance(value, torch.Tensor) else value for name, value in kwargs.items()
+            }
+            return normalise(*tensors_up, **named)
         return func(*args, **kwargs)
 
     def _cast(self, value: torch.Tensor) -> torch.Tensor:
