@@ -11,7 +11,7 @@
     model/             the whole model, when all of it was tuned
     predictions.jsonl  one JSON object per evaluated row
     evaluation.json    the scores
-    report.html        the report
+    report.html        the report; loss.png is its curve
     finished.json      there when the run has reached its end; holds its summary
 
 Files are replaced whole (temporary file, fsync, os.replace), so a reader sees the old or the new content and nothing

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Puts `text` at `path` so that a reader, or a crash, finds the old or the new content whole."""
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Puts `content` at `path` so that a reader, or a crash, finds the old or the new content whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

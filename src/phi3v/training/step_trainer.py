@@ -8,6 +8,7 @@ one whose loss or gradient is no number changes nothing. How the Trainer saves a
 `durable_trainer`.
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from phi3v.passthrough import first_line
 from phi3v.training.durable_trainer import DurableTrainer
 from phi3v.training.loader_watch import WatchedWorkers
 from phi3v.training.master_weights import precise_state, shorten_weights, step_masters
+from phi3v.training.meter import Meter
+from phi3v.training.part_rates import set_part_rates
 from phi3v.training.sampling import WholeSteps, epoch_order
 from phi3v.training.state_files import random_states, set_random_states
 from phi3v.training.step_faults import NonFinite, is_out_of_memory
@@ -43,6 +46,9 @@ class StepTrainer(DurableTrainer):
         step_collator: StepCollator,
         short_dtype: torch.dtype | None = None,
         non_finite: NonFinite | None = None,
+        part_rates: Mapping[str, float] | None = None,
+        answer: Callable[[Any, int], dict[str, float]] | None = None,
+        meter: Meter | None = None,
         **arguments: Any,
     ) -> None:
         """A Trainer.
@@ -51,6 +57,9 @@ class StepTrainer(DurableTrainer):
             step_collator: makes the micro-batches of a step out of its samples.
             short_dtype: what weights that train compute in; None for their own.
             non_finite: what happens to a step whose loss or gradient is no number; None stops.
+            part_rates: learning rates by part of the model, see `part_rates`.
+            answer: called with the model and the step at each validation; its scores are validation metrics.
+            meter: told of each step's samples and tokens.
             **arguments: the Trainer's own; its `data_collator` makes validation batches.
         """
         super().__init__(**arguments)
@@ -58,6 +67,7 @@ class StepTrainer(DurableTrainer):
         self.non_finite = non_finite or NonFinite()
         self.workers, self.eval_workers = (WatchedWorkers(self.args.dataloader_num_workers) for _ in range(2))
         self.short_dtype = short_dtype
+        self.part_rates, self.answer, self.meter = part_rates or {}, answer, meter or Meter()
         self.masters: dict[str, torch.nn.Parameter] = {}
 
     def train(self, *arguments: Any, **named: Any) -> Any:
@@ -73,11 +83,15 @@ class StepTrainer(DurableTrainer):
 
         A checkpoint's weights, which are masters, are in the model by now.
         """
-        if self.short_dtype is None or self.optimizer is not None:
+        if self.optimizer is not None:
             return super().create_optimizer(model)
-        self.masters = shorten_weights(self.model, self.short_dtype)
+        if self.short_dtype is not None:
+            self.masters = shorten_weights(self.model, self.short_dtype)
         optimizer = super().create_optimizer(model)
-        step_masters(optimizer, self.model, self.masters)
+        if self.part_rates:
+            set_part_rates(optimizer, self.model, self.part_rates)
+        if self.masters:
+            step_masters(optimizer, self.model, self.masters)
         return optimizer
 
     def _prepare_input(self, data: Any) -> Any:
@@ -132,6 +146,7 @@ class StepTrainer(DurableTrainer):
             raise TrainingError(
                 f"step {self.state.global_step + 1} has no trained token: every answer in it is empty, see data.answer"
             )
+        self.meter.add(micro_batches)
         if self.args.world_size == 1:  # known here: the device is not asked
             return steps, sum(len(one["trained_positions"]) for one in micro_batches)
         return steps, self._get_num_items_in_batch(micro_batches, device)
@@ -284,4 +299,8 @@ class StepTrainer(DurableTrainer):
         if name in output.metrics:
             total = sum(loss for loss, _ in self._evaluated)
             output.metrics[name] = total / max(sum(tokens for _, tokens in self._evaluated), 1)
+        if self.answer is not None:
+            prefix = name.removesuffix("loss")
+            scores = self.answer(self.accelerator.unwrap_model(self.model), self.state.global_step)
+            output.metrics.update({f"{prefix}{key}": value for key, value in scores.items()})
         return output
