@@ -1,7 +1,6 @@
 """The command line from outside: exit codes, errors of one line, one JSON object for machines, a quick --help."""
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -394,10 +393,3 @@ def test_a_reader_that_goes_away_is_no_traceback(trained, folder):
     command = f'"{sys.executable}" -m phi3v ask "{folder}/run" "{folder}/photos/0.png" "What colour?" | true'
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr and "Error" not in done.stderr
-
-
-def test_a_warning_of_ours_is_one_line(capsys):
-    for _ in range(2):
-        cli_session._show_warnings_of("phi3v.tested_here")
-    logging.getLogger("phi3v.tested_here").warning("left out: %s", "kind")
-    assert capsys.readouterr().err == "phi3v: left out: kind\n"

@@ -120,8 +120,7 @@ def train(
     """
     watch = on_event or (lambda event: None)
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    run = RunFolder(recipe.output)
-    recipe = adopt(recipe, run)
+    recipe = adopt(recipe, run := RunFolder(recipe.output))
     check_recipe_alone(recipe)
     store = feature_store(recipe, features)
     with StopSignals() as signals, _locked(run):
@@ -160,7 +159,11 @@ def _report(run: RunFolder, result: RunResult, watch: Watcher, store: FeatureSto
         write_report(run, held_out_rows(resolve_target(run.path), None, None).rows)
     else:
         _release_memory()
-        evaluate(run.path, on_progress=lambda *told: watch(_answers_event(*told)), features=store)
+        evaluate(
+            run.path,
+            on_progress=lambda stage, done, total: watch(TrainingEvent("answers", done, total, stage=stage)),
+            features=store,
+        )
 
 
 def train_watched(
@@ -313,11 +316,6 @@ def _release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _answers_event(stage: str, done: int, total: int) -> TrainingEvent:
-    """Progress of the evaluation at the end, as an event."""
-    return TrainingEvent("answers", done, total, stage=stage)
 
 
 def _kept_event(report: FeatureReport | str) -> TrainingEvent:
