@@ -11,7 +11,7 @@ import torch
 from tiny_models import write_tiny_model
 
 import phi3v
-from phi3v.data.collate import Collator, PackedCollator
+from phi3v.data.collate import Collator, PackedCollator, StepCollator
 from phi3v.data.encode import EncodedRows
 from phi3v.errors import TrainingError
 from phi3v.first_look import open_data
@@ -218,10 +218,11 @@ def test_a_training_stops_before_its_first_step(make: MakeRecipe, world: Path, t
     def trains_prompts(*given: Any) -> Any:
         step, padded = plain(*given)
 
-        def collate(examples: list[Batch]) -> list[Batch]:
-            return step([{**one, "labels": one["input_ids"].clone()} for one in examples])
+        class TrainsPrompts(StepCollator):
+            def __call__(self, examples: Any) -> list[Batch]:
+                return super().__call__([{**one, "labels": one["input_ids"].clone()} for one in examples])
 
-        return collate, padded
+        return TrainsPrompts(**vars(step)), padded
 
     with monkeypatch.context() as patched:
         patched.setattr(train, "make_collators", trains_prompts)

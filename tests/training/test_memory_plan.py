@@ -221,7 +221,8 @@ def test_the_command_tells_it_all(make: MakeRecipe, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(cli_session, "hush", lambda debug, as_json: None)
     path = tmp_path / "recipe.yaml"
-    path.write_text(make(data={"split": {"validation": 2}}, training={"micro_batch_size": "auto"}).to_yaml())
+    recipe = make(data={"split": {"validation": 2}}, training={"micro_batch_size": "auto"})
+    path.write_text(recipe.to_yaml().replace("device: cpu", "device: auto"))
     done = CliRunner().invoke(app, ["plan", str(path), "--memory", "1GiB"])
     assert done.exit_code == 0, done.output
     for words in (

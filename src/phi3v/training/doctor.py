@@ -218,9 +218,11 @@ class FirstStepCallback(TrainerCallback):
     def __init__(self) -> None:
         self._looked = False
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         """Raises: TrainingError where something that trains has no gradient; nothing was changed then."""
-        if self._looked:
+        if self._looked or getattr(optimizer, "_is_overflow", False):  # a step that is left out has none
             return
         self._looked = True
         if faults := gradient_faults(model, pictures=False, finite=False, scaled=bool(args.fp16)):
