@@ -16,8 +16,8 @@ from phi3v.image_tokens import CROP_SIZE, grid_tokens
 
 _LEAST, _MOST = -3.6, 3.9
 """Of pixels that CLIP's means and deviations made. Black and white are -1.8 and 2.2 at most; bicubic interpolation of
-noise, at the weights (-3, 19, 19, -3) / 32, overshoots by up to 0.45 of what lies between them, (38^2 + 6^2) / 32^2 - 1.
-"""
+noise, at the weights (-3, 19, 19, -3) / 32, overshoots by up to 0.45 of what lies between them,
+(38^2 + 6^2) / 32^2 - 1."""
 
 
 @dataclass(frozen=True)
