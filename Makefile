@@ -16,13 +16,14 @@ STALE = stale
 endif
 endif
 
-.PHONY: help demo test test-slow lint format stale clean
+.PHONY: help demo test test-slow torture lint format stale clean
 .SECONDARY:
 
 help:
 	@echo 'make demo       tune the tiny model on generated product photos, with controls (minutes on a CPU)'
 	@echo 'make test       the tests, without the slow ones'
 	@echo 'make test-slow  controls of the demo, scanned digits, long runs'
+	@echo 'make torture    runs killed, stopped and starved at random moments (hours; RUNS=20 for fewer)'
 	@echo 'make lint       formatting, lint rules, types'
 	@echo 'make format     format and sort imports in place'
 	@echo 'make clean      remove .venv and the caches of the tools; runs/ stays'
@@ -33,10 +34,13 @@ demo: .venv/ready-demo
 
 # A file's tests stay with one worker, so that what they share (a trained run, say) is made once.
 test: .venv/ready-test
-	$(ONE_THREAD) $(PYTEST) -m "not slow" -n $(WORKERS) --dist loadfile -q -rfEs $(ARGS)
+	$(ONE_THREAD) $(PYTEST) -m "not slow and not torture" -n $(WORKERS) --dist loadfile -q -rfEs $(ARGS)
 
 test-slow: .venv/ready-test
 	$(PYTEST) -m slow -q -rfEs $(ARGS)
+
+torture: .venv/ready-test
+	$(ONE_THREAD) PHI3V_TORTURE=$(or $(RUNS),100) $(PYTEST) -m torture -q -rfEs $(ARGS)
 
 lint: .venv/ready-dev
 	.venv/bin/ruff format --check .

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from counter import Counter, Counts, GpuKernels, OneKernelEach, span
+from counter import Counter, Counts, span
 from ours import part
 from results import draw_bars, machine, write
 from sizes import config_of, image_tokens
 from torch import nn
-from torch.autograd.graph import _engine_run_backward
 from ways import WAYS, Way, make_way
 
 from phi3v.image_tokens import CROP_SIZE
 from phi3v.training.floor import useful_operations
+from phi3v.training.live_tensors import HAND_WRITTEN, DeviceKernels, OneKernelEach, run_backward
 
 Grid = tuple[int, int]
 SHAPES: dict[str, list[Grid]] = {"2509": [(4, 4)] * 4, "757": [(2, 2)] * 4, "mixed": [(4, 4), (2, 2), (1, 2), (1, 1)]}
@@ -34,9 +34,6 @@ COUNTED = ("guide", "peft", "peft16", "ours-eager", "ours-padded", "ours")
 TEXT, TRAINED = 100, 36
 LIMITED = ("2509", "mixed")
 LIMITS = Path(__file__).with_name("step_limits.json")
-PASSES = {"rms_norm": False, "rms_norm_backward": False, "rotate": True, "rotate_backward": False, "swiglu": False}
-PASSES |= {"swiglu_backward": False}
-"""Hand-written kernels of ours, and whether they change what they are given."""
 
 
 def meta_example(config: Any, grid: Grid) -> dict[str, torch.Tensor]:
@@ -77,8 +74,8 @@ def count_step(way: Way, grids: Sequence[Grid], config: Any, micro_batch: int = 
     moments = [torch.empty_like(weight) for weight in stepped for _ in range(2)]
     for held in [*way.model.parameters(), *way.model.buffers(), *way.masters.values(), *moments]:
         counter.hold(held)
-    kernels = OneKernelEach(counter, part("kernels.passes"), PASSES)
-    with GpuKernels(counter, way.autocast), counter, kernels:
+    kernels = OneKernelEach(counter, part("kernels.passes"), HAND_WRITTEN)
+    with DeviceKernels(counter, way.autocast), counter, kernels:
         for batch in batches:
             counter.lengths = batch["cu_seqlens"].diff().tolist() if "cu_seqlens" in batch else []
             run_backward(way.loss(to_meta(batch), items))
@@ -87,12 +84,6 @@ def count_step(way: Way, grids: Sequence[Grid], config: Any, micro_batch: int = 
         assert weight.grad is not None, "a trained weight has no gradient"
         weight.grad = None
     return counter.counts
-
-
-def run_backward(loss: torch.Tensor) -> None:
-    """`loss.backward()`, which itself would leave `GpuKernels` for as long as it runs, recomputation included."""
-    ones = (torch.ones_like(loss),)
-    _engine_run_backward((loss,), ones, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def _count_optimiser(counter: Counter, trained: list[nn.Parameter]) -> None:

@@ -4,6 +4,7 @@ In come names of sizes and grids of crops; out come configurations, filled model
 them. No file is read and nothing is downloaded. On the meta device nothing is filled.
 
     full   Phi-3-Vision itself: 32 layers of width 3072, CLIP ViT-L/14 at 336 pixels
+    mid    4 layers of width 2048 with the whole vocabulary: some GiB, for memory on a CPU
     cpu    8 layers of width 512; tower, vocabulary and inner width in about the same proportion to them
     tiny   2 layers of width 64: to try the programs
 """
@@ -36,6 +37,14 @@ DECODERS: dict[str, dict[str, int]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 32,
     },
+    "mid": {
+        "vocab_size": 32064,
+        "hidden_size": 2048,
+        "intermediate_size": 5504,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+    },
     "cpu": {
         "vocab_size": 1024,
         "hidden_size": 512,
@@ -55,6 +64,7 @@ DECODERS: dict[str, dict[str, int]] = {
 }
 TOWERS: dict[str, dict[str, int]] = {
     "full": {},
+    "mid": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 8},
     "cpu": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 4},
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2},
 }

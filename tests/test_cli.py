@@ -1,7 +1,6 @@
 """The command line from outside: exit codes, errors of one line, one JSON object for machines, a quick --help."""
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -104,6 +103,8 @@ def test_commands_and_flags_are_frozen():
         "train": ["recipe", "overrides", "--json", "--debug"],
         "evaluate": ["target", "--data", "--rows", "--device", "--json", "--debug"],
         "ask": ["target", "images_and_question", "--device", "--json", "--debug"],
+        "plan": ["recipe", "overrides", "--memory", "--rows", "--image", "--json", "--debug"],
+        "doctor": ["recipe", "overrides", "--json", "--debug"],
         "profile": ["recipe", "overrides", "--steps", "--rows", "--image", "--trace", "--json", "--debug"],
         "demo": ["--output", "--json", "--debug"],
         "data": [],
@@ -130,6 +131,8 @@ def test_help_imports_nothing_heavy():
         ("ask", 'TARGET IMAGE... "question" [OPTIONS]'),
         ("demo", "[OPTIONS]"),
         ("profile", "RECIPE [key=value ...] [OPTIONS]"),
+        ("doctor", "RECIPE [key=value ...] [OPTIONS]"),
+        ("plan", "RECIPE [key=value ...] [OPTIONS]"),
         ("data check", "RECIPE|DATASET [key=value ...] [OPTIONS]"),
         ("data show", "RECIPE|DATASET [key=value ...] [OPTIONS]"),
     ],
@@ -390,10 +393,3 @@ def test_a_reader_that_goes_away_is_no_traceback(trained, folder):
     command = f'"{sys.executable}" -m phi3v ask "{folder}/run" "{folder}/photos/0.png" "What colour?" | true'
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr and "Error" not in done.stderr
-
-
-def test_a_warning_of_ours_is_one_line(capsys):
-    for _ in range(2):
-        cli_session._show_warnings_of("phi3v.tested_here")
-    logging.getLogger("phi3v.tested_here").warning("left out: %s", "kind")
-    assert capsys.readouterr().err == "phi3v: left out: kind\n"

@@ -1,8 +1,11 @@
 """Slips in a command line: exit code 2 and a line that says what, before anything heavy is imported."""
 
 import json
+import logging
 import subprocess
 import sys
+
+from phi3v import cli_session
 
 SLIPS = [
     (["train", "r.yaml", "=3"], "'=3' is not key=value"),
@@ -43,3 +46,10 @@ def test_a_slip_is_a_usage_error() -> None:
     for (words, expected), (code, out, err) in zip(SLIPS, results, strict=True):
         assert code == 2 and out == "", words
         assert expected in " ".join(err.replace("│", " ").split()) and "Traceback" not in err, words
+
+
+def test_a_warning_of_ours_is_one_line(capsys):
+    for _ in range(2):
+        cli_session._show_warnings_of("phi3v.tested_here")
+    logging.getLogger("phi3v.tested_here").warning("left out: %s", "kind")
+    assert capsys.readouterr().err == "phi3v: left out: kind\n"

@@ -143,7 +143,7 @@ def test_check_and_train_refuse_the_same_before_a_model_is_loaded(
     words = [sets, "data.split=null", *more]
     done = run("check", folder / "recipe.yaml", "--quick", "--json", *words)
     found = json.loads(done.stdout)
-    monkeypatch.setattr(training, "_prepare_model", lambda recipe, device: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(training, "prepare_model", lambda recipe, device: pytest.fail("the model is loaded"))
     with pytest.raises((DataError, pytest.fail.Exception)) as caught:
         phi3v.train(Recipe.load(folder / "recipe.yaml", words))
     trained = None if isinstance(caught.value, pytest.fail.Exception) else str(caught.value)
@@ -183,7 +183,7 @@ def test_a_stream_of_bad_rows_is_refused_before_a_model_is_loaded_with_the_reaso
     done = run("check", folder / "recipe.yaml", "--quick", "--json", *words)
     found = json.loads(done.stdout)
     assert found["rows"] == min(rows, 1000) and len(found["problems"]) == (0 if line is None else found["rows"])
-    monkeypatch.setattr(training, "_prepare_model", lambda recipe, device: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(training, "prepare_model", lambda recipe, device: pytest.fail("the model is loaded"))
     with pytest.raises((DataError, pytest.fail.Exception)) as caught:
         phi3v.train(Recipe.load(folder / "recipe.yaml", words))
     if line is None:

@@ -59,7 +59,16 @@ def block(document: str, language: str, holding: str) -> str:
 
 def test_the_readmes_commands_and_program(shop: Path, typed: Callable[[str], Any]) -> None:
     lines = block("README.md", "bash", "shop.yaml").splitlines()
-    assert [words_of(line)[0] for line in lines] == ["data", "data", "profile", "train", "evaluate", "ask"]
+    assert [words_of(line)[0] for line in lines] == [
+        "data",
+        "data",
+        "plan",
+        "doctor",
+        "profile",
+        "train",
+        "evaluate",
+        "ask",
+    ]
     for line in lines:
         done = typed(line)
         assert done.exit_code == 0, (line, done.output)

@@ -118,7 +118,7 @@ def test_a_gpu_that_is_not_there_is_one_line(model_folder: Path) -> None:
 
 def test_quantization_options_are_checked_and_the_package_is_named(model_folder: Path, monkeypatch) -> None:
     with pytest.raises(ConfigError, match="did you mean load_in_4bit"):
-        loading.quantization_config({"load_in_4bits": True})
+        loading.quantization_config({"load_in_4bits": True}, torch.float32)
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match="pip install bitsandbytes"):
         loading.load_base(model_folder, quantization={"load_in_4bit": True})

@@ -44,7 +44,11 @@ def test_the_output_is_named_after_the_file(tmp_path: Path) -> None:
         ("models=a", "unknown key models; did you mean model?"),
         ("learning_rate=1e-4", "unknown key learning_rate; did you mean training.learning_rate?"),
         ("data.num_crops=4", "unknown key data.num_crops; did you mean image.num_crops?"),
-        ("vision.qqq=1", "unknown key vision.qqq; valid are tower, projector, cache, cache_gb, cache_folder"),
+        (
+            "vision.qqq=1",
+            "unknown key vision.qqq; valid are tower, projector, tower_learning_rate, projector_learning_rate, cache, "
+            "cache_gb, cache_folder",
+        ),
         ("data.split.sed=1", "unknown key data.split.sed; did you mean data.split.seed?"),
         ("training.seed=abc", "training.seed: given 'abc', allowed is a whole number"),
         ("training.seed=true", "training.seed: given true, allowed is a whole number"),
@@ -85,7 +89,7 @@ def test_a_split_keeps_its_type() -> None:
 
 
 def test_several_mistakes_share_the_line() -> None:
-    line = refusal("image.num_crops=0", "training.seed=x", "report.to=[wandb, foo]", "vision.tower=lora")
+    line = refusal("image.num_crops=0", "training.seed=x", "report.to=[wandb, foo]", "vision.tower=half")
     assert line.count(";") == 3 and line.endswith("and 1 more")
 
 

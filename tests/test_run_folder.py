@@ -12,7 +12,8 @@ import pytest
 
 from phi3v.errors import CheckpointError, ConfigError
 from phi3v.recipe import Recipe
-from phi3v.run_folder import VERSIONED_PACKAGES, RunFolder, gather_versions, replace_file, replace_folder, to_json
+from phi3v.run_folder import VERSIONED_PACKAGES, RunFolder, gather_versions, to_json
+from phi3v.whole_files import replace_file, replace_folder
 
 
 def recipe(*overrides: str) -> Recipe:
@@ -29,7 +30,12 @@ def test_a_run_goes_from_new_to_finished(tmp_path: Path) -> None:
     run.mark_finished({"steps": 3})
     assert (run.state(), run.start(recipe())) == ("finished", "finished")
     assert run.read_summary() == {"steps": 3}
-    assert sorted(path.name for path in run.path.iterdir()) == ["finished.json", "recipe.yaml", "versions.json"]
+    assert sorted(path.name for path in run.path.iterdir()) == [
+        "finished.json",
+        "recipe.yaml",
+        "run.lock",
+        "versions.json",
+    ]
 
 
 def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -51,7 +57,7 @@ def test_an_empty_folder_and_what_a_killed_start_left_are_taken(tmp_path: Path) 
     (tmp_path / "versions.json").unlink()
     (tmp_path / ".recipe.yaml.123.tmp").write_text("half")
     assert RunFolder(tmp_path).start(recipe()) == "new"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml", "versions.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml", "run.lock", "versions.json"]
     (tmp_path / "versions.json").unlink()
     with pytest.raises(ConfigError, match=r"holds recipe\.yaml and is no run"):
         RunFolder(tmp_path).start(recipe("training.seed=5"))

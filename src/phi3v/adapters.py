@@ -50,15 +50,21 @@ def starts_at_random(way: Any) -> bool:
     return isinstance(way, str) and way.startswith("pissa_niter_")
 
 
-def load_adapter(model: PreTrainedModel, place: Target, *, trainable: bool = False) -> Any:
+def load_adapter(model: PreTrainedModel, place: Target, *, trainable: bool = False, on_meta: bool = False) -> Any:
     """Puts the adapter of `place` on its base and checks that every tensor of the file found its place.
+
+    On the meta device the adapter is made as its configuration says, and nothing is read into it.
 
     Returns:
         A `peft.PeftModel`.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftConfig, PeftModel, get_peft_model
 
     assert place.adapter is not None
+    if on_meta:
+        config = PeftConfig.from_pretrained(str(place.adapter))
+        config.inference_mode, config.init_lora_weights = not trainable, True
+        return get_peft_model(model, config)
     stored = tensor_shapes(place.adapter / ADAPTER_WEIGHTS)
     try:
         with warnings.catch_warnings():
@@ -66,7 +72,7 @@ def load_adapter(model: PreTrainedModel, place: Target, *, trainable: bool = Fal
             tuned = PeftModel.from_pretrained(model, str(place.adapter), is_trainable=trainable)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise CheckpointError(f"adapter {place.adapter} does not fit {place.base}: {first_line(error)}") from error
-    wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(tuned).items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in adapter_state(tuned).items()}
     if wanted != stored:
         name = min(name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name))
         raise CheckpointError(
@@ -74,6 +80,14 @@ def load_adapter(model: PreTrainedModel, place: Target, *, trainable: bool = Fal
             f"and {wanted.get(name, 'unknown')} in the model; tune again or name the right base"
         )
     return tuned if trainable else tuned.eval()
+
+
+def adapter_state(model: Any) -> dict[str, Any]:
+    """The tensors that an adapter's file holds, by their names there."""
+    from peft import get_peft_model_state_dict
+
+    state: dict[str, Any] = get_peft_model_state_dict(model)
+    return state
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@
     phi3v ask TARGET IMAGE... "question"    the answer, streamed
     phi3v data check RECIPE|DATASET         what is in a data set, what is wrong with it, what it costs
     phi3v data show RECIPE                  some rows as the model sees them
+    phi3v plan RECIPE [key=value ...]       memory, steps and time before anything is loaded
+    phi3v doctor RECIPE [key=value ...]     whether a training would teach what its rows say
     phi3v profile RECIPE [key=value ...]    where time and memory of a training go
     phi3v demo                              all of it on the model and the products that come with the package
 
@@ -22,6 +24,8 @@ import typer
 from phi3v import __version__
 from phi3v.cli_command import AsJson, Command, Debug, Overrides, RecipeFile, read_path, refuse_empty, refuse_options
 from phi3v.cli_data import data_app
+from phi3v.cli_doctor import doctor
+from phi3v.cli_plan import plan
 from phi3v.cli_profile import profile
 from phi3v.cli_session import session
 
@@ -180,6 +184,8 @@ def demo(
         here.result(story)
 
 
+app.command(cls=Command, short_help="Count what a training will take: memory, steps, time.")(plan)
+app.command(cls=Command, short_help="Show on a real batch that a training is right.")(doctor)
 app.command(cls=Command, short_help="See where the time of a training goes.")(profile)
 
 

@@ -59,4 +59,12 @@ def refuse_empty(value: str | None) -> str | None:
     return value
 
 
+def read_size(text: str) -> tuple[int, int]:
+    """ "1200x1600" -> (1200, 1600). Raises: BadParameter."""
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise typer.BadParameter(f"{text!r} is no size, 1200x1600 for instance is", param_hint="--image")
+    return int(width), int(height)
+
+
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", parser=read_path)]

@@ -94,8 +94,8 @@ def show(
         from phi3v.cli_data_screen import show_rows
         from phi3v.cli_screen import Screen
         from phi3v.errors import ConfigError
-        from phi3v.run_folder import replace_file
         from phi3v.training.data_show import show_recipe
+        from phi3v.whole_files import replace_file
 
         if out is not None and out.is_dir():
             raise ConfigError(f"--out {out} is a folder: name the page, {out / 'rows.html'} for instance")

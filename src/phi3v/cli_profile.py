@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phi3v.cli_command import AsJson, Debug, Overrides, RecipeFile, read_path, refuse_options
+from phi3v.cli_command import AsJson, Debug, Overrides, RecipeFile, read_path, read_size, refuse_options
 from phi3v.cli_session import session
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def profile(
 ) -> None:
     """Run a few steps of a training and say where their time and memory go; the recipe's own run is not touched."""
     refuse_options(overrides)
-    size = _read_size(image)
+    size = read_size(image)
     with session(debug or bool(context.obj), as_json) as here:
         from phi3v.cli_screen import Screen
         from phi3v.recipe import Recipe
@@ -47,14 +47,6 @@ def profile(
             found = profile_recipe(chosen, steps=steps, rows=rows, image=size, trace=trace, on_event=screen.on_event)
         show_profile(here.screen, found)
         here.result(found.to_dict())
-
-
-def _read_size(text: str) -> tuple[int, int]:
-    """ "1200x1600" -> (1200, 1600)."""
-    width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise typer.BadParameter(f"{text!r} is no size, 1200x1600 for instance is", param_hint="--image")
-    return int(width), int(height)
 
 
 def show_profile(console: Console, found: Profile) -> None:

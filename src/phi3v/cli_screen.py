@@ -42,6 +42,7 @@ class Screen:
         """Draw on this console."""
         self.console = console
         self._losses: dict[str, float] = {}
+        self._rates: dict[str, float] = {}
         self._tasks: dict[str, TaskID] = {}
         self._tenths: dict[str, int] = {}
         self._bars = Progress(
@@ -82,6 +83,9 @@ class Screen:
             self.on_progress(event.stage, event.step, event.total)
         elif event.kind == "metrics":
             self._losses.update({name: event.metrics[name] for name in ("loss", "eval_loss") if name in event.metrics})
+        elif event.kind == "samples":
+            self._show_answers(event)
+        self._rates = event.rates or self._rates
         if event.kind in ("step", "metrics"):
             self.on_progress("training", event.step, event.total, self._note())
 
@@ -106,7 +110,16 @@ class Screen:
 
     def _note(self) -> str:
         names = {"loss": "loss", "eval_loss": "held-out loss"}
-        return ", ".join(f"{names[name]} {short_number(value)}" for name, value in self._losses.items())
+        parts = [f"{names[name]} {short_number(value)}" for name, value in self._losses.items()]
+        units = {"samples_per_second": "samples/s", "tokens_per_second": "tokens/s", "memory_gib": "GiB"}
+        return ", ".join([*parts, *(f"{short_number(self._rates[name])} {units[name]}" for name in self._rates)])
+
+    def _show_answers(self, event: TrainingEvent) -> None:
+        """Answers to a few held-out rows, one line each."""
+        for found in event.answers:
+            said, wanted = printable(found["answer"])[:100], printable(found["expected"])[:100]
+            line = f"step {event.step}, row {found['row']}: {said!r}" + ("" if said == wanted else f", not {wanted!r}")
+            self.console.print(line, markup=False)
 
 
 def rows_line(rows: RowUse) -> str:

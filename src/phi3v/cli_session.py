@@ -1,9 +1,9 @@
 """What every command shares: quiet libraries, one line for an error, one JSON object for machines, exit codes.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted from the keyboard. With `--json` standard output carries
-exactly one JSON object, {"error": LINE} where a command fails, whatever the libraries print; everything else goes to
-standard error. Imports no heavy library itself, huggingface_hub aside, which has to be told how long to wait
-(`cli_hub`), and PIL when a command runs.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted from the keyboard, 143 by SIGTERM. With `--json` standard
+output carries exactly one JSON object, {"error": LINE} where a command fails, whatever the libraries print; everything
+else goes to standard error. Imports no heavy library itself, huggingface_hub aside, which has to be told how long to
+wait (`cli_hub`), and PIL when a command runs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -21,12 +23,15 @@ from typing import TYPE_CHECKING, Any, TextIO
 import typer
 
 from phi3v.cli_hub import give_up_early
-from phi3v.errors import Phi3VError
+from phi3v.errors import Interrupted, Phi3VError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 FAILED, INTERRUPTED = 1, 130
+_TRAINING = ("checkpoints", "conditions", "disk_space", "step_faults")
+_SHOWN = ("phi3v.generate", *(f"phi3v.training.{name}" for name in _TRAINING))
+"""Modules whose warnings are lines for people."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +75,16 @@ def session(debug: bool = False, as_json: bool = False, *, on_interrupt: str = "
     give_up_early()
     answers = sys.stdout
     here = Session(as_json, answers)
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminated) if main else None
     try:
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             yield here
     except typer.Exit:
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         here.failed("interrupted" + on_interrupt, debug)
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(error.exit_code if isinstance(error, Interrupted) else INTERRUPTED) from None
     except BrokenPipeError:  # the reader of our output has gone: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), answers.fileno())
         raise typer.Exit(FAILED) from None
@@ -92,6 +99,14 @@ def session(debug: bool = False, as_json: bool = False, *, on_interrupt: str = "
             raise
         here.failed(f"{type(error).__name__}: {error} (run again with --debug to see where)", debug)
         raise typer.Exit(FAILED) from None
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _terminated(number: int, frame: Any) -> None:
+    """SIGTERM where nothing else is done about it: ends as Ctrl-C does, with another exit code."""
+    raise Interrupted(number)
 
 
 def _is_usage_error(error: Exception) -> bool:
@@ -121,7 +136,7 @@ def hush(debug: bool, as_json: bool) -> None:
         return
     warnings.simplefilter("ignore")
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
-    for name in ("phi3v.generate", "phi3v.training.checkpoints"):  # rows that are left out are told on the screen
+    for name in _SHOWN:  # rows that are left out are told on the screen
         _show_warnings_of(name)
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it says of a broken image is in the row's problem
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -54,3 +54,16 @@ class MissingPackageError(Phi3VError, ImportError):
 
 class TrainingError(Phi3VError, RuntimeError):
     """Training cannot go on: nothing to train, a non-finite loss, a broken resume."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to stop, by Ctrl-C or SIGTERM; it is no error, and `except Exception` lets it pass.
+
+    Attributes:
+        exit_code: what the command line exits with: 130 after Ctrl-C (SIGINT), 143 after SIGTERM.
+    """
+
+    def __init__(self, number: int) -> None:
+        """Keep the signal."""
+        super().__init__(number)
+        self.exit_code = 128 + number

@@ -227,7 +227,7 @@ def load_base(
         "attn_implementation": attn_implementation or "sdpa",
     }
     if quantization is not None:
-        options["quantization_config"] = quantization_config(quantization)
+        options["quantization_config"] = quantization_config(quantization, options["dtype"])
     if where.type != "cpu" or quantization is not None:
         options["device_map"] = {"": where}
     try:
@@ -315,8 +315,11 @@ def load_target(
     return LoadedTarget(model, processor, place.base, place.kind)
 
 
-def quantization_config(options: Mapping[str, Any]) -> BitsAndBytesConfig:
-    """Builds `BitsAndBytesConfig`; tower, projector and head stay out of it unless the options name other modules."""
+def quantization_config(options: Mapping[str, Any], dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Builds `BitsAndBytesConfig`, which computes in `dtype` where the options name no other type.
+
+    Tower, projector with its separators, and head stay out of it unless the options name other modules.
+    """
     known = [
         name for name in inspect.signature(BitsAndBytesConfig.__init__).parameters if name not in ("self", "kwargs")
     ]
@@ -324,7 +327,8 @@ def quantization_config(options: Mapping[str, Any]) -> BitsAndBytesConfig:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingPackageError("quantization needs bitsandbytes: pip install bitsandbytes")
     try:
-        return BitsAndBytesConfig(**{"llm_int8_skip_modules": ["model.vision_embed_tokens", "lm_head"], **options})
+        kept = {"llm_int8_skip_modules": ["model.vision_embed_tokens", "lm_head"], "bnb_4bit_compute_dtype": dtype}
+        return BitsAndBytesConfig(**{**kept, **options})
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"quantization: {first_line(error)}") from error
 

@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from phi3v.errors import ConfigError
 from phi3v.recipe_data import DataSection, Section, shorthand
 from phi3v.recipe_errors import explain
+from phi3v.recipe_report import EvaluationSection, ReportSection
 from phi3v.recipe_vision import VisionSection
 from phi3v.recipe_yaml import apply_override, read_yaml, write_yaml
 
@@ -30,6 +31,16 @@ LORA_DEFAULTS: dict[str, Any] = {
     "target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
 }
 """What `lora` holds where a recipe says nothing: the guide's sizes on the decoder's real projections."""
+
+FOUR_BITS: dict[str, Any] = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+}
+"""`quantization` of QLoRA, which `quantization: auto` takes where it is needed."""
+
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
+"""TrainingArguments' two names for computing activations twice."""
 
 COMPUTED_TRAINING_KEYS: dict[str, str] = {
     "per_device_train_batch_size": "training.micro_batch_size",
@@ -49,7 +60,7 @@ RUN_FILES = ("recipe.yaml", "versions.json")
 
 SETTINGS = tuple(
     "evaluation report model.device data.image_cache data.allow_hosts vision.cache_gb vision.cache_folder "
-    "training.fast_lora".split()
+    "training.fast_lora training.non_finite".split()
 )
 """Sections and keys that do not change what is trained: where and how fast it happens, and what is done afterwards."""
 
@@ -59,11 +70,9 @@ def _fill_lora(value: Any) -> Any:
     return {**deepcopy(LORA_DEFAULTS), **value} if isinstance(value, dict) else value
 
 
-def _trackers(value: Any) -> Any:
-    """`none` or null -> [], one name -> a list of it."""
-    if value in (None, "none", ["none"]):
-        return []
-    return [value] if isinstance(value, str) else value
+def _fill_quantization(value: Any) -> Any:
+    """`auto` as a mapping in which 4-bit is still to be chosen."""
+    return {**FOUR_BITS, "load_in_4bit": "auto"} if value == "auto" else value
 
 
 class ModelSection(Section):
@@ -74,6 +83,9 @@ class ModelSection(Section):
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
         default="auto",
         description="Number type of weights; auto: bfloat16 on GPUs that have it, else float16; float32 on the CPU.",
+    )
+    adapter: str | None = Field(
+        default=None, min_length=1, description="Run or adapter to go on from; its options take the place of lora."
     )
     attn_implementation: str | None = Field(
         default=None, description="Attention of transformers (sdpa, eager, ...); null takes sdpa."
@@ -107,8 +119,8 @@ class TrainingSection(BaseModel):
     samples_per_step: int = Field(
         default=16, ge=1, description="Samples in one optimiser step; a training is one process on one device."
     )
-    micro_batch_size: int = Field(
-        default=1, ge=1, description="Samples that go through the model at once: memory, not the result."
+    micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        default=1, description="Samples that go through the model at once: memory, not the result; auto: what fits."
     )
     packing: bool = Field(
         default=True, description="Samples of a step end to end in rows, each attending to itself alone; false pads."
@@ -123,6 +135,12 @@ class TrainingSection(BaseModel):
     seed: int = Field(default=0, ge=0, description="Order of the samples, dropout and fresh adapter weights.")
     learning_rate: float = Field(default=2e-4, gt=0, allow_inf_nan=False, description="Peak learning rate.")
     fast_lora: Literal["auto", "off"] = Field(default="auto", description="auto: hand-written LoRA layers on GPUs.")
+    non_finite: Literal["stop", "skip"] = Field(
+        default="stop", description="A step whose loss or gradient is no number: stop, or leave it out."
+    )
+    early_stopping: int | None = Field(
+        default=None, ge=1, description="Validations without a better score that end a run; its best weights are kept."
+    )
     compile_layers: Literal["auto"] | bool = Field(
         default="auto", description="torch.compile for each layer; auto: GPUs."
     )
@@ -132,13 +150,18 @@ class TrainingSection(BaseModel):
         """What goes to TrainingArguments as it is: learning_rate and all keys that are not fields of this section."""
         return {"learning_rate": self.learning_rate, **(self.model_extra or {})}
 
+    @property
+    def micro_batch(self) -> int:
+        """Samples of a micro-batch; 1 for as long as `auto` is not chosen."""
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         """Refuses keys that follow from others, and steps that are not whole micro batches."""
         for key in self.model_extra or {}:
             if key in COMPUTED_TRAINING_KEYS:
                 raise ValueError(f"training.{key} is computed; set {COMPUTED_TRAINING_KEYS[key]} instead")
-        if self.samples_per_step % self.micro_batch_size:
+        if self.samples_per_step % self.micro_batch:
             raise ValueError(
                 f"training.samples_per_step is {self.samples_per_step}, which is no multiple of "
                 f"training.micro_batch_size, {self.micro_batch_size}; change one of them"
@@ -149,30 +172,6 @@ class TrainingSection(BaseModel):
                 "them out"
             )
         return self
-
-
-class EvaluationSection(Section):
-    """How answers are made and scored."""
-
-    rows: int | None = Field(default=None, ge=1, description="Validation rows to answer, the first ones; null for all.")
-    batch_size: int = Field(default=8, ge=1, description="Rows that are answered at once.")
-    max_new_tokens: int = Field(default=128, ge=1, description="Longest answer in tokens.")
-    numeric_fields: list[str] | None = Field(
-        default=None, description="Answer columns scored as numbers; null finds them by their values."
-    )
-
-
-class ReportSection(Section):
-    """Who is told about the run."""
-
-    to: Annotated[list[Literal["wandb", "tensorboard"]], BeforeValidator(_trackers)] = Field(
-        default=[], description="Trackers: none, wandb, tensorboard, or a list."
-    )
-    project: str | None = Field(default=None, description="Project name at W&B; null for its own default.")
-    run_name: str | None = Field(
-        default=None, description="Name of the run at the tracker; null for the output folder's name."
-    )
-    samples: int = Field(default=12, ge=0, description="Photos with their answers in report.html.")
 
 
 class Recipe(Section):
@@ -190,13 +189,30 @@ class Recipe(Section):
         description="peft.LoraConfig, for the language model; null tunes all of it.",
         validate_default=True,
     )
-    quantization: dict[str, Any] | None = Field(
-        default=None, description="transformers.BitsAndBytesConfig; null for none."
+    quantization: Annotated[dict[str, Any] | None, BeforeValidator(_fill_quantization)] = Field(
+        default=None, description="transformers.BitsAndBytesConfig; null for none; auto: 4-bit where needed."
     )
     training: TrainingSection = Field(default=TrainingSection(), description="How long and in which steps.")
     evaluation: EvaluationSection = Field(default=EvaluationSection(), description="How answers are scored.")
     report: ReportSection = Field(default=ReportSection(), description="Who is told.")
     output: str = Field(min_length=1, description="Folder of the run; runs/<recipe name> where nothing is said.")
+
+    @model_validator(mode="after")
+    def _check_tuning(self) -> Self:
+        """Refuses LoRA where there is none."""
+        for key, wanted in (
+            ("vision.tower", self.vision.tower == "lora"),
+            ("vision.projector", self.vision.projector == "lora"),
+            ("model.adapter", self.model.adapter is not None),
+        ):
+            if wanted and self.lora is None:
+                raise ValueError(f"{key} asks for LoRA, and lora is null: take one of them out")
+        for name in ("tower", "projector"):
+            if getattr(self.vision, name) == "frozen" and getattr(self.vision, f"{name}_learning_rate") is not None:
+                raise ValueError(
+                    f"vision.{name}_learning_rate is set, and vision.{name} is frozen: take one of them out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_streaming(self) -> Self:
@@ -214,6 +230,13 @@ class Recipe(Section):
                 "number of rows, data.validation, or data.split: null"
             )
         return self
+
+    @property
+    def automatic(self) -> list[str]:
+        """The dotted keys whose values are still to be chosen: ["training.micro_batch_size", "quantization"]."""
+        found = ["training.micro_batch_size"] if self.training.micro_batch_size == "auto" else []
+        found += [f"training.{name}" for name in CHECKPOINTING if self.training.options.get(name) == "auto"]
+        return found + (["quantization"] if (self.quantization or {}).get("load_in_4bit") == "auto" else [])
 
     @property
     def loading_options(self) -> dict[str, Any]:
@@ -325,6 +348,7 @@ class Recipe(Section):
 
 _PLACES = (
     ("model", "name"),
+    ("model", "adapter"),
     ("data", "train"),
     ("data", "validation"),
     ("data", "image_root"),

@@ -13,9 +13,15 @@ from phi3v.recipe_data import Section
 class VisionSection(Section):
     """What happens to the parts that see."""
 
-    tower: Literal["frozen", "train"] = Field(default="frozen", description="The CLIP tower.")
-    projector: Literal["frozen", "train"] = Field(
+    tower: Literal["frozen", "lora", "train"] = Field(default="frozen", description="The CLIP tower.")
+    projector: Literal["frozen", "lora", "train"] = Field(
         default="frozen", description="img_projection and the separators sub_GN and glb_GN."
+    )
+    tower_learning_rate: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="Peak rate of the tower; null for that of training."
+    )
+    projector_learning_rate: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="Peak rate of the projector; null for that of training."
     )
     cache: Literal["memory", "disk"] | None = Field(
         default=None, description="Where features of frozen vision parts are kept: memory, disk; null: nowhere."
@@ -31,3 +37,9 @@ class VisionSection(Section):
     def frozen(self) -> bool:
         """Whether nothing of the parts that see is trained."""
         return self.tower == self.projector == "frozen"
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Parts of the model with a rate of their own: {"projector": 1e-5}."""
+        rates = {"vision tower": self.tower_learning_rate, "projector": self.projector_learning_rate}
+        return {part: rate for part, rate in rates.items() if rate is not None}

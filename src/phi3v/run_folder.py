@@ -6,11 +6,12 @@
     features.json      how many images have kept features, where the recipe keeps them
     metrics.jsonl      one JSON object per logged step, appended
     checkpoints/       what resuming needs, filled by the trainer
+    run.lock           held by the process that trains, see `run_lock`
     adapter/           the tuned adapter with the processor, or
     model/             the whole model, when all of it was tuned
     predictions.jsonl  one JSON object per evaluated row
     evaluation.json    the scores
-    report.html        the report
+    report.html        the report; loss.png is its curve
     finished.json      there when the run has reached its end; holds its summary
 
 Files are replaced whole (temporary file, fsync, os.replace), so a reader sees the old or the new content and nothing
@@ -22,7 +23,6 @@ import json
 import math
 import os
 import platform
-import shutil
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from importlib import metadata
@@ -31,6 +31,8 @@ from typing import Any, Literal
 
 from phi3v.errors import CheckpointError, ConfigError
 from phi3v.recipe import RUN_FILES, Recipe
+from phi3v.run_lock import LOCK_FILE, RunLock
+from phi3v.whole_files import replace_file, replace_folder
 
 RunState = Literal["new", "unfinished", "finished"]
 
@@ -61,6 +63,7 @@ class RunFolder:
         self.evaluation = self.path / "evaluation.json"
         self.report = self.path / "report.html"
         self.finished = self.path / "finished.json"
+        self.lock = RunLock(self.path)
 
     @staticmethod
     def is_run(path: str | Path) -> bool:
@@ -84,11 +87,14 @@ class RunFolder:
         A new run gets versions.json and recipe.yaml, local paths in it made absolute, so that the run can be used from
         any folder. An existing one takes the values that do not change the training (`recipe.SETTINGS`): recipe.yaml
         is written anew, and what was made with other ones (scores and report, or the report) is removed.
-        Raises: ConfigError as `look`.
+        The folder is locked from here on, see `RunLock`.
+        Raises: ConfigError as `look`, and when another process trains in it.
         """
         state = self.look(recipe)
         if state == "new":
             self._make_folder()
+        self.lock.take()
+        if state == "new":
             self.write_recipe(recipe.with_places())
             self.write_versions(gather_versions())
         elif changed := recipe.differences(self.read_recipe()):
@@ -119,7 +125,7 @@ class RunFolder:
     def _is_bare(self) -> bool:
         """Whether the folder holds nothing but what `start` writes, and empty folders."""
         return all(
-            entry in (self.recipe, self.versions, self.problems, self.features)
+            entry in (self.recipe, self.versions, self.problems, self.features, self.lock.file)
             or (entry.is_dir() and not any(entry.iterdir()))
             for entry in self.path.iterdir()
         )
@@ -152,7 +158,7 @@ class RunFolder:
             raise ConfigError(f"output {self.path} cannot be used ({above} {why}): give another folder")
         try:
             entries = [entry.name for entry in self.path.iterdir()] if os.path.lexists(self.path) else []
-            found = sorted(name for name in entries if not fnmatch(name, ".recipe.yaml.*.tmp"))
+            found = sorted(name for name in entries if not fnmatch(name, ".recipe.yaml.*.tmp") and name != LOCK_FILE)
             cut_off = found == ["recipe.yaml"] and self.recipe.read_text("utf-8") == recipe.with_places().to_yaml()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"output {self.path} cannot be used ({error}): give another folder") from error
@@ -226,12 +232,16 @@ class RunFolder:
         """The lines of metrics.jsonl in their order, [] when there are none; a half last line is left out."""
         return self._read_lines(self.metrics) if self.metrics.is_file() else []
 
-    def keep_metrics(self, last_step: int) -> None:
+    def keep_metrics(self, last_step: int, of_last: int | None = None) -> None:
         """Drops the lines of steps after `last_step`: they are about to be computed again from a checkpoint.
 
-        Example: lines of steps 5, 10, 15 with last_step 10 -> 5, 10. Lines without a step stay.
+        Of `last_step` itself the first `of_last` lines stay, those that the checkpoint knows; None for all.
+        Example: lines of steps 5, 10, 10, 15 with last_step 10 and of_last 1 -> 5, 10. Lines without a step stay.
         """
         kept = [line for line in self.read_metrics() if line.get("step", 0) <= last_step]
+        if of_last is not None:
+            lines = [place for place, line in enumerate(kept) if line.get("step") == last_step][of_last:]
+            kept = [line for place, line in enumerate(kept) if place not in lines]
         if self.metrics.is_file():
             replace_file(self.metrics, "".join(to_json(line) + "\n" for line in kept))
 
@@ -335,55 +345,6 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         return _plain(value.item())
     raise TypeError(f"a run's JSON cannot hold a {type(value).__name__}: {value!r:.80}")
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Puts `text` at `path` so that a reader, or a crash, finds the old or the new content whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def replace_folder(path: Path, save: Callable[[Path], Any]) -> None:
-    """Lets `save` fill a folder beside `path`, then puts it in place of `path`.
-
-    After a crash `path` is the old folder, or the new one, or (between two renames) absent with the old one beside it
-    as `.<name>.old.tmp`, which the next call puts back before it begins.
-    """
-    fresh, old = path.with_name(f".{path.name}.new.tmp"), path.with_name(f".{path.name}.old.tmp")
-    if old.exists() and not path.exists():
-        os.replace(old, path)
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    save(fresh)
-    for file in fresh.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-    if path.exists():
-        os.replace(path, old)
-    os.replace(fresh, path)
-    _sync_folder(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync_folder(path: Path) -> None:
-    """Sees a rename inside `path` onto the disk, where the system can do that."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _drop_half_line(file: Any) -> None:

@@ -20,9 +20,10 @@ from phi3v.model.vision_phi3_v import Phi3VVisionTransformer
 from phi3v.passthrough import check_names, first_line
 
 LORA_PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-Choice = Literal["frozen", "train"]
+Choice = Literal["frozen", "lora", "train"]
 Part = Literal["language model", "projector", "vision tower"]
 _VISION = "vision_embed_tokens"
+_TOWER_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,11 @@ def freeze(model: nn.Module, *, language_model: bool, tower: Choice, projector: 
 
     The projector is the two projection matrices and the two separators. The tower's last layer and its
     post_layernorm stay frozen in any case: nothing reads their output.
+
+    Raises: ConfigError where LoRA is asked for: `attach_lora` is what puts it there.
     """
+    if "lora" in (tower, projector):
+        raise ConfigError("vision.tower and vision.projector can have LoRA where lora is a mapping: it is null")
     choice = {"language model": language_model, "projector": projector == "train", "vision tower": tower == "train"}
     unread = _unread_weights(model)
     for name, weight in model.named_parameters():
@@ -75,7 +80,9 @@ def attach_lora(
     projector: Choice = "frozen",
     revision: str | None = None,
 ) -> Any:
-    """Puts LoRA on the language model's projections; a trained tower or projector is stored in the adapter, whole.
+    """Puts LoRA on the language model's projections, and on the vision parts that ask for it.
+
+    A trained tower or projector is stored in the adapter, whole.
 
     All trainable weights become float32 masters, whatever the base computes in. Under LoRA a trained projector is its
     two matrices; the two separators stay as they are, since PEFT stores modules, not single vectors.
@@ -83,7 +90,7 @@ def attach_lora(
     Args:
         model: the loaded base; all of its own weights are frozen here.
         options: arguments of `peft.LoraConfig`; `target_modules` defaults to the four projections of a layer.
-        tower: "train" keeps a trained copy of the vision tower in the adapter.
+        tower: "lora" puts LoRA on the layers that are read; "train" keeps a trained copy of it in the adapter.
         projector: the same for the projector.
         revision: revision of a base on the hub, noted in the adapter.
 
@@ -95,6 +102,9 @@ def attach_lora(
     config = lora_config(options, tower=tower, projector=projector)
     _refuse_wrong_targets(model, config)
     _refuse_unknown_modules(model, config)
+    if vision := _vision_targets(model, tower, projector):
+        config.target_modules = {*_hits(model, config), *vision}
+        config.layers_to_transform = config.layers_pattern = None  # those names say it now
     base = model.config.name_or_path
     config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
     config.revision = revision
@@ -106,6 +116,11 @@ def attach_lora(
     except (TypeError, ValueError) as error:
         raise ConfigError(f"lora: {first_line(error)}") from error
     tuned.peft_config["default"].base_model_name_or_path = place  # PEFT put the name as it was typed there
+    return mark_trained(tuned)
+
+
+def mark_trained(tuned: Any) -> Any:
+    """Makes the weights of a PEFT model that train float32 masters, and leaves out what nobody reads."""
     unread = _unread_weights(tuned)
     for name, weight in tuned.named_parameters():
         if name in unread:
@@ -113,6 +128,38 @@ def attach_lora(
         if weight.requires_grad:
             weight.data = weight.data.float()
     return tuned
+
+
+def vision_choices(tuned: nn.Module) -> dict[str, Choice]:
+    """What an adapter does to tower and projector: {"tower": "lora", "projector": "frozen"} for instance."""
+    found: dict[str, Choice] = {"tower": "frozen", "projector": "frozen"}
+    for name, _ in tuned.named_parameters():
+        part = {"vision tower": "tower", "projector": "projector"}.get(part_of(name))
+        if part and (".lora_" in name or ".modules_to_save." in name):
+            found[part] = "lora" if ".lora_" in name else "train"
+    return found
+
+
+def _vision_targets(model: nn.Module, tower: Choice, projector: Choice) -> list[str]:
+    """Full names of the vision parts' matrices that get LoRA: of the tower in the layers whose output is read."""
+    unread = {name.rpartition(".")[0] for name in _unread_weights(model)}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and name not in unread
+        and (
+            (tower == "lora" and part_of(name) == "vision tower" and name.endswith(_TOWER_PROJECTIONS))
+            or (projector == "lora" and part_of(name) == "projector")
+        )
+    ]
+
+
+def _hits(model: nn.Module, config: Any) -> list[str]:
+    """Full names of the modules that a configuration's targets hit."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    return [name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)]
 
 
 def lora_config(options: Mapping[str, Any], *, tower: Choice = "frozen", projector: Choice = "frozen") -> Any:
@@ -150,15 +197,13 @@ def lora_config(options: Mapping[str, Any], *, tower: Choice = "frozen", project
 
 def _refuse_wrong_targets(model: nn.Module, config: Any) -> None:
     """Refuses LoRA targets that hit nothing, or the vision part, where the language model was meant."""
-    from peft.tuners.tuners_utils import check_target_module_exists
-
     if config.target_modules is None:
         return  # target_parameters alone: PEFT itself refuses what it does not find
     whole, is_pattern = config.target_modules, isinstance(config.target_modules, str)
     real = f"the projections of the language model are {', '.join(LORA_PROJECTIONS)}"
     for single in [whole] if is_pattern else sorted(whole):
         config.target_modules = single if is_pattern else {single}
-        hits = [name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)]
+        hits = _hits(model, config)
         vision = [name for name in hits if _VISION in name]
         config.target_modules = whole
         if not hits:

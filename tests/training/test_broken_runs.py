@@ -16,7 +16,6 @@ from phi3v.errors import CheckpointError
 from phi3v.evaluation.report_run import NEEDED, write_report
 from phi3v.run_folder import RunFolder
 from phi3v.targets import resolve_target
-from phi3v.training.checkpoints import newest_checkpoint
 
 MakeCopy = Callable[[], tuple[phi3v.Recipe, RunFolder]]
 
@@ -74,41 +73,21 @@ def halve(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-BROKEN: list[tuple[str, Callable[[Path], Any]]] = [
-    ("optimizer.pt", halve),
-    ("optimizer.pt", lambda file: file.write_bytes(b"no archive")),
-    ("scheduler.pt", lambda file: file.write_bytes(file.read_bytes().replace(b"last_epoch", b"lost_epoch"))),
-    ("rng_state.pth", halve),
-    ("trainer_state.json", halve),
-    ("trainer_state.json", lambda file: file.write_text("{}")),
-    ("adapter_model.safetensors", halve),
-    ("adapter_model.safetensors", lambda file: file.write_text("text")),
-]
-
-
-@pytest.mark.parametrize("number", range(len(BROKEN)))
-def test_a_broken_checkpoint_is_passed_over_with_one_warning(
-    copy: MakeCopy, caplog: pytest.LogCaptureFixture, number: int
-) -> None:
-    name, spoil = BROKEN[number]
-    _, run = copy()
-    older, newer = run.checkpoints / "checkpoint-1", run.checkpoints / "checkpoint-2"
-    assert newest_checkpoint(run.checkpoints) == newer and not caplog.records
-    spoil(newer / name)
-    assert newest_checkpoint(run.checkpoints) == older
-    (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith(str(newer / name)) and line.endswith("; going on from checkpoint-1")
-    spoil(older / name)
-    with pytest.raises(CheckpointError) as error:
-        newest_checkpoint(run.checkpoints)
-    assert str(error.value).startswith(str(newer / name)) and "\n" not in str(error.value)
-    assert str(error.value).endswith(f"or remove {run.checkpoints} to train from the start")
+def test_a_checkpoint_holds_what_the_documentation_says(trained: phi3v.Recipe) -> None:
+    files = {file.name for file in (RunFolder(trained.output).checkpoints / "checkpoint-2").iterdir()}
+    states = {f"{name}.{kind}" for name in ("optimizer", "scheduler", "rank-0") for kind in ("safetensors", "json")}
+    assert files == states | {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "trainer_state.json",
+        "manifest.json",
+    }
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_broken_one(trained: phi3v.Recipe, copy: MakeCopy) -> None:
     recipe, run = copy()
     run.finished.unlink()
-    halve(run.checkpoints / "checkpoint-2" / "optimizer.pt")
+    halve(run.checkpoints / "checkpoint-2" / "optimizer.safetensors")
     result = phi3v.train(recipe)
     assert (result.status, result.resumed_from, result.steps) == ("resumed", 1, 2)
     assert_same(weights(run.path), weights(trained.output))

@@ -1,6 +1,5 @@
 """Training with hand-written layers: the same adapter as without, and the run says which way it went."""
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,9 @@ def test_a_run_ends_with_the_same_adapter_either_way(make, monkeypatch: pytest.M
     settings = {"lora": {"r": 4, "lora_dropout": 0.1}, "training": {"max_steps": 6}}
     told: list[str] = []
     plain = phi3v.train(make("plain", **settings), on_event=lambda event: told.append(event.line))
-    monkeypatch.setattr("phi3v.training.train.attach_fast_lora", partial(attach_fast_lora, force=True))
+    monkeypatch.setattr(
+        "phi3v.training.prepare.attach_fast_lora", lambda model, force: attach_fast_lora(model, force=True)
+    )
     fast = phi3v.train(make("fast", **settings), on_event=lambda event: told.append(event.line))
     assert plain.fast_lora == {"layers": 2, "attached": 0, "reasons": {"no CUDA device": 2}, "calls": {}}
     assert fast.fast_lora == {"layers": 2, "attached": 2, "reasons": {}, "calls": {"fast": 2 * 6 * 2}}
@@ -38,6 +39,8 @@ def test_a_run_ends_with_the_same_adapter_either_way(make, monkeypatch: pytest.M
 
 
 def test_the_setting_turns_it_off(make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phi3v.training.train.attach_fast_lora", partial(attach_fast_lora, force=True))
+    monkeypatch.setattr(
+        "phi3v.training.prepare.attach_fast_lora", lambda model, force: attach_fast_lora(model, force=True)
+    )
     result = phi3v.train(make(training={"fast_lora": "off", "max_steps": 1}))
     assert result.fast_lora["attached"] == 0 and result.fast_lora["calls"] == {}

@@ -174,7 +174,7 @@ def test_what_liger_does_not_have_is_refused_before_anything_is_made(
     make: MakeRecipe, liger: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"use_liger_kernel": True, "compile_layers": False}
-    monkeypatch.setattr(training, "_training_device", lambda name: CUDA)
+    monkeypatch.setattr(training, "training_device", lambda name: CUDA)
     monkeypatch.setattr(training, "load_processor", lambda *args, **options: pytest.fail("loaded"))
     for config, expected in (
         ({"rms_nrom": True}, "training.liger_kernel_config.rms_nrom is no option: did you mean rms_norm?"),

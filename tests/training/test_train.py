@@ -144,19 +144,6 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(make: MakeRecipe, trained: Mak
     assert losses(recipe) == losses(undisturbed)
 
 
-def test_a_checkpoint_that_was_being_written_is_passed_over(make: MakeRecipe) -> None:
-    recipe = make(training={"save_steps": 2})
-
-    def interrupt(event: TrainingEvent) -> None:
-        if event.kind == "step" and event.step == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        phi3v.train(recipe, on_event=interrupt)
-    (RunFolder(recipe.output).checkpoints / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
-    assert phi3v.train(recipe).resumed_from == 2
-
-
 def test_logits_are_computed_at_trained_positions_only(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 

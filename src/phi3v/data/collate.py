@@ -5,7 +5,7 @@ In come examples of `encode` (or `encode_prompt`); out comes a dict whose keys a
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -107,18 +107,32 @@ class StepCollator:
     Attributes:
         collate: makes a batch of the samples of one micro-batch.
         micro_batches: how a step is cut.
+        halvings: how often since then the micro-batches were halved; loader workers see it, as its memory is shared.
     """
 
     collate: Callable[[list[Example]], dict[str, Any]]
     micro_batches: MicroBatches
+    halvings: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64).share_memory_())
 
     def __call__(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
         """The micro-batches of a step; every example is in one of them.
 
         Example, packs of 10 tokens: of examples with 6, 5, 4 and 3 tokens 0 and 2 are a batch, and 1 and 3.
         """
-        groups = self.micro_batches.groups([len(example["input_ids"]) for example in examples])
-        return [self.collate([examples[place] for place in group]) for group in groups]
+        return [self.collate([examples[place] for place in group]) for group in self._groups(examples)]
+
+    def halve(self) -> None:
+        """From now on micro-batches hold half as much: packs of 10 tokens are packs of 5."""
+        self.halvings.add_(1)
+
+    def is_single(self, examples: Sequence[Example]) -> bool:
+        """Whether each of these examples is a micro-batch of its own, and nothing smaller can be made of them."""
+        return all(len(group) == 1 for group in self._groups(examples))
+
+    def _groups(self, examples: Sequence[Example]) -> list[list[int]]:
+        """Which examples go together."""
+        how = replace(self.micro_batches, halvings=int(self.halvings))
+        return how.groups([len(example["input_ids"]) for example in examples])
 
 
 def images_of(examples: Sequence[Example], *, flat: bool) -> dict[str, torch.Tensor]:

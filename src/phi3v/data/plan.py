@@ -23,22 +23,25 @@ class MicroBatches:
         packed: samples stand end to end, as many as the budget holds; False pads each `size` of them to one length.
         tokens: the budget of a pack; None for `size` times the longest sample, so that a pack is never larger than the
             padded micro-batch of that sample.
+        halvings: how often size and budget are halved, for memory that is smaller than was thought.
     """
 
     size: int
     packed: bool = True
     tokens: int | None = None
+    halvings: int = 0
 
     def groups(self, lengths: Sequence[int]) -> Groups:
         """The micro-batches of one step.
 
         Example, lengths 800, 300, 2500, 500, 900: with size 1 and packed [[0, 1, 3, 4], [2]], 2500 tokens each;
-        padded with size 2 [[0, 1], [2, 3], [4]], which are 1600, 5000 and 900.
+        padded with size 2 [[0, 1], [2, 3], [4]], which are 1600, 5000 and 900; halved once, each is alone.
         """
         if not self.packed:
-            places = range(len(lengths))
-            return [list(places[start : start + self.size]) for start in places[:: self.size]]
-        return packs_within(lengths, self.tokens or self.size * max(lengths, default=0))
+            places, size = range(len(lengths)), max(self.size >> self.halvings, 1)
+            return [list(places[start : start + size]) for start in places[::size]]
+        budget = self.tokens or self.size * max(lengths, default=0)
+        return packs_within(lengths, max(budget >> self.halvings, 1))
 
 
 def packs_within(lengths: Sequence[int], budget: int) -> Groups:

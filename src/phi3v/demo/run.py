@@ -25,10 +25,11 @@ from phi3v.evaluation.report_run import write_report
 from phi3v.evaluation.run import feature_store, held_out_rows
 from phi3v.recipe import Recipe
 from phi3v.recipe_yaml import read_yaml
-from phi3v.run_folder import RunFolder, replace_file, to_json
+from phi3v.run_folder import RunFolder, to_json
 from phi3v.targets import resolve_target
 from phi3v.training.callbacks import Watcher
 from phi3v.training.train import train
+from phi3v.whole_files import replace_file
 
 Progress = Callable[[str, int, int], None]
 SAMPLES = 3

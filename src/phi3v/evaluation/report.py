@@ -104,6 +104,21 @@ def loss_curve_svg(train: Sequence[tuple[float, float]], evaluation: Sequence[tu
 
     The same points give the same text: no date and no random ids are in it.
     """
+    drawn = _draw_curve(train, evaluation, "svg", transparent=True, metadata={"Date": None, "Creator": None}).decode()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
+    return svg.replace("<svg", '<svg role="img" aria-label="loss over the optimiser steps"', 1)
+
+
+def loss_curve_png(metrics: Sequence[Mapping[str, Any]]) -> bytes | None:
+    """The same curve of a run's metrics as a picture on white; None where nothing was logged."""
+    train, evaluation = (curve_points(metrics, name) for name in ("loss", "eval_loss"))
+    return _draw_curve(train, evaluation, "png", dpi=160, facecolor="white") if train or evaluation else None
+
+
+def _draw_curve(
+    train: Sequence[tuple[float, float]], evaluation: Sequence[tuple[float, float]], form: str, **how: Any
+) -> bytes:
+    """The file of a curve."""
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "phi3v", "font.family": "sans-serif", "font.size": 11}):
         figure = Figure(figsize=(5.6, 3.2), layout="constrained")
         axes = figure.add_subplot()
@@ -121,8 +136,6 @@ def loss_curve_svg(train: Sequence[tuple[float, float]], evaluation: Sequence[tu
         for name, spine in axes.spines.items():
             spine.set_visible(name in ("left", "bottom"))
             spine.set_color(AXIS_COLOUR)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    return svg.replace("<svg", '<svg role="img" aria-label="loss over the optimiser steps"', 1)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=form, **how)
+    return buffer.getvalue()

@@ -8,16 +8,17 @@ from typing import Any
 from phi3v.data.images import open_image
 from phi3v.data.schema import Row
 from phi3v.errors import CheckpointError
-from phi3v.evaluation.report import ReportContent, Sample, render_report
+from phi3v.evaluation.report import ReportContent, Sample, loss_curve_png, render_report
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
+from phi3v.whole_files import replace_file
 
 NEEDED = ("base", "rows", "scores", "majority", "problems", "seconds")
 """What evaluation.json holds at least, for the report and for the screen."""
 
 
 def write_report(run: RunFolder, rows: Sequence[Row], controls: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-    """Writes report.html.
+    """Writes report.html and, beside it, the loss curve as loss.png.
 
     Args:
         run: a run that was evaluated, or one that is finished and has no held-out rows.
@@ -46,6 +47,8 @@ def write_report(run: RunFolder, rows: Sequence[Row], controls: Mapping[str, Map
         times=times | (evaluation["seconds"] if evaluation else {}),
         controls=controls or {},
     )
+    if (curve := loss_curve_png(run.read_metrics())) is not None:
+        replace_file(run.path / "loss.png", curve)
     run.write_report(render_report(content))
 
 

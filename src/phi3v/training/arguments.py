@@ -16,16 +16,19 @@ from transformers.training_args import OptimizerNames
 
 from phi3v.errors import ConfigError
 from phi3v.passthrough import check_names, first_line
-from phi3v.recipe import Recipe
+from phi3v.recipe import CHECKPOINTING, Recipe
 from phi3v.run_folder import RunFolder
 
 _DECIDED_ELSEWHERE = {
     "bf16": "model.dtype",
-    "fp16": "model.dtype",
+    "fp16": "model.dtype (float16 scales losses, and gradients of weights in bfloat16 cannot be scaled back)",
     "use_cpu": "model.device",
     "dataloader_drop_last": "training.samples_per_step (the last step of an epoch is filled up)",
     "auto_find_batch_size": "training.micro_batch_size (a step keeps its number of samples)",
     "resume_from_checkpoint": "output (a run goes on by itself)",
+    "save_only_model": "output (a run goes on from its checkpoints, and needs all of them)",
+    "ignore_data_skip": "data.streaming (a run goes on with the samples that were to come)",
+    "enable_jit_checkpoint": "what happens at SIGTERM (the last whole step is saved, see docs/training.md)",
     "train_sampling_strategy": "training.seed (each epoch has every row in an order of its own)",
     "length_column_name": "training.packing (lengths are known from image headers and texts)",
 }
@@ -53,6 +56,8 @@ def training_arguments(
     training = recipe.training
     check_options(training.options)
     options = _today(training.options)
+    if training.early_stopping is not None and not validated:
+        raise ConfigError("training.early_stopping needs held-out rows: set data.split or data.validation")
     transfer = {"non_blocking": device.type == "cuda"}  # from pinned memory, while the device computes
     transfer |= {"dispatch_batches": False} if recipe.data.streaming else {}
     defaults: dict[str, Any] = {
@@ -61,6 +66,7 @@ def training_arguments(
         "save_strategy": "steps" if "save_steps" in options else "epoch",
         "save_total_limit": 2,
         "eval_strategy": ("steps" if "eval_steps" in options else "epoch") if validated else "no",
+        **({"load_best_model_at_end": True} if training.early_stopping is not None else {}),
         **(_of_streams(training.max_steps or 1, validated) if recipe.data.streaming else {}),
         # re-entrant checkpointing below a frozen embedding gives no gradient at all
         **_today({"gradient_checkpointing_kwargs": {"use_reentrant": False}}),
@@ -120,6 +126,7 @@ def _today(options: dict[str, Any]) -> dict[str, Any]:
     """
     known = {field.name for field in fields(TrainingArguments)}
     options = {name: value for name, value in options.items() if value is not None or name not in _KWARGS}
+    options = {name: value for name, value in options.items() if name not in CHECKPOINTING or value != "auto"}
     renamed = {name: name.replace("gradient_checkpointing", "activation_checkpointing") for name in options}
     return {renamed[name] if renamed[name] in known else name: value for name, value in options.items()}
 
@@ -168,6 +175,8 @@ def _check_plain(name: str, value: Any, default: Any) -> None:
 
     transformers itself would find out in the middle of a training, or take "no" for true.
     """
+    if name in CHECKPOINTING and value == "auto":
+        return  # chosen before it is used
     if isinstance(default, bool):
         if value is not None and not isinstance(value, bool):
             raise ConfigError(f"training.{name} is {value!r}, allowed are true and false")

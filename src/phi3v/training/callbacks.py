@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from phi3v.errors import TrainingError
 from phi3v.first_look import RowUse
 from phi3v.run_folder import RunFolder
+from phi3v.training.meter import Meter
 from phi3v.tuning import TrainableReport
 
 
@@ -24,8 +25,8 @@ class TrainingEvent:
     Attributes:
         kind: "start" (with `trainable`), "step" (after each optimiser step), "metrics" (losses were logged;
             before the "step"), "look" (images are downloaded, rows are looked at), "rows" (with `rows`), "features"
-            (images go through the frozen tower in advance), "kept" and "way" (with `line`), "end", or "answers"
-            (held-out rows).
+            (images go through the frozen tower in advance), "kept" and "way" (with `line`), "samples" (with
+            `answers`), "end", or "answers" (held-out rows).
         step: steps done.
         total: steps of the whole run; for "look", "features" and "answers" `step` and `total` count rows or addresses.
         seconds_left: an estimate, None until there is one.
@@ -36,9 +37,11 @@ class TrainingEvent:
         rows: how many rows the run uses, for "rows".
         line: what is kept of the images and what is not, for "kept"; `step` of `total` different images are. Which
             way a step goes (packs, attention, layers), for "way".
+        rates: for "step", see `Meter.rates`.
+        answers: for "samples": row, question, expected and answer of a few held-out rows at this step.
     """
 
-    kind: Literal["start", "look", "rows", "features", "kept", "way", "step", "metrics", "end", "answers"]
+    kind: Literal["start", "look", "rows", "features", "kept", "way", "step", "metrics", "samples", "end", "answers"]
     step: int
     total: int
     seconds_left: float | None = None
@@ -48,6 +51,8 @@ class TrainingEvent:
     stage: str = ""
     rows: RowUse | None = None
     line: str = ""
+    rates: dict[str, float] = field(default_factory=dict)
+    answers: list[dict[str, Any]] = field(default_factory=list)
 
 
 Watcher = Callable[[TrainingEvent], None]
@@ -56,14 +61,15 @@ Watcher = Callable[[TrainingEvent], None]
 class ProgressCallback(TrainerCallback):
     """Tells a watcher about each step and estimates the time left from the steps of this session."""
 
-    def __init__(self, watcher: Watcher, trainable: TrainableReport) -> None:
-        self.watcher = watcher
+    def __init__(self, watcher: Watcher, trainable: TrainableReport, meter: Meter) -> None:
+        self.watcher, self.meter = watcher, meter
         self.trainable = trainable
         self._step: TrainingEvent | None = None  # of a step whose losses are about to be logged: they are told first
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The run starts, or goes on."""
         self.began, self.first = time.monotonic(), state.global_step
+        self.meter.begin()
         resumed = state.global_step or None
         self.watcher(
             TrainingEvent("start", self.first, state.max_steps, trainable=self.trainable, resumed_from=resumed)
@@ -73,7 +79,8 @@ class ProgressCallback(TrainerCallback):
         """A step is done."""
         done, left = state.global_step - self.first, state.max_steps - state.global_step
         seconds = (time.monotonic() - self.began) / done * left
-        event = TrainingEvent("step", state.global_step, state.max_steps, seconds_left=seconds)
+        rates = self.meter.rates()
+        event = TrainingEvent("step", state.global_step, state.max_steps, seconds_left=seconds, rates=rates)
         if control.should_log:
             self._step = event
         else:

@@ -1,40 +1,103 @@
-"""Which checkpoint a run goes on from.
+"""Checkpoints on disk: written whole or not at all, checked by digest, the last good one never removed.
 
-The Trainer writes `checkpoints/checkpoint-N` file by file, its state last; a folder that lacks one of the files was
-being written when the run was stopped, and is passed over. One that has them all and cannot be read is passed over with
-a warning. Nothing is unpickled here: of PyTorch's files, which are archives, the checksums are compared.
+    checkpoints/checkpoint-50/
+      adapter_model.safetensors, adapter_config.json   the weights that train, or model*.safetensors and config.json
+      optimizer.safetensors, optimizer.json            the optimiser, see `state_files`; so are scheduler and scaler
+      rank-0.safetensors, rank-0.json                  what each process has for itself: random states, running sums
+      trainer_state.json                               steps done, what was logged
+      manifest.json                                    written last: step, conditions, size and SHA-256 of each file,
+                                                       and of itself
+
+A checkpoint is filled in `.checkpoint-50.tmp` beside it; its files, the manifest and the folder are seen onto the disk
+before one rename makes it a checkpoint. Several processes may fill one folder: one calls `begin`, all write files with
+names of their own, one calls `publish`. Nothing is unpickled: a checkpoint holds safetensors and JSON alone. Knows
+nothing of the Trainer.
 """
 
+import hashlib
 import json
 import logging
-import zipfile
-import zlib
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from phi3v.errors import CheckpointError
-from phi3v.targets import ADAPTER_WEIGHTS, check_model_folder, tensor_shapes
+from phi3v.whole_files import sync_file, sync_folder
 
-_STATE_LAST = "trainer_state.json"
-_NEEDED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", _STATE_LAST)
-_WEIGHTS = (ADAPTER_WEIGHTS, "model.safetensors", "model.safetensors.index.json")
+MANIFEST = "manifest.json"
+STATE = "trainer_state.json"
+FORMAT = 1
+_PLAIN = {".safetensors", ".json", ".jinja", ".txt"}
+"""What files of a checkpoint may end in."""
 _log = logging.getLogger(__name__)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint with the highest step that can be read, None when none is complete.
+def save_checkpoint(folder: Path, step: int, fill: Callable[[Path], Any], facts: dict[str, Any]) -> Path:
+    """Writes `checkpoint-STEP` into `folder`; what goes wrong meanwhile leaves all as it was.
 
-    Example: with `checkpoint-50` (complete) and `checkpoint-100` (no `trainer_state.json`) it is `checkpoint-50`.
+    Args:
+        folder: of all checkpoints of a run.
+        step: optimiser steps done.
+        fill: writes the files into the folder that it is given.
+        facts: what the manifest says besides, {"conditions": {...}} for instance.
+    """
+    staging = begin(folder, step)
+    try:
+        fill(staging)
+        return publish(staging, facts)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)  # it holds space that is needed for another try
+        raise
+
+
+def begin(folder: Path, step: int) -> Path:
+    """An empty folder to fill with the checkpoint of a step; leftovers of a save that was cut off are removed."""
+    for leftover in folder.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    staging = folder / f".checkpoint-{step}.tmp"
+    staging.mkdir(parents=True)
+    return staging
+
+
+def publish(staging: Path, facts: dict[str, Any]) -> Path:
+    """Makes a filled folder a checkpoint: `.checkpoint-50.tmp` -> `checkpoint-50`, in place of a broken one."""
+    target = staging.with_name(staging.name.removeprefix(".").removesuffix(".tmp"))
+    names = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
+    strangers = [name for name in names if Path(name).suffix not in _PLAIN]
+    assert not strangers, f"a checkpoint holds safetensors and JSON alone, not {strangers}"
+    for name in names:
+        sync_file(staging / name)
+    files = {name: {"bytes": (staging / name).stat().st_size, "sha256": _digest(staging / name)} for name in names}
+    manifest = {"format": FORMAT, "step": checkpoint_step(target), **facts, "files": files}
+    sealed = {"manifest": manifest, "sha256": _seal(manifest)}
+    (staging / MANIFEST).write_text(json.dumps(sealed, indent=1), encoding="utf-8")
+    sync_file(staging / MANIFEST)
+    sync_folder(staging)
+    if target.exists():
+        _remove(target)
+    os.replace(staging, target)
+    sync_folder(target.parent)
+    return target
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are what its manifest says; None where there is none at all.
+
+    Example: of `checkpoint-50` and `checkpoint-100`, in which one bit is another, it is `checkpoint-50`, with a warning
+    that names the file.
 
     Raises:
-        CheckpointError: there are complete ones, and none can be read.
+        CheckpointError: there are some, and none is whole.
     """
-    complete = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit() and _is_complete(path)]
     faults: list[str] = []
-    for path in sorted(complete, key=checkpoint_step, reverse=True):
-        fault = _fault(path)
+    for path in reversed(all_checkpoints(folder)):
+        fault = find_fault(path)
         if fault is None:
             if faults:
-                _log.warning("%s; going on from %s", faults[0], path.name)
+                more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+                _log.warning("%s%s; going on from %s", faults[0], more, path.name)
             return path
         faults.append(fault)
     if faults:
@@ -45,40 +108,95 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def all_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, whole or not, by their steps."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(found, key=checkpoint_step)
+
+
 def checkpoint_step(path: Path) -> int:
     """The step of a checkpoint: `checkpoint-50` -> 50."""
     return int(path.name.removeprefix("checkpoint-"))
 
 
-def _is_complete(path: Path) -> bool:
-    """Whether every file that a resume reads is there and not empty."""
-    sizes = {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
-    return all(sizes.get(name) for name in _NEEDED) and any(sizes.get(name) for name in _WEIGHTS)
+def find_fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, as half a line that begins with the file; None for a whole one.
 
-
-def _fault(path: Path) -> str | None:
-    """The first file of a complete checkpoint that cannot be read, as half a line; None for a sound one."""
+    Every byte is read. Example: "runs/shop/checkpoints/checkpoint-50/optimizer.safetensors is damaged".
+    """
     try:
-        state = json.loads((path / _STATE_LAST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        state = None
-    if not isinstance(state, dict) or state.get("global_step") != checkpoint_step(path):
-        return f"{path / _STATE_LAST} is broken"
-    try:
-        if (path / ADAPTER_WEIGHTS).is_file():
-            tensor_shapes(path / ADAPTER_WEIGHTS)
-        else:
-            check_model_folder(path)
+        manifest = read_manifest(path)
     except CheckpointError as error:
-        return str(error).rpartition(":")[0]  # without its way out
-    archives = sorted(file for file in path.iterdir() if file.suffix in (".pt", ".pth"))
-    return next((f"{file} is broken" for file in archives if not _is_whole_archive(file)), None)
+        return str(error)
+    for name, facts in manifest["files"].items():
+        file = path / name
+        try:
+            if not file.is_file():
+                return f"{file} is missing"
+            if file.stat().st_size != facts["bytes"]:
+                return f"{file} has {file.stat().st_size} bytes of {facts['bytes']}"
+            if _digest(file) != facts["sha256"]:
+                return f"{file} is damaged"
+        except OSError as error:
+            return f"{file} cannot be read ({error.strerror or error})"
+    return None
 
 
-def _is_whole_archive(file: Path) -> bool:
-    """Whether a file of torch.save holds what its checksums say."""
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself. Raises: CheckpointError, as half a line."""
+    file = path / MANIFEST
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing")
     try:
-        with zipfile.ZipFile(file) as archive:
-            return archive.testzip() is None
-    except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error):
-        return False
+        sealed = json.loads(file.read_text(encoding="utf-8"))
+        manifest = sealed["manifest"]
+        whole = sealed["sha256"] == _seal(manifest)
+        whole = whole and (manifest["format"], manifest["step"]) == (FORMAT, checkpoint_step(path))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{file} is broken")
+    return manifest
+
+
+def logged_lines(path: Path) -> int:
+    """How many lines of the run's log a checkpoint knows of its own step: that of the loss, that of an evaluation."""
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    return sum(line.get("step") == checkpoint_step(path) for line in state["log_history"])
+
+
+def rotate(folder: Path, newest: Path, limit: int | None, best: Path | None) -> None:
+    """Removes checkpoints beyond `limit`: the oldest first, those behind `newest` among them, which were broken.
+
+    `newest` was just written and is whole, so one whole checkpoint is there at any moment. Example: limit 2 and best
+    `checkpoint-10` keep of 10, 20, 30 and 40 (the newest) 10 and 40.
+    """
+    if not limit or limit < 0:
+        return
+    kept = {newest.name, *([best.name] if best is not None else [])}
+    older = [path for path in all_checkpoints(folder) if checkpoint_step(path) < checkpoint_step(newest)]
+    for path in reversed(older):
+        if len(kept) < limit:
+            kept.add(path.name)
+    for path in all_checkpoints(folder):
+        if path.name not in kept:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint, which is none from the first moment on."""
+    away = path.with_name(f".{path.name}.old.tmp")
+    shutil.rmtree(away, ignore_errors=True)
+    os.replace(path, away)
+    shutil.rmtree(away, ignore_errors=True)
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    """SHA-256 of what a manifest says."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(file: Path) -> str:
+    """SHA-256 of a file."""
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -13,6 +13,7 @@ from phi3v.evaluation.metrics import AnswerTemplate, choose_numeric_fields
 from phi3v.passthrough import first_line
 from phi3v.recipe import Recipe
 from phi3v.training.arguments import check_options
+from phi3v.training.prepare import adapter_place
 from phi3v.training.trackers import check_trackers
 from phi3v.tuning import lora_config
 
@@ -33,6 +34,8 @@ def check_recipe_alone(recipe: Recipe) -> None:
     check_options(recipe.training.options)
     if recipe.lora is not None:
         lora_config(recipe.lora)
+    if recipe.model.adapter is not None:
+        adapter_place(recipe.model.adapter)
     choose_numeric_fields([], AnswerTemplate(recipe.data.answer), recipe.evaluation.numeric_fields)
     check_trackers(recipe.report.to)
 

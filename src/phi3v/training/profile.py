@@ -21,7 +21,9 @@ from phi3v.training.outlook import measure_rate
 from phi3v.training.step_marks import SeenBatch, StepMarks
 from phi3v.training.train import train_watched
 
-NOT_WATCHED = ("save", "eval", "load_best_model", "metric_for_best_model", "greater_is_better", "push_to_hub")
+NOT_WATCHED = tuple(
+    "save eval load_best_model metric_for_best_model greater_is_better push_to_hub early_stopping".split()
+)
 """Beginnings of TrainingArguments that say what happens beside steps."""
 
 
@@ -227,5 +229,5 @@ def advise(recipe: Recipe, found: Profile) -> Advice | None:
         return Advice("training.gradient_checkpointing", "false", seen)
     if found.device_idle is not None and found.device_idle - waiting > 0.15:
         seen = f"the GPU has nothing to do in {found.device_idle:.0%} of the time: its kernels are short"
-        return Advice("training.micro_batch_size", str(2 * training.micro_batch_size), seen)
+        return Advice("training.micro_batch_size", str(2 * training.micro_batch), seen)
     return None

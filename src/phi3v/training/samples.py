@@ -127,8 +127,23 @@ def micro_batches_of(recipe: Recipe, longest: int) -> MicroBatches:
     Example: micro_batch_size 2 and a longest sample of 2,539 tokens make packs of at most 5,078.
     """
     training = recipe.training
-    tokens = training.tokens_per_micro_batch or training.micro_batch_size * longest or None
-    return MicroBatches(training.micro_batch_size, training.packing, tokens)
+    tokens = training.tokens_per_micro_batch or training.micro_batch * longest or None
+    return MicroBatches(training.micro_batch, training.packing, tokens)
+
+
+def encoded_rows(recipe: Recipe, rows: Sequence[Row], processor: Any, longest: int | None = None) -> EncodedRows:
+    """Rows as samples of a recipe's training.
+
+    Args:
+        recipe: its section data.
+        rows: the rows.
+        processor: the model's processor.
+        longest: tokens of a sample at most; None for what the recipe or the model says.
+    """
+    if longest is None:
+        context = load_config(recipe.model.name, revision=recipe.model.revision).max_position_embeddings
+        longest = recipe.data.max_length or context
+    return EncodedRows(rows, processor, **_encode_options(recipe, processor, longest))
 
 
 def _stand_ins(
@@ -140,7 +155,7 @@ def _stand_ins(
     longest: int,
 ) -> StandIns:
     """Samples of rows that are all known."""
-    encoded = EncodedRows(rows, processor, **_encode_options(recipe, processor, longest))
+    encoded = encoded_rows(recipe, rows, processor, longest)
     known = data.rows_in if isinstance(data, LoadedData) else len(rows)
     return StandIns(
         encoded,

@@ -1,27 +1,37 @@
-"""transformers' Trainer, with what our steps promise.
+"""transformers' Trainer with checkpoints that survive, and with what our steps promise.
 
 A step is N samples and its loss the mean over all their trained tokens, however they are cut into micro-batches; logits
 are computed at trained positions only; the validation loss is a mean over tokens too, whatever the batch size. For the
 Trainer a step is one batch of N samples without accumulation: the loader's item is the list of its micro-batches, of
-which packing makes now more, now fewer. Nothing else of the Trainer is changed.
+which packing makes now more, now fewer. A step that does not fit into memory is done again in smaller micro-batches;
+one whose loss or gradient is no number changes nothing. How the Trainer saves and resumes is changed in
+`durable_trainer`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from phi3v.data.collate import StepCollator
 from phi3v.errors import TrainingError
+from phi3v.passthrough import first_line
+from phi3v.training.durable_trainer import DurableTrainer
+from phi3v.training.loader_watch import WatchedWorkers
 from phi3v.training.master_weights import precise_state, shorten_weights, step_masters
-from phi3v.training.sampling import WholeSteps
+from phi3v.training.meter import Meter
+from phi3v.training.part_rates import set_part_rates
+from phi3v.training.sampling import WholeSteps, epoch_order
+from phi3v.training.state_files import random_states, set_random_states
+from phi3v.training.step_faults import NonFinite, is_out_of_memory
 
 MicroBatch = dict[str, Any]
 """Arguments of the model's `forward`."""
 
 
-class StepTrainer(Trainer):
+class StepTrainer(DurableTrainer):
     """The Trainer of phi3v.
 
     The labels of all micro-batches of a step are counted (`num_items_in_batch`) and the count is handed to the model,
@@ -33,8 +43,12 @@ class StepTrainer(Trainer):
     def __init__(
         self,
         *,
-        step_collator: Callable[[list[Any]], list[MicroBatch]],
+        step_collator: StepCollator,
         short_dtype: torch.dtype | None = None,
+        non_finite: NonFinite | None = None,
+        part_rates: Mapping[str, float] | None = None,
+        answer: Callable[[Any, int], dict[str, float]] | None = None,
+        meter: Meter | None = None,
         **arguments: Any,
     ) -> None:
         """A Trainer.
@@ -42,23 +56,42 @@ class StepTrainer(Trainer):
         Args:
             step_collator: makes the micro-batches of a step out of its samples.
             short_dtype: what weights that train compute in; None for their own.
+            non_finite: what happens to a step whose loss or gradient is no number; None stops.
+            part_rates: learning rates by part of the model, see `part_rates`.
+            answer: called with the model and the step at each validation; its scores are validation metrics.
+            meter: told of each step's samples and tokens.
             **arguments: the Trainer's own; its `data_collator` makes validation batches.
         """
         super().__init__(**arguments)
-        self.step_collator: Any = step_collator
+        self.step_collator = step_collator
+        self.non_finite = non_finite or NonFinite()
+        self.workers, self.eval_workers = (WatchedWorkers(self.args.dataloader_num_workers) for _ in range(2))
         self.short_dtype = short_dtype
+        self.part_rates, self.answer, self.meter = part_rates or {}, answer, meter or Meter()
         self.masters: dict[str, torch.nn.Parameter] = {}
+
+    def train(self, *arguments: Any, **named: Any) -> Any:
+        """The training, and the end of what watches its loader workers."""
+        try:
+            return super().train(*arguments, **named)
+        finally:
+            self.workers.close()
+            self.eval_workers.close()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's optimiser, over float32 masters where weights compute in a shorter type.
 
         A checkpoint's weights, which are masters, are in the model by now.
         """
-        if self.short_dtype is None or self.optimizer is not None:
+        if self.optimizer is not None:
             return super().create_optimizer(model)
-        self.masters = shorten_weights(self.model, self.short_dtype)
+        if self.short_dtype is not None:
+            self.masters = shorten_weights(self.model, self.short_dtype)
         optimizer = super().create_optimizer(model)
-        step_masters(optimizer, self.model, self.masters)
+        if self.part_rates:
+            set_part_rates(optimizer, self.model, self.part_rates)
+        if self.masters:
+            step_masters(optimizer, self.model, self.masters)
         return optimizer
 
     def _prepare_input(self, data: Any) -> Any:
@@ -71,9 +104,9 @@ class StepTrainer(Trainer):
         """What to save of the model: its masters where it has some, None to save it as it is."""
         return precise_state(self.model, self.masters)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """A checkpoint's weights, in full precision."""
-        super()._save(output_dir, self.precise_state() if state_dict is None else state_dict)
+    def save_weights(self, folder: Path, state_dict: dict | None = None) -> None:
+        """Writes the weights in full precision."""
+        super().save_weights(folder, self.precise_state() if state_dict is None else state_dict)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> WholeSteps:
         """Whole steps, in an order that depends on seed and epoch alone."""
@@ -87,11 +120,12 @@ class StepTrainer(Trainer):
         once more.
         """
         collate: Any = getattr(self, "data_collator")  # noqa: B009 -- set by the class above, unseen by mypy
-        self.data_collator = self.step_collator
+        samples: Any = getattr(self, "train_dataset")  # noqa: B009 -- the same
+        self.data_collator, self.train_dataset = self.step_collator, self.workers.samples(samples)
         try:
             loader: Any = super().get_train_dataloader()
         finally:
-            self.data_collator = collate
+            self.data_collator, self.train_dataset = collate, samples
         loader.device = None  # a micro-batch goes to the device at its turn, not two whole steps of pixels
         if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
             inner = getattr(loader, "base_dataloader", loader)  # accelerate puts its own around torch's
@@ -104,20 +138,96 @@ class StepTrainer(Trainer):
         Raises:
             TrainingError: nothing in the step is to be learned.
         """
+        self.workers.wait()
         steps, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.workers.got()
         micro_batches = [micro_batch for step in steps for micro_batch in step]
         if micro_batches and not any(len(one["trained_positions"]) for one in micro_batches):
             raise TrainingError(
                 f"step {self.state.global_step + 1} has no trained token: every answer in it is empty, see data.answer"
             )
+        self.meter.add(micro_batches)
         if self.args.world_size == 1:  # known here: the device is not asked
             return steps, sum(len(one["trained_positions"]) for one in micro_batches)
         return steps, self._get_num_items_in_batch(micro_batches, device)
 
     def training_step(self, model: Any, inputs: list[MicroBatch], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward of all micro-batches of a step; the sum of their losses, which is the step's."""
-        losses = [super(StepTrainer, self).training_step(model, one, num_items_in_batch) for one in inputs]
-        return torch.stack(losses).sum()
+        """Forward and backward of all micro-batches of a step; the sum of their losses, which is the step's.
+
+        A step that does not fit into memory begins again, with the same samples and random numbers, in micro-batches of
+        half the size, and so do those behind it.
+
+        Raises: TrainingError when not even single samples fit.
+        """
+        self._before = (random_states(), self._tr_loss.clone())
+        while True:
+            try:
+                self._step_loss = torch.stack([self._one(model, one, num_items_in_batch) for one in inputs]).sum()
+                return self._step_loss
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            # what the error held is free from here on
+            model.zero_grad()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            inputs[:] = self._smaller(len(inputs), reason)
+            set_random_states(self._before[0])
+
+    def _one(self, model: Any, micro_batch: MicroBatch, num_items_in_batch: Any) -> torch.Tensor:
+        """One micro-batch; between two of them a run can be stopped."""
+        self.signals.check()
+        return super().training_step(model, micro_batch, num_items_in_batch)
+
+    def _smaller(self, micro_batches: int, reason: str) -> list[MicroBatch]:
+        """The samples of the step that is being done in micro-batches of half the size."""
+        step = self.state.global_step + 1
+        rows = self.rows_of_step(step)
+        samples = [self.train_dataset[row] for row in rows]
+        while rows:
+            smaller = self.step_collator(samples)  # one that was loaded in advance may be larger than they are now
+            if len(smaller) > micro_batches:
+                self.facts["halvings"] = int(self.step_collator.halvings)
+                return smaller
+            if self.step_collator.is_single(samples):
+                break
+            self.step_collator.halve()
+        raise TrainingError(
+            f"out of memory at step {step} ({reason}) with {'one sample' if rows else 'the samples of a stream'} at a "
+            "time: set training.activation_checkpointing: true, a smaller image.max_tokens, data.max_length or "
+            "training.micro_batch_size, or quantization"
+        )
+
+    def rows_of_step(self, step: int) -> list[int]:
+        """Row numbers of the samples of a step, counted from 1; none in a stream, whose rows are not numbered.
+
+        Example: step 4 of 5 rows in steps of 2 is the first one of the second epoch.
+        """
+        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+            return []
+        count, samples = len(self.train_dataset), self.args.per_device_train_batch_size
+        epoch, place = divmod(step - 1, -(-count // samples))
+        return epoch_order(count, samples, self.args.seed, epoch)[place * samples : (place + 1) * samples]
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The gradient norm, of a step that may be applied.
+
+        Raises: TrainingError when it or the loss is no number, unless such steps are left out.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        fault = self.non_finite.fault(self._step_loss, norm, self.accelerator.scaler)
+        self.optimizer._is_overflow = fault is not None  # accelerate's word for an update that was left out
+        if fault is None:
+            return norm
+        step = self.state.global_step + 1
+        self.non_finite.judge(fault, step, self.rows_of_step(step), self.saved)
+        model.zero_grad()  # the optimiser passes over weights without a gradient
+        states, loss = self._before
+        set_random_states(states)
+        self._tr_loss.copy_(loss)
+        self._globalstep_last_logged += 1  # so the mean of the losses is one over the other steps
+        return None
 
     def floating_point_ops(self, inputs: list[MicroBatch]) -> int:
         """Operations of a step, as the Trainer estimates them."""
@@ -163,20 +273,34 @@ class StepTrainer(Trainer):
         loss = self.label_smoother(logits, targets, num_items_in_batch=num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The Trainer's loader of validation rows, whose workers are watched too."""
+        return super().get_eval_dataloader(
+            self.eval_workers.samples(self.eval_dataset if eval_dataset is None else eval_dataset)
+        )
+
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """One validation batch, noted with its number of trained tokens."""
+        self.eval_workers.got()
         known = inputs.get("trained_positions")
         tokens = int((inputs["labels"][:, 1:] != -100).sum()) if known is None else len(known)
         result = super().prediction_step(model, inputs, *args, **kwargs)
         self._evaluated.append((float(result[0]) * tokens, tokens))
+        self.eval_workers.wait()
         return result
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The Trainer's loop; its loss, a mean of batch means, becomes the mean over all trained tokens."""
         self._evaluated: list[tuple[float, int]] = []
+        self.eval_workers.wait()
         output = super().evaluation_loop(*args, **kwargs)
+        self.eval_workers.got()
         name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
         if name in output.metrics:
             total = sum(loss for loss, _ in self._evaluated)
             output.metrics[name] = total / max(sum(tokens for _, tokens in self._evaluated), 1)
+        if self.answer is not None:
+            prefix = name.removesuffix("loss")
+            scores = self.answer(self.accelerator.unwrap_model(self.model), self.state.global_step)
+            output.metrics.update({f"{prefix}{key}": value for key, value in scores.items()})
         return output

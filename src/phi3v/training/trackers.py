@@ -4,19 +4,21 @@ Both packages are optional; a recipe that names a missing one gets a single line
 """
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import TrainerCallback
 
 from phi3v.errors import MissingPackageError
+from phi3v.training.sample_answers import SampleAnswer
 
 
 def tracker_callbacks(
     names: list[str], *, folder: Path, project: str | None, run_name: str, config: dict[str, Any]
 ) -> list[TrainerCallback]:
-    """One callback per tracker.
+    """One callback per tracker, each with a method `log_answers(step, answers)`.
 
     Args:
         names: "wandb" and "tensorboard", in any number.
@@ -57,7 +59,29 @@ def _wandb(folder: Path, project: str | None, run_name: str, config: dict[str, A
             super().on_train_end(*args, **kwargs)
             wandb.finish()
 
+        def log_answers(self, step: int, answers: Sequence[SampleAnswer]) -> None:
+            """A table of this step's answers with their photos."""
+            rows = [
+                [step, wandb.Image(side_by_side(one.photos)), one.question, one.expected, one.answer] for one in answers
+            ]
+            table = wandb.Table(columns=["step", "images", "question", "expected", "answer"], data=rows)
+            wandb.log({"answers": table, "train/global_step": step})
+
     return ClosingWandbCallback()
+
+
+def side_by_side(photos: Sequence[Any]) -> Any:
+    """Photos [height, width, 3] in one picture, shorter ones filled up with white; a white dot where there are none.
+
+    Example: photos of 30x40 and 20x10 pixels (height x width) -> one of 30x50.
+    """
+    height = max((photo.height for photo in photos), default=1)
+    wide = np.full((height, max(1, sum(photo.width for photo in photos)), 3), 255, np.uint8)
+    left = 0
+    for photo in photos:
+        wide[: photo.height, left : left + photo.width] = np.asarray(photo.convert("RGB"))
+        left += photo.width
+    return wide
 
 
 def _tensorboard(folder: Path) -> TrainerCallback:
@@ -65,4 +89,16 @@ def _tensorboard(folder: Path) -> TrainerCallback:
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
-    return TensorBoardCallback(SummaryWriter(log_dir=str(folder / "tensorboard")))
+    writer = SummaryWriter(log_dir=str(folder / "tensorboard"))
+
+    class AnsweringTensorBoardCallback(TensorBoardCallback):
+        """Writes answers beside the figures."""
+
+        def log_answers(self, step: int, answers: Sequence[SampleAnswer]) -> None:
+            """The answers of a step as text, and their photos."""
+            for one in answers:
+                writer.add_text(f"answers/row {one.row}", f"{one.answer} (expected: {one.expected})", step)
+                for number, photo in enumerate(one.photos):
+                    writer.add_image(f"row {one.row}/{number}", np.asarray(photo), step, dataformats="HWC")
+
+    return AnsweringTensorBoardCallback(writer)

@@ -5,30 +5,31 @@ newest complete checkpoint, or says that the run is finished. It prints nothing:
 `on_event`.
 """
 
+import contextlib
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, set_seed
 
 from phi3v.data.plan import MicroBatches
 from phi3v.data.sources import LoadedData, StreamedData
-from phi3v.errors import DeviceError, TrainingError
+from phi3v.errors import TrainingError
 from phi3v.evaluation.report_run import write_report
 from phi3v.evaluation.run import evaluate, feature_store, held_out_rows
 from phi3v.features.store import FeatureStore
 from phi3v.first_look import RowUse
-from phi3v.kernels.lora_layer import attach_fast_lora, fast_lora_state
-from phi3v.kernels.packed_attention import attach_packed_attention
-from phi3v.loading import load_base, load_processor, resolve_device, resolve_dtype
+from phi3v.kernels.lora_layer import fast_lora_state
+from phi3v.loading import load_processor, resolve_dtype
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.targets import resolve_target
-from phi3v.training.arguments import check_optimiser, library_errors, reentrant, training_arguments
+from phi3v.training.arguments import check_optimiser, library_errors, training_arguments
 from phi3v.training.callbacks import (
     LastStepCallback,
     MetricsCallback,
@@ -37,15 +38,24 @@ from phi3v.training.callbacks import (
     TrainingEvent,
     Watcher,
 )
-from phi3v.training.checkpoints import checkpoint_step, newest_checkpoint
+from phi3v.training.checkpoints import checkpoint_step, logged_lines, newest_checkpoint
+from phi3v.training.conditions import conditions_of, facts_of
+from phi3v.training.disk_space import warn_of_space
+from phi3v.training.doctor import FirstStepCallback, check_base, check_first_batch
 from phi3v.training.faster_layers import check_faster_layers, step_line, use_faster_layers
 from phi3v.training.feature_cache import FeatureReport
-from phi3v.training.master_weights import same_in
+from phi3v.training.memory_plan import adopt, settle
+from phi3v.training.meter import Meter
 from phi3v.training.preflight import check_recipe_alone, check_upload
+from phi3v.training.prepare import Prepared, prepare_model, training_device
+from phi3v.training.run_faults import one_line_faults
+from phi3v.training.sample_answers import SampleAnswer, SampleAnswers
 from phi3v.training.samples import make_collators, make_samples, read_data
+from phi3v.training.step_faults import NonFinite, name_rows
 from phi3v.training.step_trainer import StepTrainer
+from phi3v.training.stop_signals import StopSignals
 from phi3v.training.trackers import tracker_callbacks
-from phi3v.tuning import TrainableReport, attach_lora, freeze, trainable_report
+from phi3v.tuning import TrainableReport, trainable_report
 
 _SUMMARY = ("steps", "metrics", "trainable", "held_out")
 """What the summary of a finished run has at least."""
@@ -105,24 +115,38 @@ def train(
     Raises:
         ConfigError, DataError, CheckpointError, DeviceError, MissingPackageError: before the first step, in one line;
             the run's folder is made when all of it has been checked.
-        TrainingError: there is nothing to train, or a loss is not finite.
+        TrainingError: there is nothing to train, a loss is not finite, disk or memory are full.
+        Interrupted: SIGTERM or Ctrl-C came; the last whole step is saved, and the same call goes on behind it.
     """
     watch = on_event or (lambda event: None)
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    run = RunFolder(recipe.output)
+    recipe = adopt(recipe, run := RunFolder(recipe.output))
     check_recipe_alone(recipe)
     store = feature_store(recipe, features)
-    if run.look(recipe) == "finished" and run.has_weights():
-        run.start(recipe)
-        summary = run.read_summary(needed=_SUMMARY)
-        kept = {entry.name: summary[entry.name] for entry in fields(RunResult) if entry.name in summary}
-        result = RunResult(**{**kept, "status": "finished", "folder": run.path, "seconds": 0.0, "resumed_from": None})
-    else:
-        check_upload(recipe)
-        result = _tune(recipe, run, watch, store)
-        run.mark_finished(result.to_dict())
-    _report(run, result, watch, store)
+    with StopSignals() as signals, _locked(run):
+        if run.look(recipe) == "finished" and run.has_weights():
+            run.start(recipe)
+            summary = run.read_summary(needed=_SUMMARY)
+            kept = {entry.name: summary[entry.name] for entry in fields(RunResult) if entry.name in summary}
+            now = {"status": "finished", "folder": run.path, "seconds": 0.0, "resumed_from": None}
+            result = RunResult(**{**kept, **now})
+        else:
+            check_upload(recipe)
+            result = _tune(recipe, run, watch, store, signals=signals)
+            run.mark_finished(result.to_dict())
+        _report(run, result, watch, store)
     return result
+
+
+@contextlib.contextmanager
+def _locked(run: RunFolder) -> Iterator[None]:
+    """Locks a run that is there, one that is new when its folder is made; nothing is locked behind this context."""
+    try:
+        if RunFolder.is_run(run.path):
+            run.lock.take()
+        yield
+    finally:
+        run.lock.give_back()
 
 
 def _report(run: RunFolder, result: RunResult, watch: Watcher, store: FeatureStore | None) -> None:
@@ -135,7 +159,11 @@ def _report(run: RunFolder, result: RunResult, watch: Watcher, store: FeatureSto
         write_report(run, held_out_rows(resolve_target(run.path), None, None).rows)
     else:
         _release_memory()
-        evaluate(run.path, on_progress=lambda *told: watch(_answers_event(*told)), features=store)
+        evaluate(
+            run.path,
+            on_progress=lambda stage, done, total: watch(TrainingEvent("answers", done, total, stage=stage)),
+            features=store,
+        )
 
 
 def train_watched(
@@ -143,8 +171,9 @@ def train_watched(
 ) -> RunResult:
     """Trains as `train` does in a new folder, with callbacks of the Trainer beside ours, and writes no report."""
     check_recipe_alone(recipe)
-    store = feature_store(recipe, None)
-    return _tune(recipe, RunFolder(recipe.output), on_event or (lambda event: None), store, callbacks)
+    store, run = feature_store(recipe, None), RunFolder(recipe.output)
+    with _locked(run):
+        return _tune(recipe, run, on_event or (lambda event: None), store, callbacks)
 
 
 def _tune(
@@ -153,9 +182,10 @@ def _tune(
     watch: Watcher,
     store: FeatureStore | None,
     callbacks: Sequence[TrainerCallback] = (),
+    signals: StopSignals | None = None,
 ) -> RunResult:
     """Trains from the start or from the newest checkpoint, and writes the tuned weights."""
-    device = _training_device(recipe.model.device)
+    device = training_device(recipe.model.device)
     checkpoint = newest_checkpoint(run.checkpoints)
     done = checkpoint_step(checkpoint) if checkpoint else None
     training_arguments(recipe, run, device=device, autocast=None, validated=True)  # its errors before rows are read
@@ -163,51 +193,92 @@ def _tune(
     set_seed(recipe.training.seed)
     processor = load_processor(recipe.model.name, revision=recipe.model.revision, **recipe.image.processor_options)
     data = _usable_data(recipe, processor, watch)
-    model, autocast, short = _prepare_model(recipe, device)
+    recipe = settle(recipe, data, processor, device)
+    prepared = prepare_model(recipe, device)
+    model = prepared.model
+    check_base(model, recipe)
     _refuse_idle_training(report := trainable_report(model))
-    arguments = training_arguments(recipe, run, device=device, autocast=autocast, validated=bool(data.validation))
+    validated = bool(data.validation)
+    arguments = training_arguments(recipe, run, device=device, autocast=prepared.autocast, validated=validated)
     check_optimiser(arguments, model)
+    facts = facts_of(checkpoint, conditions_of(data, prepared.base, device, resolve_dtype(recipe.model.dtype, device)))
     run.start(recipe)  # nothing was written so far
     run.write_problems(asdict(problem) for problem in data.problems)
-    train_samples, eval_samples = make_samples(
-        recipe,
-        run,
-        data,
-        processor,
-        model,
-        steps_done=done or 0,
-        store=store,
-        autocast=autocast,
-        on_features=lambda done, total: watch(TrainingEvent("features", done, total)),
-        on_kept=lambda kept: watch(_kept_event(kept)),
-    )
+    train_samples, eval_samples = _samples(recipe, run, data, processor, prepared, done or 0, store, watch)
     step_collator, eval_collator = make_collators(recipe, data, processor)
+    step_collator.halvings.fill_(facts["halvings"])
     _use_faster_layers(model, recipe, device, step_collator.micro_batches, watch)
+    check_first_batch(train_samples, step_collator, processor)
+    meter, trackers = Meter(), _trackers(recipe, run)
     trainer = _make_trainer(
         model=model,
         args=arguments,
         step_collator=step_collator,
         data_collator=eval_collator,
         train_dataset=train_samples,
-        eval_dataset=eval_samples if data.validation else None,
-        callbacks=[*_callbacks(recipe, run, report, watch), *callbacks],
-        short_dtype=short,
+        eval_dataset=eval_samples if validated else None,
+        callbacks=[*_callbacks(recipe, run, report, watch, meter), *trackers, *callbacks],
+        short_dtype=prepared.short,
+        part_rates=recipe.vision.learning_rates,
+        answer=_sample_answers(recipe, run, data, processor, prepared, watch, trackers),
+        meter=meter,
+        non_finite=_non_finite(recipe, data),
+        signals=signals,
+        facts=facts,
     )
-    run.keep_metrics(-1 if done is None else done)
+    warn_of_space(run, report.trainable, arguments.save_total_limit)
+    run.keep_metrics(*((done, logged_lines(checkpoint)) if checkpoint else (-1,)))
     began = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    _save(run, recipe, trainer, processor)
+    with one_line_faults(trainer, run.path):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        _save(run, recipe, trainer, processor)
+    seconds = time.monotonic() - began
+    return _result(run, trainer, report, seconds, resumed_from=done, held_out=len(data.validation or []))
+
+
+def _samples(
+    recipe: Recipe,
+    run: RunFolder,
+    data: LoadedData | StreamedData,
+    processor: Any,
+    prepared: Prepared,
+    done: int,
+    store: FeatureStore | None,
+    watch: Watcher,
+) -> tuple[Any, Any]:
+    """Training and validation samples; what is kept of their images is told."""
+    return make_samples(
+        recipe,
+        run,
+        data,
+        processor,
+        prepared.model,
+        steps_done=done,
+        store=store,
+        autocast=prepared.autocast,
+        on_features=lambda done, total: watch(TrainingEvent("features", done, total)),
+        on_kept=lambda kept: watch(_kept_event(kept)),
+    )
+
+
+def _result(run: RunFolder, trainer: StepTrainer, report: TrainableReport, seconds: float, **known: Any) -> RunResult:
+    """What a training did."""
     return RunResult(
-        status="resumed" if checkpoint else "trained",
+        status="trained" if known["resumed_from"] is None else "resumed",
         folder=run.path,
         steps=trainer.state.global_step,
-        seconds=time.monotonic() - began,
+        seconds=seconds,
         metrics=_last_losses(run),
         trainable={part: asdict(count) for part, count in report.parts.items()},
-        held_out=len(data.validation or []),
-        resumed_from=done,
-        fast_lora=asdict(fast_lora_state(model)),
+        fast_lora=asdict(fast_lora_state(trainer.model)),
+        **known,
     )
+
+
+def _non_finite(recipe: Recipe, data: LoadedData | StreamedData) -> NonFinite:
+    """What happens to a step whose loss or gradient is no number; rows of a stream have no names."""
+    rows = data.train if isinstance(data, LoadedData) else None
+    return NonFinite(recipe.training.non_finite, None if rows is None else partial(name_rows, rows))
 
 
 def _use_faster_layers(
@@ -247,67 +318,10 @@ def _release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _answers_event(stage: str, done: int, total: int) -> TrainingEvent:
-    """Progress of the evaluation at the end, as an event."""
-    return TrainingEvent("answers", done, total, stage=stage)
-
-
 def _kept_event(report: FeatureReport | str) -> TrainingEvent:
     """What is kept of the images, or why nothing is, as an event."""
     kept, images = (report.kept, report.images) if isinstance(report, FeatureReport) else (0, 0)
     return TrainingEvent("kept", kept, images, line=str(report))
-
-
-def _training_device(device: str) -> torch.device:
-    """The device of a recipe; training uses the first visible GPU."""
-    wanted = resolve_device(device)
-    if wanted.type == "cuda" and wanted.index not in (None, 0):
-        raise DeviceError(
-            f"model.device is {device!r}, training uses the first visible GPU: set CUDA_VISIBLE_DEVICES={wanted.index} "
-            "and model.device=cuda"
-        )
-    return wanted
-
-
-def _prepare_model(recipe: Recipe, device: torch.device) -> tuple[Any, torch.dtype | None, torch.dtype | None]:
-    """The model with what trains marked in float32, and the dtypes of mixed precision and of shortened weights.
-
-    Under LoRA on a bfloat16 base everything computes in bfloat16 and the optimiser keeps float32 masters. float16,
-    whose gradients need scaling, and a model tuned as a whole compute under autocast. None where that does not apply.
-    """
-    compute = resolve_dtype(recipe.model.dtype, device)
-    wholly = recipe.lora is None
-    model = load_base(
-        recipe.model.name,
-        dtype="float32" if wholly else recipe.model.dtype,
-        device=recipe.model.device,
-        attn_implementation=recipe.model.attn_implementation,
-        quantization=recipe.quantization,
-        revision=recipe.model.revision,
-    )
-    vision = {"tower": recipe.vision.tower, "projector": recipe.vision.projector}
-    if recipe.lora is None:
-        freeze(model, language_model=True, **vision)
-    else:
-        model = attach_lora(model, recipe.lora, revision=recipe.model.revision, **vision)
-    if reentrant(recipe.training.options):
-        model.enable_input_require_grads()  # re-entrant checkpoints need an input that asks for a gradient
-    if recipe.training.fast_lora == "auto" and not recipe.training.options.get("torch_compile"):
-        attach_fast_lora(model)
-    if recipe.training.packing:
-        attach_packed_attention(model)
-    if wholly:
-        _shorten_frozen_tower(model, compute)
-    short = torch.bfloat16 if compute == torch.bfloat16 and not wholly else None
-    return model, None if compute in (torch.float32, short) else compute, short
-
-
-def _shorten_frozen_tower(model: Any, dtype: torch.dtype) -> None:
-    """Puts a frozen tower into the compute dtype, where that changes none of its weights, to spare casts."""
-    tower = model.model.vision_embed_tokens.img_processor
-    weights = list(tower.parameters())
-    if not any(weight.requires_grad for weight in weights) and same_in(dtype, weights):
-        tower.to(dtype)
 
 
 def _refuse_idle_training(report: TrainableReport) -> None:
@@ -316,28 +330,62 @@ def _refuse_idle_training(report: TrainableReport) -> None:
         raise TrainingError("nothing trains: the recipe's lora and vision sections leave no weight to tune")
 
 
-def _callbacks(recipe: Recipe, run: RunFolder, report: TrainableReport, watch: Watcher) -> list[TrainerCallback]:
+def _callbacks(
+    recipe: Recipe, run: RunFolder, report: TrainableReport, watch: Watcher, meter: Meter
+) -> list[TrainerCallback]:
     """What watches the run; metrics are written before the check for non-finite numbers stops it."""
-    trackers = tracker_callbacks(
+    patience = recipe.training.early_stopping
+    return [
+        FirstStepCallback(),
+        LastStepCallback(),
+        MetricsCallback(run),
+        NonFiniteCallback(),
+        ProgressCallback(watch, report, meter),
+        *([] if patience is None else [EarlyStoppingCallback(patience)]),
+    ]
+
+
+def _trackers(recipe: Recipe, run: RunFolder) -> list[TrainerCallback]:
+    """Weights & Biases and TensorBoard, as the recipe asks for them."""
+    return tracker_callbacks(
         list(recipe.report.to),
         folder=run.path,
         project=recipe.report.project,
         run_name=recipe.report.run_name or run.path.name,
         config=recipe.model_dump(),
     )
-    return [LastStepCallback(), MetricsCallback(run), NonFiniteCallback(), ProgressCallback(watch, report), *trackers]
+
+
+def _sample_answers(
+    recipe: Recipe,
+    run: RunFolder,
+    data: LoadedData | StreamedData,
+    processor: Any,
+    prepared: Prepared,
+    watch: Watcher,
+    trackers: Sequence[Any],
+) -> SampleAnswers | None:
+    """What answers a few held-out rows at each validation; None where none are asked for."""
+    if not recipe.evaluation.during_training or not data.validation:
+        return None
+
+    def tell(step: int, answers: list[SampleAnswer]) -> None:
+        plain = [answer.to_dict() for answer in answers]
+        run.append_metrics({"step": step, "answers": plain})
+        watch(TrainingEvent("samples", step, 0, answers=plain))
+
+    listeners = [tell, *(tracker.log_answers for tracker in trackers)]
+    return SampleAnswers(recipe, data.validation, processor, autocast=prepared.autocast, listeners=listeners)
 
 
 def _save(run: RunFolder, recipe: Recipe, trainer: StepTrainer, processor: Any) -> None:
     """Writes the tuned weights with the processor that belongs to them."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
 
     def save(folder: Path) -> None:
         if recipe.lora is None:
-            model.float()  # a frozen tower may have been shortened
-        model.save_pretrained(folder, state_dict=trainer.precise_state())
+            trainer.model.float()  # a frozen tower may have been shortened
+        trainer.save_weights(folder)
         processor.save_pretrained(folder)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's form with every field left open
 
     if recipe.lora is None:
         run.write_model(save)
@@ -347,5 +395,6 @@ def _save(run: RunFolder, recipe: Recipe, trainer: StepTrainer, processor: Any) 
 
 def _last_losses(run: RunFolder) -> dict[str, float]:
     """The last training and validation loss of the run's metrics."""
-    lines = run.read_metrics()
-    return {name: line[name] for line in lines for name in ("loss", "eval_loss") if line.get(name) is not None}
+    return {
+        name: line[name] for line in run.read_metrics() for name in ("loss", "eval_loss") if line.get(name) is not None
+    }

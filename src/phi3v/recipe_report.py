@@ -1,0 +1,44 @@
+"""The recipe's sections `evaluation` and `report`: how answers are made and scored, and who is told about a run.
+
+Plain values and their limits, which change nothing of what is trained.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from phi3v.recipe_data import Section
+
+
+def _trackers(value: Any) -> Any:
+    """`none` or null -> [], one name -> a list of it."""
+    if value in (None, "none", ["none"]):
+        return []
+    return [value] if isinstance(value, str) else value
+
+
+class EvaluationSection(Section):
+    """How answers are made and scored."""
+
+    rows: int | None = Field(default=None, ge=1, description="Validation rows to answer, the first ones; null for all.")
+    batch_size: int = Field(default=8, ge=1, description="Rows that are answered at once.")
+    max_new_tokens: int = Field(default=128, ge=1, description="Longest answer in tokens.")
+    during_training: int = Field(
+        default=0, ge=0, description="Held-out rows that are answered, shown and scored at each validation."
+    )
+    numeric_fields: list[str] | None = Field(
+        default=None, description="Answer columns scored as numbers; null finds them by their values."
+    )
+
+
+class ReportSection(Section):
+    """Who is told about the run."""
+
+    to: Annotated[list[Literal["wandb", "tensorboard"]], BeforeValidator(_trackers)] = Field(
+        default=[], description="Trackers: none, wandb, tensorboard, or a list."
+    )
+    project: str | None = Field(default=None, description="Project name at W&B; null for its own default.")
+    run_name: str | None = Field(
+        default=None, description="Name of the run at the tracker; null for the output folder's name."
+    )
+    samples: int = Field(default=12, ge=0, description="Photos with their answers in report.html.")

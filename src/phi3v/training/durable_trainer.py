@@ -1,0 +1,283 @@
+"""transformers' Trainer, with checkpoints that survive: all that we change of how it saves, resumes and stops.
+
+What the Trainer does: files written one by one into `checkpoint-N` with pickle, the newest one taken unchecked, sums of
+the loss since the last line forgotten, random numbers that an evaluation draws. What is done here: folders of
+`checkpoints`, written whole, with safetensors and JSON; a resumed run has the undisturbed one's weights, optimiser,
+random states and logged losses, bit by bit; a run that is stopped between two updates saves the last whole step.
+
+Tested with transformers 5.23.0. The methods without a public name that are replaced or called here: `_save_checkpoint`,
+`_save`, `_load_from_checkpoint`, `_load_best_model`, `_load_optimizer_and_scheduler`, `_load_scaler`,
+`_load_rng_state`, `_run_epoch`, `_evaluate`, `_maybe_log_save_evaluate`, `_push_from_checkpoint`; and the attributes
+`_tr_loss`, `_total_loss_scalar` and `_globalstep_last_logged`. A test compares their signatures.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import IntervalStrategy
+
+from phi3v.errors import CheckpointError, Interrupted
+from phi3v.targets import ADAPTER_WEIGHTS
+from phi3v.training.checkpoints import STATE, checkpoint_step, find_fault, rotate, save_checkpoint
+from phi3v.training.state_files import random_states, read_state, set_random_states, write_state
+from phi3v.training.stop_signals import StopSignals
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a whole step leaves behind, beside weights, optimiser and schedule, which the next one changes at its end.
+
+    Attributes:
+        step: steps done.
+        random: states of the random generators.
+        loss: sum of the losses since the last line of the log.
+        logged: step of that line.
+        total_loss: sum of the losses up to it.
+        tokens: input tokens seen, where they are counted.
+        operations: floating-point operations so far.
+    """
+
+    step: int
+    random: dict[str, Any]
+    loss: torch.Tensor
+    logged: int
+    total_loss: float
+    tokens: int
+    operations: float
+
+
+class DurableTrainer(Trainer):
+    """The Trainer with checkpoints of ours."""
+
+    def __init__(self, *, signals: StopSignals | None = None, facts: dict[str, Any] | None = None, **arguments: Any):
+        """A Trainer.
+
+        Args:
+            signals: by which the run is stopped; None where nothing is caught.
+            facts: what the manifests of checkpoints say besides.
+            **arguments: the Trainer's own.
+        """
+        super().__init__(**arguments)
+        self.signals = signals or StopSignals()
+        self.facts = facts or {}
+        self.moment: Moment | None = None
+        self.updating = False  # an update of the weights has begun whose step is not whole yet
+        self.saved: Path | None = None
+        self._resumed: Path | None = None
+        self.add_callback(_Updates(self))
+
+    def train(self, resume_from_checkpoint: Any = None, **arguments: Any) -> Any:
+        """The Trainer's training. Raises: Interrupted after a signal, when the last whole step is saved."""
+        self._resumed = self.saved = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
+        except Interrupted:
+            self.save_last_step()
+            raise
+
+    # saving
+
+    def save_last_step(self) -> Path | None:
+        """Saves the last whole step, where that is not done yet and no update of the weights was cut off.
+
+        Returns: the checkpoint to go on from; None where there is none.
+        """
+        if self.moment is not None and not self.updating and not self._is_saved():
+            self.signals.hold()
+            self._write()
+        return self.saved
+
+    def _is_saved(self) -> bool:
+        """Whether there is nothing to save: no step was done, or the last one is saved."""
+        step = checkpoint_step(self.saved) if self.saved is not None else 0
+        return self.state.global_step == step
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A checkpoint of the step that was just done."""
+        self.remember()
+        if not self._is_saved():
+            self._write()
+        self._note_best()
+
+    def _write(self) -> None:
+        """Writes the checkpoint of the last whole step and removes those that are too many."""
+        self.store_flos()
+        self._note_best(this=True)
+        folder = Path(self.args.output_dir)
+        self.saved = save_checkpoint(folder, self.state.global_step, self._fill, self.facts)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(self.saved))
+        best = self.state.best_model_checkpoint
+        rotate(folder, self.saved, self.args.save_total_limit, Path(best) if best else None)
+
+    def _note_best(self, this: bool = False) -> None:
+        """Notes the checkpoint of the best step, `this` one included which is about to be written."""
+        step = self.state.best_global_step
+        best = Path(self.args.output_dir) / f"checkpoint-{step}"
+        if step and (best.is_dir() or (this and step == self.state.global_step)):
+            self.state.best_model_checkpoint = str(best)
+
+    def _fill(self, folder: Path) -> None:
+        """Writes all files of a checkpoint but its manifest."""
+        assert self.moment is not None and self.optimizer is not None and self.lr_scheduler is not None
+        self.save_weights(folder)
+        write_state(folder, "optimizer", self.optimizer.state_dict())
+        write_state(folder, "scheduler", self.lr_scheduler.state_dict())
+        if self.accelerator.scaler is not None:
+            write_state(folder, "scaler", self.accelerator.scaler.state_dict())
+        moment = self.moment
+        sums = {"loss": moment.loss, "logged": moment.logged, "total_loss": moment.total_loss}
+        write_state(folder, f"rank-{self.args.process_index}", {"random": moment.random, **sums})
+        self.state.total_flos = moment.operations
+        self.state.num_input_tokens_seen = moment.tokens
+        exported = [one for one in [*self.callback_handler.callbacks, self.control] if isinstance(one, ExportableState)]
+        for one in exported:
+            held = self.state.stateful_callbacks[type(one).__name__]
+            if isinstance(held, list):
+                held.append(one.state())
+            else:
+                self.state.stateful_callbacks[type(one).__name__] = one.state()
+        self.state.save_to_json(str(folder / STATE))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """What the Trainer calls to save weights."""
+        self.save_weights(Path(output_dir or self.args.output_dir), state_dict)
+
+    def save_weights(self, folder: Path, state_dict: dict | None = None) -> None:
+        """Writes the weights alone, without the pickled arguments; a given state instead of the model's."""
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's form with every field left open
+
+    def remember(self) -> None:
+        """Notes that a step is whole, with all that belongs to it."""
+        self.moment = Moment(
+            step=self.state.global_step,
+            random=random_states(),
+            loss=self._tr_loss.clone(),
+            logged=self._globalstep_last_logged,
+            total_loss=self._total_loss_scalar,
+            tokens=int(self.state.num_input_tokens_seen),
+            operations=float(self.state.total_flos + self.current_flos),
+        )
+        self.updating = False
+
+    # resuming
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The weights of a checkpoint, from safetensors alone."""
+        folder = Path(resume_from_checkpoint)
+        if (folder / ADAPTER_WEIGHTS).is_file():
+            self.model.load_adapter(folder, self.model.active_adapters[0], is_trainable=True)
+            return
+        found: set[str] = set()
+        for shard in sorted(folder.glob("model*.safetensors")):
+            state = load_file(shard)
+            found |= state.keys()
+            self.model.load_state_dict(state, strict=False)
+        missing = {name for name, weight in self.model.named_parameters() if weight.requires_grad} - found
+        if missing:
+            raise CheckpointError(f"{folder} has no {min(missing)}: remove it to go on from the one before it")
+
+    def _load_best_model(self) -> None:
+        """The weights of the best checkpoint, at the end of a training."""
+        best = Path(self.state.best_model_checkpoint or "")
+        fault = find_fault(best)
+        if fault is not None:
+            raise CheckpointError(f"{fault}, of the best checkpoint: set training.load_best_model_at_end to false")
+        self._load_from_checkpoint(str(best))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Their states."""
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(read_state(Path(checkpoint), "optimizer"))
+            self.lr_scheduler.load_state_dict(read_state(Path(checkpoint), "scheduler"))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """The state of float16's gradient scaler."""
+        if checkpoint is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(read_state(Path(checkpoint), "scaler"))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The random states, right before the first step."""
+        if checkpoint is not None:
+            set_random_states(read_state(Path(checkpoint), f"rank-{self.args.process_index}")["random"])
+
+    def begin(self) -> None:
+        """Before the first step: goes on with the sums of the loss, and makes up for an evaluation that was cut off."""
+        if self._resumed is None:
+            return
+        kept = read_state(self._resumed, f"rank-{self.args.process_index}")
+        self._tr_loss += kept["loss"].to(self._tr_loss.device)
+        self._globalstep_last_logged, self._total_loss_scalar = kept["logged"], kept["total_loss"]
+        if self._owes_evaluation():
+            self.control.should_evaluate = True
+            nothing = dict.fromkeys(("grad_norm", "trial", "ignore_keys_for_eval"))
+            self._maybe_log_save_evaluate(
+                self._tr_loss, model=self.model, epoch=self.state.epoch, start_time=0.0, **nothing
+            )
+
+    def _owes_evaluation(self) -> bool:
+        """Whether the step of the checkpoint is one that is evaluated after, and was not."""
+        state, args = self.state, self.args
+        if any("eval_loss" in line for line in state.log_history if line["step"] == state.global_step):
+            return False
+        if args.eval_strategy == IntervalStrategy.STEPS:
+            due = state.global_step % state.eval_steps == 0 or state.global_step >= state.max_steps
+            return due and state.global_step >= args.eval_delay
+        ended = state.epoch == int(state.epoch) or state.global_step >= state.max_steps
+        return args.eval_strategy == IntervalStrategy.EPOCH and ended and state.epoch >= args.eval_delay
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """One epoch; nothing where all steps are done, of which the Trainer would do one more in a begun epoch."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    # stopping
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """What follows a step, which is whole then."""
+        self.signals.hold()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self.remember()
+        self.signals.release()
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """An evaluation: can be stopped, and draws no random number that the training would draw."""
+        self.remember()
+        with self.signals.open(), _same_random_numbers():
+            return super()._evaluate(*args, **kwargs)
+
+
+class _Updates(TrainerCallback):
+    """Tells the trainer of what the Trainer tells callbacks alone."""
+
+    def __init__(self, trainer: DurableTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Sums are zero by now, and steps are still to come."""
+        self.trainer.begin()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """From here to the end of the step weights, optimiser and counters belong together."""
+        self.trainer.signals.hold()
+        self.trainer.updating = True
+
+
+@contextlib.contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Behind this context random generators are where they were before it."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(states)

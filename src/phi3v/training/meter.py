@@ -1,0 +1,53 @@
+"""How fast a training is and what it holds: samples and tokens that went through, seconds, bytes at most.
+
+In come micro-batches as they are taken; out come rates. Knows no Trainer.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+class Meter:
+    """Counts from its first step on, or from the last call of `begin`."""
+
+    def __init__(self) -> None:
+        """Begin now."""
+        self.begin()
+
+    def begin(self) -> None:
+        """Counts anew."""
+        self.samples, self.tokens, self.began = 0, 0, time.monotonic()
+
+    def add(self, micro_batches: Sequence[Mapping[str, Any]]) -> None:
+        """A step's micro-batches are about to go through the model; padding is no token."""
+        for batch in micro_batches:
+            if batch.get("cu_seqlens") is not None:
+                self.samples += len(batch["cu_seqlens"]) - 1
+                self.tokens += batch["input_ids"].numel()
+            else:
+                self.samples += len(batch["input_ids"])
+                positions = batch.get("position_ids")
+                whole = batch["input_ids"].numel()
+                self.tokens += whole if positions is None else int((positions.max(dim=1).values + 1).sum())
+
+    def rates(self) -> dict[str, float]:
+        """{"samples_per_second": 9.3, "tokens_per_second": 23800.0, "memory_gib": 30.0} so far."""
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        return {
+            "samples_per_second": self.samples / seconds,
+            "tokens_per_second": self.tokens / seconds,
+            "memory_gib": most_memory() / 2**30,
+        }
+
+
+def most_memory() -> int:
+    """The most bytes that tensors took on the GPU, or that this process took in the machine's memory."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

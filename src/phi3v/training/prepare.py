@@ -1,0 +1,141 @@
+"""From a loaded base to a model that is ready to train, as a recipe says: adapters, what is frozen, fast paths.
+
+The same steps prepare the model that trains and the one on the meta device that `memory` counts. Knows nothing of
+data or of the Trainer.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phi3v.adapters import check_adapter, load_adapter
+from phi3v.errors import CheckpointError, ConfigError, DeviceError
+from phi3v.kernels.lora_layer import attach_fast_lora
+from phi3v.kernels.packed_attention import attach_packed_attention
+from phi3v.loading import load_base, resolve_device, resolve_dtype
+from phi3v.recipe import Recipe
+from phi3v.targets import Target, resolve_target
+from phi3v.training.arguments import reentrant
+from phi3v.training.conditions import name_weights
+from phi3v.training.master_weights import same_in
+from phi3v.tuning import attach_lora, freeze, mark_trained, vision_choices
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model with what trains marked in float32.
+
+    Attributes:
+        model: it.
+        autocast: number type of mixed precision; None to compute in the weights' own.
+        base: the name of the base's weights, see `conditions.name_weights`; nothing where it was not loaded.
+        short: number type of weights that train on float32 masters, see `master_weights`; None where there are none.
+    """
+
+    model: Any
+    autocast: torch.dtype | None
+    short: torch.dtype | None
+    base: str = ""
+
+
+def training_device(device: str) -> torch.device:
+    """The device of a recipe; training uses the first visible GPU."""
+    wanted = resolve_device(device)
+    if wanted.type == "cuda" and wanted.index not in (None, 0):
+        raise DeviceError(
+            f"model.device is {device!r}, training uses the first visible GPU: set CUDA_VISIBLE_DEVICES={wanted.index} "
+            "and model.device=cuda"
+        )
+    return wanted
+
+
+def prepare_model(recipe: Recipe, device: torch.device) -> Prepared:
+    """Loads the base of a recipe and makes it ready to train on a device."""
+    compute = resolve_dtype(recipe.model.dtype, device)
+    model = load_base(
+        recipe.model.name,
+        dtype=base_dtype(recipe),
+        device=recipe.model.device,
+        attn_implementation=recipe.model.attn_implementation,
+        quantization=recipe.quantization,
+        revision=recipe.model.revision,
+    )
+    base = name_weights(model)
+    return replace(make_ready(model, recipe, compute), base=base)
+
+
+def base_dtype(recipe: Recipe) -> str:
+    """The number type that a base is loaded in: weights that are tuned as a whole are float32."""
+    return "float32" if recipe.lora is None else recipe.model.dtype
+
+
+def make_ready(model: Any, recipe: Recipe, compute: torch.dtype, *, on_gpu: bool = False) -> Prepared:
+    """Makes a base ready to train.
+
+    Under LoRA on a bfloat16 base everything computes in bfloat16 and the optimiser keeps float32 masters. float16,
+    whose gradients need scaling, and a model tuned as a whole compute under autocast.
+
+    Args:
+        model: the base.
+        recipe: lora, vision and training are read.
+        compute: the number type of the recipe's model.dtype.
+        on_gpu: a model on the meta device stands for one on a GPU.
+    """
+    wholly = recipe.lora is None
+    vision = {"tower": recipe.vision.tower, "projector": recipe.vision.projector}
+    if recipe.lora is None:
+        freeze(model, language_model=True, **vision)
+    elif recipe.model.adapter is not None:
+        model = _go_on(model, recipe, recipe.model.adapter)
+    else:
+        model = attach_lora(model, recipe.lora, revision=recipe.model.revision, **vision)
+    if reentrant(recipe.training.options):
+        model.enable_input_require_grads()  # re-entrant checkpoints need an input that asks for a gradient
+    if recipe.training.fast_lora == "auto" and not recipe.training.options.get("torch_compile"):
+        attach_fast_lora(model, force=on_gpu)
+    if recipe.training.packing:
+        attach_packed_attention(model)
+    if wholly:
+        _shorten_frozen_tower(model, compute)
+    short = torch.bfloat16 if compute == torch.bfloat16 and not wholly else None
+    return Prepared(model, None if compute in (torch.float32, short) else compute, short)
+
+
+def _go_on(base: Any, recipe: Recipe, name: str) -> Any:
+    """The base with a trained adapter on it, ready for more training.
+
+    Raises: ConfigError when it does otherwise to the vision parts than the recipe; CheckpointError when it does not
+        fit the base.
+    """
+    place = adapter_place(name)
+    place = replace(place, base=str(recipe.model.name))
+    freeze(base, language_model=False, tower="frozen", projector="frozen")
+    tuned = load_adapter(base, place, trainable=True, on_meta=next(base.parameters()).device.type == "meta")
+    for part, does in vision_choices(tuned).items():
+        if does != (wanted := getattr(recipe.vision, part)):
+            raise ConfigError(f"model.adapter {name} has its {part} {does}: set vision.{part}={does}, it is {wanted}")
+    config = tuned.peft_config["default"]
+    config.base_model_name_or_path = str(Path(place.base).resolve()) if Path(place.base).is_dir() else place.base
+    config.revision = recipe.model.revision
+    return mark_trained(tuned)
+
+
+def adapter_place(name: str) -> Target:
+    """Where an adapter to go on from lies. Raises: CheckpointError when there is none, or a broken one."""
+    place = resolve_target(name)
+    if place.adapter is None:
+        raise CheckpointError(f"model.adapter {name} holds no adapter: name a run under LoRA or an adapter's folder")
+    check_adapter(place.adapter)
+    return place
+
+
+def _shorten_frozen_tower(model: Any, dtype: torch.dtype) -> None:
+    """Puts a frozen tower into the compute dtype, where that changes none of its weights, to spare casts."""
+    tower = model.model.vision_embed_tokens.img_processor
+    weights = list(tower.parameters())
+    if any(weight.requires_grad for weight in weights):
+        return
+    if weights[0].device.type == "meta" or same_in(dtype, weights):  # files are taken to be in that type
+        tower.to(dtype)

@@ -1,0 +1,68 @@
+"""What may end a running training from outside, as one line: no space, no memory, a loader worker that is gone.
+
+In come errors of the system and of torch, out comes a `TrainingError` that says from which checkpoint the same command
+goes on. Where no update of the weights was cut off, the last whole step is saved before.
+"""
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from phi3v.errors import TrainingError
+from phi3v.passthrough import first_line
+from phi3v.training.step_faults import is_out_of_memory
+from phi3v.training.step_trainer import StepTrainer
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def one_line_faults(trainer: StepTrainer, folder: Path) -> Iterator[None]:
+    """Turns what ends the training in this context into one line.
+
+    Args:
+        trainer: which trains.
+        folder: of the run.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not is_full(error):
+            raise
+        line = f"the disk of {folder} is full ({first_line(error)}): free space there"
+        raise TrainingError(f"{line} and {_again(trainer.saved)}") from error
+    except RuntimeError as error:
+        if isinstance(error, TrainingError):
+            raise
+        step = trainer.state.global_step + 1
+        if is_out_of_memory(error):
+            line = (
+                f"out of memory at step {step}, outside of its micro-batches ({first_line(error)}): set "
+                "training.optim: adamw_8bit, a smaller lora.r or evaluation.batch_size"
+            )
+        elif "DataLoader worker" in str(error) and not str(error).startswith("Caught"):
+            stuck = trainer.workers.killed or trainer.eval_workers.killed
+            what = (
+                "gave no sample any more and was ended" if stuck else "was ended from outside, for its memory perhaps"
+            )
+            line = (
+                f"a loader worker {what} before step {step} ({first_line(error)}): see training.dataloader_num_workers"
+            )
+        else:
+            raise
+        raise TrainingError(f"{line}; {_again(trainer.save_last_step())}") from error
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that no more fits onto a disk, into a quota or a file."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    return any(f"(os error {number})" in str(error) for number in _FULL)  # how safetensors, written in Rust, says it
+
+
+def _again(saved: Path | None) -> str:
+    """What the same command does next."""
+    return f"the same command goes on from {saved.name if saved else 'the start: no checkpoint was written yet'}"

@@ -1,0 +1,87 @@
+"""What may be wrong with a step: its loss or gradient is no number, it does not fit into memory.
+
+In come losses, norms and errors, out comes what is wrong in half a line, or a `TrainingError` that names step, samples
+and the checkpoint to go on from. Knows nothing of the Trainer.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from phi3v.data.schema import Row
+from phi3v.errors import TrainingError
+
+_MOST_IN_A_ROW = 10
+"""Steps one after the other that may be left out: a run that goes on like that trains nothing."""
+_MOST_NAMED = 16
+"""Samples of a step that are named."""
+_CPU_MEMORY = ("can't allocate memory", "not enough memory")
+"""What torch's allocator says on a CPU, where it has no error class of its own."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class NonFinite:
+    """What happens to a step whose loss or gradient norm is no number.
+
+    Attributes:
+        action: "stop" ends the run, "skip" leaves the step out as if it had never been.
+        name: names the rows of a step, see `name_rows`; None where rows have no names.
+        in_a_row: steps left out one after the other.
+    """
+
+    action: Literal["stop", "skip"] = "stop"
+    name: Callable[[Sequence[int]], str] | None = None
+    in_a_row: int = field(default=0, init=False)
+
+    def fault(self, loss: torch.Tensor, norm: Any, scaler: Any = None) -> str | None:
+        """What is no number, "loss is nan"; None for a step that may be applied.
+
+        An infinite gradient under float16's scaler is none: the scaler leaves out the step and scales less, until that
+        does not help any more.
+        """
+        norm = torch.as_tensor(norm, device=loss.device)
+        values = dict(zip(("loss", "grad_norm"), torch.stack([loss.float(), norm.float()]).tolist(), strict=True))
+        if scaler is not None and scaler.get_scale() >= 1:
+            del values["grad_norm"]
+        fault = next((f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)), None)
+        self.in_a_row = 0 if fault is None else self.in_a_row + 1
+        return fault
+
+    def judge(self, fault: str, step: int, rows: Sequence[int], saved: Path | None) -> None:
+        """Raises: TrainingError unless the step may be left out, which is then logged."""
+        named = f" ({self.name(rows)})" if self.name is not None and rows else ""
+        if self.action == "skip" and self.in_a_row <= _MOST_IN_A_ROW:
+            _log.warning("%s at step %d%s: the step is left out", fault, step, named)
+            return
+        again = f"the last good checkpoint is {saved}" if saved is not None else "no checkpoint was written yet"
+        many = f" and in the {_MOST_IN_A_ROW} steps before it" if self.action == "skip" else ""
+        way_out = "" if self.action == "skip" else ", or leave such steps out by training.non_finite=skip"
+        raise TrainingError(
+            f"{fault} at step {step}{named}{many}: its update was not applied, {again}; look at these rows, take a "
+            f"smaller training.learning_rate in another output{way_out}"
+        )
+
+
+def name_rows(rows: Sequence[Row], numbers: Sequence[int]) -> str:
+    """The rows of a step by their places in their sources: "rows 4 and 7 of shop.csv, row 0 of more.csv"."""
+    places: dict[str, list[str]] = {}
+    for number in numbers[:_MOST_NAMED]:
+        places.setdefault(rows[number].source, []).append(str(rows[number].index))
+    parts = []
+    for source, found in places.items():
+        several, last = ", ".join(found[:-1]), found[-1]
+        parts.append(f"rows {several} and {last} of {source}" if several else f"row {last} of {source}")
+    return ", ".join(parts) + (f" and {len(numbers) - _MOST_NAMED} more" if len(numbers) > _MOST_NAMED else "")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is used up, a GPU's or the machine's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_MEMORY)

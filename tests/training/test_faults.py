@@ -1,0 +1,333 @@
+"""Runs that go wrong: numbers that are none, memory, disks, loader workers that are gone, a second run, other data."""
+
+import errno
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import write_tiny_model
+
+import phi3v
+from phi3v.errors import ConfigError, TrainingError
+from phi3v.run_folder import RunFolder
+from phi3v.run_lock import RunLock
+from phi3v.training import checkpoints, disk_space
+from phi3v.training.callbacks import TrainingEvent
+from phi3v.training.checkpoints import newest_checkpoint, read_manifest
+from phi3v.training.loader_watch import WatchedWorkers
+from phi3v.training.sampling import epoch_order
+from phi3v.training.step_trainer import StepTrainer
+
+MakeRecipe = Callable[..., phi3v.Recipe]
+STEPS = {"save_steps": 2, "logging_steps": 1, "epochs": 2}
+
+
+def adapter(recipe: phi3v.Recipe) -> dict[str, torch.Tensor]:
+    return load_file(RunFolder(recipe.output).adapter / "adapter_model.safetensors")
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def spoil_loss(monkeypatch: pytest.MonkeyPatch, value: float, step: int, call: int = 0) -> None:
+    """Has one micro-batch of a step give a loss that is no number."""
+    original, calls = StepTrainer.compute_loss, [0]
+
+    def spoilt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = original(self, *args, **kwargs)
+        if self.state.global_step != step - 1:
+            return loss
+        calls[0] += 1
+        return loss * value if calls[0] == call + 1 else loss
+
+    monkeypatch.setattr(StepTrainer, "compute_loss", spoilt)
+
+
+def spoil_gradient(monkeypatch: pytest.MonkeyPatch, value: float, step: int, call: int = 0) -> None:
+    """Has one gradient of a step be no number, behind a loss that is one."""
+    original = StepTrainer.training_step
+
+    def spoilt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = original(self, *args, **kwargs)
+        if self.state.global_step == step - 1:
+            next(weight for weight in self.model.parameters() if weight.grad is not None).grad.view(-1)[3] = value
+        return loss
+
+    monkeypatch.setattr(StepTrainer, "training_step", spoilt)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "value", "call", "fault"),
+    [
+        (spoil_loss, math.nan, 0, "loss is nan"),
+        (spoil_loss, math.inf, 1, "loss is inf"),
+        (spoil_gradient, math.inf, 0, "grad_norm is inf"),
+    ],
+)
+def test_what_is_no_number_never_reaches_the_weights(
+    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, spoil: Any, value: float, call: int, fault: str
+) -> None:
+    recipe = make(training={**STEPS, "micro_batch_size": 2, "packing": False, "logging_steps": 5})
+    seen: list[dict[str, torch.Tensor]] = []
+    original = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: (seen.append({}), original(self, *a, **k))[1])
+    spoil(monkeypatch, value, 4, call)
+    with pytest.raises(TrainingError) as error:
+        phi3v.train(recipe)
+    rows = epoch_order(10, 4, 5, 1)[:4]
+    names = f"rows {', '.join(map(str, rows[:3]))} and {rows[3]} of {recipe.data.train}"
+    last = RunFolder(recipe.output).checkpoints / "checkpoint-2"
+    assert str(error.value).startswith(
+        f"{fault} at step 4 ({names}): its update was not applied, the last good checkpoint is {last}; look at these"
+    )
+    assert len(seen) == 3 and newest_checkpoint(last.parent) == last
+    weights = load_file(last / "adapter_model.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
+    losses = [line["loss"] for line in RunFolder(recipe.output).read_metrics()]
+    assert all(loss and math.isfinite(loss) for loss in losses)
+
+
+@pytest.mark.parametrize(("spoil", "dtype"), [(spoil_loss, "float32"), (spoil_gradient, "bfloat16")])
+def test_a_step_that_is_left_out_leaves_no_trace(
+    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, spoil: Any, dtype: str
+) -> None:
+    sections = {
+        "model": {"name": make().model.name, "dtype": dtype},
+        "lora": {"r": 4, "lora_dropout": 0.2},
+        "training": {**STEPS, "non_finite": "skip", "lr_scheduler_type": "cosine"},
+    }
+    skipped, without = make("skipped", **sections), make("without", **sections)
+    with monkeypatch.context() as patch:
+        spoil(patch, math.nan, 3)
+        phi3v.train(skipped)
+
+    original = StepTrainer.training_step
+
+    def passed_over(self: Any, model: Any, inputs: Any, *args: Any) -> torch.Tensor:
+        """A run without the third step: nothing is computed, drawn, updated or scheduled in it."""
+        if self.state.global_step != 2:
+            return original(self, model, inputs, *args)
+        monkeypatch.setattr(self.lr_scheduler, "step", lambda: monkeypatch.undo())
+        self._before = None
+        self._step_loss = torch.zeros(())
+        return torch.zeros(())
+
+    monkeypatch.setattr(StepTrainer, "training_step", passed_over)
+    phi3v.train(without)
+    assert_same(adapter(skipped), adapter(without))
+    steps = [line["step"] for line in RunFolder(skipped.output).read_metrics() if "loss" in line]
+    assert steps == [1, 2, 4, 5, 6]
+
+
+def test_a_run_that_leaves_out_every_step_is_stopped(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = StepTrainer.compute_loss
+    monkeypatch.setattr(StepTrainer, "compute_loss", lambda *a, **k: original(*a, **k) * math.nan)
+    with pytest.raises(TrainingError, match="loss is nan at step 11 .* and in the 10 steps before it"):
+        phi3v.train(make(training={**STEPS, "max_steps": 20, "non_finite": "skip"}))
+
+
+@pytest.mark.parametrize(("step", "packing"), [(1, False), (4, True)])
+def test_a_step_without_memory_is_done_again_in_smaller_pieces(
+    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, step: int, packing: bool
+) -> None:
+    """From that step on micro-batches hold one sample; the result is that of a run that is cut so from there."""
+    training = {**STEPS, "micro_batch_size": 4, "packing": packing}
+    sections = {"lora": {"r": 4, "lora_dropout": 0.2 if step == 1 else 0.0}}
+    original, sizes = StepTrainer._one, []
+
+    def small(self: Any, model: Any, batch: Any, count: Any) -> torch.Tensor:
+        borders = batch.get("cu_seqlens")
+        samples = len(batch["input_ids"]) if borders is None else len(borders) - 1
+        if self.state.global_step >= step - 1 and samples > 1:
+            original(self, model, batch, count)  # gradients and random numbers of a micro-batch that fitted
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        sizes.append((self.state.global_step + 1, samples))
+        return original(self, model, batch, count)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepTrainer, "_one", small)
+        recipe = make("small", training=training, **sections)
+        phi3v.train(recipe)
+    assert [one for one in sizes if one[0] >= step] == [(n, 1) for n in range(step, 7) for _ in range(4)]
+    manifest = read_manifest(newest_checkpoint(RunFolder(recipe.output).checkpoints))
+    assert manifest["halvings"] == 2
+    single = make("single", training={**training, "micro_batch_size": 1, "packing": False}, **sections)
+    phi3v.train(single)
+    for name, tensor in adapter(single).items():
+        tolerance = 0.0 if step == 1 and not packing else 1e-5
+        torch.testing.assert_close(adapter(recipe)[name], tensor, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("where", ["sample", "update"])
+def test_memory_that_is_too_small_for_one_sample_is_one_line(
+    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    if where == "sample":
+        monkeypatch.setattr(StepTrainer, "_one", full)
+        line = r"^out of memory at step 1 \(.*can't allocate.*\) with one sample at a time: set training.activation_ch"
+    else:
+        monkeypatch.setattr(torch.optim.AdamW, "step", full)
+        line = (
+            r"^out of memory at step 1, outside of its micro-batches \(.*\): set training.optim: adamw_8bit.* the start"
+        )
+    with pytest.raises(TrainingError, match=line):
+        phi3v.train(make(training=STEPS))
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_space(
+    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, recipe = make("undisturbed", training=STEPS), make("full", training=STEPS)
+    phi3v.train(undisturbed)
+    for place in (7, 15):  # a checkpoint has ten files: in the first one, in the second one
+        calls = iter(range(place))
+
+        def full(path: Path, calls: Any = calls, original: Any = checkpoints.sync_file) -> None:
+            if next(calls, None) is None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            original(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints, "sync_file", full)
+            with pytest.raises(
+                TrainingError, match=f"^the disk of {recipe.output} is full .* free space there and the s"
+            ):
+                phi3v.train(recipe)
+        assert not list(RunFolder(recipe.output).checkpoints.glob(".*"))
+    assert phi3v.train(recipe).steps == 6
+    assert_same(adapter(recipe), adapter(undisturbed))
+
+
+def test_too_little_space_is_said_before_the_first_step(
+    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    used = type("Usage", (), {"free": 10_000})
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda folder: used)
+    told: list[str] = []
+
+    def watch(event: TrainingEvent) -> None:
+        told.append(event.kind)
+        if event.kind == "start":
+            assert "checkpoints need about" in caplog.text and "save_total_limit" in caplog.text
+
+    phi3v.train(make(training={"max_steps": 1}), on_event=watch)
+    assert "start" in told
+
+
+def on_first_step(action: Callable[[], None]) -> Callable[[TrainingEvent], None]:
+    return lambda event: action() if (event.kind, event.step) == ("step", 1) else None
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_loader_worker_that_is_gone_or_stuck_ends_the_run(
+    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    training = {**STEPS, "epochs": 8, "dataloader_num_workers": 2, "save_steps": 50}
+    recipe = make(training=training)
+    watches: list[WatchedWorkers] = []
+    original = WatchedWorkers.__init__
+
+    def quick(self: WatchedWorkers, workers: int) -> None:
+        original(self, workers, stuck_after=2.0)
+        watches.append(self)
+
+    monkeypatch.setattr(WatchedWorkers, "__init__", quick)
+    began, processes = [0.0], []
+
+    def hit() -> None:
+        processes.extend(watches[0]._notes[:, 0].tolist())
+        assert all(process > 0 for process in processes)  # 0 would be all of us
+        began[0] = time.monotonic()
+        os.kill(processes[0], number)
+
+    with pytest.raises(TrainingError, match="^a loader worker .* before step .*; the same command goes on from check"):
+        phi3v.train(recipe, on_event=on_first_step(hit))
+    assert time.monotonic() - began[0] < 60
+    deadline = time.monotonic() + 30
+    while any(is_alive(process) for process in processes):
+        assert time.monotonic() < deadline, "a worker is left over"
+        time.sleep(0.1)
+    assert newest_checkpoint(RunFolder(recipe.output).checkpoints) is not None
+    monkeypatch.undo()
+    result = phi3v.train(recipe)
+    assert result.status == "resumed" and result.steps == 24
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process runs; one that has ended and was not asked for its code does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(make: MakeRecipe) -> None:
+    recipe = make(training={**STEPS, "max_steps": 1})
+    phi3v.train(recipe)
+    child = os.fork()
+    if not child:
+        lock = RunLock(recipe.output)
+        lock.take()
+        time.sleep(60)
+        os._exit(0)
+    try:
+        deadline = time.monotonic() + 20
+        while f'"process": {child}' not in (Path(recipe.output) / "run.lock").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with pytest.raises(
+            ConfigError, match=f"is being trained by process {child} on .*: wait for it, end it, or giv"
+        ):
+            phi3v.train(recipe)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert phi3v.train(recipe).status == "finished"
+
+
+def test_other_rows_or_another_base_are_refused_and_other_versions_listed(
+    make: MakeRecipe, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    table, model = tmp_path / "rows.jsonl", write_tiny_model(tmp_path / "model")
+    lines = [
+        f'{{"image": "{world / "photos" / f"{row}.png"}", "colour": "{"red" if row % 2 else "blue"}"}}'
+        for row in range(8)
+    ]
+    table.write_text("\n".join(lines))
+    recipe = make(
+        model=str(model),
+        data={"train": str(table), "allow_outside_root": True},
+        training={**STEPS, "max_steps": 4, "micro_batch_size": 1},
+    )
+
+    def stop(event: TrainingEvent) -> None:
+        if (event.kind, event.step) == ("step", 3):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        phi3v.train(recipe, on_event=stop)
+    for changed in (lines[::-1], lines[:-1], [lines[0].replace("blue", "green"), *lines[1:]]):
+        table.write_text("\n".join(changed))
+        with pytest.raises(ConfigError, match="^the training rows are not those that checkpoint-2 was trained with"):
+            phi3v.train(recipe)
+    table.write_text("\n".join(lines))
+    write_tiny_model(model, seed=1)
+    with pytest.raises(ConfigError, match="^the weights of the base model are not those that checkpoint-2 was"):
+        phi3v.train(recipe)
+    write_tiny_model(model)
+    monkeypatch.setattr("phi3v.training.conditions.gather_versions", lambda: {"torch": "9.9"})
+    assert phi3v.train(recipe).resumed_from == 2
+    assert "going on from checkpoint-2 with torch 9.9 (" in caplog.text

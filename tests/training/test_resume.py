@@ -1,0 +1,192 @@
+"""Runs that are stopped and begun again: what they end with is bit for bit what the undisturbed one ends with."""
+
+import inspect
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_ends import assert_same_end, end_of
+from transformers import Trainer
+
+import phi3v
+from phi3v.errors import Interrupted
+from phi3v.run_folder import RunFolder
+from phi3v.training import checkpoints, durable_trainer
+from phi3v.training.checkpoints import newest_checkpoint
+from phi3v.training.step_trainer import StepTrainer
+from phi3v.training.stop_signals import StopSignals
+
+MakeRecipe = Callable[..., phi3v.Recipe]
+
+HARD: dict[str, Any] = {
+    "data": {"split": {"validation": 2}},
+    "evaluation": {"rows": 1, "max_new_tokens": 2},
+    "lora": {"r": 4, "lora_dropout": 0.2},
+    "training": {
+        "samples_per_step": 4,
+        "micro_batch_size": 1,
+        "epochs": 3,
+        "save_steps": 2,
+        "logging_steps": 3,
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.01,
+        "warmup_steps": 1,
+    },
+}
+"""LoRA dropout, shuffling, packing, four samples a step in several packs, lines of the log between checkpoints."""
+
+
+@pytest.fixture
+def undisturbed(make: MakeRecipe) -> dict[str, Any]:
+    """What the run ends with that nothing happens to."""
+    recipe = make("undisturbed", **HARD)
+    phi3v.train(recipe)
+    return end_of(recipe.output)
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def at_micro_batch(patch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    """Sends a signal in the second of the four micro-batches of a step."""
+    original, calls = StepTrainer._one, []
+
+    def spy(self: Any, *arguments: Any) -> Any:
+        calls.append(self.state.global_step)
+        if calls.count(step - 1) == 2:
+            send(number)
+        return original(self, *arguments)
+
+    patch.setattr(StepTrainer, "_one", spy)
+
+
+def at_update(patch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    """Sends a signal while the weights of a step are updated."""
+    original = StepTrainer._get_learning_rate
+
+    def spy(self: Any) -> Any:
+        if self.updating and self.state.global_step == step - 1:
+            send(number)
+        return original(self)
+
+    patch.setattr(StepTrainer, "_get_learning_rate", spy)
+
+
+def at_evaluation(patch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    """Sends a signal in the evaluation behind a step."""
+    original = StepTrainer.prediction_step
+
+    def spy(self: Any, *arguments: Any, **named: Any) -> Any:
+        if self.state.global_step == step:
+            send(number)
+        return original(self, *arguments, **named)
+
+    patch.setattr(StepTrainer, "prediction_step", spy)
+
+
+def at_save(patch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    """Sends a signal while the checkpoint of a step is written."""
+    original = checkpoints.publish
+
+    def spy(staging: Path, facts: dict[str, Any]) -> Path:
+        if staging.name == f".checkpoint-{step}.tmp":
+            send(number)
+        return original(staging, facts)
+
+    patch.setattr(checkpoints, "publish", spy)
+
+
+STOPS: list[tuple[Callable[..., None], int, int, int]] = [
+    (at_micro_batch, 2, signal.SIGTERM, 1),
+    (at_evaluation, 2, signal.SIGINT, 2),
+    (at_update, 3, signal.SIGTERM, 3),
+    (at_save, 4, signal.SIGINT, 4),
+    (at_micro_batch, 5, signal.SIGINT, 4),
+    (at_evaluation, 6, signal.SIGTERM, 6),
+]
+"""Where a signal comes, at which step, and the step whose checkpoint is the newest then."""
+
+
+def test_a_run_that_is_stopped_anywhere_ends_as_an_undisturbed_one(
+    make: MakeRecipe, undisturbed: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = make("stopped", **HARD)
+    for place, step, number, saved in STOPS:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as stop:
+            place(patch, step, number)
+            phi3v.train(recipe)
+        assert stop.value.exit_code == 128 + number
+        newest = newest_checkpoint(RunFolder(recipe.output).checkpoints)
+        assert newest is not None and newest.name == f"checkpoint-{saved}", (place, step)
+    assert phi3v.train(recipe).resumed_from == 6
+    assert_same_end(end_of(recipe.output), undisturbed)
+    assert not caplog.records
+
+
+def test_loader_workers_change_nothing_of_it(make: MakeRecipe, undisturbed: dict[str, Any]) -> None:
+    hard = {**HARD, "training": {**HARD["training"], "dataloader_num_workers": 2}}
+    recipe = make("stopped", **hard)
+    for step in (1, 4):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+            at_update(patch, step, signal.SIGTERM)
+            phi3v.train(recipe)
+    assert phi3v.train(recipe).resumed_from == 4
+    assert_same_end(end_of(recipe.output), undisturbed)
+
+
+def test_a_model_that_is_tuned_as_a_whole_goes_on_exactly(make: MakeRecipe) -> None:
+    whole = {**HARD, "lora": None, "vision": {"tower": "train", "projector": "train"}}
+    undisturbed, recipe = make("whole", **whole), make("stopped", **whole)
+    phi3v.train(undisturbed)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        at_update(patch, 3, signal.SIGTERM)
+        phi3v.train(recipe)
+    assert phi3v.train(recipe).resumed_from == 3
+    assert_same_end(end_of(recipe.output), end_of(undisturbed.output))
+
+
+def test_a_signal_before_the_first_step_leaves_nothing_to_go_on_from(make: MakeRecipe) -> None:
+    recipe = make("early", **HARD)
+    with pytest.raises(Interrupted):
+        phi3v.train(recipe, on_event=lambda event: send(signal.SIGTERM) if event.kind == "rows" else None)
+    assert not Path(recipe.output).exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "handlers are given back"
+
+
+def test_a_second_signal_leaves_at_once() -> None:
+    child = os.fork()
+    if not child:
+        with StopSignals() as signals:
+            signals.hold()
+            send(signal.SIGTERM)
+            send(signal.SIGTERM)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+
+
+def test_the_trainer_still_is_what_we_change() -> None:
+    """What `durable_trainer` replaces without a public name, in the form that it was written against."""
+    forms = {
+        "_save_checkpoint": "self, model, trial",
+        "_save": "self, output_dir, state_dict",
+        "_load_from_checkpoint": "self, resume_from_checkpoint, model",
+        "_load_best_model": "self",
+        "_load_optimizer_and_scheduler": "self, checkpoint",
+        "_load_scaler": "self, checkpoint",
+        "_load_rng_state": "self, checkpoint",
+        "_evaluate": "self, trial, ignore_keys_for_eval, skip_scheduler",
+        "_get_grad_norm": "self, model, grad_norm",
+        "_maybe_log_save_evaluate": "self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, "
+        "learning_rate",
+    }
+    for name, form in forms.items():
+        assert ", ".join(inspect.signature(getattr(Trainer, name)).parameters) == form, name
+    source = inspect.getsource(sys.modules[Trainer.__module__])
+    for name in ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "self._run_epoch(", "_push_from_checkp"):
+        assert name in source, name
+    assert "torch.load" not in inspect.getsource(durable_trainer)

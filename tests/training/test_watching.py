@@ -1,0 +1,109 @@
+"""What can be watched of a training: rates, answers to fixed rows, the curve; in the run and at the trackers."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import phi3v
+from phi3v.run_folder import RunFolder
+from phi3v.training.callbacks import TrainingEvent
+from phi3v.training.meter import Meter
+
+MakeRecipe = Callable[..., phi3v.Recipe]
+
+
+def test_a_meter_counts_samples_and_tokens_without_padding() -> None:
+    meter = Meter()
+    packed = {"input_ids": torch.zeros(1, 5), "cu_seqlens": torch.tensor([0, 3, 5])}
+    padded = {"input_ids": torch.zeros(2, 4), "position_ids": torch.tensor([[0, 1, 2, 3], [0, 1, 1, 1]])}
+    meter.add([packed, padded])
+    assert (meter.samples, meter.tokens) == (4, 5 + 4 + 2)
+    rates = meter.rates()
+    assert rates["tokens_per_second"] / rates["samples_per_second"] == pytest.approx(11 / 4)
+    assert rates["memory_gib"] > 0.01
+
+
+@pytest.fixture(scope="module")
+def watched(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run that answers two of its held-out rows at each validation and tells both trackers."""
+    folder, events = tmp_path_factory.mktemp("watched"), []
+    recipe = phi3v.Recipe.from_dict(
+        {
+            "model": str(world / "model"),
+            "data": {
+                "train": str(world / "photos" / "rows.jsonl"),
+                "prompt": "Which colour?",
+                "answer": "It is {colour}.",
+                "split": {"validation": 4},
+            },
+            "lora": {"r": 4},
+            "training": {
+                "samples_per_step": 3,
+                "max_steps": 2,
+                "eval_steps": 1,
+                "save_steps": 1,
+                "logging_steps": 1,
+                "load_best_model_at_end": True,
+                "metric_for_best_model": "similarity",
+            },
+            "evaluation": {"during_training": 2, "max_new_tokens": 4},
+            "report": {"to": ["wandb", "tensorboard"]},
+            "output": str(folder / "run"),
+        }
+    )
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("WANDB_MODE", "offline")
+        patched.setenv("WANDB_SILENT", "true")
+        patched.setenv("WANDB_DATA_DIR", str(folder / "data"))  # photos of a table go through an artifact
+        phi3v.train(recipe, on_event=events.append)
+    return {"run": RunFolder(recipe.output), "events": events}
+
+
+def test_steps_have_rates(watched: dict[str, Any]) -> None:
+    steps: list[TrainingEvent] = [event for event in watched["events"] if event.kind == "step"]
+    assert [event.step for event in steps] == [1, 2]
+    for event in steps:
+        assert set(event.rates) == {"samples_per_second", "tokens_per_second", "memory_gib"}
+        assert all(value > 0 for value in event.rates.values())
+
+
+def test_answers_are_told_scored_and_kept(watched: dict[str, Any]) -> None:
+    told = [event for event in watched["events"] if event.kind == "samples"]
+    assert [event.step for event in told] == [1, 2] and all(len(event.answers) == 2 for event in told)
+    assert [one["row"] for one in told[0].answers] == [one["row"] for one in told[1].answers]
+    lines = watched["run"].read_metrics()
+    assert [line["answers"] for line in lines if "answers" in line] == [event.answers for event in told]
+    scored = [line for line in lines if "eval_similarity" in line]
+    assert len(scored) == 2 and all(0 <= line["eval_similarity"] <= 1 and "eval_loss" in line for line in scored)
+    for one in told[0].answers:
+        assert one["question"] == "Which colour?" and one["expected"].startswith("It is ")
+
+
+def test_the_curve_is_a_picture(watched: dict[str, Any]) -> None:
+    with Image.open(watched["run"].path / "loss.png") as curve:
+        assert curve.format == "PNG" and min(curve.size) > 300
+        assert len(curve.convert("RGB").getcolors(10**6)) > 10
+
+
+def is_png(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"\x89PNG" and path.name != "loss.png"
+
+
+def test_trackers_get_answers_with_their_photos(watched: dict[str, Any]) -> None:
+    folder = watched["run"].path
+    tables = list((folder / "wandb").rglob("*.table.json"))
+    assert len(tables) == 2
+    table = json.loads(tables[0].read_text())
+    assert table["columns"] == ["step", "images", "question", "expected", "answer"] and len(table["data"]) == 2
+    assert len([path for path in folder.parent.rglob("*") if path.is_file() and is_png(path)]) >= 2
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert any(tag.startswith("answers/row") for tag in events.Tags()["tensors"])
+    assert len(events.Tags()["images"]) == 2
