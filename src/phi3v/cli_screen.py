@@ -95,7 +95,9 @@ class Screen:
             tenth = 10 * done // total if total else 10
             if tenth > self._tenths.get(stage, 0):
                 self._tenths[stage] = tenth
-                self.console.print(f"{stage}: {done} of {total}" + (f", {note}" if note else ""), markup=False)
+                self.console.print(
+                    f"{stage}: {done} of {total}" + (f", {note}" if note else ""), markup=False, soft_wrap=True
+                )
             return
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task(stage, total=total, note=note)
@@ -106,7 +108,7 @@ class Screen:
         self._tasks.clear()
         self._tenths.clear()
         self._losses.clear()
-        self.console.print(line, markup=False)
+        self.console.print(line, markup=False, soft_wrap=True)
 
     def _note(self) -> str:
         names = {"loss": "loss", "eval_loss": "held-out loss"}
@@ -119,7 +121,7 @@ class Screen:
         for found in event.answers:
             said, wanted = printable(found["answer"])[:100], printable(found["expected"])[:100]
             line = f"step {event.step}, row {found['row']}: {said!r}" + ("" if said == wanted else f", not {wanted!r}")
-            self.console.print(line, markup=False)
+            self.console.print(line, markup=False, soft_wrap=True)
 
 
 def rows_line(rows: RowUse) -> str:
