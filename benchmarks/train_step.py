@@ -8,8 +8,8 @@ Phi-3-Vision's full size with random weights, bfloat16, LoRA r=16 on all project
 backward, clipping and AdamW. `--quick` tries a program on the CPU with a tiny model: its figures mean nothing. The
 floor of a step is its least arithmetic (`phi3v.training.floor`) over the rate of a large matrix product, measured in
 the same call. Lines appear as they are measured, and the JSON is written after each. Past `--minutes` what is left is
-skipped, with a line. `--ways` measures some of them, and `--add FILE` puts the lines of an earlier call on a card of the
-same kind and the same versions beside them, each with where it comes from (`of`).
+skipped, with a line. `--ways` measures some of them, and `--add FILE` puts the lines of an earlier call on the same
+kind of card and versions beside them, each with where it comes from (`of`).
 """
 
 import argparse
@@ -79,8 +79,8 @@ class Bench:
     def add(self, earlier: dict[str, Any]) -> None:
         """Takes the lines of an earlier call in, except those of ways that this one measures.
 
-        Each says which call it is of: `{"shape": "757", "way": "peft", ..., "of": {"date": ..., "command": ...}}`. A line
-        that the earlier call had added keeps what it said.
+        Each says which call it is of: `{"of": {"date": ..., "command": ...}, "shape": "757", "way": "peft", ...}`. A
+        line that the earlier call had added keeps what it said.
         """
         same = ("device", "torch", "transformers", "peft", "quick")
         if differing := [name for name in same if earlier[name] != self.result[name]]:
