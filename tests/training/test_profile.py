@@ -1,6 +1,7 @@
 """`phi3v profile`: a few steps of a recipe's training, taken apart."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -97,16 +98,21 @@ def test_the_floor_counts_the_tower_for_images_without_features(make):
 
 def test_what_cannot_be_is_refused_before_a_step(make, tmp_path, monkeypatch):
     monkeypatch.setattr("phi3v.training.profile.train_watched", lambda *given, **more: pytest.fail("trained"))
-    for place in (tmp_path, tmp_path / "none" / "t.json"):
-        with pytest.raises(ConfigError, match=r"^trace .* cannot be written \(.*\): name a file") as caught:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    for place, words in (
+        (tmp_path, "is a folder or a device: name a file"),
+        (fifo, "is a folder or a device: name a file"),
+        (tmp_path / "none" / "t.json", r"cannot be written \(.*\): name a file in a folder that is there"),
+    ):
+        with pytest.raises(ConfigError, match=f"^trace {place} {words}$"):
             profile(make(), trace=place)
-        assert "\n" not in str(caught.value)
     monkeypatch.setattr("phi3v.training.profile.write_synthetic_rows", lambda *given: pytest.fail("painted"))
     with pytest.raises(ConfigError, match="^--image 5000x5000 is 25,000,000 pixels, more than image.max_pixels of 20"):
         profile(make(), rows=1, image=(5000, 5000))
     with pytest.raises(ConfigError, match="^--image 70000x9: .* at most 65,500 pixels a side"):
         profile(make(), rows=1, image=(70_000, 9))
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [fifo]
 
 
 def test_a_trace_that_is_not_there_afterwards_is_an_error(tmp_path):

@@ -33,9 +33,12 @@ def covered(intervals: Iterable[tuple[int, int]]) -> int:
 def check_trace(file: Path) -> None:
     """Refuses a place where no trace can be written, before anything is watched; leaves nothing there.
 
-    Raises: ConfigError when it is a folder, or its folder is not there or closed to us.
+    Raises: ConfigError when it is a folder or a device (torch renames its file to the name given, so /dev/null would be
+        gone), or its folder is not there or closed to us.
     """
     there = file.exists()
+    if there and not file.is_file():
+        raise ConfigError(f"trace {file} is a folder or a device: name a file")
     try:
         file.open("ab").close()
     except OSError as error:
@@ -96,7 +99,7 @@ class DeviceWatch:
         assert self._profiler is not None, "nothing was watched"
         before = _stamp(file)
         self._profiler.export_chrome_trace(str(file))
-        if _stamp(file) == before and (before is None or file.is_file()):
+        if _stamp(file) == before:
             raise ConfigError(f"trace {file} was not written: name a file in a folder that is there and has room")
 
     def _wait(self) -> None:
