@@ -9,7 +9,7 @@ backward, clipping and AdamW. `--quick` tries a program on the CPU with a tiny m
 floor of a step is its least arithmetic (`phi3v.training.floor`) over the rate of a large matrix product, measured in
 the same call. Lines appear as they are measured, and the JSON is written after each. Past `--minutes` what is left is
 skipped, with a line. `--ways` measures some of them, and `--add FILE` puts the lines of an earlier call on the same
-card and versions beside them.
+kind of card and versions beside them, each with where it comes from (`of`).
 """
 
 import argparse
@@ -77,13 +77,18 @@ class Bench:
         return bench
 
     def add(self, earlier: dict[str, Any]) -> None:
-        """Takes the lines of an earlier call in, except those of ways that this one measures."""
+        """Takes the lines of an earlier call in, except those of ways that this one measures.
+
+        Each says which call it is of: `{"of": {"date": ..., "command": ...}, "shape": "757", "way": "peft", ...}`. A
+        line that the earlier call had added keeps what it said.
+        """
         same = ("device", "torch", "transformers", "peft", "quick")
         if differing := [name for name in same if earlier[name] != self.result[name]]:
             raise SystemExit(f"{self.given.add} was measured with another {differing[0]}")
+        call = {name: earlier[name] for name in ("date", "command", "matrix_rate_1e12")}
         for line in earlier["lines"]:
             if "way" in line and line["way"] not in self.given.ways:
-                self.result["lines"].append(line)
+                self.result["lines"].append({"of": call, **line})
                 if "samples/s" in line:
                     self.bars.setdefault(f"{line['shape']}: samples/s", {})[line["way"]] = line["samples/s"]
 
@@ -184,16 +189,16 @@ def values_of(
 
 
 def compare(bench: Bench) -> None:
-    """Ours beside the faster (b), the faster (c) and our own padded run, where both were measured."""
+    """Our default beside the faster (b), the faster (c) and our own padded run, where both were measured."""
     for name, bars in bench.bars.items():
         plain = max((bars[way] for way in ("peft", "peft16") if way in bars), default=None)
         compiled = max((bars[way] for way in ("compiled", "compiled-liger") if way in bars), default=None)
-        best = max((rate for way, rate in bars.items() if way.startswith("ours")), default=None)
+        ours = bars.get("ours")
         for other, rate in (("ours / (b)", plain), ("ours / (c)", compiled)):
-            if rate and best:
-                bench.line({"shape": name.split(":")[0], other: round(best / rate, 3)})
-        if "ours" in bars and "ours-padded" in bars:
-            ratio = round(bars["ours"] / bars["ours-padded"], 3)
+            if rate and ours:
+                bench.line({"shape": name.split(":")[0], other: round(ours / rate, 3)})
+        if ours and "ours-padded" in bars:
+            ratio = round(ours / bars["ours-padded"], 3)
             bench.line({"shape": name.split(":")[0], "ours packed / padded": ratio})
     draw_bars(bench.bars, "samples/s, full size, LoRA r=16", bench.given.out)
 

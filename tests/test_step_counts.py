@@ -6,6 +6,7 @@ may not grow. A change that lowers a number lowers its limit here, in the same c
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,26 @@ def test_our_step_stays_within_its_limits(full_size, shape):
     assert not over, f"(counted, limit), see benchmarks/step_limits.json: {over}"
     slack = {name: (counted[name], limit) for name, limit in LIMITS[shape].items() if counted[name] < 0.8 * limit}
     assert not slack, f"the step became cheaper: lower these limits (counted, limit): {slack}"
+
+
+def test_the_document_tells_what_the_file_says():
+    """Each figure of the counted tables is that of `benchmarks/count.json`, rounded as it is shown."""
+    from count import COUNTED
+
+    document = (BENCHMARKS.parent / "docs" / "performance.md").read_text(encoding="utf-8")
+    told = json.loads((BENCHMARKS / "count.json").read_text())
+    keys = ("operations_1e12", "bytes_1e9", "launches", "host_waits", "peak_gib", "predicted_ms")
+    section = document.partition("## A training step, counted")[2].partition("\n## ")[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    heads = [place for place, line in enumerate(lines) if line[1] == "10^12 operations"]
+    assert [lines[head][0].split()[0].replace(",", "") for head in heads] == list(told["floor_1e12"])
+    for head, (shape, floor) in zip(heads, told["floor_1e12"].items(), strict=True):
+        rows = [[floor], *([told["counted"][way][shape][key] for key in keys] for way in COUNTED)]
+        for line, values in zip(lines[head + 2 : head + 2 + len(rows)], rows, strict=True):
+            for cell, value in zip(line[1:], values, strict=False):
+                shown = float(cell.replace(",", ""))
+                half = 0.05 if "." in cell else 0.5
+                assert abs(shown - value) <= half + 1e-9, (shape, line[0], cell, value)
 
 
 def test_the_guard_sees_a_pass_more_in_each_layer(monkeypatch):
@@ -118,6 +139,25 @@ def test_the_floor_is_that_of_the_research():
     small = useful_operations(config, tokens=857, image=757, crops=5, trained=40)
     assert large / 788e12 == pytest.approx(61.2e-3, rel=0.003)
     assert 788e12 / small == pytest.approx(54.0, rel=0.01)
+
+
+def test_what_is_compared_is_the_default_and_added_lines_say_whose_they_are(tmp_path, monkeypatch):
+    import train_step
+
+    monkeypatch.setattr(train_step, "draw_bars", lambda *given: None)
+    here = {"device": "a", "torch": "2", "transformers": "5", "peft": "0", "quick": False}
+    given = Namespace(ways=["ours", "ours-padded"], out=tmp_path / "step")
+    bench = train_step.Bench(given, "cpu", None, torch.float32, 1.0, {**here, "lines": []}, 0.0)
+    earlier = {**here, "date": "2026-01-01", "command": "step", "matrix_rate_1e12": 700.0}
+    line = {"shape": "757", "way": "peft", "samples/s": 2.0}
+    older = {"shape": "757", "way": "peft16", "samples/s": 4.0, "of": {"command": "one before"}}
+    bench.add({**earlier, "lines": [line, older, {"shape": "757", "way": "ours", "samples/s": 1.0}]})
+    call = {name: earlier[name] for name in ("date", "command", "matrix_rate_1e12")}
+    assert bench.result["lines"] == [{"of": call, **line}, older]
+    bench.bars["757: samples/s"] |= {"ours": 8.0, "ours-padded": 16.0}
+    train_step.compare(bench)
+    told = json.loads((tmp_path / "step.json").read_text())["lines"][2:]
+    assert told == [{"shape": "757", "ours / (b)": 2.0}, {"shape": "757", "ours packed / padded": 0.5}]
 
 
 def test_all_ways_compute_the_same_loss():

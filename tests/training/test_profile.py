@@ -1,14 +1,16 @@
 """`phi3v profile`: a few steps of a recipe's training, taken apart."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from phi3v.data.synthetic import write_synthetic_rows
-from phi3v.training.device_time import covered
-from phi3v.training.profile import PartTime, Profile, advise, profile
+from phi3v.errors import ConfigError
+from phi3v.training.device_time import DeviceWatch, check_trace, covered
+from phi3v.training.profile import PartTime, Profile, advise, floor_operations, profile
 from phi3v.training.step_marks import PARTS, SeenBatch
 
 
@@ -71,13 +73,63 @@ def test_generated_rows_are_of_the_stated_shape(tmp_path):
 
 def test_lengths_are_read_off_whatever_says_them():
     def batch(borders=None, mask=None, labels=None) -> SeenBatch:
-        return SeenBatch((2, 3), borders, mask, labels, None, False)
+        return SeenBatch((2, 3), borders, mask, labels, None, None)
 
     assert batch(borders=torch.tensor([0, 3, 5])).lengths == [3, 2]
     assert batch(mask=torch.tensor([[1, 1, 0], [1, 1, 1]])).lengths == [2, 3]
     assert batch(mask=torch.tensor([[0, 1, 1], [0, 1, 2]])).lengths == [2, 3]
     assert batch().lengths == [3, 3]
     assert batch(labels=torch.tensor([[5, -100, 7], [-100, 6, 7]])).trained == 3
+
+
+def test_the_floor_counts_the_tower_for_images_without_features(make):
+    borders, labels, sizes = torch.tensor([0, 400, 900]), torch.ones(1, 900), [[336, 336], [672, 672]]
+
+    def operations(sizes, features=None):
+        return floor_operations(make(), [SeenBatch((1, 900), borders, None, labels, sizes, features)])
+
+    none, first = operations(None), torch.empty(313, 0)
+    small, large = operations(sizes[:1]) - none, operations(sizes[1:]) - none
+    assert 0 < small < large
+    assert operations(sizes) - none == pytest.approx(small + large)
+    assert operations(torch.tensor(sizes), [first, None]) - none == pytest.approx(large)
+    assert operations(sizes, [torch.empty(313 + 757, 0)]) == none
+
+
+def test_what_cannot_be_is_refused_before_a_step(make, tmp_path, monkeypatch):
+    monkeypatch.setattr("phi3v.training.profile.train_watched", lambda *given, **more: pytest.fail("trained"))
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    for place, words in (
+        (tmp_path, "is a folder or a device: name a file"),
+        (fifo, "is a folder or a device: name a file"),
+        (tmp_path / "none" / "t.json", r"cannot be written \(.*\): name a file in a folder that is there"),
+    ):
+        with pytest.raises(ConfigError, match=f"^trace {place} {words}$"):
+            profile(make(), trace=place)
+    monkeypatch.setattr("phi3v.training.profile.write_synthetic_rows", lambda *given: pytest.fail("painted"))
+    with pytest.raises(ConfigError, match="^--image 5000x5000 is 25,000,000 pixels, more than image.max_pixels of 20"):
+        profile(make(), rows=1, image=(5000, 5000))
+    with pytest.raises(ConfigError, match="^--image 70000x9: .* at most 65,500 pixels a side"):
+        profile(make(), rows=1, image=(70_000, 9))
+    assert list(tmp_path.iterdir()) == [fifo]
+
+
+def test_a_trace_that_is_not_there_afterwards_is_an_error(tmp_path):
+    def watched() -> DeviceWatch:
+        watch = DeviceWatch(torch.device("cpu"), traced=True)
+        watch.start()
+        torch.ones(3).add(1)
+        watch.stop()
+        return watch
+
+    check_trace(tmp_path / "t.json")
+    assert not (tmp_path / "t.json").exists()
+    watched().write_trace(tmp_path / "t.json")
+    assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    watched().write_trace(tmp_path / "t.json")  # over an earlier one
+    with pytest.raises(ConfigError, match="was not written"):
+        watched().write_trace(tmp_path / "gone" / "t.json")
 
 
 def test_intervals_cover_what_they_cover():

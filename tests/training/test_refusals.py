@@ -114,14 +114,15 @@ def test_a_missing_tracker_names_its_command(make: MakeRecipe, monkeypatch: pyte
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_what_is_not_here_is_found_before_anything_is_loaded(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "load_processor", lambda *args, **options: pytest.fail("loaded"))
-    for options, error, words in (
-        ({"use_liger_kernel": True}, DeviceError, "training.use_liger_kernel needs a GPU"),
+    for sections, error, words in (
+        ({"training": {"use_liger_kernel": True}}, DeviceError, "training.use_liger_kernel needs a GPU"),
+        ({"model": {"attn_implementation": "flex_attention"}}, DeviceError, "flex_attention cannot train on a CPU"),
         (
-            {"push_to_hub": True},
+            {"training": {"push_to_hub": True}},
             ConfigError,
             "^training.push_to_hub is true and the hub knows no account here [(].*take",
         ),
     ):
         with pytest.raises(error, match=words) as caught:
-            phi3v.train(make(training=options))
+            phi3v.train(make(**sections))
         assert "\n" not in str(caught.value) and not Path(make().output).exists()

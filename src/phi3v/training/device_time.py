@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from phi3v.errors import ConfigError
+
 
 def covered(intervals: Iterable[tuple[int, int]]) -> int:
     """Length of what intervals cover together.
@@ -26,6 +28,25 @@ def covered(intervals: Iterable[tuple[int, int]]) -> int:
             total += end - reached
             reached = end
     return total
+
+
+def check_trace(file: Path) -> None:
+    """Refuses a place where no trace can be written, before anything is watched; leaves nothing there.
+
+    Raises: ConfigError when it is a folder or a device (torch renames its file to the name given, so /dev/null would be
+        gone), or its folder is not there or closed to us.
+    """
+    there = file.exists()
+    if there and not file.is_file():
+        raise ConfigError(f"trace {file} is a folder or a device: name a file")
+    try:
+        file.open("ab").close()
+    except OSError as error:
+        raise ConfigError(
+            f"trace {file} cannot be written ({error.strerror}): name a file in a folder that is there"
+        ) from error
+    if not there:
+        file.unlink()
 
 
 class DeviceWatch:
@@ -71,10 +92,25 @@ class DeviceWatch:
             self.busy_seconds = covered(kernels) / 1e9
 
     def write_trace(self, file: Path) -> None:
-        """Writes what was seen as a file for Perfetto."""
+        """Writes what was seen as a file for Perfetto.
+
+        Raises: ConfigError when it is not there afterwards; torch itself tells that to the screen alone.
+        """
         assert self._profiler is not None, "nothing was watched"
+        before = _stamp(file)
         self._profiler.export_chrome_trace(str(file))
+        if _stamp(file) == before:
+            raise ConfigError(f"trace {file} was not written: name a file in a folder that is there and has room")
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    """When a file was written and how large it is; None where there is none."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size

@@ -29,13 +29,18 @@ def check_faster_layers(recipe: Recipe, device: torch.device) -> None:
     Raises:
         ConfigError: an argument that Liger does not have, or a loss of Liger's.
         MissingPackageError: Triton or Liger is not installed.
-        DeviceError: Liger's kernels, or offloaded checkpoints, without a GPU.
+        DeviceError: Liger's kernels, offloaded checkpoints, or flex_attention, without a GPU.
     """
     training = recipe.training
     if device.type != "cuda" and any((training.options.get(name) or {}).get("offload") for name in CHECKPOINTING):
         raise DeviceError(
             "training: offload moves checkpoints from a GPU to the machine's memory, and this run is on "
             f"{device.type}: take it out"
+        )
+    if device.type == "cpu" and recipe.model.attn_implementation == "flex_attention":
+        raise DeviceError(
+            "model.attn_implementation: flex_attention cannot train on a CPU, torch has no backward pass of it there: "
+            "use sdpa"
         )
     if training.compile_layers is True and device.type == "cuda" and not _installed("triton"):
         raise MissingPackageError(

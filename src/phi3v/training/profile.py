@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from phi3v.data.synthetic import write_synthetic_rows
-from phi3v.image_tokens import CROP_SIZE, grid_tokens
+from phi3v.errors import ConfigError
+from phi3v.image_tokens import grid_tokens
 from phi3v.loading import load_config, resolve_device
 from phi3v.recipe import Recipe
 from phi3v.training.callbacks import Watcher
+from phi3v.training.device_time import check_trace
 from phi3v.training.floor import useful_operations, vision_operations
 from phi3v.training.outlook import measure_rate
 from phi3v.training.step_marks import SeenBatch, StepMarks
@@ -25,6 +27,7 @@ NOT_WATCHED = tuple(
     "save eval load_best_model metric_for_best_model greater_is_better push_to_hub early_stopping".split()
 )
 """Beginnings of TrainingArguments that say what happens beside steps."""
+_MOST_JPEG_SIDE = 65_500
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,12 @@ def profile(
         words: of a generated answer.
         trace: writes what ran to this file, for Perfetto.
         on_event: told what `train` tells.
-    Raises: as `train`.
+    Raises: as `train`; ConfigError for a trace that cannot be written or photos above the limits, before all else.
     """
+    if trace is not None:
+        check_trace(trace)
+    if rows is not None:
+        _refuse_large_photos(recipe, image)
     with tempfile.TemporaryDirectory(prefix="phi3v_profile_") as folder:
         values = watched_recipe(recipe, steps + warm, Path(folder))
         if rows is not None:
@@ -126,6 +133,20 @@ def profile(
     if trace is not None:
         marks.device_watch.write_trace(trace)
     return summarise(recipe, marks, trace)
+
+
+def _refuse_large_photos(recipe: Recipe, size: tuple[int, int]) -> None:
+    """Raises: ConfigError for photos that the recipe would refuse, or that no JPEG can be."""
+    width, height = size
+    if width * height > recipe.image.max_pixels:
+        raise ConfigError(
+            f"--image {width}x{height} is {width * height:,} pixels, more than image.max_pixels of "
+            f"{recipe.image.max_pixels:,}: take smaller photos or raise image.max_pixels"
+        )
+    if max(size) > _MOST_JPEG_SIDE:
+        raise ConfigError(
+            f"--image {width}x{height}: the photos are JPEGs, of at most {_MOST_JPEG_SIDE:,} pixels a side"
+        )
 
 
 def watched_recipe(recipe: Recipe, steps: int, folder: Path) -> dict[str, Any]:
@@ -188,9 +209,8 @@ def floor_operations(recipe: Recipe, batches: Sequence[SeenBatch]) -> float:
         total += sum(
             useful_operations(config, tokens=length, image=0, crops=0, trained=trained, rank=rank) for length in lengths
         )
-        if batch.image_sizes is not None and not batch.kept:
-            sizes = batch.image_sizes.tolist() if hasattr(batch.image_sizes, "tolist") else batch.image_sizes
-            grids = [(int(height) // CROP_SIZE, int(width) // CROP_SIZE) for height, width in sizes]
+        grids = batch.tower_grids
+        if grids:
             tokens = sum(grid_tokens(*grid) for grid in grids)
             total += vision_operations(config, tokens, sum(h * w + 1 for h, w in grids))
     return total

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from phi3v.image_tokens import CROP_SIZE, grid_tokens
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM, Phi3VModel
+from phi3v.model.placement_phi3_v import missing_images
 from phi3v.training.device_time import DeviceWatch
 
 PARTS = ("waiting for data", "transfer", "tower", "decoder forward", "loss", "decoder backward", "optimiser", "other")
@@ -34,7 +36,8 @@ class SeenBatch:
         mask: `attention_mask`, or `position_ids` where there is none.
         labels: [rows, columns].
         image_sizes: canvases in pixels.
-        kept: whether features came in place of pixels.
+        features: what came in place of pixels, as the model takes it, without contents: `[313, 0]` for one image of
+            313 tokens, None for an image with pixels; None where all have pixels.
     """
 
     shape: tuple[int, int]
@@ -42,7 +45,7 @@ class SeenBatch:
     mask: torch.Tensor | None
     labels: torch.Tensor | None
     image_sizes: Any
-    kept: bool
+    features: list[torch.Tensor | None] | None
 
     @property
     def lengths(self) -> list[int]:
@@ -62,6 +65,20 @@ class SeenBatch:
     def trained(self) -> int:
         """Tokens that are learned."""
         return 0 if self.labels is None else int((self.labels[:, 1:] != -100).sum())
+
+    @property
+    def tower_grids(self) -> list[tuple[int, int]]:
+        """Crops, as rows and columns, of the images that go through the tower.
+
+        Example: canvases [[336, 336], [672, 336]], the first with its 313 features, are [(2, 1)].
+        """
+        if self.image_sizes is None:
+            return []
+        sizes = self.image_sizes.tolist() if isinstance(self.image_sizes, torch.Tensor) else self.image_sizes
+        grids = [(int(height) // CROP_SIZE, int(width) // CROP_SIZE) for height, width in sizes]
+        if self.features is None:
+            return grids
+        return [grids[image] for image in missing_images(self.features, [grid_tokens(*grid) for grid in grids])]
 
 
 @dataclass
@@ -189,7 +206,7 @@ class StepMarks(TrainerCallback):
                 kwargs.get("position_ids") if mask is None else mask,
                 kwargs.get("labels"),
                 kwargs.get("image_sizes"),
-                kwargs.get("image_features") is not None,
+                _without_contents(kwargs.get("image_features")),
             )
         )
 
@@ -216,6 +233,14 @@ class StepMarks(TrainerCallback):
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _without_contents(features: Any) -> list[torch.Tensor | None] | None:
+    """Features of a micro-batch with their rows alone, so that none is held until the end."""
+    if features is None:
+        return None
+    pieces = features if isinstance(features, list) else [features]
+    return [None if piece is None else torch.empty(piece.shape[0], 0) for piece in pieces]
 
 
 def _between(before: Any, after: Any) -> float:
