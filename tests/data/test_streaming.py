@@ -176,9 +176,8 @@ def test_a_streams_addresses_are_downloaded_as_they_come(tmp_path: Path) -> None
     assert [(problem.row, problem.reason_code) for problem in told] == [(3, "url_not_found")]
 
 
-def test_a_stream_that_breaks_off_is_one_line(tmp_path: Path) -> None:
+def test_a_stream_that_would_break_off_is_refused_before_its_first_row(tmp_path: Path) -> None:
     line = f"{'x' * 10_000},2\n".encode()  # long enough that the beginning alone is fine
     (tmp_path / "a.csv").write_bytes(b"q,a\n" + line * 100 + b"\xff,2\n")
-    rows = stream_data(str(tmp_path / "a.csv"), options=RowOptions(images=None, prompt="{q}", answer="{a}"))
     with pytest.raises(DataError, match=r"a.csv cannot be read: line 102 is not UTF-8 text"):
-        first(rows.train.rows(ignore), 101)
+        stream_data(str(tmp_path / "a.csv"), options=RowOptions(images=None, prompt="{q}", answer="{a}"))
