@@ -272,8 +272,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
             image_features: `[T, H]` instead of `pixel_values`: what `get_image_features` returned as
                 `last_hidden_state`. Or a list, where some images have features and the others pixels: see
                 `Phi3VModel.fill_features`.
-            labels: `[B, S]`, -100 where nothing is learned; image tokens are never learned. The loss is the mean over
-                the rest, or their sum divided by `num_items_in_batch`.
+            labels: `[B, S]`, -100 where nothing is learned; image tokens are never learned, nor is a token behind
+                padding. The loss is the mean over the rest, or their sum divided by `num_items_in_batch`.
             use_cache: whether keys and values are returned.
             logits_to_keep: compute logits for the last so many positions only (0: all).
             trained_logits_only: compute logits only where a label asks for them; `logits` are then
@@ -312,6 +312,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
             return self._step_output(hidden_states[0], labels, trained_positions, kwargs.get("num_items_in_batch"))
         if labels is not None:  # collators of other libraries copy all ids
             labels = labels.masked_fill(image_mask(labels, self.config.image_token_id), -100)
+            labels = without_first_tokens(labels, attention_mask)
         if trained_logits_only:
             if labels is None:
                 raise ValueError("trained_logits_only needs labels")
@@ -355,6 +356,17 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
         if num_items is None:
             return total / max(targets.numel(), 1)
         return total / (num_items.to(total.device) if isinstance(num_items, torch.Tensor) else num_items)
+
+
+def without_first_tokens(labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Labels `[B, S]` without those behind padding: the first token of a row alone is predicted from nothing either.
+
+    Example: labels `[[-100, -100, 1, 7]]` under the mask `[[0, 0, 1, 1]]` give `[[-100, -100, -100, 7]]`.
+    """
+    if attention_mask is None or attention_mask.ndim != 2:
+        return labels
+    behind_padding = attention_mask[:, -labels.shape[1] :][:, :-1] == 0
+    return labels.masked_fill(nn.functional.pad(behind_padding, (1, 0)).to(labels.device), -100)
 
 
 def without_loss(arguments: dict[str, Any]) -> dict[str, Any]:
