@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache
 
-from .placement_phi3_v import images_per_row
+from .placement_phi3_v import image_order, images_per_row
 
 # The published configurations stop at </s> only, which the models practically never produce: their turns end with
 # <|end|> and <|endoftext|>. `generate` stops at all three unless it is told otherwise.
@@ -58,7 +58,9 @@ class Phi3VGenerationMixin(GenerationMixin):
                 input_ids = input_ids.gather(1, order)
                 if kwargs.get("position_ids") is not None:
                     kwargs["position_ids"] = kwargs["position_ids"].gather(1, order)
+        as_given = input_ids
         if input_ids is not None:
+            input_ids = self._with_image_token(input_ids, kwargs)
             kwargs.pop("input_ids", None)
             kwargs[name] = input_ids
         chosen = getattr(generation_config, "eos_token_id", None) is not None or "eos_token_id" in kwargs
@@ -69,7 +71,22 @@ class Phi3VGenerationMixin(GenerationMixin):
         if self.config.image_token_id is not None and "suppress_tokens" not in kwargs:
             unwanted = getattr(generation_config or self.generation_config, "suppress_tokens", None) or []
             kwargs["suppress_tokens"] = [*unwanted, self.config.image_token_id]
-        return super().generate(generation_config=generation_config, **kwargs)
+        output = super().generate(generation_config=generation_config, **kwargs)
+        return output if input_ids is as_given else with_prompts(output, as_given)
+
+    def _with_image_token(self, input_ids: torch.Tensor, kwargs: dict) -> torch.Tensor:
+        """Ids that hold the image token for Microsoft's negative ids, and the images in the order of the text.
+
+        Logits processors look ids up in the vocabulary, where negative ones have no place.
+        """
+        if self.config.image_token_id is None or not bool((input_ids < 0).any()):
+            return input_ids
+        counts = self._token_counts(kwargs)
+        if counts:
+            order = image_order(input_ids, counts)
+            if order is not None and order != list(range(len(counts))):
+                kwargs |= pick_images(kwargs, counts, order)
+        return input_ids.masked_fill(input_ids < 0, self.config.image_token_id)
 
     def load_custom_generate(
         self, pretrained_model_name_or_path: Any = None, trust_remote_code: bool | None = None, **kwargs: Any
@@ -138,6 +155,12 @@ class Phi3VGenerationMixin(GenerationMixin):
                 fresh = self._full_pass(input_ids, row, pad, kwargs)
                 copy_row(fresh, cache, row, pad, past)
 
+    def _token_counts(self, kwargs: dict) -> list[int]:
+        """Image tokens of each image that was given; none without sizes, which `forward` refuses."""
+        if not has_images(kwargs) or kwargs.get("image_sizes") is None:
+            return []
+        return self.model.vision_embed_tokens.token_counts(kwargs["image_sizes"])
+
     def _full_pass(self, input_ids: torch.Tensor, row: int, pad: int, kwargs: dict) -> DynamicCache:
         """Cache of one row, computed in one pass without its padding."""
         images: dict[str, torch.Tensor] = {}
@@ -174,6 +197,20 @@ class Phi3VGenerationMixin(GenerationMixin):
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         return input_ids, model_kwargs | images
+
+
+def with_prompts(output: Any, prompts: torch.Tensor) -> Any:
+    """What `generate` returned, with the caller's ids where the prompts stand; each prompt may have several answers.
+
+    Example: sequences `[[9, 5, 7], [9, 5, 8]]` of the prompt `[[-1, 5]]` give `[[-1, 5, 7], [-1, 5, 8]]`.
+    """
+    sequences = output if isinstance(output, torch.Tensor) else output.sequences
+    given = prompts.repeat_interleave(sequences.shape[0] // prompts.shape[0], dim=0).to(sequences.device)
+    sequences = torch.cat([given, sequences[:, prompts.shape[1] :]], dim=1)
+    if isinstance(output, torch.Tensor):
+        return sequences
+    output.sequences = sequences
+    return output
 
 
 def has_images(arguments: dict) -> bool:
