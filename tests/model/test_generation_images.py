@@ -1,9 +1,26 @@
-"""Generation about images: Microsoft's ids."""
+"""Generation about images: assistants that draft, Microsoft's ids."""
 
 import pytest
 import torch
 from golden_models import tiny_model
 from tiny_prompts import IMAGE, prompt, without
+
+
+@pytest.mark.parametrize("assistant", ["a model", "early exit"])
+def test_assisted_decoding_about_an_image(assistant):
+    model = tiny_model()
+    one = without(prompt(0, [4, 9], [(1, 1)]), "labels")
+    options = {
+        "a model": {"assistant_model": tiny_model(image_token_id=IMAGE)},
+        "early exit": {"assistant_early_exit": 1},
+    }[assistant]
+    layers: list[int] = []
+    model.model.layers[0].register_forward_hook(lambda module, args, output: layers.append(output.shape[1]))
+    expected = model.generate(**one, max_new_tokens=8, do_sample=False)
+    assert layers == [one["input_ids"].shape[1]] + [1] * 7
+    layers.clear()
+    assert torch.equal(model.generate(**one, max_new_tokens=8, do_sample=False, **options), expected)
+    assert max(layers[2:]) > 1, "guesses are looked at together"
 
 
 @pytest.mark.parametrize("beams", [1, 2])

@@ -110,9 +110,16 @@ class Phi3VGenerationMixin(GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Inputs of the next step; rebuilds the cache of rows that outgrow the original context with it."""
+        """Inputs of the next step; rebuilds the cache of rows that outgrow the original context with it.
+
+        Images go with the pass that meets their tokens: the first one over an empty cache, which transformers does not
+        call the first where an assistant drafts.
+        """
         if past_key_values is not None and not torch.compiler.is_compiling():
             self._rebuild_long_rows(input_ids, next_sequence_length, past_key_values, attention_mask, kwargs)
+            if next_sequence_length != 1:  # no image is one token; the length of a static cache is a look at the device
+                empty = int(past_key_values.get_seq_length()) == 0
+                is_first_iteration = is_first_iteration or (empty and inputs_embeds is None)
         if not is_first_iteration and kwargs.get("use_cache", True):
             kwargs.pop("image_features", None)  # like pixel values, they are placed once
         return super().prepare_inputs_for_generation(
