@@ -168,6 +168,9 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if inputs_embeds is None:
             assert input_ids is not None
+            given = pixel_values is not None or image_features is not None
+            if given and self._images_are_cached(input_ids, past):
+                pixel_values = image_features = None
             self._refuse_blind_images(input_ids, pixel_values, image_features, past, image_positions)
             inputs_embeds = self.embed(
                 input_ids, pixel_values, image_sizes, image_features, image_positions, global_views
@@ -193,6 +196,12 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             use_cache=use_cache,
             **kwargs,
         )
+
+    def _images_are_cached(self, input_ids: torch.Tensor, past: int | torch.Tensor) -> bool:
+        """Whether images were given again beside a cache, though none of their tokens come in now."""
+        if torch.compiler.is_compiling() or input_ids.device.type == "meta" or int(past) == 0:
+            return False
+        return not bool(image_mask(input_ids, self.config.image_token_id).any())
 
     def _refuse_blind_images(
         self,
@@ -267,7 +276,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
             past_key_values: keys and values of earlier positions.
             inputs_embeds: `[B, S, H]` instead of `input_ids`; images are then already in it.
             pixel_values: `[images, crops, 3, 336, 336]`, the images of row 0 first, then those of row 1; or one of the
-                other forms of `crops_phi3_v`: flat, or sub crops as bytes beside `global_views`.
+                other forms of `crops_phi3_v`: flat, or sub crops as bytes beside `global_views`. Beside a cache they
+                are ignored where `input_ids` hold no image token.
             image_sizes: `[images, 2]`, canvas height and width in pixels.
             image_features: `[T, H]` instead of `pixel_values`: what `get_image_features` returned as
                 `last_hidden_state`. Or a list, where some images have features and the others pixels: see
