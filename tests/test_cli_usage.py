@@ -27,6 +27,8 @@ SLIPS = [
     (["data", "show", "r.yaml", "--out", ""], "'--out': it is empty"),
     (["demo", "--output", ""], "'--output': it is empty"),
     ([""], "No such command"),
+    (["train"], "Missing argument 'RECIPE'"),
+    (["evaluate", "runs/shop", "--row", "3"], "No such option: --row"),
 ]
 PROGRAM = """
 import json, sys
@@ -39,13 +41,22 @@ print(json.dumps([heavy, [(one.exit_code, one.stdout, one.stderr) for one in res
 
 
 def test_a_slip_is_a_usage_error() -> None:
-    command = [sys.executable, "-c", PROGRAM, json.dumps([words for words, _ in SLIPS])]
+    lines = [words for words, _ in SLIPS]
+    lines += [[*words, "--json"] for words in lines] + [["--json"], ["train", "r.yaml", "--", "--json"]]
+    command = [sys.executable, "-c", PROGRAM, json.dumps(lines)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     heavy, results = json.loads(done.stdout)
     assert not heavy
-    for (words, expected), (code, out, err) in zip(SLIPS, results, strict=True):
+    plain, for_machines, (root, beyond) = results[: len(SLIPS)], results[len(SLIPS) : -2], results[-2:]
+    for (words, expected), (code, out, err) in zip(SLIPS, plain, strict=True):
         assert code == 2 and out == "", words
         assert expected in " ".join(err.replace("│", " ").split()) and "Traceback" not in err, words
+    for (words, expected), (code, out, err), (_, _, said) in zip(SLIPS, for_machines, plain, strict=True):
+        answer = json.loads(out)
+        assert code == 2 and list(answer) == ["error"] and expected in answer["error"], words
+        assert "Traceback" not in err and err == said, words
+    assert root[0] == 2 and json.loads(root[1])["error"].startswith("No such option: --json")
+    assert beyond[:2] == [2, ""], "behind -- it is no option"
 
 
 def test_a_warning_of_ours_is_one_line(capsys):

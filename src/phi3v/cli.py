@@ -22,7 +22,17 @@ from typing import Annotated
 import typer
 
 from phi3v import __version__
-from phi3v.cli_command import AsJson, Command, Debug, Overrides, RecipeFile, read_path, refuse_empty, refuse_options
+from phi3v.cli_command import (
+    AsJson,
+    Command,
+    Debug,
+    Overrides,
+    Program,
+    RecipeFile,
+    read_path,
+    refuse_empty,
+    refuse_options,
+)
 from phi3v.cli_data import data_app
 from phi3v.cli_doctor import doctor
 from phi3v.cli_plan import plan
@@ -31,6 +41,7 @@ from phi3v.cli_session import session
 
 app = typer.Typer(
     name="phi3v",
+    cls=Program,
     help="Tune Microsoft's Phi-3-Vision and Phi-3.5-Vision to your own images: from photo to answer.",
     no_args_is_help=True,
     add_completion=False,

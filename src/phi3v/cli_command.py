@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
+
+from phi3v.cli_session import slips_as_json
 
 
 class Command(TyperCommand):
@@ -28,6 +30,23 @@ class Command(TyperCommand):
         """Name and help of each argument."""
         found: list[Any] = [param for param in self.get_params(ctx) if param.param_type_name == "argument"]
         return [(str(param.metavar), str(param.help)) for param in found]
+
+
+class Program(TyperGroup):
+    """All commands; wherever in the command line a slip is seen, `--json` has it told as JSON as well."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Reads the words in front of the command."""
+        words = list(args)
+        with slips_as_json(words):
+            context = super().make_context(info_name, args, parent, **extra)
+        context.meta["phi3v.words"] = words
+        return context
+
+    def invoke(self, ctx: Any) -> Any:
+        """Reads the rest of the words and runs the command."""
+        with slips_as_json(ctx.meta["phi3v.words"]):
+            return super().invoke(ctx)
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]

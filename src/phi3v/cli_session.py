@@ -1,9 +1,9 @@
 """What every command shares: quiet libraries, one line for an error, one JSON object for machines, exit codes.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted from the keyboard, 143 by SIGTERM. With `--json` standard
-output carries exactly one JSON object, {"error": LINE} where a command fails, whatever the libraries print; everything
-else goes to standard error. Imports no heavy library itself, huggingface_hub aside, which has to be told how long to
-wait (`cli_hub`), and PIL when a command runs.
+output carries exactly one JSON object, {"error": LINE} where a command fails or its words are wrong, whatever the
+libraries print; everything else goes to standard error. Imports no heavy library itself, huggingface_hub aside, which
+has to be told how long to wait (`cli_hub`), and PIL when a command runs.
 """
 
 from __future__ import annotations
@@ -112,6 +112,21 @@ def _terminated(number: int, frame: Any) -> None:
 def _is_usage_error(error: Exception) -> bool:
     """Whether typer itself wants to print this and exit with 2."""
     return hasattr(error, "exit_code") and hasattr(error, "show")
+
+
+@contextlib.contextmanager
+def slips_as_json(words: list[str]) -> Iterator[None]:
+    """Print a usage error as JSON too where the command line, up to a "--", asks for that; typer says the rest.
+
+    Example: ["train", "--json"] prints {"error": "Missing argument 'RECIPE'."}, and the error goes on.
+    """
+    try:
+        yield
+    except Exception as error:
+        typed = words[: words.index("--")] if "--" in words else words
+        if "--json" in typed and _is_usage_error(error):
+            Session(True, sys.stdout).result({"error": printable(error.format_message())})  # type: ignore[attr-defined]
+        raise
 
 
 def _say(message: str, debug: bool) -> None:

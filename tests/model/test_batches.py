@@ -36,21 +36,41 @@ def assert_untouched(batch: dict, before: dict) -> None:
 @pytest.mark.parametrize("mix", MIXES)
 def test_forward_loss_and_gradients(model, mix, side):
     rows = rows_of(model, mix)
+    assert_batch_is_its_rows(model, rows, batch_of(rows, side))
+
+
+@pytest.mark.parametrize("few", [False, True], ids=["all logits", "trained logits"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_that_are_all_ids_of_a_row(side, few):
+    """The first token of a row is predicted from nothing, whether padding stands before it or not."""
+    model = tiny_model(image_token_id=IMAGE)
+    rows = [prompt(0, [17], image_id=IMAGE), prompt(1, [4, 9], [(1, 1)], image_id=IMAGE)]
+    for row in rows:
+        row["labels"] = row["input_ids"].masked_fill(row["input_ids"] == IMAGE, -100)
     batch = batch_of(rows, side)
+    assert_batch_is_its_rows(model, rows, batch, trained_logits_only=few)
+    with torch.no_grad():
+        loss = sum(model(**row, num_items_in_batch=60).loss for row in rows)
+        assert_close(model(**batch, num_items_in_batch=60, trained_logits_only=few).loss, loss, rtol=0, atol=TOLERANCE)
+
+
+def assert_batch_is_its_rows(model, rows: list[dict], batch: dict, **options) -> None:
+    """Logits (where all are asked for), loss and gradients of a batch are those of its rows alone."""
     before = frozen_copy(batch)
     model.zero_grad()
-    together = model(**batch)
+    together = model(**batch, **options)
     together.loss.backward()
     assert_untouched(batch, before)
     gradients = {key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None}
 
     model.zero_grad()
-    tokens = [int((row["labels"] != -100).sum()) for row in rows]
+    tokens = [int((row["labels"][:, 1:] != -100).sum()) for row in rows]
     loss = 0.0
     for number, (row, count) in enumerate(zip(rows, tokens, strict=True)):
         alone = model(**row)
         real = batch["attention_mask"][number].bool()
-        assert_close(together.logits[number][real], alone.logits[0], rtol=0, atol=TOLERANCE)
+        if not options.get("trained_logits_only"):
+            assert_close(together.logits[number][real], alone.logits[0], rtol=0, atol=TOLERANCE)
         share = alone.loss * count / sum(tokens)
         share.backward()
         loss += share.item()

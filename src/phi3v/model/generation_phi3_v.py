@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache
 
-from .placement_phi3_v import images_per_row
+from .placement_phi3_v import image_mask, image_order, images_per_row, new_images
 
 # The published configurations stop at </s> only, which the models practically never produce: their turns end with
 # <|end|> and <|endoftext|>. `generate` stops at all three unless it is told otherwise.
@@ -58,7 +58,9 @@ class Phi3VGenerationMixin(GenerationMixin):
                 input_ids = input_ids.gather(1, order)
                 if kwargs.get("position_ids") is not None:
                     kwargs["position_ids"] = kwargs["position_ids"].gather(1, order)
+        as_given = input_ids
         if input_ids is not None:
+            input_ids = self._with_image_token(input_ids, kwargs)
             kwargs.pop("input_ids", None)
             kwargs[name] = input_ids
         chosen = getattr(generation_config, "eos_token_id", None) is not None or "eos_token_id" in kwargs
@@ -69,7 +71,22 @@ class Phi3VGenerationMixin(GenerationMixin):
         if self.config.image_token_id is not None and "suppress_tokens" not in kwargs:
             unwanted = getattr(generation_config or self.generation_config, "suppress_tokens", None) or []
             kwargs["suppress_tokens"] = [*unwanted, self.config.image_token_id]
-        return super().generate(generation_config=generation_config, **kwargs)
+        output = super().generate(generation_config=generation_config, **kwargs)
+        return output if input_ids is as_given else with_prompts(output, as_given)
+
+    def _with_image_token(self, input_ids: torch.Tensor, kwargs: dict) -> torch.Tensor:
+        """Ids that hold the image token for Microsoft's negative ids, and the images in the order of the text.
+
+        Logits processors look ids up in the vocabulary, where negative ones have no place.
+        """
+        if self.config.image_token_id is None or not bool((input_ids < 0).any()):
+            return input_ids
+        counts = self._token_counts(kwargs)
+        if counts:
+            order = image_order(input_ids, counts)
+            if order is not None and order != list(range(len(counts))):
+                kwargs |= pick_images(kwargs, counts, order)
+        return input_ids.masked_fill(input_ids < 0, self.config.image_token_id)
 
     def load_custom_generate(
         self, pretrained_model_name_or_path: Any = None, trust_remote_code: bool | None = None, **kwargs: Any
@@ -93,9 +110,18 @@ class Phi3VGenerationMixin(GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Inputs of the next step; rebuilds the cache of rows that outgrow the original context with it."""
+        """Inputs of the next step; rebuilds the cache of rows that outgrow the original context with it.
+
+        Images go with the pass that meets their tokens: the first one over an empty cache, which transformers does not
+        call the first where an assistant drafts, or the first of a turn that brings images of its own.
+        """
         if past_key_values is not None and not torch.compiler.is_compiling():
             self._rebuild_long_rows(input_ids, next_sequence_length, past_key_values, attention_mask, kwargs)
+            if next_sequence_length != 1:  # no image is one token; the length of a static cache is a look at the device
+                if int(past_key_values.get_seq_length()) == 0:
+                    is_first_iteration = is_first_iteration or inputs_embeds is None
+                elif is_first_iteration and next_sequence_length is not None:
+                    kwargs |= self._images_of_new_columns(input_ids, next_sequence_length, kwargs)
         if not is_first_iteration and kwargs.get("use_cache", True):
             kwargs.pop("image_features", None)  # like pixel values, they are placed once
         return super().prepare_inputs_for_generation(
@@ -138,15 +164,38 @@ class Phi3VGenerationMixin(GenerationMixin):
                 fresh = self._full_pass(input_ids, row, pad, kwargs)
                 copy_row(fresh, cache, row, pad, past)
 
+    def _images_of_new_columns(self, input_ids: torch.Tensor, new: int, kwargs: dict) -> dict[str, torch.Tensor]:
+        """The images of the last `new` columns, where those of the whole sequence were given beside a cache."""
+        if not has_images(kwargs) or bool((input_ids < 0).any()):  # negative ids name images of the columns they are in
+            return {}
+        counts = self._token_counts(kwargs)
+        picks = new_images(image_mask(input_ids, self.config.image_token_id), new, counts)
+        return {} if picks is None else pick_images(kwargs, counts, picks)
+
+    def _token_counts(self, kwargs: dict) -> list[int]:
+        """Image tokens of each image that was given; none without sizes, which `forward` refuses."""
+        if not has_images(kwargs) or kwargs.get("image_sizes") is None:
+            return []
+        return self.model.vision_embed_tokens.token_counts(kwargs["image_sizes"])
+
     def _full_pass(self, input_ids: torch.Tensor, row: int, pad: int, kwargs: dict) -> DynamicCache:
-        """Cache of one row, computed in one pass without its padding."""
+        """Cache of one row, computed in one pass without its padding.
+
+        Raises: ValueError if images of the cached part were not given again.
+        """
         images: dict[str, torch.Tensor] = {}
-        if has_images(kwargs):
-            counts = self.model.vision_embed_tokens.token_counts(kwargs["image_sizes"])
-            rows = images_per_row(input_ids, self.config.image_token_id, counts)
+        if bool(image_mask(input_ids[row], self.config.image_token_id).any()):
+            counts = self._token_counts(kwargs)
+            try:
+                rows = images_per_row(input_ids, self.config.image_token_id, counts)
+            except ValueError as error:
+                raise ValueError(
+                    f"row {row} passes the original context of {self.config.original_max_position_embeddings} tokens, "
+                    "so its cache is computed again: pass pixel_values and image_sizes of all images in input_ids, "
+                    "those in the cached part included"
+                ) from error
             first = sum(rows[:row])
-            if rows[row]:
-                images = pick_images(kwargs, counts, list(range(first, first + rows[row])))
+            images = pick_images(kwargs, counts, list(range(first, first + rows[row])))
         fresh = DynamicCache(config=self.config)
         self.model(input_ids=input_ids[row : row + 1, pad:], past_key_values=fresh, use_cache=True, **images)
         return fresh
@@ -174,6 +223,20 @@ class Phi3VGenerationMixin(GenerationMixin):
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         return input_ids, model_kwargs | images
+
+
+def with_prompts(output: Any, prompts: torch.Tensor) -> Any:
+    """What `generate` returned, with the caller's ids where the prompts stand; each prompt may have several answers.
+
+    Example: sequences `[[9, 5, 7], [9, 5, 8]]` of the prompt `[[-1, 5]]` give `[[-1, 5, 7], [-1, 5, 8]]`.
+    """
+    sequences = output if isinstance(output, torch.Tensor) else output.sequences
+    given = prompts.repeat_interleave(sequences.shape[0] // prompts.shape[0], dim=0).to(sequences.device)
+    sequences = torch.cat([given, sequences[:, prompts.shape[1] :]], dim=1)
+    if isinstance(output, torch.Tensor):
+        return sequences
+    output.sequences = sequences
+    return output
 
 
 def has_images(arguments: dict) -> bool:

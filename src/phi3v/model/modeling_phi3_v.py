@@ -168,6 +168,9 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if inputs_embeds is None:
             assert input_ids is not None
+            given = pixel_values is not None or image_features is not None
+            if given and self._images_are_cached(input_ids, past):
+                pixel_values = image_features = None
             self._refuse_blind_images(input_ids, pixel_values, image_features, past, image_positions)
             inputs_embeds = self.embed(
                 input_ids, pixel_values, image_sizes, image_features, image_positions, global_views
@@ -193,6 +196,12 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             use_cache=use_cache,
             **kwargs,
         )
+
+    def _images_are_cached(self, input_ids: torch.Tensor, past: int | torch.Tensor) -> bool:
+        """Whether images were given again beside a cache, though none of their tokens come in now."""
+        if torch.compiler.is_compiling() or input_ids.device.type == "meta" or int(past) == 0:
+            return False
+        return not bool(image_mask(input_ids, self.config.image_token_id).any())
 
     def _refuse_blind_images(
         self,
@@ -267,13 +276,14 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
             past_key_values: keys and values of earlier positions.
             inputs_embeds: `[B, S, H]` instead of `input_ids`; images are then already in it.
             pixel_values: `[images, crops, 3, 336, 336]`, the images of row 0 first, then those of row 1; or one of the
-                other forms of `crops_phi3_v`: flat, or sub crops as bytes beside `global_views`.
+                other forms of `crops_phi3_v`: flat, or sub crops as bytes beside `global_views`. Beside a cache they
+                are ignored where `input_ids` hold no image token.
             image_sizes: `[images, 2]`, canvas height and width in pixels.
             image_features: `[T, H]` instead of `pixel_values`: what `get_image_features` returned as
                 `last_hidden_state`. Or a list, where some images have features and the others pixels: see
                 `Phi3VModel.fill_features`.
-            labels: `[B, S]`, -100 where nothing is learned; image tokens are never learned. The loss is the mean over
-                the rest, or their sum divided by `num_items_in_batch`.
+            labels: `[B, S]`, -100 where nothing is learned; image tokens are never learned, nor is a token behind
+                padding. The loss is the mean over the rest, or their sum divided by `num_items_in_batch`.
             use_cache: whether keys and values are returned.
             logits_to_keep: compute logits for the last so many positions only (0: all).
             trained_logits_only: compute logits only where a label asks for them; `logits` are then
@@ -312,6 +322,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
             return self._step_output(hidden_states[0], labels, trained_positions, kwargs.get("num_items_in_batch"))
         if labels is not None:  # collators of other libraries copy all ids
             labels = labels.masked_fill(image_mask(labels, self.config.image_token_id), -100)
+            labels = without_first_tokens(labels, attention_mask)
         if trained_logits_only:
             if labels is None:
                 raise ValueError("trained_logits_only needs labels")
@@ -355,6 +366,17 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
         if num_items is None:
             return total / max(targets.numel(), 1)
         return total / (num_items.to(total.device) if isinstance(num_items, torch.Tensor) else num_items)
+
+
+def without_first_tokens(labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Labels `[B, S]` without those behind padding: the first token of a row alone is predicted from nothing either.
+
+    Example: labels `[[-100, -100, 1, 7]]` under the mask `[[0, 0, 1, 1]]` give `[[-100, -100, -100, 7]]`.
+    """
+    if attention_mask is None or attention_mask.ndim != 2:
+        return labels
+    behind_padding = attention_mask[:, -labels.shape[1] :][:, :-1] == 0
+    return labels.masked_fill(nn.functional.pad(behind_padding, (1, 0)).to(labels.device), -100)
 
 
 def without_loss(arguments: dict[str, Any]) -> dict[str, Any]:

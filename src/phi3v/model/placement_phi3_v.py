@@ -42,6 +42,29 @@ def images_per_row(input_ids: torch.Tensor, image_token_id: int | None, counts: 
     return rows
 
 
+def new_images(is_image: torch.Tensor, new: int, counts: list[int]) -> list[int] | None:
+    """Which images stand in the last `new` columns, from where image tokens stand and the token counts of all images.
+
+    Example: rows of image tokens `[[1, 1, 0, 1]]` with images of 2 and 1 tokens and 1 new column: `[1]`.
+
+    Returns: None where the images are not those of the whole rows, or one of them is cut by the border: they are to be
+    judged as they stand.
+    """
+    whole, fresh = is_image.sum(-1).tolist(), is_image[:, -new:].sum(-1).tolist()
+    picks: list[int] = []
+    image = 0
+    for tokens, behind in zip(whole, fresh, strict=True):
+        while tokens > 0 and image < len(counts):
+            if tokens <= behind:
+                picks.append(image)
+            tokens -= counts[image]
+            image += 1
+        if tokens != 0:
+            return None
+    fits = image == len(counts) and sum(counts[pick] for pick in picks) == sum(fresh)
+    return picks if fits and picks else None
+
+
 def image_order(input_ids: torch.Tensor, counts: list[int]) -> list[int] | None:
     """Order of images along the text for Microsoft's negative ids; None where the order is that of the images.
 
