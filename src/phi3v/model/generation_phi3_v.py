@@ -72,7 +72,7 @@ class Phi3VGenerationMixin(GenerationMixin):
             unwanted = getattr(generation_config or self.generation_config, "suppress_tokens", None) or []
             kwargs["suppress_tokens"] = [*unwanted, self.config.image_token_id]
         output = super().generate(generation_config=generation_config, **kwargs)
-        return output if input_ids is as_given else with_prompts(output, as_given)
+        return output if as_given is None or input_ids is as_given else with_prompts(output, as_given)
 
     def _with_image_token(self, input_ids: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """Ids that hold the image token for Microsoft's negative ids, and the images in the order of the text.
