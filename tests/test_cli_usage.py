@@ -13,6 +13,8 @@ SLIPS = [
     (["train", "r.yaml", ""], "'' is not key=value"),
     (["train", ""], "'RECIPE': it is empty"),
     (["profile", " "], "'RECIPE': it is empty"),
+    (["plan", ""], "'RECIPE': it is empty"),
+    (["doctor", ""], "'RECIPE': it is empty"),
     (["profile", "r.yaml", "--trace", ""], "'--trace': it is empty"),
     (["profile", "r.yaml", "--image", ""], "--image: '' is no size"),
     (["evaluate", "runs/shop", "--data", ""], "'--data': it is empty"),

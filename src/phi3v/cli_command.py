@@ -86,4 +86,5 @@ def read_size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+PhotoSize = Annotated[str, typer.Option(metavar="WxH", help="With --rows, the size of the photos.")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", parser=read_path)]

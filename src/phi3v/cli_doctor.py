@@ -5,12 +5,11 @@ phi3v doctor RECIPE [key=value ...]     one line for each thing that was looked 
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from phi3v.cli_command import AsJson, Debug, Overrides, refuse_options
+from phi3v.cli_command import AsJson, Debug, Overrides, RecipeFile, refuse_options
 from phi3v.cli_session import FAILED, printable, session
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 def doctor(
     context: typer.Context,
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")],
+    recipe: RecipeFile,
     overrides: Overrides = None,
     as_json: AsJson = False,
     debug: Debug = False,

@@ -6,12 +6,11 @@ phi3v plan RECIPE [key=value ...]     a line for each kind of memory, whether it
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phi3v.cli_command import AsJson, Debug, Overrides, read_size, refuse_options
+from phi3v.cli_command import AsJson, Debug, Overrides, PhotoSize, RecipeFile, read_size, refuse_options
 from phi3v.cli_session import FAILED, session
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 def plan(
     context: typer.Context,
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")],
+    recipe: RecipeFile,
     overrides: Overrides = None,
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Plan for a GPU of so much memory, 24GiB for instance.")
@@ -30,7 +29,7 @@ def plan(
     rows: Annotated[
         int | None, typer.Option(min=1, help="Plan for so many rows with a photo instead of the recipe's.")
     ] = None,
-    image: Annotated[str, typer.Option(metavar="WxH", help="With --rows, the size of the photos.")] = "1200x1600",
+    image: PhotoSize = "1200x1600",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:

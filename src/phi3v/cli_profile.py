@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phi3v.cli_command import AsJson, Debug, Overrides, RecipeFile, read_path, read_size, refuse_options
+from phi3v.cli_command import AsJson, Debug, Overrides, PhotoSize, RecipeFile, read_path, read_size, refuse_options
 from phi3v.cli_session import session
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def profile(
     rows: Annotated[
         int | None, typer.Option(min=1, help="Train on so many generated rows instead of the recipe's.")
     ] = None,
-    image: Annotated[str, typer.Option(metavar="WxH", help="With --rows, the size of the photos.")] = "1200x1600",
+    image: PhotoSize = "1200x1600",
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write what ran, for Perfetto.", parser=read_path)
     ] = None,
