@@ -52,6 +52,8 @@ def test_operations_of_the_real_sizes(config: Phi3VConfig) -> None:
     assert vision_operations(lora, config, SQUARE, 4) == pytest.approx(1.86e12, rel=0.03)
     again = recipe(training={"gradient_checkpointing": True})
     more = language_operations(again, config, tokens) - language_operations(lora, config, tokens)
+    today = recipe(training={"activation_checkpointing": True})  # TrainingArguments' newer name
+    assert language_operations(today, config, tokens) == language_operations(again, config, tokens)
     assert more == pytest.approx(matrices / 2 + attention / 3.5, rel=1e-3)
     whole = language_operations(recipe(lora=None), config, tokens)
     assert whole == pytest.approx(1.5 * (matrices + head) + attention, rel=1e-3)

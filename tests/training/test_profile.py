@@ -148,6 +148,7 @@ SHARES = {"waiting for data": 0.0, "tower": 0.02, "decoder forward": 0.4, "decod
         ({"tower": 0.3}, {}, "vision.cache"),
         ({"tower": 0.3}, {"vision": {"tower": "train"}}, None),
         ({}, {"training": {"gradient_checkpointing": True}}, "training.gradient_checkpointing"),
+        ({}, {"training": {"activation_checkpointing": True}}, "training.activation_checkpointing"),
         ({}, {}, None),
     ],
 )

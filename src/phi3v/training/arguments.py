@@ -6,7 +6,7 @@ through by its own name, after a check that TrainingArguments has it. Nothing is
 
 import contextlib
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -34,7 +34,7 @@ _DECIDED_ELSEWHERE = {
 }
 _SEVERAL_PROCESSES = {"fsdp", "fsdp_config", "deepspeed", "parallelism_config", "local_rank"}
 _CHOICES = {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}
-_KWARGS = {"gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"}
+_KWARGS = tuple(f"{name}_kwargs" for name in CHECKPOINTING)
 _FIXED = {"remove_unused_columns", "label_names", "prediction_loss_only", "disable_tqdm", "do_train", "do_eval"}
 
 
@@ -153,12 +153,21 @@ def check_options(options: dict[str, Any]) -> None:
             _check_plain(option.name, options[option.name], option.default)
 
 
-def reentrant(options: dict[str, Any]) -> bool:
-    """Whether `training` asks for re-entrant checkpoints.
+def checkpointing(options: Mapping[str, Any]) -> str | None:
+    """Under which of its two names `training` has activations computed twice; None where it does not.
 
-    Example: {"gradient_checkpointing_kwargs": {"use_reentrant": True}} -> True.
+    Example: {"activation_checkpointing": True} -> "activation_checkpointing".
     """
-    return any((options.get(name) or {}).get("use_reentrant", False) for name in _KWARGS)
+    return next((name for name in CHECKPOINTING if options.get(name)), None)
+
+
+def checkpointing_kwargs(options: Mapping[str, Any]) -> dict[str, Any]:
+    """How they are, whichever name says so; checkpoints are not re-entrant unless that is asked for.
+
+    Example: {"gradient_checkpointing_kwargs": {"offload": True}} -> {"use_reentrant": False, "offload": True}.
+    """
+    given = {key: value for name in _KWARGS for key, value in (options.get(name) or {}).items()}
+    return {"use_reentrant": False, **given}
 
 
 def _check_choice(name: str, value: Any) -> None:

@@ -22,7 +22,7 @@ from phi3v.data.schema import Row
 from phi3v.errors import TrainingError
 from phi3v.first_look import Progress
 from phi3v.loading import load_processor, load_target, resolve_device
-from phi3v.recipe import CHECKPOINTING, Recipe
+from phi3v.recipe import Recipe
 from phi3v.training.batch_checks import Ids, batch_faults
 from phi3v.training.memory_plan import settle
 from phi3v.training.model_checks import (
@@ -35,7 +35,7 @@ from phi3v.training.model_checks import (
     weight_faults,
 )
 from phi3v.training.preflight import check_recipe_alone
-from phi3v.training.prepare import Prepared, prepare_model
+from phi3v.training.prepare import Prepared, compute_twice, prepare_model
 from phi3v.training.samples import encoded_rows, make_collators, read_data
 
 BATCH = 4
@@ -85,7 +85,8 @@ def examine(recipe: Recipe, *, on_progress: Progress = lambda stage, done, total
     data = read_data(recipe, processor, on_progress)
     recipe = settle(recipe, data, processor, device)
     rows = _some_rows(data, min(BATCH, recipe.training.samples_per_step))
-    examples = [encoded_rows(recipe, rows, processor)[number] for number in range(len(rows))]
+    encoded = encoded_rows(recipe, rows, processor)
+    examples = [encoded[number] for number in range(len(rows))]
     collate, _ = make_collators(recipe, data, processor)
     batches = collate(examples)
     ids = Ids.of(processor)
@@ -140,12 +141,7 @@ def _check_model(recipe: Recipe, prepared: Prepared, batches: list[Any], process
     name = recipe.model.name
     checks = [Check(f"weights are those of {name}", weight_faults(model, name, recipe.model.revision))]
     checks.append(Check("the model looks at its pictures", sight_faults(model, batches[0])))
-    options = recipe.training.options
-    if any(options.get(one) for one in CHECKPOINTING):
-        kwargs: dict[str, Any] = next(
-            (options[f"{one}_kwargs"] for one in CHECKPOINTING if options.get(f"{one}_kwargs")), {}
-        )
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **kwargs})
+    compute_twice(model, recipe.training.options)
     model.train()
     device = batches[0]["input_ids"].device.type
     for batch in batches:

@@ -17,9 +17,8 @@ from phi3v.kernels.lora_layer import FastLoraState
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.passthrough import check_names
 from phi3v.recipe import Recipe
+from phi3v.training.arguments import checkpointing_kwargs
 
-CHECKPOINTING = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
-"""Where TrainingArguments takes how activations are checkpointed, by its new name and its old one."""
 _LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 
 
@@ -32,7 +31,7 @@ def check_faster_layers(recipe: Recipe, device: torch.device) -> None:
         DeviceError: Liger's kernels, offloaded checkpoints, or flex_attention, without a GPU.
     """
     training = recipe.training
-    if device.type != "cuda" and any((training.options.get(name) or {}).get("offload") for name in CHECKPOINTING):
+    if device.type != "cuda" and checkpointing_kwargs(training.options).get("offload"):
         raise DeviceError(
             "training: offload moves checkpoints from a GPU to the machine's memory, and this run is on "
             f"{device.type}: take it out"

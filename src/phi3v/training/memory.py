@@ -20,12 +20,12 @@ from phi3v.image_tokens import CROP_SIZE, grid_tokens
 from phi3v.kernels import passes
 from phi3v.loading import quantization_config
 from phi3v.meta_base import meta_base
-from phi3v.recipe import CHECKPOINTING, Recipe
+from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.training.arguments import training_arguments
 from phi3v.training.live_tensors import HAND_WRITTEN, DeviceKernels, LiveTensors, OneKernelEach, run_backward
 from phi3v.training.master_weights import shorten_weights
-from phi3v.training.prepare import Prepared, make_ready
+from phi3v.training.prepare import Prepared, compute_twice, make_ready
 
 LINES = ("weights", "optimiser", "gradients", "activations", "logits")
 """What the bytes of a step are, in the order in which they are told."""
@@ -147,12 +147,7 @@ def _prepare(recipe: Recipe, config: Any, on_gpu: bool, compute: torch.dtype) ->
         recipe = recipe.with_overrides(["lora.init_lora_weights=true"])  # begins from contents, of which there are none
     with torch.device("meta"):
         prepared = make_ready(base, recipe, compute, on_gpu=on_gpu)
-    options = recipe.training.options
-    if any(options.get(name) for name in CHECKPOINTING):
-        kwargs = next((dict(options[f"{name}_kwargs"]) for name in CHECKPOINTING if options.get(f"{name}_kwargs")), {})
-        kwargs.pop("offload", None)
-        enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
-        enable({"use_reentrant": False, **kwargs})
+    compute_twice(base, recipe.training.options, offload=False)
     return replace(prepared, model=prepared.model.train())
 
 

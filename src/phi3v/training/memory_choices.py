@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 
-from phi3v.data.plan import plan_steps
 from phi3v.data.survey import RowFacts
 from phi3v.image_tokens import crop_grid, grid_tokens, num_image_tokens
 from phi3v.recipe import CHECKPOINTING, Recipe
+from phi3v.training.arguments import checkpointing
 from phi3v.training.memory import Memory, Sample, count_memory, refuse_uncounted
-from phi3v.training.samples import micro_batches_of
-from phi3v.training.sampling import epoch_order
+from phi3v.training.samples import planned_steps
 
 _ENOUGH_TOKENS = 16384
 _EPOCHS_SEEN = 3
@@ -87,20 +86,10 @@ def largest_micro_batch(recipe: Recipe, lengths: Sequence[int]) -> tuple[list[in
 
     Example: lengths 300, 900, 500, all in one step, in packs of 900: ([1], True).
     """
-    training = recipe.training
-    how = micro_batches_of(recipe, 0 if recipe.data.streaming else max(lengths))
-    best: list[int] = []
-    most, several = -1, False
-    for epoch in range(min(_EPOCHS_SEEN, max(1, int(training.epochs)))):
-        order = epoch_order(len(lengths), training.samples_per_step, training.seed, epoch)
-        for step in plan_steps(lengths, order, training.samples_per_step, how):
-            several |= len(step) > 1
-            for group in step:
-                own = [lengths[row] for row in group]
-                tokens = sum(own) if how.packed else len(own) * max(own)
-                if tokens > most:
-                    best, most = group, tokens
-    return best, several
+    epochs = range(min(_EPOCHS_SEEN, max(1, int(recipe.training.epochs))))
+    steps = [step for epoch in epochs for step in planned_steps(recipe, lengths, epoch)]
+    best, _ = max((group for step in steps for group in step), key=lambda group: group[1])
+    return best, any(len(step) > 1 for step in steps)
 
 
 def tokens_at(fact: RowFacts, num_crops: int) -> int:
@@ -187,7 +176,7 @@ def _savings(recipe: Recipe, answers: bool) -> list[str]:
         found.append("training.tokens_per_micro_batch=null")
     if recipe.training.micro_batch > 1:
         found.append("training.micro_batch_size=1")
-    if not any(options.get(name) for name in CHECKPOINTING):
+    if checkpointing(options) is None:
         found.append("training.gradient_checkpointing=true")
     if recipe.lora is None:
         found += ["training.optim=adamw_8bit", "lora={r: 16}"]
@@ -200,7 +189,7 @@ def _savings(recipe: Recipe, answers: bool) -> list[str]:
 
 def faster(recipe: Recipe, count: Counted, available: int | None) -> list[Change]:
     """Checkpointing that is not needed."""
-    name = next((name for name in CHECKPOINTING if recipe.training.options.get(name)), None)
+    name = checkpointing(recipe.training.options)
     if name is None or available is None:
         return []
     override = f"training.{name}=false"

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 
-from phi3v.data.plan import plan_steps
 from phi3v.data.survey import RowFacts
 from phi3v.image_tokens import crop_grid
 from phi3v.recipe import Recipe
-from phi3v.training.samples import micro_batches_of
-from phi3v.training.sampling import epoch_order
+from phi3v.training.arguments import checkpointing
+from phi3v.training.samples import planned_steps
 
 STATED_RATE = 100e12
 """Operations a second that the outlook is told for, beside what was measured on the machine at hand."""
@@ -101,17 +100,12 @@ def micro_batches(recipe: Recipe, lengths: Sequence[int]) -> tuple[float, int]:
         lengths: tokens of each row.
     Example: lengths 300, 900, 500 and 300, all in one step: 3 packs of at most 900 tokens.
     """
-    training = recipe.training
     if not lengths:
         return 0.0, 0
-    how = micro_batches_of(recipe, 0 if recipe.data.streaming else max(lengths))
-    order = epoch_order(len(lengths), training.samples_per_step, training.seed, 0)
     steps, groups, largest = 0, 0, 0
-    for step in plan_steps(lengths, order, training.samples_per_step, how):
+    for step in planned_steps(recipe, lengths, epoch=0):
         steps, groups = steps + 1, groups + len(step)
-        for group in step:
-            tokens = [lengths[row] for row in group]
-            largest = max(largest, sum(tokens) if how.packed else len(tokens) * max(tokens))
+        largest = max(largest, *(tokens for _, tokens in step))
     return groups / steps, largest
 
 
@@ -127,7 +121,7 @@ def language_operations(recipe: Recipe, config: Any, tokens: int) -> float:
     matrices = config.num_hidden_layers * (width * (2 * width + 2 * key_value) + 3 * width * inner)
     attention = 2 * config.num_hidden_layers * width * tokens**2  # causal: half of the square
     passes = 2 if recipe.lora is not None else 3
-    again = bool(recipe.training.options.get("gradient_checkpointing"))
+    again = checkpointing(recipe.training.options) is not None
     head = 2 * width * config.vocab_size * tokens * passes
     return 2 * matrices * tokens * (passes + again) + attention * (3.5 + again) + head
 

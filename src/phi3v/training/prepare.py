@@ -4,6 +4,7 @@ The same steps prepare the model that trains and the one on the meta device that
 data or of the Trainer.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from phi3v.kernels.packed_attention import attach_packed_attention
 from phi3v.loading import load_base, resolve_device, resolve_dtype
 from phi3v.recipe import Recipe
 from phi3v.targets import Target, resolve_target
-from phi3v.training.arguments import reentrant
+from phi3v.training.arguments import checkpointing, checkpointing_kwargs
 from phi3v.training.conditions import name_weights
 from phi3v.training.master_weights import same_in
 from phi3v.tuning import attach_lora, freeze, mark_trained, vision_choices
@@ -66,6 +67,20 @@ def prepare_model(recipe: Recipe, device: torch.device) -> Prepared:
     return replace(make_ready(model, recipe, compute), base=base)
 
 
+def compute_twice(model: Any, options: Mapping[str, Any], *, offload: bool = True) -> None:
+    """Has activations computed twice where the options of a training ask for it, as the Trainer will.
+
+    Args:
+        model: in its layers.
+        options: of the Trainer.
+        offload: False keeps checkpoints on the device, whatever the options say.
+    """
+    if checkpointing(options) is None:
+        return
+    how = {name: value for name, value in checkpointing_kwargs(options).items() if offload or name != "offload"}
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(how)
+
+
 def base_dtype(recipe: Recipe) -> str:
     """The number type that a base is loaded in: weights that are tuned as a whole are float32."""
     return "float32" if recipe.lora is None else recipe.model.dtype
@@ -91,7 +106,7 @@ def make_ready(model: Any, recipe: Recipe, compute: torch.dtype, *, on_gpu: bool
         model = _go_on(model, recipe, recipe.model.adapter)
     else:
         model = attach_lora(model, recipe.lora, revision=recipe.model.revision, **vision)
-    if reentrant(recipe.training.options):
+    if checkpointing_kwargs(recipe.training.options)["use_reentrant"]:
         model.enable_input_require_grads()  # re-entrant checkpoints need an input that asks for a gradient
     if recipe.training.fast_lora == "auto" and not recipe.training.options.get("torch_compile"):
         attach_fast_lora(model, force=on_gpu)

@@ -16,6 +16,7 @@ from phi3v.errors import ConfigError
 from phi3v.image_tokens import grid_tokens
 from phi3v.loading import load_config, resolve_device
 from phi3v.recipe import Recipe
+from phi3v.training.arguments import checkpointing
 from phi3v.training.callbacks import Watcher
 from phi3v.training.device_time import check_trace
 from phi3v.training.floor import useful_operations, vision_operations
@@ -244,9 +245,9 @@ def advise(recipe: Recipe, found: Profile) -> Advice | None:
             f"{found.share('tower'):.0%} of a step is the frozen tower, and each epoch sends the same images through it"
         )
         return Advice("vision.cache", "memory", seen)
-    if options.get("gradient_checkpointing") or options.get("activation_checkpointing"):
+    if (checkpoints := checkpointing(options)) is not None:
         seen = "each layer is computed twice; without it memory grows, and more samples fit than one may think"
-        return Advice("training.gradient_checkpointing", "false", seen)
+        return Advice(f"training.{checkpoints}", "false", seen)
     if found.device_idle is not None and found.device_idle - waiting > 0.15:
         seen = f"the GPU has nothing to do in {found.device_idle:.0%} of the time: its kernels are short"
         return Advice("training.micro_batch_size", str(2 * training.micro_batch), seen)

@@ -4,7 +4,7 @@ In come a recipe and its run; out come training and validation samples. What enc
 run's problems.jsonl, whichever process sees it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from phi3v.data.collate import Collator, PackedCollator, StepCollator
 from phi3v.data.encode import EncodedRows, Example, encode
-from phi3v.data.plan import MicroBatches
+from phi3v.data.plan import MicroBatches, plan_steps
 from phi3v.data.reading import Reading
 from phi3v.data.schema import Row, RowProblem
 from phi3v.data.sources import LoadedData, StreamedData, stream_data
@@ -28,6 +28,7 @@ from phi3v.loading import load_config
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.training.feature_cache import FeatureCache, FeatureReport
+from phi3v.training.sampling import epoch_order
 
 
 def read_data(recipe: Recipe, processor: Any, on_look: Progress) -> LoadedData | StreamedData:
@@ -144,6 +145,23 @@ def encoded_rows(recipe: Recipe, rows: Sequence[Row], processor: Any, longest: i
         context = load_config(recipe.model.name, revision=recipe.model.revision).max_position_embeddings
         longest = recipe.data.max_length or context
     return EncodedRows(rows, processor, **_encode_options(recipe, processor, longest))
+
+
+def planned_steps(recipe: Recipe, lengths: Sequence[int], epoch: int) -> Iterator[list[tuple[list[int], int]]]:
+    """The micro-batches of each step of an epoch: their rows, and the tokens they take, padding among them.
+
+    Args:
+        recipe: its section training.
+        lengths: tokens of each row, of one at least; those of a stream are the first ones.
+        epoch: from 0 on.
+    Example: lengths 300, 900 and 500, all in one step, in packs of 900: [[([1], 900), ([0, 2], 800)]].
+    """
+    training = recipe.training
+    how = micro_batches_of(recipe, 0 if recipe.data.streaming else max(lengths))
+    order = epoch_order(len(lengths), training.samples_per_step, training.seed, epoch)
+    for step in plan_steps(lengths, order, training.samples_per_step, how):
+        own = [[lengths[row] for row in group] for group in step]
+        yield [(group, sum(it) if how.packed else len(it) * max(it)) for group, it in zip(step, own, strict=True)]
 
 
 def _stand_ins(
