@@ -1,4 +1,4 @@
-"""What a run ends with, for tests that compare an interrupted run with the undisturbed one bit by bit."""
+"""Runs that are interrupted, and what they end with, to be compared with the undisturbed one bit by bit."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,23 @@ from safetensors.torch import load_file
 
 from phi3v.run_folder import RunFolder
 from phi3v.training.checkpoints import newest_checkpoint
+
+HARD: dict[str, Any] = {
+    "data": {"split": {"validation": 2}},
+    "evaluation": {"rows": 1, "max_new_tokens": 2},
+    "lora": {"r": 4, "lora_dropout": 0.2},
+    "training": {
+        "samples_per_step": 4,
+        "micro_batch_size": 1,
+        "epochs": 3,
+        "save_steps": 2,
+        "logging_steps": 3,
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.01,
+        "warmup_steps": 1,
+    },
+}
+"""LoRA dropout, shuffling, packing, four samples a step in several packs, lines of the log between checkpoints."""
 
 LOGGED = ("loss", "grad_norm", "learning_rate", "eval_loss")
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from run_ends import assert_same_end, end_of
+from run_ends import HARD, assert_same_end, end_of
 from tiny_models import write_photos, write_tiny_model
 from torture_server import DEVICES, Running, Server
 
@@ -40,27 +40,17 @@ class Bench:
     def __init__(self, folder: Path, server: Server, workers: int, **training: Any) -> None:
         self.folder, self.server = folder, server
         folder.mkdir(parents=True)
+        again = {"dataloader_num_workers": workers, "full_determinism": bool(DEVICES)}
+        rows = {
+            "train": str(write_photos(folder / "photos", 20)),
+            "prompt": "Which colour?",
+            "answer": "It is {colour}.",
+        }
         values = {
+            **HARD,
             "model": str(write_tiny_model(folder / "model")),
-            "data": {
-                "train": str(write_photos(folder / "photos", 20)),
-                "prompt": "Which colour?",
-                "answer": "It is {colour}.",
-                "split": {"validation": 2},
-            },
-            "lora": {"r": 4, "lora_dropout": 0.2},
-            "training": {
-                "samples_per_step": 4,
-                "micro_batch_size": 1,
-                "epochs": 3,
-                "save_steps": 2,
-                "logging_steps": 3,
-                "dataloader_num_workers": workers,
-                "lr_scheduler_type": "cosine",
-                "full_determinism": bool(DEVICES),
-                **training,
-            },
-            "evaluation": {"rows": 1, "max_new_tokens": 2},
+            "data": {**HARD["data"], **rows},
+            "training": {**HARD["training"], **again, **training},
         }
         self.recipe = folder / "recipe.yaml"
         self.recipe.write_text(yaml.safe_dump(values))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_ends import assert_same_end, end_of
+from run_ends import HARD, assert_same_end, end_of
 from transformers import Trainer
 
 import phi3v
@@ -21,23 +21,6 @@ from phi3v.training.step_trainer import StepTrainer
 from phi3v.training.stop_signals import StopSignals
 
 MakeRecipe = Callable[..., phi3v.Recipe]
-
-HARD: dict[str, Any] = {
-    "data": {"split": {"validation": 2}},
-    "evaluation": {"rows": 1, "max_new_tokens": 2},
-    "lora": {"r": 4, "lora_dropout": 0.2},
-    "training": {
-        "samples_per_step": 4,
-        "micro_batch_size": 1,
-        "epochs": 3,
-        "save_steps": 2,
-        "logging_steps": 3,
-        "lr_scheduler_type": "cosine",
-        "weight_decay": 0.01,
-        "warmup_steps": 1,
-    },
-}
-"""LoRA dropout, shuffling, packing, four samples a step in several packs, lines of the log between checkpoints."""
 
 
 @pytest.fixture
