@@ -28,7 +28,7 @@ def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
 
 
 def test_every_weight_equals_the_file(model_folder: Path) -> None:
-    model = loading.load_base(model_folder)
+    model = loading.load_base(model_folder, device="cpu")
     stored = load_file(model_folder / "model.safetensors")
     loaded = model.state_dict()
     assert set(stored) == set(loaded)
@@ -163,7 +163,9 @@ def test_whole_parts_trained_under_lora_are_counted_once(model_folder: Path) -> 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_a_base_in_four_bits_trains_lora() -> None:
     # the test models' matrices are smaller than a block of the 4-bit kernels; the demo's model is large enough
-    base = loading.load_base(tiny_model_path(), quantization={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
+    base = loading.load_base(
+        tiny_model_path(), quantization={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, device="cpu"
+    )
     tuned = tuning.attach_lora(base, {"r": 4})
     kinds = {name: type(module).__name__ for name, module in tuned.named_modules()}
     quantized = {name for name, kind in kinds.items() if "4bit" in kind}
@@ -214,7 +216,7 @@ def test_full_tuning_leaves_what_nobody_reads_frozen(model_folder: Path) -> None
 def test_an_adapter_comes_back_and_goes_off(model_folder: Path, tmp_path: Path, vision: str) -> None:
     from peft import get_peft_model_state_dict
 
-    tuned = tuning.attach_lora(loading.load_base(model_folder), {"r": 4}, tower=vision, projector=vision)
+    tuned = tuning.attach_lora(loading.load_base(model_folder, device="cpu"), {"r": 4}, tower=vision, projector=vision)
     torch.manual_seed(3)
     for weight in tuned.parameters():
         if weight.requires_grad:
@@ -225,7 +227,7 @@ def test_an_adapter_comes_back_and_goes_off(model_folder: Path, tmp_path: Path, 
 
     place = targets.resolve_target(tmp_path / "adapter")
     assert (place.kind, place.base) == ("adapter", str(model_folder.resolve()))
-    again = adapters.load_adapter(loading.load_base(place.base), place)
+    again = adapters.load_adapter(loading.load_base(place.base, device="cpu"), place)
     stored = get_peft_model_state_dict(tuned)
     for name, tensor in get_peft_model_state_dict(again).items():
         torch.testing.assert_close(tensor, stored[name], rtol=0, atol=0)
@@ -233,7 +235,7 @@ def test_an_adapter_comes_back_and_goes_off(model_folder: Path, tmp_path: Path, 
     pixels, sizes = torch.randn(1, 2, 3, 336, 336), torch.tensor([[336, 336]])
     ids = torch.tensor([[1, *[754] * 313, 20, 21]])
     batch = {"input_ids": ids, "pixel_values": pixels, "image_sizes": sizes}
-    base = loading.load_base(model_folder)
+    base = loading.load_base(model_folder, device="cpu")
     with torch.no_grad():
         expected, with_adapter, direct = base(**batch).logits, again(**batch).logits, tuned.eval()(**batch).logits
         with adapters.base_weights(again):
@@ -254,7 +256,7 @@ def test_an_adapter_that_does_not_fit_is_one_line(model_folder: Path, tmp_path: 
     save_file(weights, weights_file)
     place = targets.resolve_target(tmp_path / "adapter")
     with pytest.raises(CheckpointError, match="does not fit .*missing in the file") as error:
-        adapters.load_adapter(loading.load_base(place.base), place)
+        adapters.load_adapter(loading.load_base(place.base, device="cpu"), place)
     one_line(error)
     wider = write_tiny_model(tmp_path / "wider", intermediate_size=128)
     with pytest.raises(CheckpointError, match="does not fit"):

@@ -21,6 +21,9 @@ class EvaluationSection(Section):
     """How answers are made and scored."""
 
     rows: int | None = Field(default=None, ge=1, description="Validation rows to answer, the first ones; null for all.")
+    against: Literal["base"] | None = Field(
+        default="base", description="What answers beside the tuned model at the end of a training: base, or null."
+    )
     batch_size: int = Field(default=8, ge=1, description="Rows that are answered at once.")
     max_new_tokens: int = Field(default=128, ge=1, description="Longest answer in tokens.")
     during_training: int = Field(

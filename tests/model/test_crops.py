@@ -9,7 +9,7 @@ from golden_models import tiny_model
 from PIL import Image
 from tiny_prompts import prompt, without
 
-from phi3v.model.crops_phi3_v import normalise_bytes, real_crops
+from phi3v.model.crops_phi3_v import normalise_bytes, real_crops, seen_twice
 from phi3v.model.image_processing_phi3_v import Phi3VImageProcessor
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.model.vision_phi3_v import Phi3VVisionTransformer
@@ -151,3 +151,27 @@ def test_a_gradient_for_the_pixels_still_goes_through_a_frozen_tower() -> None:
     model = tiny_model().requires_grad_(False)
     model.get_image_features(pixels, batch["image_sizes"]).last_hidden_state.sum().backward()
     assert pixels.grad is not None and bool(pixels.grad.any())
+
+
+def test_an_image_of_one_crop_goes_through_the_tower_once(
+    photos: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its view of the whole is that crop; one other pixel, and it is not."""
+    images = without(Phi3VImageProcessor(num_crops=1)([photos[0], photos[2]], return_tensors="pt"), "num_img_tokens")
+    assert images["image_sizes"].tolist() == [[336, 336]] * 2 and images["pixel_values"].shape[1] == 2
+    model, seen = tiny_model().double(), []
+    original = Phi3VVisionTransformer.forward
+    monkeypatch.setattr(
+        Phi3VVisionTransformer, "forward", lambda self, got: seen.append(len(got)) or original(self, got)
+    )
+    with torch.no_grad():
+        found = model.get_image_features(**images).last_hidden_state
+        monkeypatch.setattr("phi3v.model.vision_phi3_v.seen_twice", lambda crops, grids: [])
+        plain = model.get_image_features(**images).last_hidden_state
+        monkeypatch.undo()
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-12)
+    assert seen == [2, 4]
+    crops = real_crops(images["pixel_values"], None, grids(images), 336)
+    assert seen_twice(crops, grids(images)) == [1, 3]
+    crops[3, 2, 335, 335] += 1
+    assert seen_twice(crops, grids(images)) == [1]

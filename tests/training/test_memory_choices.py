@@ -113,5 +113,5 @@ def test_a_run_on_a_gpu_sends_pinned_batches(make: MakeRecipe, monkeypatch: pyte
         return to(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "to", noted)
-    phi3v.train(make(training={"max_steps": 1}))
+    phi3v.train(make(model={"device": "cuda"}, training={"max_steps": 1}))
     assert seen == {"cuda"} and pinned and all(pinned)

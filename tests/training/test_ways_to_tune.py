@@ -164,7 +164,7 @@ def foreign_adapter(world: Path, folder: Path) -> Path:
 
 def test_adapters_of_other_tools_load_and_go_on(make: MakeRecipe, world: Path, tmp_path: Path) -> None:
     folder = foreign_adapter(world, tmp_path / "foreign")
-    found = loading.load_target(folder)
+    found = loading.load_target(folder, device="cpu")
     stored = load_file(folder / "adapter_model.safetensors")
     for name, weight in adapters.adapter_state(found.model).items():
         torch.testing.assert_close(weight, stored[name], rtol=0, atol=0)

@@ -71,10 +71,11 @@ def run_demo(
     train(recipe, on_event=on_event, features=features)
     run = RunFolder(folder / "tuned")
     say("control: the same questions with spoiled pictures")
-    spoiled = answer_controls(run.path, on_progress=on_progress)
+    spoiled = answer_controls(run.path, on_progress=on_progress, features=features)
     say("control: a second run, tuned on answers that were shuffled among the photos")
     shuffled = shuffle_answers(tables["train"])
-    control = demo_recipe(shuffled, tables["test"], folder / "shuffled", overrides)
+    tuned_alone = ["evaluation.against=null", "training.eval_strategy=no"]  # its base is the other run's
+    control = demo_recipe(shuffled, tables["test"], folder / "shuffled", [*tuned_alone, *(overrides or [])])
     train(control, on_event=on_event, features=features)
     evaluation, lost = run.read_evaluation(), RunFolder(folder / "shuffled").read_evaluation()
     controls = {

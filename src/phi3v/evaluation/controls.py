@@ -20,7 +20,8 @@ from phi3v.data.schema import ImageRef, Row
 from phi3v.errors import DataError
 from phi3v.evaluation.answers import answer_rows
 from phi3v.evaluation.metrics import Share, exact_match
-from phi3v.evaluation.run import Progress, answer_options, held_out_rows
+from phi3v.evaluation.run import Progress, See, answer_options, feature_store, held_out_rows, seeing
+from phi3v.features.store import FeatureStore
 from phi3v.loading import load_target
 from phi3v.targets import resolve_target
 
@@ -48,8 +49,11 @@ def answer_controls(
     *,
     rows: int | None = None,
     on_progress: Progress = lambda stage, done, total: None,
+    features: FeatureStore | None = None,
 ) -> Controls:
     """Asks a target about held-out rows with spoiled images; the arguments are those of `evaluation.run.evaluate`.
+
+    Swapped images are those of the rows, so kept features are used for them; grey ones are not worth keeping.
 
     Raises:
         DataError: no row has a partner with as many images and another answer.
@@ -58,17 +62,18 @@ def answer_controls(
     held_out = held_out_rows(place, data, rows)
     loaded = load_target(target, **held_out.recipe.loading_options)
     settings = answer_options(held_out.recipe)
+    see = seeing(loaded.model, feature_store(held_out.recipe, features))
     own, others = swap_images(held_out.rows)
     shown = [replace(row, images=other.images) for row, other in zip(own, others, strict=True)]
 
-    def answers(stage: str, asked: Sequence[Row]) -> list[str]:
+    def answers(stage: str, asked: Sequence[Row], see: See = None) -> list[str]:
         def count(done: int) -> None:
             on_progress(stage, done, len(asked))
 
-        return answer_rows(loaded.model, loaded.processor, asked, **settings, on_row=count).texts
+        return answer_rows(loaded.model, loaded.processor, asked, **settings, see=see, on_row=count).texts
 
     blanked = answers("with grey images", blank_images(held_out.rows))
-    swapped = answers("with swapped images", shown)
+    swapped = answers("with swapped images", shown, see)
     return Controls(
         exact_match([row.answer for row in held_out.rows], blanked),
         exact_match([row.answer for row in own], swapped),

@@ -36,6 +36,8 @@ from phi3v.targets import Target, resolve_target, run_of
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage, the rows done and the rows in all."""
+See = Callable[[dict[str, Any]], dict[str, Any]] | None
+"""Puts kept features in place of an example's pixels."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,7 @@ def _answer_both(
     if store is not None:
         store.begin()
     loaded = load_target(place.name, **options)
-    see = _seeing(loaded.model, store)
+    see = seeing(loaded.model, store)
     base: tuple[str, Answers] | None = None
     if against == "base" and holds_base(loaded.model):
         with base_weights(loaded.model):
@@ -242,7 +244,7 @@ def _answer_both(
         del loaded, see  # two whole models need not fit into memory
         gc.collect()
         source = _load_base_beside(place, options)
-        base = source.base_name, answers(source.model, processor, "base answers", _seeing(source.model, store))
+        base = source.base_name, answers(source.model, processor, "base answers", seeing(source.model, store))
     return tuned, base
 
 
@@ -261,7 +263,7 @@ def feature_store(recipe: Recipe, given: FeatureStore | None) -> FeatureStore | 
     return given or open_store(recipe.vision.cache, recipe.vision.cache_gb, recipe.vision.cache_folder)
 
 
-def _seeing(model: Any, store: FeatureStore | None) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
+def seeing(model: Any, store: FeatureStore | None) -> See:
     """Puts kept features in place of an example's pixels; None where features cannot be kept."""
     if store is None or not sees_plainly(model):
         return None

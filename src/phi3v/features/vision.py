@@ -19,7 +19,7 @@ from phi3v.features.store import FeatureStore
 _logger = logging.getLogger(__name__)
 Example = dict[str, Any]
 
-_FORM = "phi3v features 1"
+_FORM = "phi3v features 2"
 """Part of every name: another number where the same pixels and weights would give other features."""
 _SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "image_size")
 

@@ -42,6 +42,21 @@ def real_crops(
     return torch.cat([part for view, own in zip(global_views.split(1), crops, strict=True) for part in (view, own)])
 
 
+def seen_twice(crops: torch.Tensor, grids: Grids) -> list[int]:
+    """Places of sub crops that equal the crop before them, their image's view of the whole.
+
+    An image of one crop is such a pair by the processor's arithmetic: a view of the crop's own size is that crop.
+
+    Example: images of 1 x 1 and 1 x 2 crops, [A, A, B, b, c]: [1]; with [A, a, B, b, c]: [].
+    """
+    places, first = [], 0
+    for rows, columns in grids:
+        if rows == columns == 1 and torch.equal(crops[first], crops[first + 1]):
+            places.append(first + 1)
+        first += rows * columns + 1
+    return places
+
+
 def normalise_bytes(crops: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Grey levels `[C, 3, H, W]` as CLIP takes them, `(level / 255 - mean) / std` channel by channel.
 

@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPPreTrainedModel, CLIPVisionEmbeddings
 
 from .configuration_phi3_v import Phi3VConfig
-from .crops_phi3_v import real_crops, to_device
+from .crops_phi3_v import real_crops, seen_twice, to_device
 
 
 def image_layout(grids: list[tuple[int, int]], side: int = 12) -> tuple[torch.Tensor, list[int]]:
@@ -157,8 +157,22 @@ class Phi3VImageEmbedding(nn.Module):
         # Said, not left to requires_grad: checkpointing makes the outputs of all embeddings ask for a gradient.
         wanted = crops.requires_grad or any(weight.requires_grad for weight in self.img_processor.parameters())
         with torch.set_grad_enabled(wanted and torch.is_grad_enabled()):
-            features = merge_patches(self.img_processor(crops))
+            features = merge_patches(self._tower_features(crops, grids))
         features = features.to(cast(torch.Tensor, self.img_projection[0].weight).dtype).flatten(0, 1)
         table = torch.cat([features, self.sub_GN.view(1, -1), self.glb_GN.view(1, -1)])
         index, counts = image_layout(grids, self.side)
         return self.img_projection(table[to_device(index, table.device)]), counts
+
+    def _tower_features(self, crops: torch.Tensor, grids: list[tuple[int, int]]) -> torch.Tensor:
+        """The tower's features `[C, 576, D]` of all crops; on a CPU an image of one crop goes through it once.
+
+        A GPU would have to be waited for to compare its pixels, and has the time.
+        """
+        compared = crops.device.type == "cpu" and not crops.requires_grad  # each crop has a gradient of its own
+        again = set(seen_twice(crops, grids)) if compared else set()
+        if not again:
+            return self.img_processor(crops)
+        once = [place for place in range(len(crops)) if place not in again]
+        where = {place: row for row, place in enumerate(once)}
+        rows = [where[place - (place in again)] for place in range(len(crops))]
+        return self.img_processor(crops[once])[rows]

@@ -161,6 +161,7 @@ def _report(run: RunFolder, result: RunResult, watch: Watcher, store: FeatureSto
         _release_memory()
         evaluate(
             run.path,
+            against=run.read_recipe().evaluation.against,
             on_progress=lambda stage, done, total: watch(TrainingEvent("answers", done, total, stage=stage)),
             features=store,
         )
