@@ -14,7 +14,7 @@ from phi3v.demo.catalogue import ANSWER, PROMPT, write_catalogue
 __all__ = ["ANSWER", "PROMPT", "build", "tiny_model_path"]
 
 
-def build(folder: str | Path, train: int = 1200, test: int = 200, seed: int = 0) -> dict[str, Path]:
+def build(folder: str | Path, train: int = 1000, test: int = 200, seed: int = 0) -> dict[str, Path]:
     """Write the catalogue: `images/` and the tables of its two parts, whose paths are returned as `train` and `test`.
 
     Example: `build("world")["test"] == Path("world/test.csv")`, a table with 200 rows whose `imageurl` is a path

@@ -229,7 +229,7 @@ def photo(product: Product, seed: int = 0) -> Image.Image:
     return image
 
 
-def write_catalogue(folder: Path, train: int = 1200, test: int = 200, seed: int = 0) -> dict[str, Path]:
+def write_catalogue(folder: Path, train: int = 1000, test: int = 200, seed: int = 0) -> dict[str, Path]:
     """Write photos and both tables; returns the paths of `train` and `test`. The same arguments write the same
     bytes."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
