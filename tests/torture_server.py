@@ -70,7 +70,12 @@ class Server:
     """Starts runs; a context manager."""
 
     def __enter__(self) -> "Server":
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": DEVICES}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": DEVICES,
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # to ask for GPUs in the driver's way would keep its forks from one
+        }
         self.process: Any = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
