@@ -42,7 +42,8 @@ def draw_canvas(image: Image.Image | np.ndarray, num_crops: int, fast: bool = Fa
     drawn_CHW = canvas_CHW[:, top : top + new_height, left : left + new_width]
     if fast:
         pixels_HWC = torch.from_numpy(np.require(image, np.uint8, ["C", "W"]))  # turned arrays are copied
-        resized = pixels_HWC.permute(2, 0, 1)[None]
+        # In this order: by the batch's stride, too, torch tells that channels lie side by side; that saves two thirds.
+        resized = pixels_HWC[None].permute(0, 3, 1, 2)
         if width < height:  # torch filters along the width first, too; the reason is given below
             resized = interpolate(resized, size=(new_height, width), mode="bilinear", antialias=True)
         resized = interpolate(resized, size=(new_height, new_width), mode="bilinear", antialias=True)
