@@ -21,10 +21,12 @@ def serve() -> None:
     """Answers until standard input ends."""
     import resource
 
-    import phi3v.training.train
     from phi3v.cli import main
 
-    assert phi3v.training.train
+    if not DEVICES:  # what libraries do as they are imported keeps forks from a GPU: each run imports them by itself
+        import phi3v.training.train
+
+        assert phi3v.training.train
     for line in sys.stdin:
         call = json.loads(line)
         child = os.fork()
@@ -70,12 +72,7 @@ class Server:
     """Starts runs; a context manager."""
 
     def __enter__(self) -> "Server":
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": DEVICES,
-            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # to ask for GPUs in the driver's way would keep its forks from one
-        }
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": DEVICES}
         self.process: Any = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,28 @@ def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
     drawn = (random.random(), np.random.randn(3).tolist(), torch.randn(3).tolist())
     set_random_states(read_state(tmp_path, "rank-0"))
     assert drawn == (random.random(), np.random.randn(3).tolist(), torch.randn(3).tolist())
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_an_optimiser_of_eight_bits_goes_on(tmp_path: Path) -> None:
+    from bitsandbytes.optim import AdamW8bit
+
+    def step(weight: torch.nn.Parameter, optimiser: AdamW8bit, seed: int) -> None:
+        weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+        optimiser.step()
+
+    weight = torch.nn.Parameter(torch.ones(64, 128))  # fewer than 4,096 numbers would have states of 32 bits
+    optimiser = AdamW8bit([weight], lr=0.1)
+    step(weight, optimiser, 0)
+    write_state(tmp_path, "optimizer", optimiser.state_dict())
+    again = torch.nn.Parameter(weight.detach().clone())
+    other = AdamW8bit([again], lr=0.1)
+    other.load_state_dict(read_state(tmp_path, "optimizer"))
+    assert other.state[again]["state1"].dtype == torch.uint8
+    for seed in (1, 2):
+        step(weight, optimiser, seed)
+        step(again, other, seed)
+        assert torch.equal(weight, again)
 
 
 def test_what_only_pickle_holds_is_named(tmp_path: Path) -> None:
