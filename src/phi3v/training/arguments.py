@@ -30,16 +30,25 @@ _DECIDED_ELSEWHERE = {
     "ignore_data_skip": "data.streaming (a run goes on with the samples that were to come)",
     "enable_jit_checkpoint": "what happens at SIGTERM (the last whole step is saved, see docs/training.md)",
     "train_sampling_strategy": "training.seed (each epoch has every row in an order of its own)",
+    "average_tokens_across_devices": "training.samples_per_step (a loss is the mean over its tokens, on all ranks)",
+    "local_rank": "torchrun or accelerate launch",
+    "deepspeed": "training.fsdp (PyTorch's own way to shard a model)",
+    "parallelism_config": "torchrun's number of ranks (each has samples of its own; see training.fsdp)",
     "length_column_name": "training.packing (lengths are known from image headers and texts)",
 }
-_SEVERAL_PROCESSES = {"fsdp", "fsdp_config", "deepspeed", "parallelism_config", "local_rank"}
 _CHOICES = {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}
 _KWARGS = tuple(f"{name}_kwargs" for name in CHECKPOINTING)
 _FIXED = {"remove_unused_columns", "label_names", "prediction_loss_only", "disable_tqdm", "do_train", "do_eval"}
 
 
 def training_arguments(
-    recipe: Recipe, run: RunFolder, *, device: torch.device, autocast: torch.dtype | None, validated: bool
+    recipe: Recipe,
+    run: RunFolder,
+    *,
+    device: torch.device,
+    autocast: torch.dtype | None,
+    validated: bool,
+    ranks: int = 1,
 ) -> TrainingArguments:
     """TrainingArguments of a run.
 
@@ -49,6 +58,7 @@ def training_arguments(
         device: cpu or cuda.
         autocast: dtype of mixed precision, None to compute in the weights' own.
         validated: whether there are validation rows.
+        ranks: processes that share each step.
 
     Raises:
         ConfigError: an option that TrainingArguments does not have, that is decided elsewhere, or that it refuses.
@@ -73,7 +83,7 @@ def training_arguments(
     }
     computed: dict[str, Any] = {
         "output_dir": str(run.checkpoints),
-        "per_device_train_batch_size": training.samples_per_step,  # a step is one item of the loader, see `StepTrainer`
+        "per_device_train_batch_size": training.samples_per_step // ranks,  # a step is one item of the loader
         "gradient_accumulation_steps": 1,
         "per_device_eval_batch_size": recipe.evaluation.batch_size,
         "num_train_epochs": training.epochs,
@@ -136,10 +146,6 @@ def check_options(options: dict[str, Any]) -> None:
     for name in options:
         if name in _DECIDED_ELSEWHERE:
             raise ConfigError(f"training.{name} is decided by {_DECIDED_ELSEWHERE[name]}: take it out of the recipe")
-        if name in _SEVERAL_PROCESSES:
-            raise ConfigError(
-                f"training.{name} is for trainings of several processes, and phi3v trains in one: take it out"
-            )
         if name in _FIXED:
             raise ConfigError(f"training.{name} cannot be chosen: take it out of the recipe")
     check_names("training", options, [field.name for field in fields(TrainingArguments)])
