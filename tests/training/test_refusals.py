@@ -24,6 +24,7 @@ MakeRecipe = Callable[..., phi3v.Recipe]
         ({"optim": "adamw_foo"}, "^training.optim is 'adamw_foo', which is no choice: did you mean adamw_torch[?]$"),
         ({"lr_scheduler_type": "cosin"}, "training.lr_scheduler_type is 'cosin', .*: did you mean cosine?"),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 1}}, "training: .*cycles"),
+        ({"device_map": "auto"}, "training.device_map is decided by torchrun, a process for each GPU"),
         ({"fsdp": True}, "training.fsdp shares a model among several processes"),
         ({"weight_decay": "much"}, "training.weight_decay is 'much', allowed is a number"),
         ({"logging_first_step": "no"}, "training.logging_first_step is 'no', allowed are true and false"),

@@ -7,6 +7,7 @@ through by its own name, after a check that TrainingArguments has it. Nothing is
 import contextlib
 import difflib
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import fields
 from typing import Any
 
@@ -34,6 +35,7 @@ _DECIDED_ELSEWHERE = {
     "local_rank": "torchrun or accelerate launch",
     "deepspeed": "training.fsdp (PyTorch's own way to shard a model)",
     "parallelism_config": "torchrun's number of ranks (each has samples of its own; see training.fsdp)",
+    "device_map": "torchrun, a process for each GPU (one process that spreads a model uses one GPU at a time)",
     "length_column_name": "training.packing (lengths are known from image headers and texts)",
 }
 _CHOICES = {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}
@@ -65,7 +67,7 @@ def training_arguments(
     """
     training = recipe.training
     check_options(training.options)
-    options = _today(training.options)
+    options = _today(deepcopy(training.options))  # TrainingArguments fills up what it is given
     if training.early_stopping is not None and not validated:
         raise ConfigError("training.early_stopping needs held-out rows: set data.split or data.validation")
     transfer = {"non_blocking": device.type == "cuda"}  # from pinned memory, while the device computes

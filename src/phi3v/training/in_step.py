@@ -15,28 +15,23 @@ from phi3v.training.ranks import Ranks
 
 
 class InStep:
-    """What one rank does so that the others need not wait; made before the model is sharded."""
+    """What one rank does so that the others need not wait."""
 
     def __init__(self, ranks: Ranks, model: Any) -> None:
-        """Keep the ranks, and look where the model's text is embedded, right before its pictures are.
-
-        Args:
-            ranks: which train.
-            model: with or without an adapter.
-        """
-        self.ranks = ranks
+        """Keep the ranks and the model, with or without an adapter, which is sharded before its first step."""
+        self.ranks, self._model = ranks, model
+        self._vision: Any = None
         self.idle = 0  # micro-batches at the end that count for nothing
         self.counts = True  # whether the one that goes through the model does
         self._pretended: list[bool] = []
         self._pretends = False
-        self._vision = next(one for name, one in model.named_modules() if name.endswith("vision_embed_tokens"))
-        model.get_input_embeddings().register_forward_hook(self._look)
 
     def evened(self, micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """A step's micro-batches, as many as on any rank.
 
         Example: three here and two there -> the second one there comes twice, and `idle` is 1 there.
         """
+        self._watch()
         most = int(self.ranks.most([len(micro_batches)])[0])
         self.idle = most - len(micro_batches)
         evened = [*micro_batches, *(dict(micro_batches[-1]) for _ in range(self.idle))]
@@ -51,6 +46,7 @@ class InStep:
 
     def alone(self, batch: dict[str, Any]) -> None:
         """A batch of its own, of a validation, is next on all ranks."""
+        self._watch()
         self.counts = True
         sees = "pixel_values" in batch
         self._pretends = self.ranks.any(sees) and not sees
@@ -58,6 +54,15 @@ class InStep:
     def leave(self) -> None:
         """What goes through the model from here on does so on all ranks alike."""
         self.counts, self._pretends = True, False
+
+    def _watch(self) -> None:
+        """Begins to look where text is embedded, right before pictures are. FSDP's own look at the end of that comes
+        first: it notes the order in which it gathers weights again, which has to be that of other ranks.
+        """
+        if self._vision is None:
+            modules = self._model.named_modules()
+            self._vision = next(one for name, one in modules if name.endswith("vision_embed_tokens"))
+            self._model.get_input_embeddings().register_forward_hook(self._look)
 
     def _look(self, module: Any, inputs: Any, embeddings: torch.Tensor) -> torch.Tensor:
         """Embeddings as they are; they depend on all weights that see, with the factor zero."""

@@ -175,10 +175,10 @@ class StepTrainer(DurableTrainer):
         trained, self._size, *seen = (
             int(it) for it in self.ranks.totals([trained, size, *samples_and_tokens(micro_batches)])
         )
-        if micro_batches and not trained:
-            raise TrainingError(
-                f"step {self.state.global_step + 1} has no trained token: every answer in it is empty, see data.answer"
-            )
+        with self.ranks.together():
+            if micro_batches and not trained:
+                step = self.state.global_step + 1
+                raise TrainingError(f"step {step} has no trained token: every answer in it is empty, see data.answer")
         self.meter.add(*seen)
         if self.in_step is not None:
             steps = [self.in_step.evened(micro_batches)]
@@ -284,7 +284,8 @@ class StepTrainer(DurableTrainer):
         if fault is None:
             return norm
         step = self.state.global_step + 1
-        self.non_finite.judge(fault, step, self.rows_of_step(step), self.saved)
+        with self.ranks.together():  # all of them have found the same
+            self.non_finite.judge(fault, step, self.rows_of_step(step), self.saved)
         model.zero_grad()  # the optimiser passes over weights without a gradient
         states, loss = self._before
         set_random_states(states)
