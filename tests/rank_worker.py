@@ -3,7 +3,7 @@
     torchrun --nproc-per-node=2 tests/rank_worker.py jobs.json
 
 `jobs.json` is a list of jobs, {"recipe": VALUES, "play": NAME}; what is played happens on the last rank alone, see
-`PLAYS`. What came of each job is written to `rank-N.json` beside the file: {"status": "trained", "told": ["start", ...],
+`PLAYS`. What came of each job is written to `rank-N.json` beside the file: {"status": "trained", "told": ["start"],
 "model": "FSDPPeftModel"}, or {"error": "ConfigError: the line"}.
 """
 
@@ -74,7 +74,8 @@ def done(job: dict[str, Any]) -> dict[str, Any]:
 
 def main(jobs: Path) -> None:
     """Trains all jobs."""
-    dist.init_process_group("gloo")  # stays between jobs
+    on_gpu = torch.cuda.is_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")  # stays between jobs
     outcomes = []
     for job in json.loads(jobs.read_text()):
         outcomes.append(done(job))

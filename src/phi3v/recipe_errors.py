@@ -25,8 +25,9 @@ _ALLOWED = {
     "too_short": "a list that is not empty",
 }
 _REFUSED = {
-    "model.device_map": "one process that spreads a model over GPUs computes on one of them at a time; take it out and start "
-    "one for each GPU, torchrun --nproc-per-node=N -m phi3v train, with training.fsdp=true where no GPU holds the model",
+    "model.device_map": "one process that spreads a model over GPUs computes on one of them at a time; take it out and "
+    "start one for each GPU, torchrun --nproc-per-node=N -m phi3v train, with training.fsdp=true where "
+    "no GPU holds the model",
 }
 """Keys that other programs have, and why there is none of them here."""
 _MOST = 3

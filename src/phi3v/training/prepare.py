@@ -75,11 +75,13 @@ def join_ranks(recipe: Recipe) -> Ranks:
     ranks = Ranks.join(
         training_device(recipe.model.device), backend=options.get("ddp_backend"), timeout=options.get("ddp_timeout")
     )
-    if recipe.training.samples_per_step % ranks.count:
-        raise ConfigError(
-            f"training.samples_per_step is {recipe.training.samples_per_step}, which {ranks.count} ranks cannot share "
-            f"evenly: set a multiple of {ranks.count}, as a step has so many samples over all ranks"
-        )
+    samples = recipe.training.samples_per_step
+    with ranks.together():
+        if samples % ranks.count:
+            raise ConfigError(
+                f"training.samples_per_step is {samples}, which {ranks.count} ranks cannot share evenly: set a "
+                f"multiple of {ranks.count}, as a step has so many samples over all ranks"
+            )
     return ranks
 
 

@@ -113,9 +113,10 @@ def train(
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     ranks = join_ranks(recipe)
     watch = on_event if on_event and ranks.first else lambda event: None
-    recipe = adopt(recipe, run := RunFolder(recipe.output))
-    check_recipe_alone(recipe)
-    store = feature_store(recipe, features)
+    with ranks.together():
+        recipe = adopt(recipe, run := RunFolder(recipe.output))
+        check_recipe_alone(recipe)
+        store = feature_store(recipe, features)
     with StopSignals() as signals, _locked(run, ranks):
         if ranks.told(lambda: run.look(recipe) == "finished" and run.has_weights()):
             ranks.alone(lambda: run.start(recipe))
