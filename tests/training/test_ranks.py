@@ -23,6 +23,7 @@ from tiny_models import PREPROCESSOR, write_tiny_model
 
 import phi3v
 from phi3v.run_folder import RunFolder
+from phi3v.targets import ADAPTER_WEIGHTS
 from phi3v.training.checkpoints import find_fault, read_manifest
 from phi3v.training.sampling import EvenSamples, epoch_order
 
@@ -33,7 +34,8 @@ ROWS, HELD_OUT = 11, 3
 TOLERANCE = 2e-6
 """How far weights and logged numbers may be from those of one process, whose sums have another order; absolute for
 weights, which are below 1, relative for losses and norms."""
-WHOLE = {"lora": None, "vision": {"tower": "train", "projector": "train"}}
+WHOLE = {"lora": None, "vision": {"tower": "train", "projector": "train", "projector_learning_rate": 1e-4}}
+SMOOTH = {"label_smoothing_factor": 0.1}
 DROPOUT = {"lora": {"r": 4, "lora_dropout": 0.2}}
 
 
@@ -112,13 +114,18 @@ def jobs_of(world: Path) -> dict[str, dict[str, Any]]:
         "hard": {"recipe": values(world, "hard", **hard)},
         "stopped": {"recipe": values(world, "stopped", **hard), "play": "stop"},
         "gone_on": {"recipe": values(world, "stopped", **hard)},
+        "fsdp_best": {
+            "recipe": values(
+                world, "fsdp_best", fsdp=True, training={"load_best_model_at_end": True, "greater_is_better": True}
+            )
+        },
         "fsdp_hard": {"recipe": values(world, "fsdp_hard", fsdp=True, **hard)},
         "fsdp_stopped": {"recipe": values(world, "fsdp_stopped", fsdp=True, **hard), "play": "stop"},
         "fsdp_gone_on": {"recipe": values(world, "fsdp_stopped", fsdp=True, **hard)},
         "oom": {"recipe": values(world, "oom", training={"micro_batch_size": 2}), "play": "oom"},
         "nan": {"recipe": values(world, "nan"), "play": "nan"},
         "skipped": {"recipe": values(world, "skipped", training={"non_finite": "skip"}), "play": "nan"},
-        "stream": {"recipe": values(world, "stream", data=stream)},
+        "stream": {"recipe": values(world, "stream", data=stream, training=SMOOTH)},
         "uneven": {"recipe": values(world, "uneven", training={"samples_per_step": 5})},
         "locked": {"recipe": values(world, "one")},
         "finished": {"recipe": values(world, "one_whole", **WHOLE)},
@@ -135,7 +142,7 @@ def torchrun(*words: str, timeout: float = 240) -> subprocess.Popen[str]:
 @pytest.fixture(scope="module")
 def outcomes(world: Path) -> Iterator[dict[str, list[dict[str, Any]]]]:
     """What came of each job on each rank."""
-    for name, sections in (("one", {}), ("one_whole", WHOLE), ("one_stream", {})):
+    for name, sections in (("one", {}), ("one_whole", WHOLE), ("one_stream", {"training": SMOOTH})):
         recipe = values(world, name, **sections)
         if name == "one_stream":
             recipe["data"] = {**recipe["data"], "streaming": True}
@@ -275,6 +282,17 @@ def test_a_signal_to_one_rank_stops_all_and_they_go_on_bit_for_bit(
     assert [told["status"] for told in outcomes[stopped.replace("stopped", "gone_on")]] == ["resumed", "resumed"]
     assert (world / stopped / "checkpoints" / "checkpoint-3").is_dir(), "the step of the signal was done to its end"
     assert_same_end(end_of(world / stopped), end_of(world / hard))
+
+
+def test_the_best_weights_are_put_back_into_a_sharded_model(
+    world: Path, outcomes: dict[str, list[dict[str, Any]]]
+) -> None:
+    """By the largest loss the best are those of step 2, which the last ones are not."""
+    assert [told["status"] for told in outcomes["fsdp_best"]] == ["trained", "trained"]
+    saved = [load_file(world / "fsdp" / "checkpoints" / f"checkpoint-{step}" / ADAPTER_WEIGHTS) for step in (2, 4)]
+    found = weights(world, "fsdp_best")
+    assert all(torch.equal(found[name], tensor) for name, tensor in saved[0].items())
+    assert not all(torch.equal(found[name], tensor) for name, tensor in saved[1].items())
 
 
 def test_ranks_halve_their_micro_batches_together(world: Path, outcomes: dict[str, list[dict[str, Any]]]) -> None:

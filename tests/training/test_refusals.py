@@ -25,6 +25,7 @@ MakeRecipe = Callable[..., phi3v.Recipe]
         ({"lr_scheduler_type": "cosin"}, "training.lr_scheduler_type is 'cosin', .*: did you mean cosine?"),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 1}}, "training: .*cycles"),
         ({"device_map": "auto"}, "training.device_map is decided by torchrun, a process for each GPU"),
+        ({"fsdp_config": {"version": 1}}, "training.fsdp_config.version is 1: ranks share a model by FSDP2"),
         ({"fsdp": True}, "training.fsdp shares a model among several processes"),
         ({"weight_decay": "much"}, "training.weight_decay is 'much', allowed is a number"),
         ({"logging_first_step": "no"}, "training.logging_first_step is 'no', allowed are true and false"),

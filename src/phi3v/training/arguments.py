@@ -38,6 +38,7 @@ _DECIDED_ELSEWHERE = {
     "device_map": "torchrun, a process for each GPU (one process that spreads a model uses one GPU at a time)",
     "length_column_name": "training.packing (lengths are known from image headers and texts)",
 }
+_NOT_SHARDED = {"version": 1, "cpu_ram_efficient_loading": True}
 _CHOICES = {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}
 _KWARGS = tuple(f"{name}_kwargs" for name in CHECKPOINTING)
 _FIXED = {"remove_unused_columns", "label_names", "prediction_loss_only", "disable_tqdm", "do_train", "do_eval"}
@@ -154,8 +155,14 @@ def check_options(options: dict[str, Any]) -> None:
     for name, value in options.items():
         if name in _CHOICES:
             _check_choice(name, value)
-        if name in _KWARGS and value is not None and not isinstance(value, dict):
+        if name in (*_KWARGS, "fsdp_config") and value is not None and not isinstance(value, dict):
             raise ConfigError(f"training.{name} is {value!r}, allowed is a mapping, or null for our own")
+    for name, value in _NOT_SHARDED.items():
+        if (options.get("fsdp_config") or {}).get(name) == value:
+            raise ConfigError(
+                f"training.fsdp_config.{name} is {value!r}: ranks share a model by FSDP2, and each looks at all of its "
+                "weights first; take it out"
+            )
     for option in fields(TrainingArguments):
         if option.name in options:
             _check_plain(option.name, options[option.name], option.default)

@@ -117,7 +117,7 @@ def train(
         recipe = adopt(recipe, run := RunFolder(recipe.output))
         check_recipe_alone(recipe)
         store = feature_store(recipe, features)
-    with StopSignals() as signals, _locked(run, ranks):
+    with StopSignals(patient=ranks.several) as signals, _locked(run, ranks):
         if ranks.told(lambda: run.look(recipe) == "finished" and run.has_weights()):
             ranks.alone(lambda: run.start(recipe))
             summary = run.read_summary(needed=_SUMMARY)
