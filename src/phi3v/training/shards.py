@@ -14,7 +14,7 @@ import torch.distributed as dist
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from phi3v.adapters import adapter_state, has_adapter
@@ -36,6 +36,16 @@ def shard_on_cpus(accelerator: Any, options: Mapping[str, Any]) -> None:
         plugin.set_mixed_precision(accelerator.mixed_precision)
     accelerator.state.fsdp_plugin = plugin
     accelerator.state.distributed_type = DistributedType.FSDP
+
+
+def keep_sums_precise(accelerator: Any) -> None:
+    """Has gradients of a short number type add up over ranks in float32, and the loss stay what it is; accelerate would
+    round both.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    policy = plugin.mixed_precision_policy
+    if policy is not None:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(policy.param_dtype, reduce_dtype=torch.float32)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from phi3v.training.master_weights import precise_state, shorten_weights, step_m
 from phi3v.training.meter import Meter, samples_and_tokens
 from phi3v.training.part_rates import set_part_rates
 from phi3v.training.sampling import EvenSamples, WholeSteps, epoch_order
-from phi3v.training.shards import shard_on_cpus, whole_number
+from phi3v.training.shards import keep_sums_precise, shard_on_cpus, whole_number
 from phi3v.training.state_files import random_states, set_random_states
 from phi3v.training.step_faults import NonFinite, is_out_of_memory
 
@@ -86,6 +86,8 @@ class StepTrainer(DurableTrainer):
         if self.args.fsdp and not self.is_fsdp_enabled:
             shard_on_cpus(self.accelerator, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled:
+            keep_sums_precise(self.accelerator)
 
     def _get_num_items_in_batch(self, *arguments: Any) -> Any:
         """Trained tokens of a validation batch; of several ranks each has its own mean, see `evaluation_loop`."""
