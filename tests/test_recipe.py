@@ -42,6 +42,12 @@ def test_the_output_is_named_after_the_file(tmp_path: Path) -> None:
     [
         ("data.trian=a", "unknown key data.trian; did you mean data.train?"),
         ("models=a", "unknown key models; did you mean model?"),
+        (
+            "model.device_map=auto",
+            "model.device_map: one process that spreads a model over GPUs computes on one of them at a time; take it "
+            "out and start one for each GPU, torchrun --nproc-per-node=N -m phi3v train, with training.fsdp=true where "
+            "no GPU holds the model",
+        ),
         ("learning_rate=1e-4", "unknown key learning_rate; did you mean training.learning_rate?"),
         ("data.num_crops=4", "unknown key data.num_crops; did you mean image.num_crops?"),
         (

@@ -21,7 +21,8 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_a_recipe_loads_and_the_libraries_take_its_options(path: Path, tmp_path: Path) -> None:
     recipe = Recipe.load(path)
-    lora_config(recipe.lora)
+    if recipe.lora is not None:
+        lora_config(recipe.lora)
     arguments = training_arguments(
         recipe, RunFolder(tmp_path), device=torch.device("cpu"), autocast=None, validated=True
     )

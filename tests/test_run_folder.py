@@ -192,6 +192,13 @@ def test_metrics_behind_a_checkpoint_are_dropped(tmp_path: Path) -> None:
     run.append_metrics({"event": "resumed"})
     run.keep_metrics(10)
     assert run.read_metrics() == [{"step": 5}, {"step": 10}, {"event": "resumed"}]
+    known = [{"step": 20, "loss": 1}, {"step": 20, "answers": []}, {"step": 20, "eval_loss": 2}]
+    for line in known:
+        run.append_metrics(line)
+    run.keep_metrics(20, 2)
+    assert run.read_metrics()[-3:] == known
+    run.keep_metrics(20, 1)
+    assert run.read_metrics()[-2:] == [{"event": "resumed"}, known[0]]
 
 
 def test_scores_predictions_and_report_come_back(tmp_path: Path) -> None:

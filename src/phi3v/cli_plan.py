@@ -78,6 +78,8 @@ def plan_lines(found: Plan) -> Iterator[str]:
         fits = found.available is not None and change.peak <= found.available
         reason = "fits too and is faster" if found.fits else "then it fits" if fits else "not enough yet"
         yield f"change: {change.override} ({gib(change.peak)} GiB, {reason})"
+    if found.sharded:
+        yield "training.fsdp: counted whole, as for one rank; of weights, gradients and optimiser N ranks hold 1/N each"
     if found.unknown_images:
         rows = counted(found.unknown_images, "row")
         yield f"{rows} whose images are not here yet are counted at the price of the dearest image"

@@ -9,6 +9,7 @@ has to be told how long to wait (`cli_hub`), and PIL when a command runs.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -23,7 +24,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import typer
 
 from phi3v.cli_hub import give_up_early
-from phi3v.errors import Interrupted, Phi3VError
+from phi3v.errors import Interrupted, OtherRankError, Phi3VError
+from phi3v.launch import Launch
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,11 +48,12 @@ class Session:
         """Where a person reads: standard output, or standard error when a machine reads standard output."""
         from rich.console import Console
 
-        return Console(file=sys.stderr if self.as_json else self.answers, highlight=False)
+        where = sys.stderr if self.as_json else self.answers
+        return Console(file=io.StringIO() if Launch.here().rank else where, highlight=False)
 
     def result(self, value: dict[str, Any]) -> None:
         """Print the one JSON object of a command, not-a-number and infinity as null; does nothing without `--json`."""
-        if self.as_json:
+        if self.as_json and not Launch.here().rank:
             from phi3v.run_folder import to_json
 
             self.answers.write(to_json(value) + "\n")
@@ -82,8 +85,11 @@ def session(debug: bool = False, as_json: bool = False, *, on_interrupt: str = "
             yield here
     except typer.Exit:
         raise
+    except OtherRankError:
+        raise typer.Exit(FAILED) from None
     except KeyboardInterrupt as error:
-        here.failed("interrupted" + on_interrupt, debug)
+        if not Launch.here().rank:
+            here.failed("interrupted" + on_interrupt, debug)
         raise typer.Exit(error.exit_code if isinstance(error, Interrupted) else INTERRUPTED) from None
     except BrokenPipeError:  # the reader of our output has gone: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), answers.fileno())
@@ -130,10 +136,20 @@ def slips_as_json(words: list[str]) -> Iterator[None]:
 
 
 def _say(message: str, debug: bool) -> None:
+    """A line for people. What ranks say before they know of each other they all say, so one on each machine does."""
+    launch = Launch.here()
+    if launch.local_rank and not _have_met():
+        return
     if debug:
         traceback.print_exc(file=sys.stderr)
-    sys.stderr.write("phi3v: " + printable(message) + "\n")
+    sys.stderr.write(f"phi3v: {f'rank {launch.rank}: ' if launch.rank else ''}{printable(message)}\n")
     sys.stderr.flush()
+
+
+def _have_met() -> bool:
+    """Whether this rank has found the others."""
+    ranks = sys.modules.get("phi3v.training.ranks")
+    return ranks is not None and ranks.have_met()
 
 
 def printable(text: str) -> str:
@@ -152,7 +168,8 @@ def hush(debug: bool, as_json: bool) -> None:
     warnings.simplefilter("ignore")
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
     for name in _SHOWN:  # rows that are left out are told on the screen
-        _show_warnings_of(name)
+        if not Launch.here().rank:
+            _show_warnings_of(name)
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it says of a broken image is in the row's problem
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")

@@ -56,6 +56,10 @@ class TrainingError(Phi3VError, RuntimeError):
     """Training cannot go on: nothing to train, a non-finite loss, a broken resume."""
 
 
+class OtherRankError(Phi3VError, RuntimeError):
+    """Another process of the same training failed, and says why itself."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A run was asked to stop, by Ctrl-C or SIGTERM; it is no error, and `except Exception` lets it pass.
 

@@ -60,7 +60,8 @@ RUN_FILES = ("recipe.yaml", "versions.json")
 
 SETTINGS = tuple(
     "evaluation report model.device data.image_cache data.allow_hosts vision.cache_gb vision.cache_folder "
-    "training.fast_lora training.non_finite".split()
+    "training.fast_lora training.non_finite training.fsdp training.fsdp_config training.ddp_backend "
+    "training.ddp_timeout".split()
 )
 """Sections and keys that do not change what is trained: where and how fast it happens, and what is done afterwards."""
 
@@ -326,7 +327,8 @@ class Recipe(Section):
         values, given = self.model_dump(), other.with_places().model_dump()
         for section, _, key in (name.partition(".") for name in SETTINGS):
             if key:
-                values[section][key] = given[section][key]
+                values[section] = {name: value for name, value in values[section].items() if name != key}
+                values[section] |= {name: value for name, value in given[section].items() if name == key}
             else:
                 values[section] = given[section]
         return type(self).from_dict(values)

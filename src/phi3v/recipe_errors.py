@@ -24,6 +24,12 @@ _ALLOWED = {
     "string_too_short": "text that is not empty",
     "too_short": "a list that is not empty",
 }
+_REFUSED = {
+    "model.device_map": "one process that spreads a model over GPUs computes on one of them at a time; take it out and "
+    "start one for each GPU, torchrun --nproc-per-node=N -m phi3v train, with training.fsdp=true where "
+    "no GPU holds the model",
+}
+"""Keys that other programs have, and why there is none of them here."""
 _MOST = 3
 """So many mistakes are spelled out; the others are counted."""
 
@@ -45,7 +51,7 @@ def _explain_one(mistake: dict[str, Any], model: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in mistake["loc"] if not str(part).startswith("("))  # (tags of unions)
     kind, given, context = mistake["type"], mistake["input"], mistake.get("ctx", {})
     if kind == "extra_forbidden":
-        return _unknown(key, model)
+        return f"{key}: {_REFUSED[key]}" if key in _REFUSED else _unknown(key, model)
     if kind == "missing":
         return f"{key} is missing; add it to the recipe"
     if kind == "value_error":

@@ -266,7 +266,8 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_save_go_with_the_next_one(tmp_path: Path) -> None:
-    fill(begin(tmp_path, 5))
+    begin(tmp_path / ".checkpoint-5.tmp")
+    fill(tmp_path / ".checkpoint-5.tmp")
     assert newest_checkpoint(tmp_path) is None
     saved(tmp_path, 6)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]

@@ -223,7 +223,7 @@ def test_the_command_tells_it_all(make: MakeRecipe, tmp_path: Path, monkeypatch:
     path = tmp_path / "recipe.yaml"
     recipe = make(data={"split": {"validation": 2}}, training={"micro_batch_size": "auto"})
     path.write_text(recipe.to_yaml().replace("device: cpu", "device: auto"))
-    done = CliRunner().invoke(app, ["plan", str(path), "--memory", "1GiB"])
+    done = CliRunner().invoke(app, ["plan", str(path), "training.fsdp=true", "--memory", "1GiB"])
     assert done.exit_code == 0, done.output
     for words in (
         "GPU, bfloat16",
@@ -234,6 +234,7 @@ def test_the_command_tells_it_all(make: MakeRecipe, tmp_path: Path, monkeypatch:
         "logits",
         "together",
         "steps: 4",
+        "N ranks hold 1/N each",
     ):
         assert words in done.output
     assert "fits into 1.00 GiB" in done.output and "chosen: training.micro_batch_size=4" in done.output

@@ -12,7 +12,7 @@ from PIL import Image
 import phi3v
 from phi3v.run_folder import RunFolder
 from phi3v.training.callbacks import TrainingEvent
-from phi3v.training.meter import Meter
+from phi3v.training.meter import Meter, samples_and_tokens
 
 MakeRecipe = Callable[..., phi3v.Recipe]
 
@@ -21,7 +21,7 @@ def test_a_meter_counts_samples_and_tokens_without_padding() -> None:
     meter = Meter()
     packed = {"input_ids": torch.zeros(1, 5), "cu_seqlens": torch.tensor([0, 3, 5])}
     padded = {"input_ids": torch.zeros(2, 4), "position_ids": torch.tensor([[0, 1, 2, 3], [0, 1, 1, 1]])}
-    meter.add([packed, padded])
+    meter.add(*samples_and_tokens([packed, padded]))
     assert (meter.samples, meter.tokens) == (4, 5 + 4 + 2)
     rates = meter.rates()
     assert rates["tokens_per_second"] / rates["samples_per_second"] == pytest.approx(11 / 4)

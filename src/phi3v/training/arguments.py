@@ -7,6 +7,7 @@ through by its own name, after a check that TrainingArguments has it. Nothing is
 import contextlib
 import difflib
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import fields
 from typing import Any
 
@@ -30,16 +31,27 @@ _DECIDED_ELSEWHERE = {
     "ignore_data_skip": "data.streaming (a run goes on with the samples that were to come)",
     "enable_jit_checkpoint": "what happens at SIGTERM (the last whole step is saved, see docs/training.md)",
     "train_sampling_strategy": "training.seed (each epoch has every row in an order of its own)",
+    "average_tokens_across_devices": "training.samples_per_step (a loss is the mean over its tokens, on all ranks)",
+    "local_rank": "torchrun or accelerate launch",
+    "deepspeed": "training.fsdp (PyTorch's own way to shard a model)",
+    "parallelism_config": "torchrun's number of ranks (each has samples of its own; see training.fsdp)",
+    "device_map": "torchrun, a process for each GPU (one process that spreads a model uses one GPU at a time)",
     "length_column_name": "training.packing (lengths are known from image headers and texts)",
 }
-_SEVERAL_PROCESSES = {"fsdp", "fsdp_config", "deepspeed", "parallelism_config", "local_rank"}
+_NOT_SHARDED = {"version": 1, "cpu_ram_efficient_loading": True}
 _CHOICES = {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}
 _KWARGS = tuple(f"{name}_kwargs" for name in CHECKPOINTING)
 _FIXED = {"remove_unused_columns", "label_names", "prediction_loss_only", "disable_tqdm", "do_train", "do_eval"}
 
 
 def training_arguments(
-    recipe: Recipe, run: RunFolder, *, device: torch.device, autocast: torch.dtype | None, validated: bool
+    recipe: Recipe,
+    run: RunFolder,
+    *,
+    device: torch.device,
+    autocast: torch.dtype | None,
+    validated: bool,
+    ranks: int = 1,
 ) -> TrainingArguments:
     """TrainingArguments of a run.
 
@@ -49,13 +61,14 @@ def training_arguments(
         device: cpu or cuda.
         autocast: dtype of mixed precision, None to compute in the weights' own.
         validated: whether there are validation rows.
+        ranks: processes that share each step.
 
     Raises:
         ConfigError: an option that TrainingArguments does not have, that is decided elsewhere, or that it refuses.
     """
     training = recipe.training
     check_options(training.options)
-    options = _today(training.options)
+    options = _today(deepcopy(training.options))  # TrainingArguments fills up what it is given
     if training.early_stopping is not None and not validated:
         raise ConfigError("training.early_stopping needs held-out rows: set data.split or data.validation")
     transfer = {"non_blocking": device.type == "cuda"}  # from pinned memory, while the device computes
@@ -73,7 +86,7 @@ def training_arguments(
     }
     computed: dict[str, Any] = {
         "output_dir": str(run.checkpoints),
-        "per_device_train_batch_size": training.samples_per_step,  # a step is one item of the loader, see `StepTrainer`
+        "per_device_train_batch_size": training.samples_per_step // ranks,  # a step is one item of the loader
         "gradient_accumulation_steps": 1,
         "per_device_eval_batch_size": recipe.evaluation.batch_size,
         "num_train_epochs": training.epochs,
@@ -136,18 +149,20 @@ def check_options(options: dict[str, Any]) -> None:
     for name in options:
         if name in _DECIDED_ELSEWHERE:
             raise ConfigError(f"training.{name} is decided by {_DECIDED_ELSEWHERE[name]}: take it out of the recipe")
-        if name in _SEVERAL_PROCESSES:
-            raise ConfigError(
-                f"training.{name} is for trainings of several processes, and phi3v trains in one: take it out"
-            )
         if name in _FIXED:
             raise ConfigError(f"training.{name} cannot be chosen: take it out of the recipe")
     check_names("training", options, [field.name for field in fields(TrainingArguments)])
     for name, value in options.items():
         if name in _CHOICES:
             _check_choice(name, value)
-        if name in _KWARGS and value is not None and not isinstance(value, dict):
+        if name in (*_KWARGS, "fsdp_config") and value is not None and not isinstance(value, dict):
             raise ConfigError(f"training.{name} is {value!r}, allowed is a mapping, or null for our own")
+    for name, value in _NOT_SHARDED.items():
+        if (options.get("fsdp_config") or {}).get(name) == value:
+            raise ConfigError(
+                f"training.fsdp_config.{name} is {value!r}: ranks share a model by FSDP2, and each looks at all of its "
+                "weights first; take it out"
+            )
     for option in fields(TrainingArguments):
         if option.name in options:
             _check_plain(option.name, options[option.name], option.default)

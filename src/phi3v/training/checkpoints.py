@@ -9,8 +9,8 @@
                                                        and of itself
 
 A checkpoint is filled in `.checkpoint-50.tmp` beside it; its files, the manifest and the folder are seen onto the disk
-before one rename makes it a checkpoint. Several processes may fill one folder: one calls `begin`, all write files with
-names of their own, one calls `publish`. Nothing is unpickled: a checkpoint holds safetensors and JSON alone. Knows
+before one rename makes it a checkpoint. Several ranks fill one folder with files of names of their own: the first one
+makes and publishes it, when all are through. Nothing is unpickled: a checkpoint holds safetensors and JSON alone. Knows
 nothing of the Trainer.
 """
 
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3v.errors import CheckpointError
+from phi3v.training.ranks import ALONE, Ranks
 from phi3v.whole_files import sync_file, sync_folder
 
 MANIFEST = "manifest.json"
@@ -34,7 +35,9 @@ _PLAIN = {".safetensors", ".json", ".jinja", ".txt"}
 _log = logging.getLogger(__name__)
 
 
-def save_checkpoint(folder: Path, step: int, fill: Callable[[Path], Any], facts: dict[str, Any]) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, fill: Callable[[Path], Any], facts: dict[str, Any], ranks: Ranks = ALONE
+) -> Path:
     """Writes `checkpoint-STEP` into `folder`; what goes wrong meanwhile leaves all as it was.
 
     Args:
@@ -42,28 +45,36 @@ def save_checkpoint(folder: Path, step: int, fill: Callable[[Path], Any], facts:
         step: optimiser steps done.
         fill: writes the files into the folder that it is given.
         facts: what the manifest says besides, {"conditions": {...}} for instance.
+        ranks: which fill it together, each with files of its own; the first begins and publishes it.
     """
-    staging = begin(folder, step)
-    try:
-        fill(staging)
-        return publish(staging, facts)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)  # it holds space that is needed for another try
-        raise
-
-
-def begin(folder: Path, step: int) -> Path:
-    """An empty folder to fill with the checkpoint of a step; leftovers of a save that was cut off are removed."""
-    for leftover in folder.glob(".checkpoint-*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
     staging = folder / f".checkpoint-{step}.tmp"
+    try:
+        ranks.alone(lambda: begin(staging))
+        with ranks.together():
+            fill(staging)
+        ranks.alone(lambda: publish(staging, facts))
+    except BaseException:
+        if ranks.first:
+            shutil.rmtree(staging, ignore_errors=True)  # it holds space that is needed for another try
+        raise
+    return published(staging)
+
+
+def begin(staging: Path) -> None:
+    """Makes a folder to fill with a checkpoint; leftovers of a save that was cut off are removed."""
+    for leftover in staging.parent.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
     staging.mkdir(parents=True)
-    return staging
+
+
+def published(staging: Path) -> Path:
+    """What a filled folder is when it is published: `.checkpoint-50.tmp` -> `checkpoint-50`."""
+    return staging.with_name(staging.name.removeprefix(".").removesuffix(".tmp"))
 
 
 def publish(staging: Path, facts: dict[str, Any]) -> Path:
     """Makes a filled folder a checkpoint: `.checkpoint-50.tmp` -> `checkpoint-50`, in place of a broken one."""
-    target = staging.with_name(staging.name.removeprefix(".").removesuffix(".tmp"))
+    target = published(staging)
     names = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
     strangers = [name for name in names if Path(name).suffix not in _PLAIN]
     assert not strangers, f"a checkpoint holds safetensors and JSON alone, not {strangers}"

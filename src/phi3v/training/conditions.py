@@ -43,15 +43,17 @@ def conditions_of(data: LoadedData | StreamedData, base: str, device: torch.devi
     }
 
 
-def facts_of(checkpoint: Path | None, now: dict[str, Any]) -> dict[str, Any]:
+def facts_of(checkpoint: Path | None, now: dict[str, Any], ranks: int = 1) -> dict[str, Any]:
     """What manifests of a run say besides their files, under today's conditions.
 
     Args:
         checkpoint: which the run goes on from; None at its start.
         now: what `conditions_of` gave.
+        ranks: processes that share each step.
     Raises: ConfigError where the run cannot go on from it.
     """
     then = read_manifest(checkpoint) if checkpoint else {}
+    now = {**now, "ranks": ranks}
     if checkpoint:
         compare(then.get("conditions", {}), now, checkpoint.name)
     return {"conditions": now, "halvings": then.get("halvings", 0)}

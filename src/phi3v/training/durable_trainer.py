@@ -14,6 +14,7 @@ Tested with transformers 5.23.0. The methods without a public name that are repl
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from transformers.trainer_utils import IntervalStrategy
 from phi3v.errors import CheckpointError, Interrupted
 from phi3v.targets import ADAPTER_WEIGHTS
 from phi3v.training.checkpoints import STATE, checkpoint_step, find_fault, rotate, save_checkpoint
+from phi3v.training.ranks import Ranks
+from phi3v.training.shards import is_sharded, load_shards, sharded_as, whole, whole_weights
 from phi3v.training.state_files import random_states, read_state, set_random_states, write_state
 from phi3v.training.stop_signals import StopSignals
 
@@ -56,16 +59,25 @@ class Moment:
 class DurableTrainer(Trainer):
     """The Trainer with checkpoints of ours."""
 
-    def __init__(self, *, signals: StopSignals | None = None, facts: dict[str, Any] | None = None, **arguments: Any):
+    def __init__(
+        self,
+        *,
+        signals: StopSignals | None = None,
+        facts: dict[str, Any] | None = None,
+        ranks: Ranks | None = None,
+        **arguments: Any,
+    ) -> None:
         """A Trainer.
 
         Args:
             signals: by which the run is stopped; None where nothing is caught.
             facts: what the manifests of checkpoints say besides.
+            ranks: the processes that train; None for this one alone.
             **arguments: the Trainer's own.
         """
         super().__init__(**arguments)
         self.signals = signals or StopSignals()
+        self.ranks = ranks or Ranks()
         self.facts = facts or {}
         self.moment: Moment | None = None
         self.updating = False  # an update of the weights has begun whose step is not whole yet
@@ -76,11 +88,17 @@ class DurableTrainer(Trainer):
     def train(self, resume_from_checkpoint: Any = None, **arguments: Any) -> Any:
         """The Trainer's training. Raises: Interrupted after a signal, when the last whole step is saved."""
         self._resumed = self.saved = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self._resumed is not None and self.is_fsdp_enabled:
+            self._load_from_checkpoint(str(self._resumed))  # while weights are whole
+        if self.ranks.several:
+            self.signals.hold()  # one that stops by itself would leave the others waiting, see `_stop_together`
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
         except Interrupted:
             self.save_last_step()
             raise
+        self.signals.release()
+        return result
 
     # saving
 
@@ -108,14 +126,17 @@ class DurableTrainer(Trainer):
 
     def _write(self) -> None:
         """Writes the checkpoint of the last whole step and removes those that are too many."""
+        assert self.optimizer is not None
         self.store_flos()
         self._note_best(this=True)
         folder = Path(self.args.output_dir)
-        self.saved = save_checkpoint(folder, self.state.global_step, self._fill, self.facts)
-        if self.args.push_to_hub:
+        weights, optimizer = self.whole_weights(), whole(self.optimizer.state_dict())
+        fill = partial(self._fill, weights=weights, optimizer=optimizer)
+        self.saved = saved = save_checkpoint(folder, self.state.global_step, fill, self.facts, self.ranks)
+        if self.args.push_to_hub and self.ranks.first:
             self._push_from_checkpoint(str(self.saved))
         best = self.state.best_model_checkpoint
-        rotate(folder, self.saved, self.args.save_total_limit, Path(best) if best else None)
+        self.ranks.alone(lambda: rotate(folder, saved, self.args.save_total_limit, Path(best) if best else None))
 
     def _note_best(self, this: bool = False) -> None:
         """Notes the checkpoint of the best step, `this` one included which is about to be written."""
@@ -124,17 +145,19 @@ class DurableTrainer(Trainer):
         if step and (best.is_dir() or (this and step == self.state.global_step)):
             self.state.best_model_checkpoint = str(best)
 
-    def _fill(self, folder: Path) -> None:
-        """Writes all files of a checkpoint but its manifest."""
-        assert self.moment is not None and self.optimizer is not None and self.lr_scheduler is not None
-        self.save_weights(folder)
-        write_state(folder, "optimizer", self.optimizer.state_dict())
+    def _fill(self, folder: Path, weights: dict | None, optimizer: Any) -> None:
+        """Writes the files of a checkpoint, the manifest aside: all of the first rank, of others what is theirs."""
+        assert self.moment is not None and self.lr_scheduler is not None
+        moment = self.moment
+        sums = {"loss": moment.loss, "logged": moment.logged, "total_loss": moment.total_loss}
+        write_state(folder, f"rank-{self.ranks.rank}", {"random": moment.random, **sums})
+        if not self.ranks.first:
+            return
+        self.save_weights(folder, weights)
+        write_state(folder, "optimizer", optimizer)
         write_state(folder, "scheduler", self.lr_scheduler.state_dict())
         if self.accelerator.scaler is not None:
             write_state(folder, "scaler", self.accelerator.scaler.state_dict())
-        moment = self.moment
-        sums = {"loss": moment.loss, "logged": moment.logged, "total_loss": moment.total_loss}
-        write_state(folder, f"rank-{self.args.process_index}", {"random": moment.random, **sums})
         self.state.total_flos = moment.operations
         self.state.num_input_tokens_seen = moment.tokens
         exported = [one for one in [*self.callback_handler.callbacks, self.control] if isinstance(one, ExportableState)]
@@ -155,6 +178,16 @@ class DurableTrainer(Trainer):
         self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's form with every field left open
 
+    def whole_weights(self, *, float32: bool = False) -> dict[str, Any] | None:
+        """What `save_weights` takes of a model that is sharded, whole on the first rank, all ranks have to ask; None
+        for one that is not. With `float32` all weights are of that type.
+        """
+        if self.is_fsdp_enabled:
+            return whole_weights(self.model, float32=float32)
+        if float32:
+            self.model.float()
+        return None
+
     def remember(self) -> None:
         """Notes that a step is whole, with all that belongs to it."""
         self.moment = Moment(
@@ -164,7 +197,7 @@ class DurableTrainer(Trainer):
             logged=self._globalstep_last_logged,
             total_loss=self._total_loss_scalar,
             tokens=int(self.state.num_input_tokens_seen),
-            operations=float(self.state.total_flos + self.current_flos),
+            operations=float(self.state.total_flos + self.current_flos * self.ranks.count),
         )
         self.updating = False
 
@@ -173,6 +206,10 @@ class DurableTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The weights of a checkpoint, from safetensors alone."""
         folder = Path(resume_from_checkpoint)
+        if is_sharded(self.model):
+            if folder != self._resumed:  # which was loaded before they were sharded
+                load_shards(self.model, folder)
+            return
         if (folder / ADAPTER_WEIGHTS).is_file():
             self.model.load_adapter(folder, self.model.active_adapters[0], is_trainable=True)
             return
@@ -196,7 +233,7 @@ class DurableTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Their states."""
         if checkpoint is not None:
-            self.optimizer.load_state_dict(read_state(Path(checkpoint), "optimizer"))
+            self.optimizer.load_state_dict(sharded_as(self.optimizer, read_state(Path(checkpoint), "optimizer")))
             self.lr_scheduler.load_state_dict(read_state(Path(checkpoint), "scheduler"))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
@@ -207,13 +244,20 @@ class DurableTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The random states, right before the first step."""
         if checkpoint is not None:
-            set_random_states(read_state(Path(checkpoint), f"rank-{self.args.process_index}")["random"])
+            kept = self._own_state(Path(checkpoint))
+            if kept is not None:
+                set_random_states(kept["random"])
+
+    def _own_state(self, checkpoint: Path) -> dict[str, Any] | None:
+        """What this rank left behind; None where the checkpoint is one of fewer ranks."""
+        name = f"rank-{self.ranks.rank}"
+        return read_state(checkpoint, name) if (checkpoint / f"{name}.json").is_file() else None
 
     def begin(self) -> None:
         """Before the first step: goes on with the sums of the loss, and makes up for an evaluation that was cut off."""
         if self._resumed is None:
             return
-        kept = read_state(self._resumed, f"rank-{self.args.process_index}")
+        kept = self._own_state(self._resumed) or read_state(self._resumed, "rank-0")  # sums are the same on all ranks
         self._tr_loss += kept["loss"].to(self._tr_loss.device)
         self._globalstep_last_logged, self._total_loss_scalar = kept["logged"], kept["total_loss"]
         if self._owes_evaluation():
@@ -248,12 +292,21 @@ class DurableTrainer(Trainer):
         self.signals.hold()
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self.remember()
-        self.signals.release()
+        if self.ranks.several:
+            self._stop_together()
+        else:
+            self.signals.release()
+
+    def _stop_together(self) -> None:
+        """Raises: Interrupted on all ranks when a signal came to one; between two steps alone ranks can stop alike."""
+        received = int(self.ranks.most([self.signals.received or 0])[0])
+        if received:
+            raise Interrupted(received)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """An evaluation: can be stopped, and draws no random number that the training would draw."""
         self.remember()
-        with self.signals.open(), _same_random_numbers():
+        with contextlib.nullcontext() if self.ranks.several else self.signals.open(), _same_random_numbers():
             return super()._evaluate(*args, **kwargs)
 
 

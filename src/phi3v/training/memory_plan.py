@@ -49,6 +49,7 @@ class Plan:
         outlook: steps, tokens, arithmetic.
         largest: tokens of the largest micro-batch, padding included.
         unknown_images: rows whose images are not here, counted at the price of the dearest image.
+        sharded: whether ranks are to share the model (`training.fsdp`), whose memory is that of one process here.
     """
 
     device: str
@@ -60,6 +61,7 @@ class Plan:
     outlook: Outlook
     largest: int
     unknown_images: int
+    sharded: bool = False
 
     @property
     def fits(self) -> bool | None:
@@ -113,6 +115,7 @@ def plan_recipe(
         outlook=outlook(here, seen.rows, seen.facts, config, seen.num_crops),
         largest=max(sum(sample.tokens for sample in group) for group in counted.micro_batches(settled)),
         unknown_images=seen.unknown,
+        sharded=bool(recipe.training.options.get("fsdp")),
     )
 
 

@@ -23,17 +23,10 @@ class Meter:
         """Counts anew."""
         self.samples, self.tokens, self.began = 0, 0, time.monotonic()
 
-    def add(self, micro_batches: Sequence[Mapping[str, Any]]) -> None:
-        """A step's micro-batches are about to go through the model; padding is no token."""
-        for batch in micro_batches:
-            if batch.get("cu_seqlens") is not None:
-                self.samples += len(batch["cu_seqlens"]) - 1
-                self.tokens += batch["input_ids"].numel()
-            else:
-                self.samples += len(batch["input_ids"])
-                positions = batch.get("position_ids")
-                whole = batch["input_ids"].numel()
-                self.tokens += whole if positions is None else int((positions.max(dim=1).values + 1).sum())
+    def add(self, samples: int, tokens: int) -> None:
+        """A step is about to go through the model."""
+        self.samples += samples
+        self.tokens += tokens
 
     def rates(self) -> dict[str, float]:
         """{"samples_per_second": 9.3, "tokens_per_second": 23800.0, "memory_gib": 30.0} so far."""
@@ -43,6 +36,24 @@ class Meter:
             "tokens_per_second": self.tokens / seconds,
             "memory_gib": most_memory() / 2**30,
         }
+
+
+def samples_and_tokens(micro_batches: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """What micro-batches hold; padding is no token.
+
+    Example: a pack of 3 and 2 tokens, and a padded batch of 4 and 2 tokens -> (4, 11).
+    """
+    samples, tokens = 0, 0
+    for batch in micro_batches:
+        if batch.get("cu_seqlens") is not None:
+            samples += len(batch["cu_seqlens"]) - 1
+            tokens += batch["input_ids"].numel()
+        else:
+            samples += len(batch["input_ids"])
+            positions = batch.get("position_ids")
+            whole = batch["input_ids"].numel()
+            tokens += whole if positions is None else int((positions.max(dim=1).values + 1).sum())
+    return samples, tokens
 
 
 def most_memory() -> int:

@@ -10,6 +10,7 @@ from huggingface_hub import HfApi
 
 from phi3v.errors import ConfigError
 from phi3v.evaluation.metrics import AnswerTemplate, choose_numeric_fields
+from phi3v.launch import Launch
 from phi3v.passthrough import first_line
 from phi3v.recipe import Recipe
 from phi3v.training.arguments import check_options
@@ -17,9 +18,8 @@ from phi3v.training.prepare import adapter_place
 from phi3v.training.trackers import check_trackers
 from phi3v.tuning import lora_config
 
-_PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Variables by which launchers (torchrun, accelerate, mpirun) say how many processes there are, as accelerate reads
-them."""
+_OTHER_LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables by which mpirun says how many processes there are, as accelerate reads them."""
 
 
 def check_recipe_alone(recipe: Recipe) -> None:
@@ -30,7 +30,7 @@ def check_recipe_alone(recipe: Recipe) -> None:
         DataError: the answer template.
         MissingPackageError: a tracker that is not installed.
     """
-    refuse_several_processes()
+    refuse_other_launchers()
     check_options(recipe.training.options)
     if recipe.lora is not None:
         lora_config(recipe.lora)
@@ -40,14 +40,14 @@ def check_recipe_alone(recipe: Recipe) -> None:
     check_trackers(recipe.report.to)
 
 
-def refuse_several_processes() -> None:
-    """Raises: ConfigError under a launcher of several processes, each of which would take whole steps of its own."""
-    for name in _PROCESS_COUNTS:
+def refuse_other_launchers() -> None:
+    """Raises: ConfigError under mpirun, each of whose processes would take whole steps of its own."""
+    for name in _OTHER_LAUNCHERS:
         count = os.environ.get(name, "")
-        if count.isdigit() and int(count) > 1:
+        if count.isdigit() and int(count) > 1 and Launch.here().count == 1:
             raise ConfigError(
-                f"{name} is {count}: phi3v trains in one process on one device, and {count} of them would make a step "
-                f"{count} times training.samples_per_step; start it without torchrun, accelerate launch or mpirun"
+                f"{name} is {count}: {count} processes that do not know of each other would each train all of it; "
+                f"start them with torchrun --nproc-per-node={count} -m phi3v train"
             )
 
 

@@ -15,12 +15,14 @@ from phi3v.adapters import check_adapter, load_adapter
 from phi3v.errors import CheckpointError, ConfigError, DeviceError
 from phi3v.kernels.lora_layer import attach_fast_lora
 from phi3v.kernels.packed_attention import attach_packed_attention
+from phi3v.launch import Launch
 from phi3v.loading import load_base, resolve_device, resolve_dtype
 from phi3v.recipe import Recipe
 from phi3v.targets import Target, resolve_target
 from phi3v.training.arguments import checkpointing, checkpointing_kwargs
 from phi3v.training.conditions import name_weights
 from phi3v.training.master_weights import same_in
+from phi3v.training.ranks import Ranks
 from phi3v.tuning import attach_lora, freeze, mark_trained, vision_choices
 
 
@@ -42,8 +44,15 @@ class Prepared:
 
 
 def training_device(device: str) -> torch.device:
-    """The device of a recipe; training uses the first visible GPU."""
-    wanted = resolve_device(device)
+    """The device of a recipe; training uses the first visible GPU, of several ranks each the one of its number."""
+    launch, wanted = Launch.here(), resolve_device(device)
+    if wanted.type == "cuda" and wanted.index is None and launch.count > 1:
+        if launch.local_rank >= torch.cuda.device_count():
+            raise DeviceError(
+                f"rank {launch.rank} is number {launch.local_rank} on this machine, which has "
+                f"{torch.cuda.device_count()} GPUs: start as many ranks (--nproc-per-node), or set model.device=cpu"
+            )
+        return torch.device("cuda", launch.local_rank)
     if wanted.type == "cuda" and wanted.index not in (None, 0):
         raise DeviceError(
             f"model.device is {device!r}, training uses the first visible GPU: set CUDA_VISIBLE_DEVICES={wanted.index} "
@@ -52,13 +61,37 @@ def training_device(device: str) -> torch.device:
     return wanted
 
 
+def join_ranks(recipe: Recipe) -> Ranks:
+    """Joins the other ranks of a training, where a launcher started some.
+
+    Raises: ConfigError where they cannot share the recipe's steps, or are to share a model and are not there.
+    """
+    options = recipe.training.options
+    if options.get("fsdp") and Launch.here().count == 1:
+        raise ConfigError(
+            "training.fsdp shares a model among several processes, and this is one alone: start it with torchrun "
+            "--nproc-per-node=N -m phi3v train, or take it out"
+        )
+    ranks = Ranks.join(
+        training_device(recipe.model.device), backend=options.get("ddp_backend"), timeout=options.get("ddp_timeout")
+    )
+    samples = recipe.training.samples_per_step
+    with ranks.together():
+        if samples % ranks.count:
+            raise ConfigError(
+                f"training.samples_per_step is {samples}, which {ranks.count} ranks cannot share evenly: set a "
+                f"multiple of {ranks.count}, as a step has so many samples over all ranks"
+            )
+    return ranks
+
+
 def prepare_model(recipe: Recipe, device: torch.device) -> Prepared:
     """Loads the base of a recipe and makes it ready to train on a device."""
     compute = resolve_dtype(recipe.model.dtype, device)
     model = load_base(
         recipe.model.name,
         dtype=base_dtype(recipe),
-        device=recipe.model.device,
+        device=str(device),
         attn_implementation=recipe.model.attn_implementation,
         quantization=recipe.quantization,
         revision=recipe.model.revision,
@@ -108,13 +141,14 @@ def make_ready(model: Any, recipe: Recipe, compute: torch.dtype, *, on_gpu: bool
         model = attach_lora(model, recipe.lora, revision=recipe.model.revision, **vision)
     if checkpointing_kwargs(recipe.training.options)["use_reentrant"]:
         model.enable_input_require_grads()  # re-entrant checkpoints need an input that asks for a gradient
-    if recipe.training.fast_lora == "auto" and not recipe.training.options.get("torch_compile"):
+    sharded = bool(recipe.training.options.get("fsdp"))  # whole weights are there while a layer runs, and masters never
+    if recipe.training.fast_lora == "auto" and not recipe.training.options.get("torch_compile") and not sharded:
         attach_fast_lora(model, force=on_gpu)
     if recipe.training.packing:
         attach_packed_attention(model)
     if wholly:
         _shorten_frozen_tower(model, compute)
-    short = torch.bfloat16 if compute == torch.bfloat16 and not wholly else None
+    short = torch.bfloat16 if compute == torch.bfloat16 and not wholly and not sharded else None
     return Prepared(model, None if compute in (torch.float32, short) else compute, short)
 
 

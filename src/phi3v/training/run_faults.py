@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch.distributed import DistError
 
 from phi3v.errors import TrainingError
 from phi3v.passthrough import first_line
@@ -43,6 +44,10 @@ def one_line_faults(trainer: StepTrainer, folder: Path) -> Iterator[None]:
                 f"out of memory at step {step}, outside of its micro-batches ({first_line(error)}): set "
                 "training.optim: adamw_8bit, a smaller lora.r or evaluation.batch_size"
             )
+        elif trainer.ranks.several and is_of_ranks(error):
+            raise TrainingError(
+                f"another rank is gone at step {step} ({first_line(error)}); {_again(trainer.saved)}"
+            ) from error
         elif "DataLoader worker" in str(error) and not str(error).startswith("Caught"):
             stuck = trainer.workers.killed or trainer.eval_workers.killed
             what = (
@@ -53,7 +58,15 @@ def one_line_faults(trainer: StepTrainer, folder: Path) -> Iterator[None]:
             )
         else:
             raise
-        raise TrainingError(f"{line}; {_again(trainer.save_last_step())}") from error
+        saved = (
+            trainer.saved if trainer.ranks.several else trainer.save_last_step()
+        )  # ranks save together or not at all
+        raise TrainingError(f"{line}; {_again(saved)}") from error
+
+
+def is_of_ranks(error: RuntimeError) -> bool:
+    """Whether an error is one of what ranks send to each other."""
+    return isinstance(error, DistError) or "gloo" in str(error)
 
 
 def is_full(error: BaseException) -> bool:

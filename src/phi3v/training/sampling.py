@@ -6,9 +6,10 @@ come.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 
 def epoch_order(rows: int, samples_per_step: int, seed: int, epoch: int) -> list[int]:
@@ -41,3 +42,23 @@ class WholeSteps(Sampler[int]):
 
     def __len__(self) -> int:
         return -(-self.rows // self.samples_per_step) * self.samples_per_step
+
+
+class EvenSamples(Dataset[Any]):
+    """Validation samples, filled up so that all ranks have as many: with copies of the first in which nothing counts.
+
+    Example: 5 samples in batches of 2 on 2 ranks are 8, of which the last three have no label.
+    """
+
+    def __init__(self, samples: Any, multiple: int) -> None:
+        """Keep the samples and what their number has to be a multiple of."""
+        self.samples, self.multiple = samples, multiple
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // self.multiple) * self.multiple
+
+    def __getitem__(self, place: int) -> Any:
+        if place < len(self.samples):
+            return self.samples[place]
+        first = self.samples[0]
+        return {**first, "labels": torch.full_like(first["labels"], -100)}

@@ -8,6 +8,7 @@ one whose loss or gradient is no number changes nothing. How the Trainer saves a
 `durable_trainer`.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,20 @@ from phi3v.data.collate import StepCollator
 from phi3v.errors import TrainingError
 from phi3v.passthrough import first_line
 from phi3v.training.durable_trainer import DurableTrainer
+from phi3v.training.in_step import InStep
 from phi3v.training.loader_watch import WatchedWorkers
 from phi3v.training.master_weights import precise_state, shorten_weights, step_masters
-from phi3v.training.meter import Meter
+from phi3v.training.meter import Meter, samples_and_tokens
 from phi3v.training.part_rates import set_part_rates
-from phi3v.training.sampling import WholeSteps, epoch_order
+from phi3v.training.sampling import EvenSamples, WholeSteps, epoch_order
+from phi3v.training.shards import keep_sums_precise, shard_on_cpus, whole_number
 from phi3v.training.state_files import random_states, set_random_states
 from phi3v.training.step_faults import NonFinite, is_out_of_memory
 
+_LESS_MEMORY = (
+    "set training.activation_checkpointing: true, a smaller image.max_tokens, data.max_length or "
+    "training.micro_batch_size, or quantization"
+)
 MicroBatch = dict[str, Any]
 """Arguments of the model's `forward`."""
 
@@ -39,6 +46,8 @@ class StepTrainer(DurableTrainer):
 
     With `short_dtype` the weights that train compute in it, see `master_weights`.
     """
+
+    is_fsdp_enabled: bool
 
     def __init__(
         self,
@@ -63,12 +72,26 @@ class StepTrainer(DurableTrainer):
             **arguments: the Trainer's own; its `data_collator` makes validation batches.
         """
         super().__init__(**arguments)
+        self.in_step = InStep(self.ranks, self.model) if self.is_fsdp_enabled else None
         self.step_collator = step_collator
         self.non_finite = non_finite or NonFinite()
         self.workers, self.eval_workers = (WatchedWorkers(self.args.dataloader_num_workers) for _ in range(2))
         self.short_dtype = short_dtype
         self.part_rates, self.answer, self.meter = part_rates or {}, answer, meter or Meter()
         self.masters: dict[str, torch.nn.Parameter] = {}
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """accelerate as the arguments ask for it; FSDP2 on CPUs too, which it knows but takes up on GPUs alone."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            shard_on_cpus(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled:
+            keep_sums_precise(self.accelerator)
+
+    def _get_num_items_in_batch(self, *arguments: Any) -> Any:
+        """Trained tokens of a validation batch; of several ranks each has its own mean, see `evaluation_loop`."""
+        return None if self.ranks.several else super()._get_num_items_in_batch(*arguments)
 
     def train(self, *arguments: Any, **named: Any) -> Any:
         """The training, and the end of what watches its loader workers."""
@@ -109,10 +132,17 @@ class StepTrainer(DurableTrainer):
         super().save_weights(folder, self.precise_state() if state_dict is None else state_dict)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> WholeSteps:
-        """Whole steps, in an order that depends on seed and epoch alone."""
+        """Whole steps, in an order that depends on seed and epoch alone; accelerate gives each rank its share of one.
+
+        Example: steps of 4 samples on 2 ranks, order 3, 0, 4, 1, ... -> the first rank has 3 and 0, the second 4 and 1.
+        """
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        samples = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return WholeSteps(len(dataset), samples, self.args.seed)
+        return WholeSteps(len(dataset), self.samples_per_step, self.args.seed)
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of a step, over all ranks."""
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.ranks.count
 
     def get_train_dataloader(self) -> Any:
         """The Trainer's loader, whose items are steps; that of a stream draws its seed apart from the random state
@@ -142,14 +172,19 @@ class StepTrainer(DurableTrainer):
         steps, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.workers.got()
         micro_batches = [micro_batch for step in steps for micro_batch in step]
-        if micro_batches and not any(len(one["trained_positions"]) for one in micro_batches):
-            raise TrainingError(
-                f"step {self.state.global_step + 1} has no trained token: every answer in it is empty, see data.answer"
-            )
-        self.meter.add(micro_batches)
-        if self.args.world_size == 1:  # known here: the device is not asked
-            return steps, sum(len(one["trained_positions"]) for one in micro_batches)
-        return steps, self._get_num_items_in_batch(micro_batches, device)
+        trained = sum(len(one["trained_positions"]) for one in micro_batches)
+        size = sum(one["input_ids"].numel() for one in micro_batches)
+        trained, self._size, *seen = (
+            int(it) for it in self.ranks.totals([trained, size, *samples_and_tokens(micro_batches)])
+        )
+        with self.ranks.together():
+            if micro_batches and not trained:
+                step = self.state.global_step + 1
+                raise TrainingError(f"step {step} has no trained token: every answer in it is empty, see data.answer")
+        self.meter.add(*seen)
+        if self.in_step is not None:
+            steps = [self.in_step.evened(micro_batches)]
+        return steps, trained
 
     def training_step(self, model: Any, inputs: list[MicroBatch], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of all micro-batches of a step; the sum of their losses, which is the step's.
@@ -157,47 +192,77 @@ class StepTrainer(DurableTrainer):
         A step that does not fit into memory begins again, with the same samples and random numbers, in micro-batches of
         half the size, and so do those behind it.
 
+        Ranks begin again together. Their gradients are averaged behind the last micro-batch, so one may have more of
+        them than another, or none with a picture.
+
         Raises: TrainingError when not even single samples fit.
         """
         self._before = (random_states(), self._tr_loss.clone())
-        while True:
-            try:
-                self._step_loss = torch.stack([self._one(model, one, num_items_in_batch) for one in inputs]).sum()
-                return self._step_loss
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = first_line(error)
-            # what the error held is free from here on
-            model.zero_grad()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            inputs[:] = self._smaller(len(inputs), reason)
-            set_random_states(self._before[0])
+        with contextlib.nullcontext() if self.in_step is not None else self.accelerator.no_sync(model):
+            while (loss := self._all(model, inputs, num_items_in_batch)) is None:
+                model.zero_grad()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                inputs[:] = self._smaller(len(inputs))
+                set_random_states(self._before[0])
+        if self.ranks.several:
+            if self.in_step is None:
+                self.ranks.average([weight for weight in model.parameters() if weight.requires_grad])
+            loss = loss.new_tensor(self.ranks.totals([float(loss)])[0] / self.ranks.count)
+        self._step_loss = loss
+        return loss
+
+    def _all(self, model: Any, inputs: list[MicroBatch], num_items_in_batch: Any) -> torch.Tensor | None:
+        """The loss of all micro-batches; None where they do not fit into memory, on this rank or on another."""
+        self._reason = ""
+        try:
+            loss = torch.stack([self._one(model, one, num_items_in_batch) for one in inputs]).sum()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._reason = first_line(error)
+        if self.in_step is not None and self._reason:
+            raise TrainingError(
+                f"{self._no_memory()}: {_LESS_MEMORY} (a model that is sharded cannot begin a step again)"
+            )
+        # what the error held is free from here on
+        if self.in_step is None and self.ranks.any(bool(self._reason)):
+            return None
+        return loss
 
     def _one(self, model: Any, micro_batch: MicroBatch, num_items_in_batch: Any) -> torch.Tensor:
         """One micro-batch; between two of them a run can be stopped."""
         self.signals.check()
+        if self.in_step is not None:
+            self.in_step.next()
         return super().training_step(model, micro_batch, num_items_in_batch)
 
-    def _smaller(self, micro_batches: int, reason: str) -> list[MicroBatch]:
-        """The samples of the step that is being done in micro-batches of half the size."""
-        step = self.state.global_step + 1
-        rows = self.rows_of_step(step)
+    def _smaller(self, micro_batches: int) -> list[MicroBatch]:
+        """The samples of the step that is being done in micro-batches of half the size, on all ranks."""
+        share = self.args.per_device_train_batch_size
+        rows = self.rows_of_step(self.state.global_step + 1)[self.ranks.rank * share :][:share]
         samples = [self.train_dataset[row] for row in rows]
-        while rows:
-            smaller = self.step_collator(samples)  # one that was loaded in advance may be larger than they are now
-            if len(smaller) > micro_batches:
-                self.facts["halvings"] = int(self.step_collator.halvings)
-                return smaller
-            if self.step_collator.is_single(samples):
-                break
+        with self.ranks.together():
+            if self._reason:
+                self._halve(samples, micro_batches)
+        self.step_collator.halvings.fill_(int(self.ranks.most([int(self.step_collator.halvings)])[0]))
+        self.facts["halvings"] = int(self.step_collator.halvings)
+        return self.step_collator(samples)
+
+    def _halve(self, samples: list[Any], micro_batches: int) -> None:
+        """Halves until there are more micro-batches: one that was loaded in advance may be larger than they are now.
+
+        Raises: TrainingError where each sample is one already.
+        """
+        while not samples or len(self.step_collator(samples)) <= micro_batches:
+            if not samples or self.step_collator.is_single(samples):
+                what = "one sample" if samples else "the samples of a stream"
+                raise TrainingError(f"{self._no_memory()} with {what} at a time: {_LESS_MEMORY}")
             self.step_collator.halve()
-        raise TrainingError(
-            f"out of memory at step {step} ({reason}) with {'one sample' if rows else 'the samples of a stream'} at a "
-            "time: set training.activation_checkpointing: true, a smaller image.max_tokens, data.max_length or "
-            "training.micro_batch_size, or quantization"
-        )
+
+    def _no_memory(self) -> str:
+        """What happened, as the beginning of a line."""
+        return f"out of memory at step {self.state.global_step + 1} ({self._reason})"
 
     def rows_of_step(self, step: int) -> list[int]:
         """Row numbers of the samples of a step, counted from 1; none in a stream, whose rows are not numbered.
@@ -206,7 +271,7 @@ class StepTrainer(DurableTrainer):
         """
         if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
             return []
-        count, samples = len(self.train_dataset), self.args.per_device_train_batch_size
+        count, samples = len(self.train_dataset), self.samples_per_step
         epoch, place = divmod(step - 1, -(-count // samples))
         return epoch_order(count, samples, self.args.seed, epoch)[place * samples : (place + 1) * samples]
 
@@ -215,13 +280,14 @@ class StepTrainer(DurableTrainer):
 
         Raises: TrainingError when it or the loss is no number, unless such steps are left out.
         """
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = whole_number(super()._get_grad_norm(model, grad_norm=grad_norm))
         fault = self.non_finite.fault(self._step_loss, norm, self.accelerator.scaler)
         self.optimizer._is_overflow = fault is not None  # accelerate's word for an update that was left out
         if fault is None:
             return norm
         step = self.state.global_step + 1
-        self.non_finite.judge(fault, step, self.rows_of_step(step), self.saved)
+        with self.ranks.together():  # all of them have found the same
+            self.non_finite.judge(fault, step, self.rows_of_step(step), self.saved)
         model.zero_grad()  # the optimiser passes over weights without a gradient
         states, loss = self._before
         set_random_states(states)
@@ -230,19 +296,30 @@ class StepTrainer(DurableTrainer):
         return None
 
     def floating_point_ops(self, inputs: list[MicroBatch]) -> int:
-        """Operations of a step, as the Trainer estimates them."""
+        """Operations of a step, as the Trainer estimates them; of several ranks what one did on average."""
+        if self.ranks.several:
+            return super().floating_point_ops({"input_ids": torch.empty(self._size, device="meta")}) // self.ranks.count
         return sum(super(StepTrainer, self).floating_point_ops(one) for one in inputs)
 
     def _track_num_input_tokens(self, inputs: list[MicroBatch]) -> None:
         """Counts the tokens of a step. They have no mask: a pack has no padding, elsewhere it repeats a position."""
-        for one in inputs:
+        masks = []
+        for one in inputs[: len(inputs) - (self.in_step.idle if self.in_step else 0)]:
             mask = torch.ones_like(one["input_ids"])
             if "cu_seqlens" not in one:
                 mask[:, 1:] = one["position_ids"].diff(dim=1)
-            super()._track_num_input_tokens({"attention_mask": mask, **one})
+            masks.append(mask.flatten())
+        flat = torch.cat(masks)
+        super()._track_num_input_tokens({"attention_mask": flat, "input_ids": flat})
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's own loss, or the smoothed one; a loss of the caller's needs all logits, these only some."""
+        if self.in_step is not None and not self.in_step.counts:
+            return 0 * self._loss(model, inputs, *args, **kwargs)
+        return self._loss(model, inputs, *args, **kwargs)
+
+    def _loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The loss of a micro-batch."""
         if self.compute_loss_func is None and self.label_smoother is not None:
             return self._smoothed_loss(model, inputs, *args, **kwargs)
         if self.compute_loss_func is not None:
@@ -271,21 +348,26 @@ class StepTrainer(DurableTrainer):
         outputs = model(**inputs)
         logits = {"logits": outputs["logits"].float()}
         loss = self.label_smoother(logits, targets, num_items_in_batch=num_items_in_batch)
+        if num_items_in_batch is not None:
+            loss = loss * self.ranks.count  # as the Trainer's own: gradients become means over ranks
         return (loss, outputs) if return_outputs else loss
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The Trainer's loader of validation rows, whose workers are watched too."""
-        return super().get_eval_dataloader(
-            self.eval_workers.samples(self.eval_dataset if eval_dataset is None else eval_dataset)
-        )
+        samples: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if self.ranks.several:
+            samples = EvenSamples(samples, self.args.per_device_eval_batch_size * self.ranks.count)
+        return super().get_eval_dataloader(self.eval_workers.samples(samples))
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """One validation batch, noted with its number of trained tokens."""
         self.eval_workers.got()
         known = inputs.get("trained_positions")
         tokens = int((inputs["labels"][:, 1:] != -100).sum()) if known is None else len(known)
+        if self.in_step is not None:
+            self.in_step.alone(inputs)
         result = super().prediction_step(model, inputs, *args, **kwargs)
-        self._evaluated.append((float(result[0]) * tokens, tokens))
+        self._evaluated.append((float(result[0]) * tokens if tokens else 0.0, tokens))
         self.eval_workers.wait()
         return result
 
@@ -297,8 +379,10 @@ class StepTrainer(DurableTrainer):
         self.eval_workers.got()
         name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
         if name in output.metrics:
-            total = sum(loss for loss, _ in self._evaluated)
-            output.metrics[name] = total / max(sum(tokens for _, tokens in self._evaluated), 1)
+            total, tokens = self.ranks.totals([sum(one) for one in zip(*self._evaluated, strict=True)] or [0.0, 0])
+            output.metrics[name] = total / max(tokens, 1)
+        if self.in_step is not None:
+            self.in_step.leave()
         if self.answer is not None:
             prefix = name.removesuffix("loss")
             scores = self.answer(self.accelerator.unwrap_model(self.model), self.state.global_step)

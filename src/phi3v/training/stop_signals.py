@@ -28,8 +28,11 @@ class StopSignals:
     `step()` where a signal came during it.
     """
 
-    def __init__(self) -> None:
-        self.held = False
+    def __init__(self, patient: bool = False) -> None:
+        """With `patient` a second signal does nothing: of ranks in a terminal each gets Ctrl-C from there and, right
+        after, from their launcher, which ends what does not end by itself.
+        """
+        self.held, self.patient = False, patient
         self.received: int | None = None
         self._before: dict[int, Any] = {}
         self._of_children: Any = None
@@ -84,6 +87,8 @@ class StopSignals:
         if os.getpid() != self._process:
             return
         if self.received is not None:
+            if self.patient:
+                return
             leave(number)
         self.received = number
         self.check()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from phi3v.data.plan import MicroBatches
 from phi3v.data.sources import LoadedData, StreamedData
@@ -30,31 +30,23 @@ from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.targets import resolve_target
 from phi3v.training.arguments import check_optimiser, library_errors, training_arguments
-from phi3v.training.callbacks import (
-    LastStepCallback,
-    MetricsCallback,
-    NonFiniteCallback,
-    ProgressCallback,
-    TrainingEvent,
-    Watcher,
-)
+from phi3v.training.callbacks import TrainingEvent, Watcher
 from phi3v.training.checkpoints import checkpoint_step, logged_lines, newest_checkpoint
 from phi3v.training.conditions import conditions_of, facts_of
 from phi3v.training.disk_space import warn_of_space
-from phi3v.training.doctor import FirstStepCallback, check_base, check_first_batch
+from phi3v.training.doctor import check_base, check_first_batch
 from phi3v.training.faster_layers import check_faster_layers, step_line, use_faster_layers
-from phi3v.training.feature_cache import FeatureReport
 from phi3v.training.memory_plan import adopt, settle
 from phi3v.training.meter import Meter
 from phi3v.training.preflight import check_recipe_alone, check_upload
-from phi3v.training.prepare import Prepared, prepare_model, training_device
+from phi3v.training.prepare import Prepared, join_ranks, prepare_model, training_device
+from phi3v.training.ranks import Ranks
 from phi3v.training.run_faults import one_line_faults
-from phi3v.training.sample_answers import SampleAnswer, SampleAnswers
 from phi3v.training.samples import make_collators, make_samples, read_data
 from phi3v.training.step_faults import NonFinite, name_rows
 from phi3v.training.step_trainer import StepTrainer
 from phi3v.training.stop_signals import StopSignals
-from phi3v.training.trackers import tracker_callbacks
+from phi3v.training.watching import kept_event, run_callbacks, run_trackers, sample_answers
 from phi3v.tuning import TrainableReport, trainable_report
 
 _SUMMARY = ("steps", "metrics", "trainable", "held_out")
@@ -118,32 +110,35 @@ def train(
         TrainingError: there is nothing to train, a loss is not finite, disk or memory are full.
         Interrupted: SIGTERM or Ctrl-C came; the last whole step is saved, and the same call goes on behind it.
     """
-    watch = on_event or (lambda event: None)
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    recipe = adopt(recipe, run := RunFolder(recipe.output))
-    check_recipe_alone(recipe)
-    store = feature_store(recipe, features)
-    with StopSignals() as signals, _locked(run):
-        if run.look(recipe) == "finished" and run.has_weights():
-            run.start(recipe)
+    ranks = join_ranks(recipe)
+    watch = on_event if on_event and ranks.first else lambda event: None
+    with ranks.together():
+        recipe = adopt(recipe, run := RunFolder(recipe.output))
+        check_recipe_alone(recipe)
+        store = feature_store(recipe, features)
+    with StopSignals(patient=ranks.several) as signals, _locked(run, ranks):
+        if ranks.told(lambda: run.look(recipe) == "finished" and run.has_weights()):
+            ranks.alone(lambda: run.start(recipe))
             summary = run.read_summary(needed=_SUMMARY)
             kept = {entry.name: summary[entry.name] for entry in fields(RunResult) if entry.name in summary}
             now = {"status": "finished", "folder": run.path, "seconds": 0.0, "resumed_from": None}
             result = RunResult(**{**kept, **now})
         else:
-            check_upload(recipe)
-            result = _tune(recipe, run, watch, store, signals=signals)
-            run.mark_finished(result.to_dict())
-        _report(run, result, watch, store)
+            ranks.alone(lambda: check_upload(recipe))
+            result = _tune(recipe, run, watch, store, ranks, signals=signals)
+            ranks.alone(lambda: run.mark_finished(result.to_dict()))
+        ranks.leave()
+        if ranks.first:
+            _report(run, result, watch, store)
     return result
 
 
 @contextlib.contextmanager
-def _locked(run: RunFolder) -> Iterator[None]:
+def _locked(run: RunFolder, ranks: Ranks) -> Iterator[None]:
     """Locks a run that is there, one that is new when its folder is made; nothing is locked behind this context."""
     try:
-        if RunFolder.is_run(run.path):
-            run.lock.take()
+        ranks.alone(lambda: run.lock.take() if RunFolder.is_run(run.path) else None)
         yield
     finally:
         run.lock.give_back()
@@ -173,8 +168,8 @@ def train_watched(
     """Trains as `train` does in a new folder, with callbacks of the Trainer beside ours, and writes no report."""
     check_recipe_alone(recipe)
     store, run = feature_store(recipe, None), RunFolder(recipe.output)
-    with _locked(run):
-        return _tune(recipe, run, on_event or (lambda event: None), store, callbacks)
+    with _locked(run, Ranks()):
+        return _tune(recipe, run, on_event or (lambda event: None), store, Ranks(), callbacks)
 
 
 def _tune(
@@ -182,59 +177,103 @@ def _tune(
     run: RunFolder,
     watch: Watcher,
     store: FeatureStore | None,
+    ranks: Ranks,
     callbacks: Sequence[TrainerCallback] = (),
     signals: StopSignals | None = None,
 ) -> RunResult:
     """Trains from the start or from the newest checkpoint, and writes the tuned weights."""
     device = training_device(recipe.model.device)
-    checkpoint = newest_checkpoint(run.checkpoints)
+    newest = ranks.told(lambda: str(newest_checkpoint(run.checkpoints) or ""))
+    checkpoint = Path(newest) if newest else None
     done = checkpoint_step(checkpoint) if checkpoint else None
-    training_arguments(recipe, run, device=device, autocast=None, validated=True)  # its errors before rows are read
-    check_faster_layers(recipe, device)
-    set_seed(recipe.training.seed)
-    processor = load_processor(recipe.model.name, revision=recipe.model.revision, **recipe.image.processor_options)
-    data = _usable_data(recipe, processor, watch)
-    recipe = settle(recipe, data, processor, device)
-    prepared = prepare_model(recipe, device)
-    model = prepared.model
-    check_base(model, recipe)
-    _refuse_idle_training(report := trainable_report(model))
-    validated = bool(data.validation)
-    arguments = training_arguments(recipe, run, device=device, autocast=prepared.autocast, validated=validated)
-    check_optimiser(arguments, model)
-    facts = facts_of(checkpoint, conditions_of(data, prepared.base, device, resolve_dtype(recipe.model.dtype, device)))
-    run.start(recipe)  # nothing was written so far
-    run.write_problems(asdict(problem) for problem in data.problems)
-    train_samples, eval_samples = _samples(recipe, run, data, processor, prepared, done or 0, store, watch)
-    step_collator, eval_collator = make_collators(recipe, data, processor)
-    step_collator.halvings.fill_(facts["halvings"])
-    _use_faster_layers(model, recipe, device, step_collator.micro_batches, watch)
-    check_first_batch(train_samples, step_collator, processor)
-    meter, trackers = Meter(), _trackers(recipe, run)
-    trainer = _make_trainer(
-        model=model,
-        args=arguments,
-        step_collator=step_collator,
-        data_collator=eval_collator,
-        train_dataset=train_samples,
-        eval_dataset=eval_samples if validated else None,
-        callbacks=[*_callbacks(recipe, run, report, watch, meter), *trackers, *callbacks],
-        short_dtype=prepared.short,
-        part_rates=recipe.vision.learning_rates,
-        answer=_sample_answers(recipe, run, data, processor, prepared, watch, trackers),
-        meter=meter,
-        non_finite=_non_finite(recipe, data),
-        signals=signals,
-        facts=facts,
-    )
-    warn_of_space(run, report.trainable, arguments.save_total_limit)
-    run.keep_metrics(*((done, logged_lines(checkpoint)) if checkpoint else (-1,)))
+    with ranks.together():
+        # its errors before rows are read
+        training_arguments(recipe, run, device=device, autocast=None, validated=True, ranks=ranks.count)
+        check_faster_layers(recipe, device)
+        set_seed(recipe.training.seed)
+        processor = load_processor(recipe.model.name, revision=recipe.model.revision, **recipe.image.processor_options)
+        data = _usable_data(recipe, processor, watch)
+    if recipe.automatic:
+        recipe = Recipe.from_dict(ranks.told(lambda: settle(recipe, data, processor, device).model_dump()))
+    with ranks.together():
+        prepared = prepare_model(recipe, device)
+        model = prepared.model
+        check_base(model, recipe)
+        _refuse_idle_training(report := trainable_report(model))
+        conditions = conditions_of(data, prepared.base, device, resolve_dtype(recipe.model.dtype, device))
+        facts = facts_of(checkpoint, conditions, ranks.count)
+        validated, autocast = bool(data.validation), prepared.autocast
+        arguments = training_arguments(
+            recipe, run, device=device, autocast=autocast, validated=validated, ranks=ranks.count
+        )
+        check_optimiser(arguments, model)
+    ranks.alone(lambda: _begin(run, recipe, data))  # nothing was written so far
+    with ranks.together():
+        trainer = _trainer(
+            recipe, run, data, processor, prepared, arguments, report, store, watch, ranks, done, facts, signals
+        )
+        for callback in callbacks:
+            trainer.add_callback(callback)
+    if ranks.first:
+        warn_of_space(run, report.trainable, trainer.args.save_total_limit)
+        run.keep_metrics(*((done, logged_lines(checkpoint)) if checkpoint and done is not None else (-1,)))
     began = time.monotonic()
     with one_line_faults(trainer, run.path):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         _save(run, recipe, trainer, processor)
     seconds = time.monotonic() - began
     return _result(run, trainer, report, seconds, resumed_from=done, held_out=len(data.validation or []))
+
+
+def _begin(run: RunFolder, recipe: Recipe, data: LoadedData | StreamedData) -> None:
+    """Makes the run's folder, or opens it, with the rows that are left out."""
+    run.start(recipe)
+    run.write_problems(asdict(problem) for problem in data.problems)
+
+
+def _trainer(
+    recipe: Recipe,
+    run: RunFolder,
+    data: LoadedData | StreamedData,
+    processor: Any,
+    prepared: Prepared,
+    arguments: TrainingArguments,
+    report: TrainableReport,
+    store: FeatureStore | None,
+    watch: Watcher,
+    ranks: Ranks,
+    done: int | None,
+    facts: dict[str, Any],
+    signals: StopSignals | None,
+) -> StepTrainer:
+    """The Trainer of a run with its samples, ready for its first step."""
+    model, device = prepared.model, training_device(recipe.model.device)
+    train_samples, eval_samples = _samples(recipe, run, data, processor, prepared, done or 0, store, watch)
+    step_collator, eval_collator = make_collators(recipe, data, processor)
+    step_collator.halvings.fill_(facts["halvings"])
+    _use_faster_layers(model, recipe, device, step_collator.micro_batches, watch)
+    check_first_batch(train_samples, step_collator, processor)
+    meter, trackers = Meter(), run_trackers(recipe, run, ranks)
+    trainer = _make_trainer(
+        model=model,
+        args=arguments,
+        step_collator=step_collator,
+        data_collator=eval_collator,
+        train_dataset=train_samples,
+        eval_dataset=eval_samples if data.validation else None,
+        callbacks=[*run_callbacks(recipe, run, report, watch, meter, ranks), *trackers],
+        short_dtype=prepared.short,
+        part_rates=recipe.vision.learning_rates,
+        answer=sample_answers(recipe, run, data, processor, prepared.autocast, watch, trackers, ranks),
+        meter=meter,
+        non_finite=_non_finite(recipe, data),
+        signals=signals,
+        facts=facts,
+        ranks=ranks,
+    )
+    if ranks.rank:
+        set_seed(recipe.training.seed + ranks.rank)  # dropout of its own; weights were made alike
+    return trainer
 
 
 def _samples(
@@ -258,7 +297,7 @@ def _samples(
         store=store,
         autocast=prepared.autocast,
         on_features=lambda done, total: watch(TrainingEvent("features", done, total)),
-        on_kept=lambda kept: watch(_kept_event(kept)),
+        on_kept=lambda kept: watch(kept_event(kept)),
     )
 
 
@@ -271,7 +310,7 @@ def _result(run: RunFolder, trainer: StepTrainer, report: TrainableReport, secon
         seconds=seconds,
         metrics=_last_losses(run),
         trainable={part: asdict(count) for part, count in report.parts.items()},
-        fast_lora=asdict(fast_lora_state(trainer.model)),
+        fast_lora=asdict(fast_lora_state(trainer.accelerator.unwrap_model(trainer.model))),
         **known,
     )
 
@@ -319,79 +358,22 @@ def _release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _kept_event(report: FeatureReport | str) -> TrainingEvent:
-    """What is kept of the images, or why nothing is, as an event."""
-    kept, images = (report.kept, report.images) if isinstance(report, FeatureReport) else (0, 0)
-    return TrainingEvent("kept", kept, images, line=str(report))
-
-
 def _refuse_idle_training(report: TrainableReport) -> None:
     """TrainingError when there is nothing to train; that there are rows to train on is known by now."""
     if report.trainable == 0:
         raise TrainingError("nothing trains: the recipe's lora and vision sections leave no weight to tune")
 
 
-def _callbacks(
-    recipe: Recipe, run: RunFolder, report: TrainableReport, watch: Watcher, meter: Meter
-) -> list[TrainerCallback]:
-    """What watches the run; metrics are written before the check for non-finite numbers stops it."""
-    patience = recipe.training.early_stopping
-    return [
-        FirstStepCallback(),
-        LastStepCallback(),
-        MetricsCallback(run),
-        NonFiniteCallback(),
-        ProgressCallback(watch, report, meter),
-        *([] if patience is None else [EarlyStoppingCallback(patience)]),
-    ]
-
-
-def _trackers(recipe: Recipe, run: RunFolder) -> list[TrainerCallback]:
-    """Weights & Biases and TensorBoard, as the recipe asks for them."""
-    return tracker_callbacks(
-        list(recipe.report.to),
-        folder=run.path,
-        project=recipe.report.project,
-        run_name=recipe.report.run_name or run.path.name,
-        config=recipe.model_dump(),
-    )
-
-
-def _sample_answers(
-    recipe: Recipe,
-    run: RunFolder,
-    data: LoadedData | StreamedData,
-    processor: Any,
-    prepared: Prepared,
-    watch: Watcher,
-    trackers: Sequence[Any],
-) -> SampleAnswers | None:
-    """What answers a few held-out rows at each validation; None where none are asked for."""
-    if not recipe.evaluation.during_training or not data.validation:
-        return None
-
-    def tell(step: int, answers: list[SampleAnswer]) -> None:
-        plain = [answer.to_dict() for answer in answers]
-        run.append_metrics({"step": step, "answers": plain})
-        watch(TrainingEvent("samples", step, 0, answers=plain))
-
-    listeners = [tell, *(tracker.log_answers for tracker in trackers)]
-    return SampleAnswers(recipe, data.validation, processor, autocast=prepared.autocast, listeners=listeners)
-
-
 def _save(run: RunFolder, recipe: Recipe, trainer: StepTrainer, processor: Any) -> None:
     """Writes the tuned weights with the processor that belongs to them."""
 
+    weights = trainer.whole_weights(float32=recipe.lora is None)  # a frozen tower may have been shortened
+
     def save(folder: Path) -> None:
-        if recipe.lora is None:
-            trainer.model.float()  # a frozen tower may have been shortened
-        trainer.save_weights(folder)
+        trainer.save_weights(folder, weights)
         processor.save_pretrained(folder)
 
-    if recipe.lora is None:
-        run.write_model(save)
-    else:
-        run.write_adapter(save)
+    trainer.ranks.alone(lambda: run.write_model(save) if recipe.lora is None else run.write_adapter(save))
 
 
 def _last_losses(run: RunFolder) -> dict[str, float]:

@@ -1,0 +1,88 @@
+"""What tests start under torchrun: trains recipes one after the other, as one rank of several.
+
+    torchrun --nproc-per-node=2 tests/rank_worker.py jobs.json
+
+`jobs.json` is a list of jobs, {"recipe": VALUES, "play": NAME}; what is played happens on the last rank alone, see
+`PLAYS`. What came of each job is written to `rank-N.json` beside the file: {"status": "trained", "told": ["start"],
+"model": "FSDPPeftModel"}, or {"error": "ConfigError: the line"}.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import phi3v
+from phi3v.errors import Interrupted, Phi3VError
+from phi3v.training.step_trainer import StepTrainer
+
+LAST = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
+
+
+def at_step(patch: pytest.MonkeyPatch, step: int, act: Callable[[], Any]) -> None:
+    """Does something at the first micro-batch of a step, on the last rank."""
+    original, done = StepTrainer._one, []
+
+    def spy(self: Any, *arguments: Any) -> Any:
+        if LAST and self.state.global_step == step - 1 and not done:
+            done.append(step)
+            result = act()
+            return original(self, *arguments) * (1.0 if result is None else result)
+        return original(self, *arguments)
+
+    patch.setattr(StepTrainer, "_one", spy)
+
+
+def no_memory() -> None:
+    """What a GPU that is full raises."""
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+PLAYS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "stop": lambda patch: at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+    "oom": lambda patch: at_step(patch, 2, no_memory),
+    "nan": lambda patch: at_step(patch, 2, lambda: float("nan")),
+}
+
+
+def done(job: dict[str, Any]) -> dict[str, Any]:
+    """Trains one job."""
+    told, models = [], []
+    original = StepTrainer.training_step
+
+    def spy(self: Any, model: Any, *arguments: Any, **named: Any) -> Any:
+        models.append(type(model).__name__)
+        return original(self, model, *arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        PLAYS.get(job.get("play", ""), lambda patch: None)(patch)
+        patch.setattr(StepTrainer, "training_step", spy)
+        try:
+            recipe = phi3v.Recipe.from_dict(job["recipe"])
+            result = phi3v.train(recipe, on_event=lambda event: told.append(event.kind))
+        except (Phi3VError, Interrupted) as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+    return {"status": result.status, "told": sorted(set(told)), "model": models[0] if models else None}
+
+
+def main(jobs: Path) -> None:
+    """Trains all jobs."""
+    on_gpu = torch.cuda.is_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")  # stays between jobs
+    outcomes = []
+    for job in json.loads(jobs.read_text()):
+        outcomes.append(done(job))
+        dist.barrier()
+    (jobs.parent / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(outcomes))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
