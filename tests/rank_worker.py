@@ -67,6 +67,7 @@ def done(job: dict[str, Any]) -> dict[str, Any]:
         try:
             recipe = phi3v.Recipe.from_dict(job["recipe"])
             result = phi3v.train(recipe, on_event=lambda event: told.append(event.kind))
+            assert "ACCELERATE_USE_FSDP" not in os.environ  # on GPUs it would shard the next job, whose recipe does not
         except (Phi3VError, Interrupted) as error:
             return {"error": f"{type(error).__name__}: {error}"}
     return {"status": result.status, "told": sorted(set(told)), "model": models[0] if models else None}

@@ -9,6 +9,7 @@ one whose loss or gradient is no number changes nothing. How the Trainer saves a
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,10 @@ class StepTrainer(DurableTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """accelerate as the arguments ask for it; FSDP2 on CPUs too, which it knows but takes up on GPUs alone."""
+        before = os.environ.get("ACCELERATE_USE_FSDP")
         super().create_accelerator_and_postprocess()
+        if before is None:  # accelerate says so itself, and would shard the next model of this process by FSDP1
+            os.environ.pop("ACCELERATE_USE_FSDP", None)
         if self.args.fsdp and not self.is_fsdp_enabled:
             shard_on_cpus(self.accelerator, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
