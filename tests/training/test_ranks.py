@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +100,7 @@ def cut_back(world: Path, name: str, copy: str) -> str:
 
 def jobs_of(world: Path) -> dict[str, dict[str, Any]]:
     """What two ranks train, by name; "one" and "one_whole" are there."""
-    go_on = cut_back(world, "one", "one_then_two"), cut_back(world, "one", "one_then_fsdp")
     hard = {**DROPOUT, "training": {"logging_steps": 3}}
-    stream = {"train": str(world / "rows.json"), "streaming": True, "validation": str(world / "held_out.json")}
     return {
         "ddp": {"recipe": values(world, "ddp")},
         "fsdp": {"recipe": values(world, "fsdp", fsdp=True)},
@@ -113,11 +110,23 @@ def jobs_of(world: Path) -> dict[str, dict[str, Any]]:
                 world, "fsdp_whole", fsdp=True, training={"fsdp_config": {"activation_checkpointing": True}}, **WHOLE
             )
         },
-        "one_then_two": {"recipe": values(world, go_on[0])},
-        "one_then_fsdp": {"recipe": values(world, go_on[1], fsdp=True)},
+        "one_then_two": {"recipe": values(world, cut_back(world, "one", "one_then_two"))},
         "hard": {"recipe": values(world, "hard", **hard)},
         "stopped": {"recipe": values(world, "stopped", **hard), "play": "stop"},
         "gone_on": {"recipe": values(world, "stopped", **hard)},
+        "nan": {"recipe": values(world, "nan", held_out=False), "play": "nan"},
+        "skipped": {"recipe": values(world, "skipped", held_out=False, training={"non_finite": "skip"}), "play": "nan"},
+        "uneven": {"recipe": values(world, "uneven", training={"samples_per_step": 5})},
+        "locked": {"recipe": values(world, "one")},
+    }
+
+
+def more_jobs_of(world: Path) -> dict[str, dict[str, Any]]:
+    """What they train beside that in the slow tests."""
+    hard = {**DROPOUT, "training": {"logging_steps": 3}}
+    stream = {"train": str(world / "rows.json"), "streaming": True, "validation": str(world / "held_out.json")}
+    return {
+        "one_then_fsdp": {"recipe": values(world, cut_back(world, "one", "one_then_fsdp"), fsdp=True)},
         "fsdp_best": {
             "recipe": values(
                 world, "fsdp_best", fsdp=True, training={"load_best_model_at_end": True, "greater_is_better": True}
@@ -130,11 +139,7 @@ def jobs_of(world: Path) -> dict[str, dict[str, Any]]:
         },
         "fsdp_gone_on": {"recipe": values(world, "fsdp_stopped", fsdp=True, held_out=False, **hard)},
         "oom": {"recipe": values(world, "oom", held_out=False, training={"micro_batch_size": 2}), "play": "oom"},
-        "nan": {"recipe": values(world, "nan", held_out=False), "play": "nan"},
-        "skipped": {"recipe": values(world, "skipped", held_out=False, training={"non_finite": "skip"}), "play": "nan"},
         "stream": {"recipe": values(world, "stream", data=stream, training=SMOOTH)},
-        "uneven": {"recipe": values(world, "uneven", training={"samples_per_step": 5})},
-        "locked": {"recipe": values(world, "one")},
         "finished": {"recipe": values(world, "one_whole", **WHOLE)},
     }
 
@@ -146,27 +151,40 @@ def torchrun(*words: str, timeout: float = 240) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.fixture(scope="module")
-def outcomes(world: Path) -> Iterator[dict[str, list[dict[str, Any]]]]:
-    """What came of each job on each rank."""
-    for name, sections in (("one", {}), ("one_whole", WHOLE), ("one_stream", {"training": SMOOTH})):
-        recipe = values(world, name, **sections)
-        if name == "one_stream":
-            recipe["data"] = {**recipe["data"], "streaming": True}
-        phi3v.train(phi3v.Recipe.from_dict(recipe))
-    jobs = jobs_of(world)
+def train_on_two(world: Path, jobs: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """What came of each job on each rank, one after the other in one pair of processes."""
     (world / "jobs.json").write_text(json.dumps(list(jobs.values())))
-    lock = RunFolder(world / "one").lock
-    lock.take()
     ranks = torchrun(str(TESTS / "rank_worker.py"), str(world / "jobs.json"))
     try:
         _, err = ranks.communicate(timeout=500)
         assert ranks.returncode == 0, err[-3000:]
     finally:
         ranks.kill()
-        lock.give_back()
     told = [json.loads((world / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
-    yield {name: [told[0][place], told[1][place]] for place, name in enumerate(jobs)}
+    return {name: [told[0][place], told[1][place]] for place, name in enumerate(jobs)}
+
+
+@pytest.fixture(scope="module")
+def outcomes(world: Path) -> dict[str, list[dict[str, Any]]]:
+    """What came of the jobs of `make test`."""
+    for name, sections in (("one", {}), ("one_whole", WHOLE)):
+        phi3v.train(phi3v.Recipe.from_dict(values(world, name, **sections)))
+    jobs = jobs_of(world)  # copies the run, lock and all: reading a locked file would give its lock back
+    lock = RunFolder(world / "one").lock
+    lock.take()
+    try:
+        return train_on_two(world, jobs)
+    finally:
+        lock.give_back()
+
+
+@pytest.fixture(scope="module")
+def more(world: Path, outcomes: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """What came of the jobs of the slow tests, and of all others."""
+    recipe = values(world, "one_stream", training=SMOOTH)
+    recipe["data"] = {**recipe["data"], "streaming": True}
+    phi3v.train(phi3v.Recipe.from_dict(recipe))
+    return outcomes | train_on_two(world, more_jobs_of(world))
 
 
 def numbers(world: Path, name: str) -> dict[tuple[int, str], float]:
@@ -256,11 +274,13 @@ def test_checkpoints_of_ranks_are_whole_and_plain(
         assert {key: tensor.shape for key, tensor in whole.items()} == {key: it.shape for key, it in one.items()}
 
 
-@pytest.mark.parametrize("name", ["one_then_two", "one_then_fsdp"])
+@pytest.mark.parametrize(
+    ("name", "jobs"), [("one_then_two", "outcomes"), pytest.param("one_then_fsdp", "more", marks=pytest.mark.slow)]
+)
 def test_a_checkpoint_of_one_process_goes_on_on_two(
-    world: Path, outcomes: dict[str, list[dict[str, Any]]], name: str
+    world: Path, request: pytest.FixtureRequest, name: str, jobs: str
 ) -> None:
-    assert [told["status"] for told in outcomes[name]] == ["resumed", "resumed"]
+    assert [told["status"] for told in request.getfixturevalue(jobs)[name]] == ["resumed", "resumed"]
     assert_alike(world, name, "one")
 
 
@@ -280,30 +300,37 @@ def test_a_checkpoint_of_two_goes_on_on_one(
     assert_alike(world, copy, one)
 
 
-@pytest.mark.parametrize(("stopped", "hard"), [("stopped", "hard"), ("fsdp_stopped", "fsdp_hard")])
+@pytest.mark.parametrize(
+    ("stopped", "hard", "jobs"),
+    [
+        ("stopped", "hard", "outcomes"),
+        pytest.param("fsdp_stopped", "fsdp_hard", "more", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_to_one_rank_stops_all_and_they_go_on_bit_for_bit(
-    world: Path, outcomes: dict[str, list[dict[str, Any]]], stopped: str, hard: str
+    world: Path, request: pytest.FixtureRequest, stopped: str, hard: str, jobs: str
 ) -> None:
     """With dropout of each rank's own, and a line of the log across the stop."""
+    outcomes = request.getfixturevalue(jobs)
     assert [told["error"] for told in outcomes[stopped]] == ["Interrupted: 15", "Interrupted: 15"]
     assert [told["status"] for told in outcomes[stopped.replace("stopped", "gone_on")]] == ["resumed", "resumed"]
     assert (world / stopped / "checkpoints" / "checkpoint-3").is_dir(), "the step of the signal was done to its end"
     assert_same_end(end_of(world / stopped), end_of(world / hard))
 
 
-def test_the_best_weights_are_put_back_into_a_sharded_model(
-    world: Path, outcomes: dict[str, list[dict[str, Any]]]
-) -> None:
+@pytest.mark.slow
+def test_the_best_weights_are_put_back_into_a_sharded_model(world: Path, more: dict[str, list[dict[str, Any]]]) -> None:
     """By the largest loss the best are those of step 2, which the last ones are not."""
-    assert [told["status"] for told in outcomes["fsdp_best"]] == ["trained", "trained"]
+    assert [told["status"] for told in more["fsdp_best"]] == ["trained", "trained"]
     saved = [load_file(world / "fsdp" / "checkpoints" / f"checkpoint-{step}" / ADAPTER_WEIGHTS) for step in (2, 4)]
     found = weights(world, "fsdp_best")
     assert all(torch.equal(found[name], tensor) for name, tensor in saved[0].items())
     assert not all(torch.equal(found[name], tensor) for name, tensor in saved[1].items())
 
 
-def test_ranks_halve_their_micro_batches_together(world: Path, outcomes: dict[str, list[dict[str, Any]]]) -> None:
-    assert [told["status"] for told in outcomes["oom"]] == ["trained", "trained"]
+@pytest.mark.slow
+def test_ranks_halve_their_micro_batches_together(world: Path, more: dict[str, list[dict[str, Any]]]) -> None:
+    assert [told["status"] for told in more["oom"]] == ["trained", "trained"]
     assert read_manifest(world / "oom" / "checkpoints" / "checkpoint-4")["halvings"] >= 1
     assert_alike(world, "oom", "one", logged=False)
 
@@ -318,8 +345,9 @@ def test_ranks_decide_alike_about_a_loss_that_is_no_number(
     assert steps[0] == 1 and steps[-1] == 4
 
 
-def test_a_stream_is_shared_without_overlap_or_loss(world: Path, outcomes: dict[str, list[dict[str, Any]]]) -> None:
-    assert [told["status"] for told in outcomes["stream"]] == ["trained", "trained"]
+@pytest.mark.slow
+def test_a_stream_is_shared_without_overlap_or_loss(world: Path, more: dict[str, list[dict[str, Any]]]) -> None:
+    assert [told["status"] for told in more["stream"]] == ["trained", "trained"]
     assert_alike(world, "stream", "one_stream")
 
 
@@ -328,7 +356,11 @@ def test_what_ranks_refuse_the_first_one_says(world: Path, outcomes: dict[str, l
         first, second = (told["error"] for told in outcomes[name])
         assert first.startswith("ConfigError: ") and line in first and second == "OtherRankError: rank 0 failed"
     assert not (world / "uneven").exists()
-    assert [told["status"] for told in outcomes["finished"]] == ["finished", "finished"]
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_finished_on_all_ranks(more: dict[str, list[dict[str, Any]]]) -> None:
+    assert [told["status"] for told in more["finished"]] == ["finished", "finished"]
 
 
 def test_held_out_samples_are_filled_up_with_what_counts_for_nothing() -> None:
@@ -346,6 +378,7 @@ def rank_process(launcher: subprocess.Popen[str], rank: int) -> int:
     raise AssertionError(f"rank {rank} is not there")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 def test_a_rank_that_is_killed_changes_nothing(world: Path, outcomes: dict[str, list[dict[str, Any]]]) -> None:
     """SIGKILL from outside, once its first checkpoint is there; torchrun starts both ranks of the command again."""
