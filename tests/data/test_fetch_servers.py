@@ -124,8 +124,8 @@ def test_only_whole_images_are_kept(visit: Visit) -> None:
         ("/html", ": a web page, no image; open the address in a browser, and name the image's own address"),
         (
             "/to-metadata",
-            ": it is redirected to http://169.254.169.254/latest/meta-data: 169.254.169.254 is no public address; "
-            'if the machine is yours, allow it: data.allow_hosts: ["169.254.169.254:80"]',
+            ": it is redirected to http://169.254.169.254/latest/meta-data: 169.254.169.254 is link-local, where "
+            "clouds answer with their metadata; mend the address",
         ),
         ("/to-secret", ": it is redirected to http://127.0.0.1/: that address holds a user name or password"),
     ],
