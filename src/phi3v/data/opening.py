@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from phi3v.data.hub_card import checked_commit
 from phi3v.data.json_table import JsonTable
 from phi3v.data.misfits import find_misfit
 from phi3v.data.parquet_faults import count_records, ends_fault
-from phi3v.data.photo_tables import JoinedPhotos, PhotosTable, have_labels, photo_column
+from phi3v.data.photo_tables import JoinedPhotos, PhotosTable, photo_column
 from phi3v.data.saved import open_saved
 from phi3v.data.tables import FilePart, OpenedTable, StreamTable, Table
 from phi3v.data.tar_table import TarTable
@@ -110,14 +111,16 @@ def _open_folder(path: Path, streaming: bool, confined: bool) -> dict[str, Opene
         return {name: _undecoded(table, str(path)) for name, table in open_saved(path, confined=confined).items()}
     found = find_files(path, confined=confined)
     opened: dict[str, OpenedTable] = {}
-    labels = have_labels(found.splits)
+    labelled = any(label is not None for labels in found.labels.values() for label in labels)
     for name, files in found.splits.items():
         if found.kind == "shards":
             table = _open_shards(files)
         elif found.kind == "metadata":
             table = _open_metadata(files, path, streaming, confined)
         elif found.kind == "images":
-            table = OpenedTable(PhotosTable(files, labels=labels), str(path), {}, frozenset())
+            table = OpenedTable(
+                PhotosTable(files, found.labels[name] if labelled else None), str(path), {}, frozenset()
+            )
         else:
             table = _open_data(files, streaming)
         parts = tuple(replace(part, name=as_typed(part.name, path)) for part in table.parts)
@@ -143,6 +146,7 @@ def _open_metadata(files: Sequence[Path], folder: Path, streaming: bool, confine
     """The photos of a folder by its metadata files, each of which names photos from its own place on.
 
     The column `file_name` becomes `image`, `file_names` becomes `images`, and `left_file_name` becomes `left`.
+    Raises: DataError for a file in which two columns would become one, `file_name` and `image` for instance.
     """
     opened: list[OpenedTable] = []
     images: set[str] = set()
@@ -154,6 +158,10 @@ def _open_metadata(files: Sequence[Path], folder: Path, streaming: bool, confine
         renamed = {old: new for old, new in names.items() if old != new}
         if not renamed:
             raise DataError(f"{file} has no column file_name, which names the photo of a row")
+        both = next((pair for pair in combinations(names, 2) if names[pair[0]] == names[pair[1]]), None)
+        if both is not None:
+            told = f"{file} has the columns {both[0]} and {both[1]}, and both give the column {names[both[0]]}"
+            raise DataError(f"{told}: rename or drop one of them")
         images |= set(renamed.values())
         opened.append(replace(its, table=its.table.rename_columns(renamed), root=str(file.parent)))  # type: ignore[attr-defined]
     if len(opened) == 1:

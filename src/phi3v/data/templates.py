@@ -89,6 +89,7 @@ def cell_text(value: Any) -> str | None:
     | text | itself; None when it is empty or white space |
     | whole number, also 470.0 | 470 |
     | other number | shortest decimal that reads back: 19.9, 0.00001 |
+    | decimal (of Parquet files) | with the places of its column: 19.90, 0.0000000000 |
     | true, false | true, false |
     | null, NaN | None |
     | date and time | ISO 8601: 2024-05-01, 2024-05-01 10:30:00 |
@@ -106,7 +107,9 @@ def cell_text(value: Any) -> str | None:
         return str(value)
     if isinstance(value, float):
         return _number(value)
-    if isinstance(value, date | datetime | time | Decimal):
+    if isinstance(value, Decimal):
+        return format(value, "f")
+    if isinstance(value, date | datetime | time):
         return str(value)
     if isinstance(value, NoDate):
         raise TypeError("holds a date or time that is out of range")
