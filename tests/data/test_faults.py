@@ -186,6 +186,32 @@ def test_a_parquet_file_with_other_columns_is_named(tmp_path: Path) -> None:
         load_rows(str(tmp_path), options=TITLES)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_empty_parquet_file_is_passed_over_where_others_have_rows(streaming: bool, tmp_path: Path) -> None:
+    schema = pa.schema([("title", pa.string())])
+    for name, cells in (("a", []), ("b", ["x"]), ("c", [])):
+        pq.write_table(pa.table({"title": cells}, schema=schema), tmp_path / f"{name}.parquet")
+    opened = open_set(str(tmp_path), streaming=streaming)["train"]
+    assert [record["title"] for record in opened.table] == ["x"]
+    assert [(Path(one.file).name, one.reason) for one in opened.not_read] == [
+        ("a.parquet", "it has no rows"),
+        ("c.parquet", "it has no rows"),
+    ]
+    with pytest.raises(DataError, match="a.parquet cannot be read: it has no rows"):
+        open_set(str(tmp_path / "[ac].parquet"), streaming=streaming)
+
+
+def test_a_parquet_file_with_an_odd_column_is_one_line_that_names_it(tmp_path: Path) -> None:
+    twice = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["title", "title"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    line = "it names the column 'title' twice: rename one of them"
+    assert refused(str(tmp_path / "twice.parquet")).endswith(f"twice.parquet cannot be read: {line}")
+    tags = pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))
+    pq.write_table(pa.table({"title": ["x"], "tags": tags}), tmp_path / "map.parquet")
+    line = "its column 'tags' is map<string, int64"
+    assert f"map.parquet cannot be read: {line}" in refused(str(tmp_path / "map.parquet"))
+
+
 @pytest.mark.parametrize(
     ("named", "header", "told"),
     [("", "number", "number"), ("*.csv", "Title,number", "Title, number"), ("", 'number," title"', "number, ' title'")],

@@ -353,7 +353,8 @@ def _mend_transparency(opened: Image.Image) -> None:
     of 2 bits -> 85, 3 of 4 bits -> 51. Of 16-bit RGB nothing tells the colour from its neighbours once it is decoded.
     """
     colour = opened.info.get("transparency")
-    kind = opened.tile[0][3] if opened.format == "PNG" and opened.tile else None
+    tile = getattr(opened, "tile", None)
+    kind = tile[0][3] if opened.format == "PNG" and tile else None
     if kind in ("L;2", "L;4") and isinstance(colour, int):
         most = 3 if kind == "L;2" else 15
         opened.info["transparency"] = (colour & most) * (255 // most)

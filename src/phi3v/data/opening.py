@@ -28,6 +28,7 @@ from phi3v.data.folder import KINDS, as_typed, contained, find_files, matching
 from phi3v.data.hub_card import checked_commit
 from phi3v.data.json_table import JsonTable
 from phi3v.data.misfits import find_misfit
+from phi3v.data.not_read import NotRead
 from phi3v.data.parquet_faults import count_records, ends_fault
 from phi3v.data.photo_tables import JoinedPhotos, PhotosTable, photo_column
 from phi3v.data.saved import open_saved
@@ -204,12 +205,17 @@ def _open_data(paths: Sequence[Path], streaming: bool) -> OpenedTable:
         return OpenedTable(records, root, {}, frozenset(), tuple(paths), _parts(paths, records.counts))
     reader = "csv" if builder == "tsv" else builder
     try:
+        empty = [path for path in paths if builder == "parquet" and not count_records(path)]
+        if empty == list(paths):
+            raise DataError(f"data set {first} cannot be read: it has no rows")
+        paths = [path for path in paths if path not in empty]
         extra = reader_options(first) | _streamed(streaming)
         table = datasets.load_dataset(reader, data_files=_listed(paths), split="train", **extra)
         opened = _undecoded(table, root)
         counts = [_count(opened.table, path) for path in paths] if len(paths) > 1 else []
         known = streaming or sum(counts) == len(opened.table)
-        return replace(opened, files=tuple(paths), parts=_parts(paths, counts) if known else ())
+        not_read = tuple(NotRead(str(path), "it has no rows") for path in empty)
+        return replace(opened, files=tuple(paths), parts=_parts(paths, counts) if known else (), not_read=not_read)
     except DataError:
         raise
     except Exception as error:  # with exceptions of the readers' own; here it is known which files they read
