@@ -152,6 +152,8 @@ CELLS: dict[str, tuple[Any, str | None]] = {
     "a folder": (".", "image_path"),
     "a zero byte": ("a\0.png", "image_path"),
     "a frame that is missing": (["a.png", None], "image_missing"),
+    "base64 as bytes": ({"bytes": URI[22:], "path": "a.png"}, "image_type"),
+    "another mapping": ({"url": "a.png"}, "image_type"),
     "a list in a list": ([["a.png"]], "image_type"),
 }
 

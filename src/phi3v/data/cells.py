@@ -83,6 +83,13 @@ class Cells:
         path, data = cell, None
         if isinstance(cell, Mapping):
             path, data = cell.get("path"), cell.get("bytes")
+            if isinstance(data, str):
+                told = "holds text as bytes: write base64 as data:image/png;base64,..., or the path alone"
+                raise UnusableRecord("image_type", f"{place} {told}")
+            if not {"path", "bytes"} & set(cell) and any(value is not None for value in cell.values()):
+                keys = ", ".join(map(repr, list(cell)[:3]))
+                told = f"holds a mapping of {keys}: write its path or address alone, or {{'path': ..., 'bytes': ...}}"
+                raise UnusableRecord("image_type", f"{place} {told}")
         elif isinstance(cell, bytes):
             path, data = None, cell
         if data is None and (path is None or path == ""):

@@ -37,6 +37,13 @@ _KEYWORDS = {
     "validation": "validation|valid|dev|val",
     "test": "test|testing|eval|evaluation",
 }
+_WAYS_OUT = {
+    **dict.fromkeys(
+        (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"), "unpack it, and name the file or folder in it"
+    ),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "export its rows as CSV (UTF-8), and name that file"),
+}
+"""Ending -> what to do about a file that is not read."""
 _SHARDED = re.compile(r"data/(.+)-\d{5}-of-\d{5}[^/]*")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _SPAN = re.compile(r"(\d{1,9})\.\.(\d{1,9})")
@@ -77,9 +84,9 @@ def find_files(folder: Path, *, confined: bool = True) -> FolderFiles:
     kind = _kind(folder, found)
     files = [path for path in found if _is_of(path, kind, folder, confined=confined)]
     if not files:
-        raise DataError(
-            f"data set {folder} cannot be read: it doesn't contain any data files ({', '.join(KINDS)}, .tar, or images)"
-        )
+        wrong = f"it doesn't contain any data files ({', '.join(KINDS)}, .tar, or images)"
+        other = next((f"; of {path.name}: {way_out}" for path in found if (way_out := way_out_of(path))), "")
+        raise DataError(f"data set {folder} cannot be read: {wrong}{other}")
     tellers = [_of_whole_folder] if kind == "images" else [_of_shard, _of_folder, _of_name]
     splits = _splits({path.relative_to(folder).as_posix(): path for path in files}, tellers)
     labels = {split: [_label(path.relative_to(folder)) for path in paths] for split, paths in splits.items()}
@@ -94,6 +101,11 @@ def find_files(folder: Path, *, confined: bool = True) -> FolderFiles:
     if kind != "metadata":  # of these the place counts, not where a link leads
         splits = {split: [real[path] for path in paths] for split, paths in splits.items()}
     return FolderFiles(kind, splits, labels if kind == "images" else {}, (*passed, *others))
+
+
+def way_out_of(path: Path) -> str | None:
+    """What to do about a file of another kind, by its ending: "photos.tar.gz" -> "unpack it, ..."; None for others."""
+    return _WAYS_OUT.get(path.suffix.lower())
 
 
 def contained(path: Path, folder: Path, *, confined: bool = True) -> Path:

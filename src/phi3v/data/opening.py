@@ -22,9 +22,10 @@ import datasets
 from huggingface_hub import get_token
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from phi3v.data.address_guard import shorten
 from phi3v.data.dates import DatedTable, date_columns
 from phi3v.data.faults import find_fault
-from phi3v.data.folder import KINDS, as_typed, contained, find_files, matching
+from phi3v.data.folder import KINDS, as_typed, contained, find_files, matching, way_out_of
 from phi3v.data.hub_card import checked_commit
 from phi3v.data.json_table import JsonTable
 from phi3v.data.misfits import find_misfit
@@ -34,7 +35,7 @@ from phi3v.data.photo_tables import JoinedPhotos, PhotosTable, photo_column
 from phi3v.data.saved import open_saved
 from phi3v.data.tables import FilePart, OpenedTable, StreamTable, Table
 from phi3v.data.tar_table import TarTable
-from phi3v.data.text_guard import count_rows, find_text_fault
+from phi3v.data.text_guard import binary_kind, count_rows, find_text_fault
 from phi3v.data.undecoded import ParsedTable, json_columns, undecoded
 from phi3v.errors import DataError
 
@@ -71,6 +72,11 @@ def open_set(
         if split not in tables:
             raise DataError(f"{name} has no split {split}; its splits are {', '.join(tables)}")
         return {"train": tables[split]}
+    if re.match(r"[a-z][a-z0-9+.-]+:/", source, re.IGNORECASE) and not path.exists():
+        raise DataError(
+            f"data set {shorten(source)} is an address, and rows are read from this machine or the hub: download it "
+            "and name the file, or name a hub set as owner/name"
+        )
     where = ""
     try:
         with _without_progress_bars():
@@ -132,7 +138,10 @@ def _open_folder(path: Path, streaming: bool, confined: bool) -> dict[str, Opene
 
 
 def _open_shards(files: Sequence[Path]) -> OpenedTable:
-    """Shards as one table."""
+    """Shards as one table. Raises: DataError for one that is packed, whatever its name says."""
+    for path in files:
+        if (packed := binary_kind(path)) is not None:
+            raise DataError(f"data set {path} cannot be read: it is {packed}, and no tar: unpack it first")
     table = TarTable(files)
     parts = _parts(files, table.counts)
     return OpenedTable(table, str(files[0].parent), {}, frozenset(), parts=parts, not_read=tuple(table.not_read))
@@ -186,7 +195,8 @@ def _open_file(path: Path, streaming: bool) -> OpenedTable:
     if path.suffix.lower() == ".tar":
         return _open_shards([path])
     if path.suffix.lower() not in KINDS:
-        raise DataError(f"data file {path} ends in none of {', '.join(KINDS)}, .tar; convert it or rename it")
+        way_out = way_out_of(path) or "convert it or rename it"
+        raise DataError(f"data file {path} ends in none of {', '.join(KINDS)}, .tar; {way_out}")
     return _open_data([path], streaming)
 
 

@@ -13,6 +13,7 @@ from decimal import Decimal
 from difflib import get_close_matches
 from typing import Any
 
+from phi3v.data.text_guard import other_separator
 from phi3v.errors import DataError
 
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]|[^{}]+")
@@ -42,7 +43,8 @@ class Template:
             piece, column = match.group(0), match.group(1)
             if piece in ("{", "}", "{}"):
                 problem = (
-                    f"{piece} is no {{column}}; write {piece * 2} for the character"
+                    f"{piece} is no {{column}}; write {piece * 2} for the character, and rename a column with "
+                    "braces in its name"
                     if len(piece) == 1
                     else "{} is empty"
                 )
@@ -73,7 +75,8 @@ def known_columns(name: str, columns: list[str]) -> str:
     lower = {column.lower(): column for column in columns}
     near = get_close_matches(name.lower(), lower, n=1)
     hint = f" (did you mean {lower[near[0]]!r}?)" if near else ""
-    return f"{hint}; its columns are {', '.join(columns) or 'none'}"
+    separator = other_separator(columns)
+    return f"{hint}; its columns are {', '.join(columns) or 'none'}" + (f"; {separator}" if separator else "")
 
 
 @dataclass(frozen=True)
