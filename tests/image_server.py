@@ -213,6 +213,7 @@ BEHAVIOURS: dict[str, Callable[[Handler], None]] = {
     "/svg": lambda handler: handler.send(200, b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml"),
     "/empty": lambda handler: handler.send(200, b"", "image/jpeg"),
     "/204": lambda handler: handler.send(204, Content_Length=""),
+    "/broken-head": lambda handler: handler.send(200, picture(1).replace(b"IHDR", b"IHDX"), "image/png"),
     "/cut": lambda handler: handler.send(200, CUT[: len(CUT) // 2], "image/jpeg"),
     "/cut-unmarked": lambda handler: handler.send(200, CUT[: len(CUT) // 2], "image/jpeg", Content_Length=""),
     "/unmarked": lambda handler: handler.send(200, JPEG, "image/jpeg", Content_Length=""),

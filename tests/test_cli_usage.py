@@ -5,6 +5,9 @@ import logging
 import subprocess
 import sys
 
+import pytest
+import typer
+
 from phi3v import cli_session
 
 SLIPS = [
@@ -66,3 +69,13 @@ def test_a_warning_of_ours_is_one_line(capsys):
         cli_session._show_warnings_of("phi3v.tested_here")
     logging.getLogger("phi3v.tested_here").warning("left out: %s", "kind")
     assert capsys.readouterr().err == "phi3v: left out: kind\n"
+
+
+def test_a_current_folder_that_was_deleted_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(typer.Exit), cli_session.session():
+        raise AssertionError
+    line = "phi3v: the current folder was deleted: change to another one (cd) and run it again\n"
+    assert capsys.readouterr().err == line

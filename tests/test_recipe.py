@@ -101,6 +101,9 @@ def test_several_mistakes_share_the_line() -> None:
 
 def test_a_template_without_quotes_is_explained() -> None:
     assert "needs quotes" in refusal("data.answer={title}")
+    for text in ("{title} {price}", "{title}, {price}"):
+        assert "not valid YAML: " in refusal(f"data.answer={text}")
+        assert refusal(f"data.answer={text}").endswith("; text that begins with { needs quotes around it")
 
 
 @pytest.mark.parametrize(

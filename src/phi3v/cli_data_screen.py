@@ -90,12 +90,18 @@ def not_read_lines(report: Report) -> Iterator[str]:
 
 
 def image_line(report: Report) -> str:
-    """Images, and how closely they were looked at."""
+    """Images, and how closely they were looked at; of a row that waits for a download none is opened.
+
+    Example: "0 images of different content, each decoded; 5 from the web, 0 in the cache, 5 not yet (--fetch downloads
+    them)".
+    """
     images = report.images
+    missing = min(len(images.not_cached), images.from_web)  # data.max_rows counts fewer rows than are downloaded for
     looked = "each decoded" if report.decoded else "headers read, none decoded"
-    line = f"{counted(images.count, 'image')} of different content, {looked}"
+    if missing and report.decoded:
+        looked = "decoded where nothing of the row is still to be downloaded"
+    line = f"{counted(images.count - missing, 'image')} of different content, {looked}"
     if images.from_web:
-        missing = len(images.not_cached)
         line += f"; {images.from_web} from the web, {images.from_web - missing} in the cache, {missing} not yet"
         line += " (--fetch downloads them)" if missing else ""
     return line

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import typer
 
 from phi3v.cli_hub import give_up_early
-from phi3v.errors import Interrupted, OtherRankError, Phi3VError
+from phi3v.errors import ConfigError, Interrupted, OtherRankError, Phi3VError
 from phi3v.launch import Launch
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def session(debug: bool = False, as_json: bool = False, *, on_interrupt: str = "
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _terminated) if main else None
     try:
+        _stand_somewhere()
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             yield here
     except typer.Exit:
@@ -108,6 +109,14 @@ def session(debug: bool = False, as_json: bool = False, *, on_interrupt: str = "
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)
+
+
+def _stand_somewhere() -> None:
+    """Raises: ConfigError where the folder that the command was started in, and paths count from, is gone."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise ConfigError("the current folder was deleted: change to another one (cd) and run it again") from error
 
 
 def _terminated(number: int, frame: Any) -> None:

@@ -26,6 +26,8 @@ _WORDS = {
     "tag:yaml.org,2002:bool": (re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
     "tag:yaml.org,2002:null": (re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
 }
+_BRACES = re.compile(r"(?:^|[:-]\s+)\{[^{}:]*\}\s*[^\s}\]#]")
+"""A text such as {title} {price}, of which YAML takes the beginning for a mapping."""
 
 
 def _resolvers(table: dict[str, tuple[re.Pattern[str], list[str]]]) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
@@ -98,7 +100,9 @@ def read_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where}{line}: not valid YAML: {error.problem or error.context}") from error
+        at_fault = "".join(text.splitlines()[mark.line : mark.line + 1]) if mark else ""
+        hint = "; text that begins with { needs quotes around it" if _BRACES.search(at_fault) else ""
+        raise ConfigError(f"{where}{line}: not valid YAML: {error.problem or error.context}{hint}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
 

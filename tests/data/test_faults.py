@@ -42,7 +42,21 @@ pytestmark = pytest.mark.usefixtures("datasets_cache")
         ("a.json", b"[]", "a.json cannot be read: it has no rows"),
         ("a.json", b'{\n"a": [{"a": 1}]\n}', "it holds a mapping: write a list of objects, or one JSON object a line"),
         ("a.parquet", b"xx", "cannot be read"),
-        ("a.xlsx", b"xx", "ends in none of .csv, .tsv, .json"),
+        ("a.xlsx", b"xx", r"ends in none of .csv, .tsv, .json.*; export its rows as CSV \(UTF-8\), and name that file"),
+        ("a.csv.gz", b"xx", "ends in none of .*; unpack it, and name the file or folder in it"),
+        (
+            "a.tar",
+            gzip.compress(bytes(1024)),
+            "a.tar cannot be read: it is a file compressed with gzip, and no tar: unp",
+        ),
+        (
+            "a.csv",
+            b"image;title\n0.png;x\n",
+            "its columns are image;title; its cells stand between ;, not commas: save",
+        ),
+        ("a.csv", b"image;a\n0.png;x, y\n", "line 2 has 2 cells, the header has 1: its cells stand between ;, not c"),
+        ("a.csv", b"image\ta\n0.png\tx\n", "its cells stand between tabs, not commas: .* with tabs and named .tsv"),
+        ("a.csv", b'b,a,c\n0.png, "x, y",3\n', "line 2 has 4 cells, the header has 3: take away the blank in front of"),
     ],
 )
 def test_broken_files_are_one_line(name: str, content: bytes, words: str, tmp_path: Path) -> None:
@@ -50,6 +64,23 @@ def test_broken_files_are_one_line(name: str, content: bytes, words: str, tmp_pa
     with pytest.raises(DataError, match=words) as caught:
         load_rows(str(tmp_path / name), options=RowOptions(images=None, prompt="?", answer="{a}"))
     assert name in str(caught.value) and "\n" not in str(caught.value) and "error occurred" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "source", ["s3://shop/a.csv", "https://shop.example/a.parquet?key=s3cret", "hf://datasets/a/b"]
+)
+def test_an_address_is_no_data_set(source: str) -> None:
+    line = (
+        r"data set \w+://[^ ?]*(\?\.\.\.)? is an address, and rows are read from this machine or the hub: download it"
+    )
+    with pytest.raises(DataError, match=line):
+        open_set(source)
+
+
+def test_a_folder_of_packed_files_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "photos.zip").touch()
+    with pytest.raises(DataError, match="doesn't contain any data files .*; of photos.zip: unpack it, and name the fi"):
+        open_set(str(tmp_path))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -184,6 +215,32 @@ def test_a_parquet_file_with_other_columns_is_named(tmp_path: Path) -> None:
         DataError, match=r"train-2.parquet cannot be read: its columns are number, name, and those of t"
     ):
         load_rows(str(tmp_path), options=TITLES)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_empty_parquet_file_is_passed_over_where_others_have_rows(streaming: bool, tmp_path: Path) -> None:
+    schema = pa.schema([("title", pa.string())])
+    for name, cells in (("a", []), ("b", ["x"]), ("c", [])):
+        pq.write_table(pa.table({"title": cells}, schema=schema), tmp_path / f"{name}.parquet")
+    opened = open_set(str(tmp_path), streaming=streaming)["train"]
+    assert [record["title"] for record in opened.table] == ["x"]
+    assert [(Path(one.file).name, one.reason) for one in opened.not_read] == [
+        ("a.parquet", "it has no rows"),
+        ("c.parquet", "it has no rows"),
+    ]
+    with pytest.raises(DataError, match="a.parquet cannot be read: it has no rows"):
+        open_set(str(tmp_path / "[ac].parquet"), streaming=streaming)
+
+
+def test_a_parquet_file_with_an_odd_column_is_one_line_that_names_it(tmp_path: Path) -> None:
+    twice = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["title", "title"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    line = "it names the column 'title' twice: rename one of them"
+    assert refused(str(tmp_path / "twice.parquet")).endswith(f"twice.parquet cannot be read: {line}")
+    tags = pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))
+    pq.write_table(pa.table({"title": ["x"], "tags": tags}), tmp_path / "map.parquet")
+    line = "its column 'tags' is map<string, int64"
+    assert f"map.parquet cannot be read: {line}" in refused(str(tmp_path / "map.parquet"))
 
 
 @pytest.mark.parametrize(

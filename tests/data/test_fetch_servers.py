@@ -42,6 +42,7 @@ EXPECTED = {  # path: (reason, requests)
     "/html": ("url_html", 1),
     "/svg": ("url_not_image", 1),
     "/empty": ("url_empty", 1),
+    "/broken-head": ("url_damaged", 1),
     "/cut": ("url_damaged", 1),
     "/cut-unmarked": ("url_damaged", 3),
     "/no-http": ("url_protocol", 1),
@@ -103,7 +104,7 @@ def test_nothing_hangs(visit: Visit) -> None:
 
 def test_what_is_remembered_would_be_the_same_another_time(visit: Visit) -> None:
     remembered = {path for path in EXPECTED if visit.cache.failure(visit.server.url(path))}
-    assert remembered == {"/404", "/410", "/html", "/svg", "/cut", "/long"}
+    assert remembered == {"/404", "/410", "/html", "/svg", "/broken-head", "/cut", "/long"}
 
 
 def test_only_whole_images_are_kept(visit: Visit) -> None:
@@ -124,8 +125,8 @@ def test_only_whole_images_are_kept(visit: Visit) -> None:
         ("/html", ": a web page, no image; open the address in a browser, and name the image's own address"),
         (
             "/to-metadata",
-            ": it is redirected to http://169.254.169.254/latest/meta-data: 169.254.169.254 is no public address; "
-            'if the machine is yours, allow it: data.allow_hosts: ["169.254.169.254:80"]',
+            ": it is redirected to http://169.254.169.254/latest/meta-data: 169.254.169.254 is link-local, where "
+            "clouds answer with their metadata; mend the address",
         ),
         ("/to-secret", ": it is redirected to http://127.0.0.1/: that address holds a user name or password"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,9 @@ def answers(source: Path, options: RowOptions = OPTIONS) -> list[str]:
         (["train/0.parquet", "train/1.parquet"], "parquet", {"train": ["train/0.parquet", "train/1.parquet"]}),
         (["a.csv", "old/backup.tar"], "csv", {"train": ["a.csv"]}),
         (["1.jpg", "2.jpg", "old/backup.tar"], "images", {"train": ["1.jpg", "2.jpg"]}),
+        (["train 1.png", "steam-train.png", "x.png"], "images", {"train": ["steam-train.png", "train 1.png", "x.png"]}),
+        (["train-station/a.png", "port/b.png"], "images", {"train": ["port/b.png", "train-station/a.png"]}),
+        (["val/a/1.png", "train/b/2.png"], "images", {"train": ["train/b/2.png"], "validation": ["val/a/1.png"]}),
         (["cat/metadata.csv", "dog/metadata.csv"], "metadata", {"train": ["cat/metadata.csv", "dog/metadata.csv"]}),
         (["metadata.csv", "photos/more.csv"], "metadata", {"train": ["metadata.csv"]}),
         (
@@ -275,13 +279,35 @@ def test_patterns_name_files_with_braces(tmp_path: Path) -> None:
     assert len(load_rows(f"{tmp_path}/a{{b}}.csv", options=OPTIONS)[0]) == 2
 
 
-def test_photos_in_folders_have_labels(tmp_path: Path) -> None:
-    for name in ("cat", "dog"):
-        (tmp_path / name).mkdir()
-        Image.new("RGB", (5, 4)).save(tmp_path / name / "a.png")
-    options = RowOptions(prompt="?", answer="{label}")
-    data = load_data(str(tmp_path), options=options, validation_split=None)
-    assert [row.answer for row in data.train] == ["cat", "dog"] and data.problems == []
+@pytest.mark.parametrize(
+    ("names", "labels", "strays"),
+    [
+        (["cat/a.png", "dog/a.png"], ["cat", "dog"], []),
+        (["cat/a.png"], ["cat"], []),
+        (["a.png", "cat/b.png", "dog/black/c.png"], ["cat", "black"], ["column 'label' is empty"]),
+        (["train/a.png", "train/cat/b.png", "val/cat/a.png"], ["cat"], ["column 'label' is empty"]),
+        (["cat/train/a.png", "dog/train/a.png", "dog/test/b.png"], ["cat", "dog"], []),
+    ],
+)
+def test_photos_in_folders_have_labels(names: list[str], labels: list[str], strays: list[str], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (5, 4)).save(tmp_path / name)
+    options, how = RowOptions(prompt="?", answer="{label}"), Reading(max_skipped=0.5)
+    data = load_data(str(tmp_path), options=options, validation_split=None, reading=how)
+    assert [row.answer for row in data.train] == labels
+    assert [problem.message for problem in data.problems] == strays
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("other", ["image", "image_file_name"])
+def test_metadata_with_two_columns_of_one_photo_is_one_line(kind: str, other: str, tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_list([{"file_name": "a.png", other: "b.png", "title": "x"}])
+    file = str(tmp_path / f"metadata.{kind}")
+    {"csv": rows.to_csv, "jsonl": rows.to_json, "parquet": rows.to_parquet}[kind](file)
+    told = f"{file} has the columns file_name and {other}, and both give the column image: rename or drop one of them"
+    with pytest.raises(DataError, match=re.escape(told)):
+        load_rows(str(tmp_path), options=OPTIONS)
 
 
 @pytest.mark.parametrize("name", ["../other/data-00000-of-00001.arrow", "/etc/hostname", "..", None])

@@ -145,8 +145,10 @@ def test_without_the_hub_nothing_is_loaded_unless_offline_mode_is_chosen(
     monkeypatch.setattr(hub_card, "hf_hub_download", unreachable)
     with pytest.raises(DataError, match="cannot be read: Couldn't reach 'owner/name' on the Hub; it is no file"):
         load_rows("owner/name", options=OPTIONS)
-    with pytest.raises(DataError, match="data set hf://datasets/owner/name is no file or folder here, and no hub id"):
+    with pytest.raises(DataError, match="hf://datasets/owner/name is an address, .* name a hub set as owner/name"):
         load_rows("hf://datasets/owner/name", options=OPTIONS)
+    with pytest.raises(DataError, match="data set owner/name/more is no file or folder here, and no hub id"):
+        load_rows("owner/name/more", options=OPTIONS)
     assert made.loaded == []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert len(load_rows("owner/name", options=OPTIONS, revision="abc")[0]) == 1

@@ -1,5 +1,6 @@
 """The cache on disk: its layout, what it takes for good, and many processes at once."""
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -9,10 +10,12 @@ import signal
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from phi3v.data.image_cache import FetchFailure, ImageCache
+from phi3v.errors import DataError
 
 URL = "https://shop.example/a.jpg?token=secret"
 URL_HASH = hashlib.sha256(URL.encode()).hexdigest()
@@ -54,6 +57,26 @@ def test_a_cache_can_be_pickled_and_makes_no_folder_by_itself(tmp_path: Path) ->
     cache = pickle.loads(pickle.dumps(ImageCache(tmp_path / "cache")))
     assert (cache, cache.path(URL), cache.failure(URL)) == (ImageCache(tmp_path / "cache"), None, None)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("lost", ["outer", "own"])
+def test_a_folder_that_never_comes_is_one_line_and_no_hang(
+    lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below /proc, and where a mount is gone, the system answers a mkdir with "no such file"."""
+    make = Path.mkdir
+
+    def refuse(path: Path, **options: Any) -> None:
+        if path.name == "cache" if lost == "outer" else path.parent.name == "tmp":
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
+        make(path, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with (
+        pytest.raises(DataError, match=r"image cache .*cache cannot be written \(.*\): .* data.image_cache"),
+        ImageCache(tmp_path / "cache").writing(),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

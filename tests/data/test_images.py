@@ -2,7 +2,9 @@
 
 import io
 import os
+import struct
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +98,21 @@ def test_palette_grey_and_bits_become_rgb() -> None:
     assert pixels(open_image(encoded(Image.new("L", (1, 1), 77)))) == [[[77, 77, 77]]]
     assert pixels(open_image(encoded(Image.new("L", (1, 1), 77), transparency=77))) == [[[255, 255, 255]]]
     assert pixels(open_image(encoded(Image.new("1", (1, 1), 1)))) == [[[255, 255, 255]]]
+
+
+def test_a_transparent_colour_of_few_or_many_bits() -> None:
+    """PIL writes no such PNGs: depth, colour type, the line of pixels, the transparent colour."""
+
+    def grey(depth: int, colour_type: int, line: bytes, transparent: bytes, width: int) -> list[int]:
+        header = struct.pack(">IIBBBBB", width, 1, depth, colour_type, 0, 0, 0)
+        chunks = [b"IHDR" + header, b"tRNS" + transparent, b"IDAT" + zlib.compress(b"\0" + line), b"IEND"]
+        body = [struct.pack(">I", len(one) - 4) + one + struct.pack(">I", zlib.crc32(one)) for one in chunks]
+        return [pixel[0] for pixel in pixels(open_image(b"\x89PNG\r\n\x1a\n" + b"".join(body)))[0]]
+
+    assert grey(2, 0, b"\x1b", b"\0\1", 4) == [0, 255, 170, 255]
+    assert grey(4, 0, b"\x3f\x40", b"\0\3", 3) == [255, 255, 68]
+    wide = bytes.fromhex("0102 0000 0000  0105 0000 0000  0909 0000 0000")  # the first is the one, the second near it
+    assert grey(16, 2, wide, wide[:6], 3) == [1, 1, 9]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])

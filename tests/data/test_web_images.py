@@ -140,6 +140,11 @@ CELLS: dict[str, tuple[Any, str | None]] = {
     "a private host": ("http://10.0.0.1/a.png", "url_private"),
     "the metadata service": ("http://169.254.169.254/latest", "url_private"),
     "no address": ("http://", "url_invalid"),
+    "a user and a password": ("http://ann:s3cret@shop.example/a.png", "url_invalid"),
+    "a short address": ("http://127.1/a.png", "url_invalid"),
+    "no host": ("http:///a.png", "url_invalid"),
+    "a host with a space": ("http://exa mple.com/a.png", "url_invalid"),
+    "a private host of IPv6": ("http://[::1]/a.png", "url_private"),
     "a link out": ("link.png", "image_path"),
     "a sibling with the same beginning": ("../set-b/a.png", "image_path"),
     "a pipe": ("pipe", "image_path"),
@@ -147,6 +152,8 @@ CELLS: dict[str, tuple[Any, str | None]] = {
     "a folder": (".", "image_path"),
     "a zero byte": ("a\0.png", "image_path"),
     "a frame that is missing": (["a.png", None], "image_missing"),
+    "base64 as bytes": ({"bytes": URI[22:], "path": "a.png"}, "image_type"),
+    "another mapping": ({"url": "a.png"}, "image_type"),
     "a list in a list": ([["a.png"]], "image_type"),
 }
 
@@ -161,9 +168,10 @@ def test_what_a_cell_may_hold(name: str, tmp_path: Path) -> None:
     (tmp_path / "set" / "link.png").symlink_to(tmp_path / "set-b" / "a.png")
     os.mkfifo(tmp_path / "set" / "pipe")
     cell, code = CELLS[name]
-    how = Reading.of(image_cache=str(tmp_path / "cache"), max_skipped=1.0)
+    how = Reading.of(image_cache=str(tmp_path / "cache"), max_skipped=1.0, download=False)
     data = load_data(jsonl(tmp_path / "set", [cell]), options=OPTIONS, validation_split=None, reading=how)
     assert [problem.reason_code for problem in data.problems] == ([] if code is None else [code])
+    assert data.not_cached == [] and not any("s3cret" in problem.message for problem in data.problems)
     assert [open_image(image).size for row in data.train for image in row.images] == [(16, 12)] * (
         0 if code else 2 if isinstance(cell, list) else 1
     )

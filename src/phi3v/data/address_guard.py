@@ -187,6 +187,30 @@ class AllowedHosts:
         """Whether this host was allowed at this port."""
         return (host, None) in self.entries or (host, port) in self.entries
 
+    def refusal(self, host: str, port: int, address: str) -> str | None:
+        """Why a host must not be asked at an IP address that it has; None when it may be.
+
+        Example: AllowedHosts().refusal("10.0.0.1", 80, "10.0.0.1") -> '10.0.0.1 is no public address; if the machine is
+        yours, allow it: data.allow_hosts: ["10.0.0.1:80"]'; nobody's photos lie at a link-local address, so that none
+        is offered there.
+        """
+        if self.hold(host, port) or is_public(address):
+            return None
+        name = host if address == host else f"{host} is {address}, which"
+        if _is_link_local(address):
+            return f"{name} is link-local, where clouds answer with their metadata; mend the address"
+        entry = f'"[{host}]:{port}"' if ":" in host else f'"{host}:{port}"'
+        return f"{name} is no public address; if the machine is yours, allow it: data.allow_hosts: [{entry}]"
+
+
+def is_literal(host: str) -> bool:
+    """Whether a host is an IP address: "10.0.0.1" and "::1" are, "shop.example" is none."""
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
+
 
 def shorten(url: str) -> str:
     """How messages call an address: without query, user and password, at most 100 characters, on one line.
@@ -198,6 +222,12 @@ def shorten(url: str) -> str:
     place = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in place)
     place = place if len(place) <= 100 else place[:97] + "..."
     return place + ("?..." if mark else "")
+
+
+def _is_link_local(address: str) -> bool:
+    """Whether an IP address, or the IPv4 address that it stands for, is one of a single cable."""
+    parsed = ip_address(address)
+    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_link_local
 
 
 def _host(raw: str) -> str:

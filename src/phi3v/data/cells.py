@@ -2,8 +2,8 @@
 
 In come single values as files and data sets hold them; out come texts and `ImageRef`s, unopened, or `UnusableRecord`
 with a reason code: `missing_value`, `value_type`, `image_missing`, `image_type`, `image_path` (not there, no file,
-outside the root), `image_unreadable`, `data_uri`, `url_scheme`, `url_not_cached`, and the codes of failed downloads,
-which begin with `url_` too. Downloads nothing: a web address is looked up in the cache.
+outside the root), `image_unreadable`, `data_uri`, `url_scheme`, `url_invalid`, `url_private`, `url_not_cached`, and
+the codes of failed downloads, which begin with `url_` too. Downloads nothing: a web address is looked up in the cache.
 """
 
 import base64
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from phi3v.data.address_guard import shorten
+from phi3v.data.address_guard import AddressError, AllowedHosts, is_literal, parse_address, shorten
 from phi3v.data.image_cache import FetchFailure, ImageCache
 from phi3v.data.images import ImageLook, content_digest, image_name, look_at
 from phi3v.data.schema import ImageRef, Row, UnusableRecord
@@ -45,6 +45,7 @@ class Cells:
         cache: where downloaded images lie; None refuses web addresses.
         wait_for_download: True takes a web address that is not cached as an image that is still to come.
         failures: web address -> why it could not be downloaded just now, beside what the cache remembers.
+        allowed: hosts that may be private.
     """
 
     images: str | None = None
@@ -55,6 +56,7 @@ class Cells:
     cache: ImageCache | None = None
     wait_for_download: bool = False
     failures: Mapping[str, FetchFailure] = field(default_factory=dict)
+    allowed: AllowedHosts = field(default_factory=AllowedHosts)
 
     def text(self, column: str, value: Any) -> str:
         """A cell as text. Raises: UnusableRecord."""
@@ -81,6 +83,13 @@ class Cells:
         path, data = cell, None
         if isinstance(cell, Mapping):
             path, data = cell.get("path"), cell.get("bytes")
+            if isinstance(data, str):
+                told = "holds text as bytes: write base64 as data:image/png;base64,..., or the path alone"
+                raise UnusableRecord("image_type", f"{place} {told}")
+            if not {"path", "bytes"} & set(cell) and any(value is not None for value in cell.values()):
+                keys = ", ".join(map(repr, list(cell)[:3]))
+                told = f"holds a mapping of {keys}: write its path or address alone, or {{'path': ..., 'bytes': ...}}"
+                raise UnusableRecord("image_type", f"{place} {told}")
         elif isinstance(cell, bytes):
             path, data = None, cell
         if data is None and (path is None or path == ""):
@@ -101,7 +110,7 @@ class Cells:
         return ImageRef(path, None, self.root, self.confined)
 
     def _from_web(self, url: str, scheme: str, place: str) -> ImageRef:
-        """An image behind a web address: its file in the cache."""
+        """An image behind a web address: its file in the cache. An address that is never asked is refused at once."""
         if scheme not in ("http", "https") or self.cache is None:
             raise UnusableRecord(
                 "url_scheme", f"{place} holds {shorten(url)}: only http and https addresses are downloaded"
@@ -111,6 +120,13 @@ class Cells:
             return ImageRef(str(path), None, folder, True, url)
         if (failure := self.failures.get(url) or self.cache.failure(url)) is not None:
             raise UnusableRecord(failure.reason_code, failure.message)
+        try:
+            address = parse_address(url)
+        except AddressError as error:
+            raise UnusableRecord("url_invalid", f"image {shorten(url)}: the address {error}") from error
+        closed = self.allowed.refusal(address.host, address.port, address.host) if is_literal(address.host) else None
+        if closed is not None:
+            raise UnusableRecord("url_private", f"image {shorten(url)}: {closed}")
         if self.wait_for_download:
             return ImageRef(None, None, folder, True, url)
         raise UnusableRecord("url_not_cached", f"{shorten(url)} is not in the image cache: run the command again")

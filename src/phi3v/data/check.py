@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from phi3v.data.address_guard import shorten
 from phi3v.data.advice import advice
 from phi3v.data.duplicates import Duplicates
 from phi3v.data.fact_table import digest_array
@@ -179,7 +180,7 @@ class Images:
     Attributes:
         count: distinct contents; addresses, for those that are still to be downloaded.
         from_web: images that come from web addresses, each once.
-        not_cached: web addresses that are not in the cache.
+        not_cached: web addresses that are not in the cache, as messages call them: without their queries.
     """
 
     count: int
@@ -216,7 +217,9 @@ class FetchedPart:
         """
         if found is None:
             return cls(shard, 0, 0, [], None)
-        failures = [{"url": url, **asdict(why), "fix": advice(why.reason_code)} for url, why in found.failures.items()]
+        failures = [
+            {"url": shorten(url), **asdict(why), "fix": advice(why.reason_code)} for url, why in found.failures.items()
+        ]
         allowed = 0.0 if on_problem == "stop" else max_skipped
         trouble = None
         if len(failures) > allowed * found.total:

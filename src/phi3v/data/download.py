@@ -24,7 +24,7 @@ from phi3v import __version__
 from phi3v.data.address_guard import AddressError, AllowedHosts, WebAddress, parse_address, shorten
 from phi3v.data.guarded_network import GuardedBackend, NetworkRefusal
 from phi3v.data.image_cache import FetchFailure
-from phi3v.data.images import MAX_PIXELS, image_size, open_image
+from phi3v.data.images import MAX_PIXELS, begins_as_image, image_size, open_image
 from phi3v.data.schema import ImageRef
 from phi3v.errors import ImageError
 
@@ -308,7 +308,11 @@ def _check_image(url: str, file: Path, max_pixels: int, content_type: str, *, en
         if _is_html(image.data or b"", content_type):
             words = "a web page, no image; open the address in a browser, and name the image's own address"
             raise problem(url, "url_html", words, lasting=True) from error
-        raise UrlProblem(FetchFailure("url_not_image", str(error)), lasting=True) from error
+        damaged = begins_as_image((image.data or b"")[:16])
+        failure = FetchFailure("url_damaged" if damaged else "url_not_image", str(error))
+        raise UrlProblem(
+            failure, again=damaged and not end_was_marked, lasting=end_was_marked or not damaged
+        ) from error
     if width * height > max_pixels:
         return
     try:

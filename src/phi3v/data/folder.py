@@ -7,7 +7,8 @@ the caller allows more. Opens no file but, where photos are the data, those whos
 bytes.
 
 A split is told by a folder's name, else by a file's, as `datasets` does it: test/a.csv, my-test.csv and
-data/test-00000-of-00001.parquet are of the split `test`; where no name tells, all files are `train`.
+data/test-00000-of-00001.parquet are of the split `test`; where no name tells, all files are `train`. Of photos only a
+folder whose whole name is that of a split tells one: train-station/ is a class, and steam-train.png a photo.
 """
 
 import os
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from glob import glob
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 
 from phi3v.data.images import begins_as_image
 from phi3v.data.not_read import NotRead
@@ -36,6 +37,13 @@ _KEYWORDS = {
     "validation": "validation|valid|dev|val",
     "test": "test|testing|eval|evaluation",
 }
+_WAYS_OUT = {
+    **dict.fromkeys(
+        (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"), "unpack it, and name the file or folder in it"
+    ),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "export its rows as CSV (UTF-8), and name that file"),
+}
+"""Ending -> what to do about a file that is not read."""
 _SHARDED = re.compile(r"data/(.+)-\d{5}-of-\d{5}[^/]*")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _SPAN = re.compile(r"(\d{1,9})\.\.(\d{1,9})")
@@ -53,11 +61,13 @@ class FolderFiles:
     Attributes:
         kind: "shards", "metadata" (of photos), "csv", "tsv", "json", "parquet" or "images".
         splits: split -> its files, in the order of their names.
+        labels: of photos, split -> the class of each file by its folder, None for one that lies in none; else empty.
         not_read: the others.
     """
 
     kind: str
     splits: dict[str, list[Path]]
+    labels: dict[str, list[str | None]] = field(default_factory=dict, compare=False)
     not_read: tuple[NotRead, ...] = field(default=(), compare=False)
 
 
@@ -74,10 +84,12 @@ def find_files(folder: Path, *, confined: bool = True) -> FolderFiles:
     kind = _kind(folder, found)
     files = [path for path in found if _is_of(path, kind, folder, confined=confined)]
     if not files:
-        raise DataError(
-            f"data set {folder} cannot be read: it doesn't contain any data files ({', '.join(KINDS)}, .tar, or images)"
-        )
-    splits = _splits({path.relative_to(folder).as_posix(): path for path in files})
+        wrong = f"it doesn't contain any data files ({', '.join(KINDS)}, .tar, or images)"
+        other = next((f"; of {path.name}: {way_out}" for path in found if (way_out := way_out_of(path))), "")
+        raise DataError(f"data set {folder} cannot be read: {wrong}{other}")
+    tellers = [_of_whole_folder] if kind == "images" else [_of_shard, _of_folder, _of_name]
+    splits = _splits({path.relative_to(folder).as_posix(): path for path in files}, tellers)
+    labels = {split: [_label(path.relative_to(folder)) for path in paths] for split, paths in splits.items()}
     chosen, read = set(files), {path for paths in splits.values() for path in paths}
     others = [_not_read(path, kind, chosen=path in chosen) for path in found if path not in read]
     if kind == "images" and not any(path.exists() for path in read):
@@ -88,7 +100,12 @@ def find_files(folder: Path, *, confined: bool = True) -> FolderFiles:
     }
     if kind != "metadata":  # of these the place counts, not where a link leads
         splits = {split: [real[path] for path in paths] for split, paths in splits.items()}
-    return FolderFiles(kind, splits, (*passed, *others))
+    return FolderFiles(kind, splits, labels if kind == "images" else {}, (*passed, *others))
+
+
+def way_out_of(path: Path) -> str | None:
+    """What to do about a file of another kind, by its ending: "photos.tar.gz" -> "unpack it, ..."; None for others."""
+    return _WAYS_OUT.get(path.suffix.lower())
 
 
 def contained(path: Path, folder: Path, *, confined: bool = True) -> Path:
@@ -209,12 +226,11 @@ def _not_read(path: Path, kind: str, *, chosen: bool) -> NotRead:
     return NotRead(str(path), _NO_ROW if ending in _IMAGES else _NO_DATA_NO_ROW, by_rows=True)
 
 
-def _splits(files: dict[str, Path]) -> dict[str, list[Path]]:
+def _splits(files: dict[str, Path], tellers: Sequence[Callable[[str], str | None]]) -> dict[str, list[Path]]:
     """Files by split; those whose names tell none are left out where others do.
 
     Example: {"test/a.csv": ..., "b.csv": ...} -> {"test": [test/a.csv]}; {"b.csv": ...} -> {"train": [b.csv]}.
     """
-    tellers: list[Callable[[str], str | None]] = [_of_shard, _of_folder, _of_name]
     for teller in tellers:
         told = {name: split for name in files if (split := teller(name)) is not None}
         if told:
@@ -232,6 +248,22 @@ def _of_shard(name: str) -> str | None:
 def _of_folder(name: str) -> str | None:
     """ "my_test/a.csv" -> "test"."""
     return next((split for part in PurePosixPath(name).parts[:-1] if (split := _named(part)) is not None), None)
+
+
+def _of_whole_folder(name: str) -> str | None:
+    """ "test/train-station/a.jpg" -> "test", "train-station/a.jpg" -> None."""
+    return next((split for part in PurePosixPath(name).parts[:-1] if (split := _called(part)) is not None), None)
+
+
+def _label(photo: PurePath) -> str | None:
+    """The class of a photo by its folder: train/cat/a.jpg, cat/train/a.jpg -> "cat"; train/a.jpg, a.jpg -> None."""
+    classes = [part for part in photo.parts[:-1] if _called(part) is None]
+    return classes[-1] if classes else None
+
+
+def _called(part: str) -> str | None:
+    """The split that a whole name is: "val" -> "validation", "my-val" -> None."""
+    return next((split for split, words in _KEYWORDS.items() if part in words.split("|")), None)
 
 
 def _of_name(name: str) -> str | None:

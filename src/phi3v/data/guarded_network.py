@@ -15,12 +15,11 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable
-from ipaddress import ip_address
 from typing import Any
 
 import httpcore2
 
-from phi3v.data.address_guard import AllowedHosts, is_public
+from phi3v.data.address_guard import AllowedHosts, is_literal
 
 _SECONDS_A_ADDRESS = 5.0
 """A host with several addresses: how long one of them may take to answer before the next is tried."""
@@ -85,13 +84,10 @@ class GuardedBackend(httpcore2.NetworkBackend):
 
     def _addresses(self, host: str, port: int) -> list[str]:
         """The addresses of a host, each of which may be connected to."""
-        addresses = [host] if _is_literal(host) else _look_up(host, port, self.left())
-        if not self._allowed.hold(host, port):
-            for address in addresses:
-                if not is_public(address):
-                    name = host if address == host else f"{host} is {address}, which"
-                    way_out = f"if the machine is yours, allow it: data.allow_hosts: [{_entry(host, port)}]"
-                    raise NetworkRefusal("url_private", f"{name} is no public address; {way_out}")
+        addresses = [host] if is_literal(host) else _look_up(host, port, self.left())
+        for address in addresses:
+            if (refusal := self._allowed.refusal(host, port, address)) is not None:
+                raise NetworkRefusal("url_private", refusal)
         return addresses
 
 
@@ -161,20 +157,6 @@ def _look_up(host: str, port: int, seconds: float) -> list[str]:
     if isinstance(answer, OSError) or not answer:
         raise NetworkRefusal("url_dns", f"the name {host} is not known here ({_words(answer or None)})")
     return answer
-
-
-def _is_literal(host: str) -> bool:
-    """Whether a host is an IP address."""
-    try:
-        ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
-def _entry(host: str, port: int) -> str:
-    """A host as allow_hosts spells it: "10.0.0.1:80", "'[::1]:80'"."""
-    return f'"[{host}]:{port}"' if ":" in host else f'"{host}:{port}"'
 
 
 def _words(error: object) -> str:

@@ -8,7 +8,7 @@
 | work | a file that would cost a decoder far more than its pixels is refused: the limits are in `image_limits` |
 | cut off or damaged files | refused; what could be decoded of them is not used |
 | EXIF orientation | applied; an EXIF block that cannot be read means upright; XMP's is taken where EXIF has none |
-| alpha, transparent colour | composited over white |
+| alpha, transparent colour | composited over white; the one colour that a PNG of 3 x 16 bits calls transparent is not |
 | palette, 1 bit, grey | expanded to RGB |
 | 16 bit | grey: scaled to 8 bit (value / 257, rounded); RGB: the high byte, by the decoder |
 | 32-bit whole numbers | taken as 16 bit, clipped to 0..65535 |
@@ -331,6 +331,7 @@ def _decode(opened: Image.Image, file: MeteredBytes | MeteredFile, orientation: 
     if opened.format in ("JPEG", "MPO"):
         check_scans(file, opened.width * opened.height)
     file.seek(0)
+    _mend_transparency(opened)
     opened.load()
     rgb = _to_rgb(opened)
     return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
@@ -343,6 +344,22 @@ def _turned(pixels_HWC: np.ndarray, orientation: int) -> np.ndarray:
     down = -1 if orientation in (3, 4, 7, 8) else 1
     across = -1 if orientation in (2, 3, 6, 7) else 1
     return pixels_HWC[::down, ::across]
+
+
+def _mend_transparency(opened: Image.Image) -> None:
+    """Makes the transparent colour of a PNG one of the pixels that PIL gives, which it compares with it.
+
+    PIL spreads grey of 2 and 4 bits over 0 to 255 and keeps the high bytes of 16-bit RGB, but not so of that colour: 1
+    of 2 bits -> 85, 3 of 4 bits -> 51. Of 16-bit RGB nothing tells the colour from its neighbours once it is decoded.
+    """
+    colour = opened.info.get("transparency")
+    tile = getattr(opened, "tile", None)
+    kind = tile[0][3] if opened.format == "PNG" and tile else None
+    if kind in ("L;2", "L;4") and isinstance(colour, int):
+        most = 3 if kind == "L;2" else 15
+        opened.info["transparency"] = (colour & most) * (255 // most)
+    elif kind == "RGB;16B":
+        opened.info.pop("transparency", None)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

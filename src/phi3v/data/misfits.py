@@ -2,8 +2,8 @@
 
 In come the paths of CSV, TSV or Parquet files, in the order in which they are read, after a failure; out comes one of
 them and half a sentence, or None. `datasets` reads all as the first one is: it refuses CSV files that lack one of its
-columns, and Parquet files that have a column more or values that cannot become its type. What else may be wrong with a
-file by itself is the business of `faults`.
+columns, and Parquet files that have a column more or values that cannot become its type; and a Parquet file with a
+column of a type that it does not know. What else may be wrong with a file by itself is the business of `faults`.
 """
 
 from collections.abc import Sequence
@@ -28,11 +28,24 @@ def find_misfit(paths: Sequence[Path]) -> tuple[Path, str] | None:
     the same type"); int32 and int64 go together.
     """
     if paths[0].suffix.lower() not in (".csv", ".tsv"):
-        return _parquet_misfit(paths) if paths[0].suffix.lower() == ".parquet" else None
+        return (_odd_type(paths) or _parquet_misfit(paths)) if paths[0].suffix.lower() == ".parquet" else None
     known = header_names(paths[0])
     for path in paths[1:]:
         if (names := header_names(path)) and set(known) - set(names):
             return path, _other_columns(names, known, paths[0])
+    return None
+
+
+def _odd_type(paths: Sequence[Path]) -> tuple[Path, str] | None:
+    """The first Parquet file with a column of a type that `datasets` has no word for, as a map."""
+    for path in paths:
+        for field in pq.read_schema(path):
+            try:
+                datasets.Features.from_arrow_schema(pa.schema([field]))
+            except _FAILURES:
+                kind = " ".join(str(field.type).split())[:120]
+                told = f"its column {field.name[:80]!r} is {kind}, a type that is not read"
+                return path, f"{told}: save the file without that column, or its cells as text"
     return None
 
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,20 @@ import datasets
 from huggingface_hub import get_token
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from phi3v.data.address_guard import shorten
 from phi3v.data.dates import DatedTable, date_columns
 from phi3v.data.faults import find_fault
-from phi3v.data.folder import KINDS, as_typed, contained, find_files, matching
+from phi3v.data.folder import KINDS, as_typed, contained, find_files, matching, way_out_of
 from phi3v.data.hub_card import checked_commit
 from phi3v.data.json_table import JsonTable
 from phi3v.data.misfits import find_misfit
+from phi3v.data.not_read import NotRead
 from phi3v.data.parquet_faults import count_records, ends_fault
-from phi3v.data.photo_tables import JoinedPhotos, PhotosTable, have_labels, photo_column
+from phi3v.data.photo_tables import JoinedPhotos, PhotosTable, photo_column
 from phi3v.data.saved import open_saved
 from phi3v.data.tables import FilePart, OpenedTable, StreamTable, Table
 from phi3v.data.tar_table import TarTable
-from phi3v.data.text_guard import count_rows, find_text_fault
+from phi3v.data.text_guard import binary_kind, count_rows, find_text_fault
 from phi3v.data.undecoded import ParsedTable, json_columns, undecoded
 from phi3v.errors import DataError
 
@@ -69,6 +72,11 @@ def open_set(
         if split not in tables:
             raise DataError(f"{name} has no split {split}; its splits are {', '.join(tables)}")
         return {"train": tables[split]}
+    if re.match(r"[a-z][a-z0-9+.-]+:/", source, re.IGNORECASE) and not path.exists():
+        raise DataError(
+            f"data set {shorten(source)} is an address, and rows are read from this machine or the hub: download it "
+            "and name the file, or name a hub set as owner/name"
+        )
     where = ""
     try:
         with _without_progress_bars():
@@ -110,14 +118,16 @@ def _open_folder(path: Path, streaming: bool, confined: bool) -> dict[str, Opene
         return {name: _undecoded(table, str(path)) for name, table in open_saved(path, confined=confined).items()}
     found = find_files(path, confined=confined)
     opened: dict[str, OpenedTable] = {}
-    labels = have_labels(found.splits)
+    labelled = any(label is not None for labels in found.labels.values() for label in labels)
     for name, files in found.splits.items():
         if found.kind == "shards":
             table = _open_shards(files)
         elif found.kind == "metadata":
             table = _open_metadata(files, path, streaming, confined)
         elif found.kind == "images":
-            table = OpenedTable(PhotosTable(files, labels=labels), str(path), {}, frozenset())
+            table = OpenedTable(
+                PhotosTable(files, found.labels[name] if labelled else None), str(path), {}, frozenset()
+            )
         else:
             table = _open_data(files, streaming)
         parts = tuple(replace(part, name=as_typed(part.name, path)) for part in table.parts)
@@ -128,7 +138,10 @@ def _open_folder(path: Path, streaming: bool, confined: bool) -> dict[str, Opene
 
 
 def _open_shards(files: Sequence[Path]) -> OpenedTable:
-    """Shards as one table."""
+    """Shards as one table. Raises: DataError for one that is packed, whatever its name says."""
+    for path in files:
+        if (packed := binary_kind(path)) is not None:
+            raise DataError(f"data set {path} cannot be read: it is {packed}, and no tar: unpack it first")
     table = TarTable(files)
     parts = _parts(files, table.counts)
     return OpenedTable(table, str(files[0].parent), {}, frozenset(), parts=parts, not_read=tuple(table.not_read))
@@ -143,6 +156,7 @@ def _open_metadata(files: Sequence[Path], folder: Path, streaming: bool, confine
     """The photos of a folder by its metadata files, each of which names photos from its own place on.
 
     The column `file_name` becomes `image`, `file_names` becomes `images`, and `left_file_name` becomes `left`.
+    Raises: DataError for a file in which two columns would become one, `file_name` and `image` for instance.
     """
     opened: list[OpenedTable] = []
     images: set[str] = set()
@@ -154,6 +168,10 @@ def _open_metadata(files: Sequence[Path], folder: Path, streaming: bool, confine
         renamed = {old: new for old, new in names.items() if old != new}
         if not renamed:
             raise DataError(f"{file} has no column file_name, which names the photo of a row")
+        both = next((pair for pair in combinations(names, 2) if names[pair[0]] == names[pair[1]]), None)
+        if both is not None:
+            told = f"{file} has the columns {both[0]} and {both[1]}, and both give the column {names[both[0]]}"
+            raise DataError(f"{told}: rename or drop one of them")
         images |= set(renamed.values())
         opened.append(replace(its, table=its.table.rename_columns(renamed), root=str(file.parent)))  # type: ignore[attr-defined]
     if len(opened) == 1:
@@ -177,7 +195,8 @@ def _open_file(path: Path, streaming: bool) -> OpenedTable:
     if path.suffix.lower() == ".tar":
         return _open_shards([path])
     if path.suffix.lower() not in KINDS:
-        raise DataError(f"data file {path} ends in none of {', '.join(KINDS)}, .tar; convert it or rename it")
+        way_out = way_out_of(path) or "convert it or rename it"
+        raise DataError(f"data file {path} ends in none of {', '.join(KINDS)}, .tar; {way_out}")
     return _open_data([path], streaming)
 
 
@@ -196,12 +215,17 @@ def _open_data(paths: Sequence[Path], streaming: bool) -> OpenedTable:
         return OpenedTable(records, root, {}, frozenset(), tuple(paths), _parts(paths, records.counts))
     reader = "csv" if builder == "tsv" else builder
     try:
+        empty = [path for path in paths if builder == "parquet" and not count_records(path)]
+        if empty == list(paths):
+            raise DataError(f"data set {first} cannot be read: it has no rows")
+        paths = [path for path in paths if path not in empty]
         extra = reader_options(first) | _streamed(streaming)
         table = datasets.load_dataset(reader, data_files=_listed(paths), split="train", **extra)
         opened = _undecoded(table, root)
         counts = [_count(opened.table, path) for path in paths] if len(paths) > 1 else []
         known = streaming or sum(counts) == len(opened.table)
-        return replace(opened, files=tuple(paths), parts=_parts(paths, counts) if known else ())
+        not_read = tuple(NotRead(str(path), "it has no rows") for path in empty)
+        return replace(opened, files=tuple(paths), parts=_parts(paths, counts) if known else (), not_read=not_read)
     except DataError:
         raise
     except Exception as error:  # with exceptions of the readers' own; here it is known which files they read

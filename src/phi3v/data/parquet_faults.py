@@ -41,6 +41,9 @@ def parquet_fault(path: Path) -> str | None:
         return found
     try:
         with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if (twice := next((name for place, name in enumerate(names) if name in names[:place]), None)) is not None:
+                return f"it names the column {twice[:80]!r} twice: rename one of them"
             return _bad_group(file)
     except _FAILURES as error:
         return f"its footer, which says what is in it, does not read ({_words(error)}): copy it again"

@@ -5,21 +5,12 @@ In come paths, or tables with the folder that each one's file names count from; 
 
 import re
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/|data:", re.IGNORECASE)
-
-
-def have_labels(splits: Mapping[str, Sequence[Path]]) -> bool:
-    """Whether the names of folders are labels: a split has photos in several, all equally deep.
-
-    Example: {"train": [cat/a.jpg, dog/b.jpg]} -> True; {"train": [cat/a.jpg, b.jpg]} -> False.
-    """
-    depths = {len(path.parts) for paths in splits.values() for path in paths}
-    return len(depths) == 1 and any(len({path.parent.name for path in paths}) > 1 for paths in splits.values())
 
 
 def photo_column(column: str) -> str:
@@ -32,13 +23,14 @@ def photo_column(column: str) -> str:
 class PhotosTable:
     """Photos by their paths, one that is not there too, so that it is a problem of its row.
 
-    Example: cat/z.jpg with labels -> {"image": {"bytes": None, "path": ".../cat/z.jpg"}, "label": "cat"}.
+    Example: cat/z.jpg with the label cat -> {"image": {"bytes": None, "path": ".../cat/z.jpg"}, "label": "cat"}.
     """
 
-    def __init__(self, paths: Sequence[Path], *, labels: bool) -> None:
-        """Keep the paths; with `labels` the name of the folder is the column `label`."""
+    def __init__(self, paths: Sequence[Path], labels: Sequence[str | None] | None = None) -> None:
+        """Keep the paths; `labels`, one for each, are the column `label`."""
         self._paths = [str(path) for path in paths]
-        self.column_names = ["image", "label"] if labels else ["image"]
+        self._labels = labels
+        self.column_names = ["image"] if labels is None else ["image", "label"]
 
     def __len__(self) -> int:
         """Number of records."""
@@ -46,9 +38,8 @@ class PhotosTable:
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """The record with this number."""
-        path = self._paths[number]
-        cells = {"image": {"bytes": None, "path": path}, "label": Path(path).parent.name}
-        return {name: cells[name] for name in self.column_names}
+        image = {"bytes": None, "path": self._paths[number]}
+        return {"image": image} if self._labels is None else {"image": image, "label": self._labels[number]}
 
     def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
         """Several records."""

@@ -18,6 +18,7 @@ _STALE_SECONDS = 24 * 3600.0
 """How long a folder in tmp/ was not touched that is removed although its lock says nothing: another machine's, because
 file systems keep some locks to one machine, or any on a file system without locks."""
 _LOCK = "lock"
+_MOST_TRIES = 1000  # each is lost only where another process removes the folder in the same moment
 
 
 class Scratch:
@@ -79,9 +80,10 @@ def _own_folder(temporary: Path) -> tuple[Path, int]:
     """A new folder in tmp/, and the open lock that shows that its process lives.
 
     The lock ends with the process, however it ends. Another process may remove the folder in the moment between its
-    making and its locking; then a new one is made.
+    making and its locking; then a new one is made. Raises: OSError when there can be none.
     """
-    while True:
+    temporary.parent.mkdir(parents=True, exist_ok=True)  # below /proc the system says "not found" for "cannot be made"
+    for _ in range(_MOST_TRIES):
         own = temporary / f"{_machine()}-{uuid.uuid4().hex}"
         with suppress(FileNotFoundError):  # tmp/ or the folder was removed by another process
             own.mkdir(parents=True)
@@ -89,6 +91,7 @@ def _own_folder(temporary: Path) -> tuple[Path, int]:
             if _locked(lock) is not False and (own / _LOCK).exists():
                 return own, lock
             os.close(lock)
+    raise OSError(f"a new folder in {temporary} was gone {_MOST_TRIES} times")
 
 
 def _machine() -> str:

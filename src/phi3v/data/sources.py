@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from phi3v.data.address_guard import AllowedHosts
 from phi3v.data.cells import Cells
 from phi3v.data.columns import RowOptions
 from phi3v.data.conversations import record_map
@@ -317,6 +318,7 @@ def _records(opened: OpenedTable, source: str, choice: SetChoice, how: Reading) 
         single_floats=opened.single_floats,
         cache=how.cache,
         failures=how.failures,
+        allowed=AllowedHosts.parse(how.limits.allow_hosts),
     )
     columns = record_map(opened.table.column_names, options, source, cells)
     columns.check(opened.table.column_names)

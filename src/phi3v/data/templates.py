@@ -13,6 +13,7 @@ from decimal import Decimal
 from difflib import get_close_matches
 from typing import Any
 
+from phi3v.data.text_guard import other_separator
 from phi3v.errors import DataError
 
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]|[^{}]+")
@@ -42,7 +43,8 @@ class Template:
             piece, column = match.group(0), match.group(1)
             if piece in ("{", "}", "{}"):
                 problem = (
-                    f"{piece} is no {{column}}; write {piece * 2} for the character"
+                    f"{piece} is no {{column}}; write {piece * 2} for the character, and rename a column with "
+                    "braces in its name"
                     if len(piece) == 1
                     else "{} is empty"
                 )
@@ -73,7 +75,8 @@ def known_columns(name: str, columns: list[str]) -> str:
     lower = {column.lower(): column for column in columns}
     near = get_close_matches(name.lower(), lower, n=1)
     hint = f" (did you mean {lower[near[0]]!r}?)" if near else ""
-    return f"{hint}; its columns are {', '.join(columns) or 'none'}"
+    separator = other_separator(columns)
+    return f"{hint}; its columns are {', '.join(columns) or 'none'}" + (f"; {separator}" if separator else "")
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def cell_text(value: Any) -> str | None:
     | text | itself; None when it is empty or white space |
     | whole number, also 470.0 | 470 |
     | other number | shortest decimal that reads back: 19.9, 0.00001 |
+    | decimal (of Parquet files) | with the places of its column: 19.90, 0.0000000000 |
     | true, false | true, false |
     | null, NaN | None |
     | date and time | ISO 8601: 2024-05-01, 2024-05-01 10:30:00 |
@@ -106,7 +110,9 @@ def cell_text(value: Any) -> str | None:
         return str(value)
     if isinstance(value, float):
         return _number(value)
-    if isinstance(value, date | datetime | time | Decimal):
+    if isinstance(value, Decimal):
+        return format(value, "f")
+    if isinstance(value, date | datetime | time):
         return str(value)
     if isinstance(value, NoDate):
         raise TypeError("holds a date or time that is out of range")

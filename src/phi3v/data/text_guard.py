@@ -9,6 +9,7 @@ import csv
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 MAX_DEPTH = 64
@@ -90,14 +91,20 @@ def header_names(path: Path) -> list[str]:
     return []
 
 
+def binary_kind(path: Path) -> str | None:
+    """What a file is by its first bytes, where they tell: b"\\x1f\\x8b..." -> "a file compressed with gzip"."""
+    with open(path, "rb") as file:
+        start = file.read(16)
+    return next((kind for mark, kind in _BINARY if start.startswith(mark)), None)
+
+
 def _binary_fault(path: Path) -> str | None:
     """What a file is that begins as no text of UTF-8 does."""
     with open(path, "rb") as file:
         start = file.read(_BEGINNING)
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "it is UTF-16 text: save it as UTF-8"
-    kind = next((kind for mark, kind in _BINARY if start.startswith(mark)), None)
-    if kind is not None:
+    if (kind := binary_kind(path)) is not None:
         return f"it is {kind}, and no text, whatever its name says: save the rows as UTF-8 text"
     if 0 in start:
         return f"it is no text: byte {start.index(0)} is zero; save the rows as UTF-8 text"
@@ -144,7 +151,7 @@ def _cells_fault(path: Path, separator: str) -> str | None:
                 return f"a quote that is opened in the row of line {number} is never closed: {_CLOSE}"
             header = header or cells
             if cells > header:
-                way_out = "put quotes around a cell that holds the separator"
+                way_out = _way_out_of_more(path, number, separator)
             elif cells < header:
                 way_out = "write an empty cell as nothing between two separators"
             else:
@@ -153,6 +160,28 @@ def _cells_fault(path: Path, separator: str) -> str | None:
     except UnicodeDecodeError:
         return encoding_fault(path)
     return _name_fault(path) if header else EMPTY_CSV
+
+
+def _way_out_of_more(path: Path, number: int, separator: str) -> str:
+    """What to do about the row of a line with more cells than the header."""
+    if (told := other_separator(header_names(path))) is not None:
+        return told
+    with open(path, encoding="utf-8-sig") as file:
+        line = next(islice(file, number - 1, None), "")
+    if re.search(f'{separator} +"', line):
+        return "take away the blank in front of the quotes, which are part of the text behind it"
+    return "put quotes around a cell that holds the separator"
+
+
+def other_separator(columns: list[str]) -> str | None:
+    """What to do about a file with one column whose name holds the names of several: "image;title" -> "its cells ...".
+
+    None for other columns.
+    """
+    found = next((sign for sign in ";\t|" if len(columns) == 1 and sign in columns[0]), None)
+    shown = {"\t": "tabs"}.get(found or "", found)
+    told = f"its cells stand between {shown}, not commas: save it with commas, or with tabs and named .tsv"
+    return None if found is None else told
 
 
 def _name_fault(path: Path) -> str | None:

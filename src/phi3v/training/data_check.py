@@ -8,6 +8,7 @@ from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
+from phi3v.data.address_guard import shorten
 from phi3v.data.check import (
     FetchedPart,
     Images,
@@ -85,7 +86,7 @@ def check_recipe(
         trouble=data.refusal or unsplit or find_refusal(recipe, data, problems, len(train.kept)),
         sampled=data.sampled,
         decoded=decode,
-        images=Images(count_images(facts), count_addresses(facts), data.not_cached),
+        images=Images(count_images(facts), count_addresses(facts), list(map(shorten, data.not_cached))),
         model=name if model else None,
         num_crops=crops,
         lengths=length_spreads(facts) if model else {},
