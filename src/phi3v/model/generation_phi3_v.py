@@ -39,10 +39,10 @@ class Phi3VGenerationMixin(GenerationMixin):
     ) -> Any:
         """transformers' `generate`, for prompts padded on either side and with different numbers of images.
 
-        Rows stay in the caller's order; the returned prompts are padded on the left. Without an `eos_token_id` from the
-        caller, as argument or in `generation_config`, a model whose own settings have the published one (2) stops at
-        `</s>`, `<|endoftext|>` and `<|end|>`. The image token is never
-        generated.
+        Rows stay in the caller's order; the returned prompts are padded on the left. A model whose own settings name no
+        end but the published ones stops at `</s>`, `<|endoftext|>` and `<|end|>`, unless the caller chose an
+        `eos_token_id`: as argument, or in a `generation_config` another than the model's own or the published one (2).
+        The image token is never generated.
         """
         if isinstance(kwargs.get("image_features"), list):
             pixels = kwargs.pop("pixel_values", None)
@@ -63,16 +63,27 @@ class Phi3VGenerationMixin(GenerationMixin):
             input_ids = self._with_image_token(input_ids, kwargs)
             kwargs.pop("input_ids", None)
             kwargs[name] = input_ids
-        chosen = getattr(generation_config, "eos_token_id", None) is not None or "eos_token_id" in kwargs
-        stops = self.generation_config.eos_token_id
-        published = stops in (None, PUBLISHED_EOS, [PUBLISHED_EOS]) and self.config.vocab_size > max(PUBLISHED_STOPS)
-        if published and not chosen:
+        if "eos_token_id" not in kwargs and self._stops_as_published(generation_config):
             kwargs["eos_token_id"] = list(PUBLISHED_STOPS)
         if self.config.image_token_id is not None and "suppress_tokens" not in kwargs:
             unwanted = getattr(generation_config or self.generation_config, "suppress_tokens", None) or []
             kwargs["suppress_tokens"] = [*unwanted, self.config.image_token_id]
         output = super().generate(generation_config=generation_config, **kwargs)
         return output if as_given is None or input_ids is as_given else with_prompts(output, as_given)
+
+    def _stops_as_published(self, given: GenerationConfig | None) -> bool:
+        """Whether neither the model's own settings nor the given ones name an end of their own.
+
+        A trainer may have made [32000, 2] of the model's 2. Given settings are mostly a copy of the model's or the
+        hub's: what they repeat was not chosen.
+
+        Example: the model's [32000, 2] and no settings, or settings with 2 -> True; with 32007 alone, or 103 -> False.
+        """
+        own, theirs = self.generation_config.eos_token_id, getattr(given, "eos_token_id", None)
+        ends = own if isinstance(own, list) else [own]
+        if self.config.vocab_size <= max(PUBLISHED_STOPS) or not {None, *PUBLISHED_STOPS}.issuperset(ends):
+            return False
+        return theirs in (None, own, PUBLISHED_EOS, [PUBLISHED_EOS])
 
     def _with_image_token(self, input_ids: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """Ids that hold the image token for Microsoft's negative ids, and the images in the order of the text.
