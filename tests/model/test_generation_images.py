@@ -109,6 +109,29 @@ def test_assisted_decoding_about_an_image(assistant):
     assert max(layers[2:]) > 1, "guesses are looked at together"
 
 
+@pytest.mark.parametrize("source", ["a model", "early exit", "prompt lookup"])
+def test_guesses_end_at_the_original_context(source):
+    """Every step of an assisted generation that crosses the limit of 64 equals a full pass; beyond it they go on."""
+    model, other = tiny_model("tiny_phi3v_long"), tiny_model("tiny_phi3v_long")
+    model.generation_config.eos_token_id = None
+    torch.manual_seed(0)
+    for weight in other.parameters():
+        weight.data += torch.randn_like(weight) * 0.02 * weight.abs().mean()
+    options = {"a model": {"assistant_model": other}, "early exit": {"assistant_early_exit": 1}}
+    options["prompt lookup"] = {"prompt_lookup_num_tokens": 5}
+    inputs = {"input_ids": torch.nn.functional.pad(prompt(2, [30])["input_ids"], (2, 0))}
+    inputs["attention_mask"] = (torch.arange(32) >= 2).long()[None]
+    passes: list[int] = []
+    model.model.layers[0].register_forward_hook(lambda module, args, output: passes.append(output.shape[1]))
+    choices = {"do_sample": False, "max_new_tokens": 44, "output_logits": True, "return_dict_in_generate": True}
+    output = model.generate(**inputs, **choices, **options[source])
+    assert max(passes[1:]) > 1, "guesses are looked at together"
+    for step, logits in enumerate(output.logits):
+        with torch.no_grad():
+            expected = model(output.sequences[:, 2 : 32 + step], use_cache=False).logits[:, -1]
+        assert_close(logits, expected, rtol=0, atol=TOLERANCE, msg=lambda text: f"step {step}: {text}")
+
+
 @pytest.mark.parametrize("beams", [1, 2])
 def test_negative_ids_are_no_words_to_logits_processors(beams):
     """They are looked up as the image token; images go by their numbers, and the caller's ids come back."""

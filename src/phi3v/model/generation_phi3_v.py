@@ -2,14 +2,17 @@
 
 Rows padded on the right are moved to the left; beams and several sequences a prompt repeat the images of a row as a
 block; where a row outgrows the original context its cached keys are computed again with the long rope factors, for that
-row alone.
+row alone, and guesses of an assistant end there.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.candidate_generator import CandidateGenerator
 
 from .placement_phi3_v import image_mask, image_order, images_per_row, new_images
 
@@ -145,6 +148,20 @@ class Phi3VGenerationMixin(GenerationMixin):
             **kwargs,
         )
 
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
+        """transformers' source of guesses, whose guesses end at the original context while the row is within it.
+
+        A longer pass would look at tokens within the limit with the factors of a longer sequence. Assisted decoding
+        takes one row.
+        """
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        if self.config.rope_parameters["rope_type"] != "default":
+            mask = kwargs["model_kwargs"].get("attention_mask")
+            padding = int((mask == 0).sum()) if mask is not None and mask.ndim == 2 else 0
+            width = self.config.original_max_position_embeddings + padding
+            setattr(generator, "get_candidates", partial(guesses_within, generator.get_candidates, width))  # noqa: B010
+        return generator
+
     def _rebuild_long_rows(
         self, input_ids: torch.Tensor, new: int | None, cache: Cache, mask: torch.Tensor | None, kwargs: dict
     ) -> None:
@@ -234,6 +251,23 @@ class Phi3VGenerationMixin(GenerationMixin):
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         return input_ids, model_kwargs | images
+
+
+def guesses_within(
+    guess: Callable[..., tuple[torch.Tensor, torch.Tensor | None]], width: int, input_ids: torch.Tensor, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `get_candidates` of transformers returns, ids `[1, columns]` and logits or None, up to `width` columns.
+
+    A row that is wider already has all its guesses. Example: 62 ids, 5 guesses and `width=64` give 64 ids and the
+    logits of 2 guesses; 64 ids, none; 65 ids, all 70.
+    """
+    length = input_ids.shape[1]
+    if length == width:
+        return input_ids, None
+    ids, logits = guess(input_ids, **kwargs)
+    if length > width or ids.shape[1] <= width:
+        return ids, logits
+    return ids[:, :width], None if logits is None else logits[:, : width - length]
 
 
 def with_prompts(output: Any, prompts: torch.Tensor) -> Any:
