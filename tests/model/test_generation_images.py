@@ -147,3 +147,14 @@ def test_negative_ids_are_no_words_to_logits_processors(beams):
     assert torch.equal(got[:, -6:], expected[:, -6:]) and torch.equal(swapped["input_ids"], before)
     assert torch.equal(got[:, :-6], before.expand(beams, -1))
     assert torch.equal(model.generate(**swapped, **options, do_sample=False), got)
+
+
+def test_image_tensors_without_images_are_no_images():
+    model, one = tiny_model(image_token_id=IMAGE), without(prompt(1, [9]), "labels")
+    none = {"pixel_values": torch.zeros(0, 2, 3, 336, 336), "image_sizes": torch.zeros(0, 2, dtype=torch.long)}
+    expected = model.generate(**one, **GREEDY)
+    assert torch.equal(model.generate(**one, **none, **GREEDY, num_beams=1).sequences, expected.sequences)
+    with torch.no_grad():
+        assert torch.equal(model(**one, **none).logits, model(**one).logits)
+        with pytest.raises(ValueError, match="blindly"):
+            model(prompt(0, [3], [(1, 1)], image_id=IMAGE)["input_ids"], **none)

@@ -45,7 +45,8 @@ class Phi3VGenerationMixin(GenerationMixin):
         Rows stay in the caller's order; the returned prompts are padded on the left. A model whose own settings name no
         end but the published ones stops at `</s>`, `<|endoftext|>` and `<|end|>`, unless the caller chose an
         `eos_token_id`: as argument, or in a `generation_config` another than the model's own or the published one (2).
-        The image token is never generated.
+        The image token is never generated. Padding is what `attention_mask` says: without one there is none, since the
+        id of the padding also ends answers.
         """
         if isinstance(kwargs.get("image_features"), list):
             pixels = kwargs.pop("pixel_values", None)
@@ -285,7 +286,10 @@ def with_prompts(output: Any, prompts: torch.Tensor) -> Any:
 
 
 def has_images(arguments: dict) -> bool:
-    """Whether pixel values or image features are among these arguments of `forward`."""
+    """Whether pixel values or image features are among these arguments of `forward`, and of one image or more."""
+    sizes = arguments.get("image_sizes")
+    if sizes is not None and len(sizes) == 0:
+        return False
     return arguments.get("pixel_values") is not None or arguments.get("image_features") is not None
 
 
