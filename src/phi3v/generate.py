@@ -99,7 +99,7 @@ class ChatModel:
         photos = [part["image"] for part in chat[-1]["content"][:-1]]
         for path, photo in zip(given, photos, strict=True):
             try:
-                resized_size(*photo.size, self.processor.image_processor.num_crops)
+                resized_size(photo.width, photo.height, self.processor.image_processor.num_crops)
             except ImageError as error:
                 name = "" if isinstance(path, Image.Image) else f"{path}: "
                 raise ImageError(name + str(error).removesuffix(" or raise num_crops")) from error
