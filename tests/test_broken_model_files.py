@@ -63,6 +63,10 @@ BROKEN: list[tuple[Break, str]] = [
         fields("config.json", img_processor={"layer_idx": -9}),
         "config.json: img_processor.layer_idx is -9, allowed is -4 to 3: the tower has 3 layers",
     ),
+    (
+        fields("config.json", vision_config={"image_size": 224, "hidden_size": 16}),
+        "config.json: vision_config.image_size is 224 and patch_size 14, allowed are 336 and 14: .*; restore",
+    ),
     (cut("tokenizer.json"), "tokenizer.json is not valid JSON"),
     (text("tokenizer.json", "{}"), "tokenizer.json holds no tokenizer .*: download it again"),
     (text("tokenizer_config.json", "[]"), "tokenizer_config.json holds a list where a JSON object belongs"),

@@ -26,6 +26,7 @@ SLIPS = [
     (["ask", "", "a.png", "What?"], "'TARGET': it is empty"),
     (["ask", "runs/shop", "", "What?"], "an image is empty; name a file"),
     (["ask", "runs/shop", "a.png", ""], "the question is empty"),
+    (["ask", "runs/shop", "a.png", "\udcff\ud83d"], "the question is not UTF-8"),
     (["ask", "--device", "", "runs/shop", "What?"], "'--device': it is empty"),
     (["data", "check", " "], "it is empty"),
     (["data", "show", ""], "it is empty"),

@@ -201,3 +201,9 @@ def test_a_system_turn_of_columns_is_left_out_with_a_warning(tmp_path: Path, cap
         f"{run} was tuned with a system turn that names the columns kind, place: it is left out, pass system=... to "
         "give one"
     ]
+
+
+def test_a_photo_that_is_too_narrow_is_named(chat: ChatModel, tmp_path: Path) -> None:
+    photo("red", (1, 9000)).save(tmp_path / "narrow.png")
+    with pytest.raises(ImageError, match="narrow.png: an image of 1x9000 pixels is too narrow: .* at most [0-9]+:1$"):
+        chat.ask([photo("red"), tmp_path / "narrow.png"], "What?")

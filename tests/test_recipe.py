@@ -248,6 +248,7 @@ def test_recipes_import_neither_torch_nor_transformers() -> None:
     ("data", "line"),
     [
         ({"train": []}, "data.train: given [], allowed is a list that is not empty"),
+        (None, "data: given null (nothing), allowed is a name or a mapping (key: value lines)"),
         ({"train": 5}, "data.train: given 5, allowed is text; put it in quotes"),
         ({"train": [5]}, "data.train.0: given 5, allowed is a mapping (key: value lines)"),
         ({"train": [{"weight": 1.0}]}, "data.train.0.source is missing; add it to the recipe"),
@@ -257,7 +258,7 @@ def test_recipes_import_neither_torch_nor_transformers() -> None:
         ({"train": "a", "max_skipped": 2.0}, "data.max_skipped: given 2.0, allowed is a number up to 1"),
     ],
 )
-def test_mistakes_in_a_list_of_sets_are_named_by_their_place(data: dict, line: str) -> None:
+def test_mistakes_in_a_list_of_sets_are_named_by_their_place(data: dict | None, line: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Recipe.from_dict({"model": "a/b", "data": data})
     assert str(caught.value) == line

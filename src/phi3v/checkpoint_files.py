@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from phi3v.errors import CheckpointError
+from phi3v.model.configuration_phi3_v import grid_fault
 from phi3v.passthrough import first_line
 from phi3v.targets import read_json
 
@@ -83,6 +84,9 @@ def config_fault(values: Mapping[str, Any]) -> str | None:
         act = section.get("hidden_act")
         if isinstance(act, str) and act not in ACT2FN:
             return f"{prefix}hidden_act is {act!r}, which transformers does not have"
+    sides = [vision.get(name, side) for name, side in (("image_size", 336), ("patch_size", 14))]
+    if (fault := grid_fault(*sides)) is not None:
+        return fault
     return _tower_fault(values.get("img_processor"), vision.get("num_hidden_layers", _TOWER_LAYERS))
 
 

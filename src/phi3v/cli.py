@@ -158,6 +158,10 @@ def ask(
     *images, question = images_and_question
     if not question.strip():
         raise typer.BadParameter("the question is empty; put it last, in quotes", param_hint="question")
+    if not question.isascii() and question.encode(errors="replace").decode() != question:
+        raise typer.BadParameter(
+            "the question is not UTF-8; write it in the encoding of the terminal, or in UTF-8", param_hint="question"
+        )
     if not all(image.strip() for image in images):
         raise typer.BadParameter("an image is empty; name a file", param_hint="IMAGE")
     if not images and Path(question).is_file():

@@ -20,7 +20,9 @@ from transformers.generation.streamers import BaseStreamer
 from phi3v.data.collate import Collator
 from phi3v.data.images import open_image
 from phi3v.data.templates import Template
+from phi3v.errors import ImageError
 from phi3v.features.collate import CollateFeatures
+from phi3v.image_tokens import resized_size
 from phi3v.loading import load_target
 from phi3v.passthrough import check_names
 from phi3v.targets import run_of
@@ -92,7 +94,16 @@ class ChatModel:
         Raises:
             ImageError: an image does not open. ConfigError: an option of generation that does not exist.
         """
-        example = self.encode(conversation(images, question, self.system if system is None else system))
+        given = _listed(images)
+        chat = conversation(given, question, self.system if system is None else system)
+        photos = [part["image"] for part in chat[-1]["content"][:-1]]
+        for path, photo in zip(given, photos, strict=True):
+            try:
+                resized_size(photo.width, photo.height, self.processor.image_processor.num_crops)
+            except ImageError as error:
+                name = "" if isinstance(path, Image.Image) else f"{path}: "
+                raise ImageError(name + str(error).removesuffix(" or raise num_crops")) from error
+        example = self.encode(chat)
         streamer = _PieceStreamer(self._text, self._is_byte, stream) if stream is not None else None
         return self._generate([example], max_new_tokens, generation, streamer)[0]
 
@@ -276,10 +287,14 @@ def conversation(images: Photo | Sequence[Photo] | None, question: str, system: 
     Raises:
         ImageError: a path that does not open as an image.
     """
-    photos = [] if images is None else [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
-    parts = [{"type": "image", "image": _photo(photo)} for photo in photos]
+    parts = [{"type": "image", "image": _photo(photo)} for photo in _listed(images)]
     turns: Conversation = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
     return [*turns, {"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+def _listed(images: Photo | Sequence[Photo] | None) -> list[Photo]:
+    """No, one or several photos as a list."""
+    return [] if images is None else [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
 
 
 def _photo(photo: Photo) -> Image.Image:

@@ -67,6 +67,8 @@ def _explain_one(mistake: dict[str, Any], model: type[BaseModel]) -> str:
         allowed = f"a number up to {context['le']:g}"
     else:
         allowed = _ALLOWED.get(kind, mistake["msg"])
+    if key in ("model", "data") and "model" in kind:
+        allowed = f"a name or {allowed}"
     hint = ""
     if kind == "string_type" and isinstance(given, dict):
         hint = "; text that begins with { needs quotes around it"

@@ -206,6 +206,11 @@ def _refuse_wrong_targets(model: nn.Module, config: Any) -> None:
         hits = _hits(model, config)
         vision = [name for name in hits if _VISION in name]
         config.target_modules = whole
+        if not hits and config.exclude_modules:
+            raise ConfigError(
+                f"lora.target_modules: {single!r} hits no module that lora.exclude_modules leaves: take it out of one "
+                f"of them; {real}"
+            )
         if not hits:
             raise ConfigError(f"lora.target_modules: {single!r} hits no module; {real}")
         if vision:

@@ -356,6 +356,8 @@ def test_sliding_windows_that_bite_are_kept_and_those_that_do_not_are_set_aside(
     narrow = Phi3VConfig.from_dict({**fields, "sliding_window": 16})
     assert wide.sliding_window is None and wide.to_dict()["sliding_window"] == fields["max_position_embeddings"]
     assert narrow.sliding_window == narrow.to_dict()["sliding_window"] == 16
+    wide.sliding_window = 16
+    assert wide.to_dict()["sliding_window"] == 16, "a window that was set after loading is saved"
 
 
 @pytest.mark.parametrize(
@@ -364,6 +366,8 @@ def test_sliding_windows_that_bite_are_kept_and_those_that_do_not_are_set_aside(
         ({"embd_layer": {"hd_transform_order": "glb_sub"}}, "embd_layer"),
         ({"img_processor": {"image_dim_out": 99}}, "image_dim_out is 99"),
         ({"img_processor": {"type_feature": "cls_patch"}}, "type_feature 'cls_patch'"),
+        ({"vision_config": {"image_size": 224}}, "image_size is 224 and patch_size 14, allowed are 336 and 14"),
+        ({"vision_config": {"patch_size": 16}}, "image_size is 336 and patch_size 16, allowed are 336 and 14"),
     ],
 )
 def test_another_arrangement_is_refused(change, message):
@@ -378,4 +382,16 @@ def test_yarn_scaling_is_the_originals():
     rotary = Phi3VForCausalLM(config).model.rotary_emb
     assert rotary.attention_scaling == pytest.approx(1 + 0.1 * torch.log(torch.tensor(32.0)).item())
     assert config.to_dict()["rope_scaling"]["type"] == "yarn"
+    assert Phi3VConfig.from_dict(config.to_dict()).rope_parameters == config.rope_parameters
+
+
+@pytest.mark.parametrize(
+    ("own", "kind"),
+    [({}, "su"), ({"factor": 32.0}, "su"), ({"factor": 8.0}, "longrope"), ({"attention_factor": 1.5}, "longrope")],
+)
+def test_rope_settings_are_saved_whole(own, kind):
+    fields = json.loads((FROZEN / "models" / "tiny_phi3v" / "config.json").read_text())
+    config = golden_set().config("tiny_phi3v", rope_scaling={**fields["rope_scaling"], **own})
+    more = {"factor": 32.0, **own} if kind == "longrope" else {}
+    assert config.to_dict()["rope_scaling"] == {**fields["rope_scaling"], **more, "type": kind}
     assert Phi3VConfig.from_dict(config.to_dict()).rope_parameters == config.rope_parameters

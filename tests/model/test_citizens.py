@@ -142,6 +142,18 @@ def test_lora_from_attaching_to_merging(folder, model, processor, photos, tmp_pa
         assert_close(saved(**batch).logits, expected, rtol=0, atol=1e-5)
 
 
+def test_transformers_loads_doras_magnitudes(model, tmp_path):
+    tuned = get_peft_model(model, LoraConfig(**LORA, use_dora=True)).eval()
+    for name, weight in tuned.named_parameters():
+        if "magnitude" in name:
+            weight.data *= 1.5
+    tuned.save_pretrained(tmp_path)
+    ids = {"input_ids": torch.tensor([[1, 5, 9, 20]])}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        assert_close(loaded(**ids).logits, tuned(**ids).logits, rtol=0, atol=1e-5)
+
+
 def test_an_adapted_model_generates_and_is_switched_off(model, processor, photos):
     batch = processor.apply_chat_template(
         [chat(photo) for photo in photos[:2]],

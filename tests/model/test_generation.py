@@ -330,9 +330,11 @@ def published():
     return Phi3VForCausalLM(type(tiny_model().config).from_dict(config)).eval()
 
 
+@pytest.mark.parametrize("own", [2, [32000, 2]], ids=["published", "made by a trainer"])
 @pytest.mark.parametrize("stop", [2, 32000, 32007])
-def test_published_models_stop_at_all_three_ends(published, stop):
+def test_published_models_stop_at_all_three_ends(published, stop, own):
     assert published.config.eos_token_id == 2
+    published.generation_config.eos_token_id = own
     Puppet(published, [100, 101, stop, 102])
     new = published.generate(torch.tensor([[5, 6]]), max_new_tokens=8, do_sample=False)
     assert new[0, 2:].tolist() == [100, 101, stop]
@@ -350,20 +352,19 @@ def test_the_callers_end_wins(published, how):
     assert new[0, 2:].tolist() == [100, 32007, 102, 103]
 
 
-@pytest.mark.parametrize("how", ["argument", "generation config"])
-def test_the_callers_end_wins_where_it_is_the_published_one(published, how):
+def test_the_callers_end_wins_where_it_is_the_published_one(published):
     Puppet(published, [100, 32007, 32000, 2, 104])
-    chosen = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 2, "pad_token_id": 32000}
-    options = chosen if how == "argument" else {"generation_config": GenerationConfig(**chosen)}
-    new = published.generate(torch.tensor([[5, 6]]), **options)
+    new = published.generate(torch.tensor([[5, 6]]), max_new_tokens=8, do_sample=False, eos_token_id=2)
     assert new[0, 2:].tolist() == [100, 32007, 32000, 2]
 
 
-def test_a_generation_config_without_an_end_stops_at_all_three(published):
+@pytest.mark.parametrize("own", [2, [32000, 2]])
+@pytest.mark.parametrize("end", [None, 2, "the model's"])
+def test_settings_that_choose_no_end_stop_at_all_three(published, end, own):
+    published.generation_config.eos_token_id = own
     Puppet(published, [100, 32007, 102])
-    settings = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=32000)
-    new = published.generate(torch.tensor([[5, 6]]), generation_config=settings)
-    assert new[0, 2:].tolist() == [100, 32007]
+    settings = GenerationConfig(max_new_tokens=8, pad_token_id=32000, eos_token_id=own if isinstance(end, str) else end)
+    assert published.generate(torch.tensor([[5, 6]]), generation_config=settings)[0, 2:].tolist() == [100, 32007]
 
 
 def test_the_image_token_is_never_generated(published):

@@ -109,6 +109,29 @@ def test_assisted_decoding_about_an_image(assistant):
     assert max(layers[2:]) > 1, "guesses are looked at together"
 
 
+@pytest.mark.parametrize("source", ["a model", "early exit", "prompt lookup"])
+def test_guesses_end_at_the_original_context(source):
+    """Every step of an assisted generation that crosses the limit of 64 equals a full pass; beyond it they go on."""
+    model, other = tiny_model("tiny_phi3v_long"), tiny_model("tiny_phi3v_long")
+    model.generation_config.eos_token_id = None
+    torch.manual_seed(0)
+    for weight in other.parameters():
+        weight.data += torch.randn_like(weight) * 0.02 * weight.abs().mean()
+    options = {"a model": {"assistant_model": other}, "early exit": {"assistant_early_exit": 1}}
+    options["prompt lookup"] = {"prompt_lookup_num_tokens": 5}
+    inputs = {"input_ids": torch.nn.functional.pad(prompt(2, [30])["input_ids"], (2, 0))}
+    inputs["attention_mask"] = (torch.arange(32) >= 2).long()[None]
+    passes: list[int] = []
+    model.model.layers[0].register_forward_hook(lambda module, args, output: passes.append(output.shape[1]))
+    choices = {"do_sample": False, "max_new_tokens": 44, "output_logits": True, "return_dict_in_generate": True}
+    output = model.generate(**inputs, **choices, **options[source])
+    assert max(passes[1:]) > 1, "guesses are looked at together"
+    for step, logits in enumerate(output.logits):
+        with torch.no_grad():
+            expected = model(output.sequences[:, 2 : 32 + step], use_cache=False).logits[:, -1]
+        assert_close(logits, expected, rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("beams", [1, 2])
 def test_negative_ids_are_no_words_to_logits_processors(beams):
     """They are looked up as the image token; images go by their numbers, and the caller's ids come back."""
@@ -124,3 +147,14 @@ def test_negative_ids_are_no_words_to_logits_processors(beams):
     assert torch.equal(got[:, -6:], expected[:, -6:]) and torch.equal(swapped["input_ids"], before)
     assert torch.equal(got[:, :-6], before.expand(beams, -1))
     assert torch.equal(model.generate(**swapped, **options, do_sample=False), got)
+
+
+def test_image_tensors_without_images_are_no_images():
+    model, one = tiny_model(image_token_id=IMAGE), without(prompt(1, [9]), "labels")
+    none = {"pixel_values": torch.zeros(0, 2, 3, 336, 336), "image_sizes": torch.zeros(0, 2, dtype=torch.long)}
+    expected = model.generate(**one, **GREEDY)
+    assert torch.equal(model.generate(**one, **none, **GREEDY, num_beams=1).sequences, expected.sequences)
+    with torch.no_grad():
+        assert torch.equal(model(**one, **none).logits, model(**one).logits)
+        with pytest.raises(ValueError, match="blindly"):
+            model(prompt(0, [3], [(1, 1)], image_id=IMAGE)["input_ids"], **none)

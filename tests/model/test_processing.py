@@ -321,3 +321,11 @@ class TestFiles:
         for settings in ({"backend": "pil"}, {"backend": "pil", "num_crops": 5}):
             pil = AutoProcessor.from_pretrained(tmp_path, **settings).image_processor
             assert pil.backend == "pil" and pil.num_crops == settings.get("num_crops", 3)
+
+
+def test_one_message_is_no_conversation_and_an_image_is_not_continued(processor, photos):
+    message = {"role": "user", "content": [{"type": "image", "image": photos[0]}]}
+    with pytest.raises(DataError, match="one message was given: put it into a list"):
+        processor.apply_chat_template(message)
+    with pytest.raises(DataError, match="goes on with text, and the last message ends with an image"):
+        processor.apply_chat_template([message], continue_final_message=True)

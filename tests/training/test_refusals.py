@@ -51,6 +51,7 @@ def refusals(world: Path) -> list[tuple[dict[str, Any], type[Exception], str]]:
         ({"lora": {"r": 0}}, ConfigError, "^lora.r is 0, allowed is a whole number, 1 or more"),
         ({"lora": {"lora_dropout": 7.0}}, ConfigError, "^lora: .*between 0 and 1"),
         ({"lora": {"target_modules": ["query"]}}, ConfigError, "hits no module"),
+        ({"lora": {"exclude_modules": ["down_proj"]}}, ConfigError, "that lora.exclude_modules leaves: take it out of"),
         (
             {"lora": {"modules_to_save": ["lm_head", "bogus"]}},
             ConfigError,

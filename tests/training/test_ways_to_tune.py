@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import phi3v
 from phi3v import adapters, loading, targets, tuning
 from phi3v.errors import CheckpointError, ConfigError
+from phi3v.features.vision import VisionFeatures
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.training import step_trainer
@@ -40,6 +41,17 @@ def test_lora_sits_on_vision_parts_that_ask_for_it(make: MakeRecipe, world: Path
     assert len(moved) == 8 + layers
     found = loading.load_target(recipe.output)
     assert tuning.vision_choices(found.model)[part] == "lora"
+
+
+def test_a_whole_projector_is_saved_by_its_name(make: MakeRecipe, world: Path) -> None:
+    """PEFT wraps it as a whole: neither the model nor its kept features may look at it place by place."""
+    recipe = make(lora={"r": 4, "modules_to_save": ["img_projection"]}, training=STEP)
+    phi3v.train(recipe)
+    before = loading.load_base(world / "model").model.vision_embed_tokens.img_projection
+    name = "base_model.model.model.vision_embed_tokens.img_projection.0.weight"
+    assert not torch.equal(weights_of(recipe)[name], before[0].weight)
+    tuned = loading.load_target(recipe.output).model
+    assert VisionFeatures(tuned, phi3v.FeatureMemory(10**9)).size_of((336, 336)) == 313 * 32 * 4
 
 
 def test_lora_on_some_layers_and_the_tower(world: Path) -> None:

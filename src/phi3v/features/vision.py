@@ -77,7 +77,7 @@ class VisionFeatures:
         Example: 1344 x 1344 pixels of Phi-3.5-Vision in bfloat16 are 2,509 tokens of 3,072 numbers, 15,415,296 bytes.
         """
         vision = self.model.model.vision_embed_tokens
-        dtype = self._autocast or vision.img_projection[0].weight.dtype
+        dtype = self._autocast or vision.projection_dtype
         width = 4 if not dtype.is_floating_point else dtype.itemsize  # weights of 4 or 8 bits compute in wider numbers
         return int(vision.token_counts([image_size])[0] * self.model.config.hidden_size * width)
 

@@ -56,6 +56,19 @@ NOT_WRITTEN = {
 }
 
 
+def grid_fault(image_size: Any, patch_size: Any) -> str | None:
+    """Why a tower cannot see the processor's crops of 336 pixels as 24 x 24 patches; None where it can, or is no tower.
+
+    Example: (224, 14) -> "vision_config.image_size is 224 and patch_size 14, allowed are 336 and 14: ...".
+    """
+    if not isinstance(image_size, int) or not isinstance(patch_size, int) or (image_size, patch_size) == (336, 14):
+        return None
+    return (
+        f"vision_config.image_size is {image_size} and patch_size {patch_size}, allowed are 336 and 14: images are cut "
+        "into crops of 336 pixels with 24 x 24 patches"
+    )
+
+
 @strict
 class Phi3VConfig(Phi3Config):
     r"""
@@ -121,6 +134,8 @@ class Phi3VConfig(Phi3Config):
                 vision = CLIPVisionConfig(**{**CLIP_VIT_LARGE_336, **(vision or {})})
             except (StrictDataclassError, TypeError, ValueError) as error:
                 raise ValueError(f"vision_config: {' '.join(str(error).split())}") from error
+        if (fault := grid_fault(vision.image_size, vision.patch_size)) is not None:
+            raise ValueError(fault)
         self.vision_config = vision
         facts: dict[str, Any] = {"name": "clip_vision_model", "model_name": "openai/clip-vit-large-patch14-336"}
         facts |= {"image_dim_out": vision.hidden_size, "num_img_tokens": 144}
@@ -149,15 +164,33 @@ class Phi3VConfig(Phi3Config):
             scaling = copy.deepcopy(dict(scaling))
             kind = scaling.pop("type", None) or scaling.get("rope_type", "default")
             if kind == "yarn":
-                # The original's other scaling: same factors, cos and sin times 0.1 ln(s) + 1.
-                s = self.max_position_embeddings / self.original_max_position_embeddings
-                scaling.setdefault("attention_factor", 0.1 * math.log(s) + 1.0 if s > 1 else 1.0)
+                scaling.setdefault("attention_factor", self._yarn_attention())
             scaling["rope_type"] = "longrope" if kind in ("su", "yarn", "longrope") else kind
             if scaling["rope_type"] == "longrope":
                 scaling["original_max_position_embeddings"] = self.original_max_position_embeddings
-                scaling.setdefault("factor", self.max_position_embeddings / self.original_max_position_embeddings)
+                scaling.setdefault("factor", self._context_growth())
             kwargs["rope_scaling"] = scaling
         return super().convert_rope_params_to_dict(**kwargs)
+
+    def _context_growth(self) -> float:
+        """How many times the original context the whole one is: 32 for both published models."""
+        return self.max_position_embeddings / self.original_max_position_embeddings
+
+    def _yarn_attention(self) -> float:
+        """The factor on cosine and sine of the original's other scaling: 0.1 ln(s) + 1."""
+        return 0.1 * math.log(max(self._context_growth(), 1.0)) + 1.0
+
+    def _file_rope_scaling(self, rope: dict[str, Any]) -> dict[str, Any]:
+        """`rope_scaling` for a file: type `su` or `yarn` where they say all, else transformers' `longrope`.
+
+        Older readers refuse the last form, where they would compute something else.
+        """
+        written = {key: rope[key] for key in ("long_factor", "short_factor")}
+        own = {key: rope[key] for key in ("factor", "attention_factor") if rope.get(key) is not None}
+        for kind, attention in (("su", {}), ("yarn", {"attention_factor": self._yarn_attention()})):
+            if own in (attention, {"factor": self._context_growth(), **attention}):
+                return {**written, "type": kind}
+        return {**written, **own, "type": "longrope"}
 
     def to_dict(self) -> dict[str, Any]:
         """The flat configuration of Microsoft's files: `rope_scaling` in `su` form, no `vision_config` where it is
@@ -167,9 +200,10 @@ class Phi3VConfig(Phi3Config):
         output["rope_theta"] = rope.get("rope_theta", 10000.0)
         output["rope_scaling"] = None
         if rope.get("rope_type") == "longrope":
-            output["rope_scaling"] = {key: rope[key] for key in ("long_factor", "short_factor")}
-            output["rope_scaling"]["type"] = "yarn" if "attention_factor" in rope else "su"
-        output["sliding_window"] = output.pop("_file_sliding_window", None) or output["sliding_window"]
+            output["rope_scaling"] = self._file_rope_scaling(rope)
+        whole_context = output.pop("_file_sliding_window", None)
+        if output["sliding_window"] is None:
+            output["sliding_window"] = whole_context
         if all(getattr(self.vision_config, key) == value for key, value in CLIP_VIT_LARGE_336.items()):
             output.pop("vision_config", None)
         if "dtype" in output:

@@ -2,14 +2,17 @@
 
 Rows padded on the right are moved to the left; beams and several sequences a prompt repeat the images of a row as a
 block; where a row outgrows the original context its cached keys are computed again with the long rope factors, for that
-row alone.
+row alone, and guesses of an assistant end there.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.candidate_generator import CandidateGenerator
 
 from .placement_phi3_v import image_mask, image_order, images_per_row, new_images
 
@@ -39,10 +42,11 @@ class Phi3VGenerationMixin(GenerationMixin):
     ) -> Any:
         """transformers' `generate`, for prompts padded on either side and with different numbers of images.
 
-        Rows stay in the caller's order; the returned prompts are padded on the left. Without an `eos_token_id` from the
-        caller, as argument or in `generation_config`, a model whose own settings have the published one (2) stops at
-        `</s>`, `<|endoftext|>` and `<|end|>`. The image token is never
-        generated.
+        Rows stay in the caller's order; the returned prompts are padded on the left. A model whose own settings name no
+        end but the published ones stops at `</s>`, `<|endoftext|>` and `<|end|>`, unless the caller chose an
+        `eos_token_id`: as argument, or in a `generation_config` another than the model's own or the published one (2).
+        The image token is never generated. Padding is what `attention_mask` says: without one there is none, since the
+        id of the padding also ends answers.
         """
         if isinstance(kwargs.get("image_features"), list):
             pixels = kwargs.pop("pixel_values", None)
@@ -63,16 +67,27 @@ class Phi3VGenerationMixin(GenerationMixin):
             input_ids = self._with_image_token(input_ids, kwargs)
             kwargs.pop("input_ids", None)
             kwargs[name] = input_ids
-        chosen = getattr(generation_config, "eos_token_id", None) is not None or "eos_token_id" in kwargs
-        stops = self.generation_config.eos_token_id
-        published = stops in (None, PUBLISHED_EOS, [PUBLISHED_EOS]) and self.config.vocab_size > max(PUBLISHED_STOPS)
-        if published and not chosen:
+        if "eos_token_id" not in kwargs and self._stops_as_published(generation_config):
             kwargs["eos_token_id"] = list(PUBLISHED_STOPS)
         if self.config.image_token_id is not None and "suppress_tokens" not in kwargs:
             unwanted = getattr(generation_config or self.generation_config, "suppress_tokens", None) or []
             kwargs["suppress_tokens"] = [*unwanted, self.config.image_token_id]
         output = super().generate(generation_config=generation_config, **kwargs)
         return output if as_given is None or input_ids is as_given else with_prompts(output, as_given)
+
+    def _stops_as_published(self, given: GenerationConfig | None) -> bool:
+        """Whether neither the model's own settings nor the given ones name an end of their own.
+
+        A trainer may have made [32000, 2] of the model's 2. Given settings are mostly a copy of the model's or the
+        hub's: what they repeat was not chosen.
+
+        Example: the model's [32000, 2] and no settings, or settings with 2 -> True; with 32007 alone, or 103 -> False.
+        """
+        own, theirs = self.generation_config.eos_token_id, getattr(given, "eos_token_id", None)
+        ends = own if isinstance(own, list) else [own]
+        if self.config.vocab_size <= max(PUBLISHED_STOPS) or not {None, *PUBLISHED_STOPS}.issuperset(ends):
+            return False
+        return theirs in (None, own, PUBLISHED_EOS, [PUBLISHED_EOS])
 
     def _with_image_token(self, input_ids: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """Ids that hold the image token for Microsoft's negative ids, and the images in the order of the text.
@@ -133,6 +148,20 @@ class Phi3VGenerationMixin(GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
+        """transformers' source of guesses, whose guesses end at the original context while the row is within it.
+
+        A longer pass would look at tokens within the limit with the factors of a longer sequence. Assisted decoding
+        takes one row.
+        """
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        if self.config.rope_parameters["rope_type"] != "default":
+            mask = kwargs["model_kwargs"].get("attention_mask")
+            padding = int((mask == 0).sum()) if mask is not None and mask.ndim == 2 else 0
+            width = self.config.original_max_position_embeddings + padding
+            setattr(generator, "get_candidates", partial(guesses_within, generator.get_candidates, width))  # noqa: B010
+        return generator
 
     def _rebuild_long_rows(
         self, input_ids: torch.Tensor, new: int | None, cache: Cache, mask: torch.Tensor | None, kwargs: dict
@@ -225,6 +254,23 @@ class Phi3VGenerationMixin(GenerationMixin):
         return input_ids, model_kwargs | images
 
 
+def guesses_within(
+    guess: Callable[..., tuple[torch.Tensor, torch.Tensor | None]], width: int, input_ids: torch.Tensor, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `get_candidates` of transformers returns, ids `[1, columns]` and logits or None, up to `width` columns.
+
+    A row that is wider already has all its guesses. Example: 62 ids, 5 guesses and `width=64` give 64 ids and the
+    logits of 2 guesses; 64 ids, none; 65 ids, all 70.
+    """
+    length = input_ids.shape[1]
+    if length == width:
+        return input_ids, None
+    ids, logits = guess(input_ids, **kwargs)
+    if length > width or ids.shape[1] <= width:
+        return ids, logits
+    return ids[:, :width], None if logits is None else logits[:, : width - length]
+
+
 def with_prompts(output: Any, prompts: torch.Tensor) -> Any:
     """What `generate` returned, with the caller's ids where the prompts stand; each prompt may have several answers.
 
@@ -240,7 +286,10 @@ def with_prompts(output: Any, prompts: torch.Tensor) -> Any:
 
 
 def has_images(arguments: dict) -> bool:
-    """Whether pixel values or image features are among these arguments of `forward`."""
+    """Whether pixel values or image features are among these arguments of `forward`, and of one image or more."""
+    sizes = arguments.get("image_sizes")
+    if sizes is not None and len(sizes) == 0:
+        return False
     return arguments.get("pixel_values") is not None or arguments.get("image_features") is not None
 
 

@@ -6,6 +6,7 @@ adapters need no renaming. Image features stand at ordinary causal positions; th
 Letters: B rows, S positions, T image tokens of the batch, K kept positions, H hidden size.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.phi3.modeling_phi3 import Phi3Model, Phi3PreTrainedModel
 from transformers.utils import can_return_tuple
 
@@ -55,6 +59,13 @@ class Phi3VPreTrainedModel(Phi3PreTrainedModel):
         elif isinstance(module, Phi3VImageEmbedding):
             init.normal_(module.glb_GN, std=self.config.initializer_range)
             init.normal_(module.sub_GN, std=self.config.initializer_range)
+
+    def load_adapter(self, *args: Any, load_config: LoadStateDictConfig | None = None, **kwargs: Any) -> Any:
+        """transformers' `load_adapter`, which would leave DoRA's magnitudes (`lora_magnitude_vector`) as they began."""
+        config = load_config or LoadStateDictConfig()
+        names = config.weight_mapping or get_model_conversion_mapping(self)
+        magnitudes = WeightRenaming(r"(lora_magnitude_vector\.[^.]+)$", r"\1.weight")
+        return super().load_adapter(*args, load_config=replace(config, weight_mapping=[*names, magnitudes]), **kwargs)
 
 
 class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
@@ -169,7 +180,8 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         if inputs_embeds is None:
             assert input_ids is not None
             given = pixel_values is not None or image_features is not None
-            if given and self._images_are_cached(input_ids, past):
+            none = image_sizes is not None and len(image_sizes) == 0
+            if given and (none or self._images_are_cached(input_ids, past)):
                 pixel_values = image_features = None
             self._refuse_blind_images(input_ids, pixel_values, image_features, past, image_positions)
             inputs_embeds = self.embed(

@@ -11,7 +11,7 @@ right, and there stands `<s>`, which swallows nothing.
 
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +238,8 @@ class Phi3VProcessor(ProcessorMixin):
         if continue_final_message and (add_generation_prompt or return_assistant_tokens_mask):
             other = "add_generation_prompt" if add_generation_prompt else "return_assistant_tokens_mask"
             raise ValueError(f"continue_final_message and {other} exclude each other: set one of them")
+        if isinstance(conversation, Mapping):
+            raise DataError("a conversation is a list of messages, and one message was given: put it into a list")
         settings = {**(processor_kwargs or {}), **{key: kwargs.pop(key) for key in CALL_SETTINGS & set(kwargs)}}
         images = settings.pop("images", None)
         is_batched = bool(conversation) and isinstance(conversation[0], list | tuple)
@@ -280,6 +282,10 @@ class Phi3VProcessor(ProcessorMixin):
         if template_settings["chat_template"] == CHAT_TEMPLATE and not any(map(template_settings.get, needs_jinja)):
             add_prompt = bool(template_settings.get("add_generation_prompt"))
             return [render_chat(messages, add_prompt) for messages in chats], [[] for _ in chats], images
+        if template_settings.get("continue_final_message"):
+            ends = [messages[-1]["content"][-1:] for messages in chats]
+            if any(isinstance(end, list) and end and end[0]["type"] == "image" for end in ends):
+                raise DataError("continue_final_message goes on with text, and the last message ends with an image")
         settings = {**self.tokenizer.special_tokens_map, **template_settings}
         prompts, spans = render_jinja_template(conversations=chats, **settings)
         return prompts, spans, images

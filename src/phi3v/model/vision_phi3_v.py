@@ -123,6 +123,11 @@ class Phi3VImageEmbedding(nn.Module):
         )
         self.drop = nn.Dropout(config.embd_pdrop)
 
+    @property
+    def projection_dtype(self) -> torch.dtype:
+        """Of the projector's first matrix. By its name: PEFT's copy of a whole projector has no places to index."""
+        return cast(torch.Tensor, getattr(self.img_projection, "0").weight).dtype
+
     def grids(self, image_sizes: torch.Tensor | list) -> list[tuple[int, int]]:
         """Crops (rows, columns) of each image from canvas sizes in pixels: `[[672, 1008]]` is `[(2, 3)]`."""
         sizes = image_sizes.tolist() if isinstance(image_sizes, torch.Tensor) else image_sizes
@@ -158,7 +163,7 @@ class Phi3VImageEmbedding(nn.Module):
         wanted = crops.requires_grad or any(weight.requires_grad for weight in self.img_processor.parameters())
         with torch.set_grad_enabled(wanted and torch.is_grad_enabled()):
             features = merge_patches(self._tower_features(crops, grids))
-        features = features.to(cast(torch.Tensor, self.img_projection[0].weight).dtype).flatten(0, 1)
+        features = features.to(self.projection_dtype).flatten(0, 1)
         table = torch.cat([features, self.sub_GN.view(1, -1), self.glb_GN.view(1, -1)])
         index, counts = image_layout(grids, self.side)
         return self.img_projection(table[to_device(index, table.device)]), counts
