@@ -292,6 +292,33 @@ def test_an_empty_image_column_does_not_hide_the_filled_one(folder: Path) -> Non
     assert len(load_rows(str(folder / "rows.parquet"), options=RowOptions())[0][0].images) == 1
 
 
+def pictured(*names: str | None) -> list[dict[str, Any]]:
+    """A question with image parts, some of which name their image, and its answer."""
+    shown = [{"type": "image"} | ({"image": name} if name is not None else {}) for name in names]
+    return [{"role": "user", "content": [*shown, *parts("What is it?")]}, SAID]
+
+
+def test_an_image_that_a_part_names_is_the_one_that_is_shown(folder: Path) -> None:
+    records: list[dict[str, Any]] = [
+        {"messages": pictured("b.png", None), "images": ["a.png"]},  # the column fills the other part
+        {"messages": pictured(None, "b.png"), "images": ["a.png", "b.png"]},  # the column lists all
+        {"messages": pictured("b.png"), "images": ["a.png"]},
+        {"messages": pictured("b.png", "c.png"), "images": ["c.png", "b.png"]},
+        {"messages": pictured("b.png", None), "images": ["a.png", "b.png"]},
+    ]
+    source = jsonl(folder, records)
+    data = load_data(source, options=RowOptions(), validation_split=None, reading=everything())
+    assert [[image.path for image in row.images] for row in data.train] == [["b.png", "a.png"], ["a.png", "b.png"]]
+    line = "its content parts name other images than the column 'images' holds"
+    assert [(one.row, one.reason_code, one.message) for one in data.problems] == [
+        (number, "image_tags", line) for number in (2, 3, 4)
+    ]
+    texts = jsonl(folder, [{"messages": pictured("b.png")}, {"messages": [ASKED, SAID]}], "texts.jsonl")
+    data = load_data(texts, options=RowOptions(images=None), validation_split=None, reading=everything())
+    assert [(row.index, row.images) for row in data.train] == [(1, ())]
+    assert [(one.row, one.reason_code) for one in data.problems] == [(0, "image_tags")]
+
+
 def test_a_system_template_speaks_where_the_record_does_not(folder: Path) -> None:
     own = {"messages": [{"role": "system", "content": "Mine."}, ASKED, SAID], "shop": "Tom's"}
     source = jsonl(folder, [{"messages": [ASKED, SAID], "shop": "Tom's"}, own])

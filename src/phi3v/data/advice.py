@@ -21,7 +21,8 @@ ADVICE = {
     "turn_order": "let user and assistant alternate, the answer last, or drop the row",
     "empty_question": "fill the turn, or drop the row",
     "empty_answer": "fill the turn, or drop the row",
-    "image_tags": "write one <image> or image part in the questions for each image of the row, or none at all",
+    "image_tags": "write one <image> or image part in the questions for each image of the row, or none at all; name an "
+    "image in its part or in the column",
     "unclear_tags": "say data.format: conversations where <image> is the image's place, messages where it is text",
     "image_missing": "fill the cell, drop the row, or give an empty list [] for a row without images",
     "image_type": "name the column with the images in data.images",

@@ -6,11 +6,12 @@
 | `prompt_completion` (TRL) | `prompt` and `completion`, each text or a list of messages | an image part |
 | `conversations` (LLaVA, ShareGPT) | `conversations`: a list of {from, value} | `<image>` in a user turn |
 
-Images stand in the column that `data.images` names, else in `image`, or where that is empty in `images`; a row in which
-nothing stands there has none. Where a conversation names no place, its images stand before the first question. Other
+Images stand in the column that `data.images` names, else in `image`, or where that is empty in `images`, or each in its
+part; a row in which nothing stands there has none. A part that names its image keeps it, and the column fills the other
+parts. Where a conversation names no place, its images stand before the first question. Other
 text is literal, `<image>` included. Reason codes beside those of `cells`: `conversation_type`, `turn_role`,
-`turn_order`, `empty_question`, `empty_answer`, `image_tags` (places and images differ in number) and `unclear_tags`
-(`<image>` may be text or a place).
+`turn_order`, `empty_question`, `empty_answer`, `image_tags` (places and images differ in number, or parts
+and column in what they name) and `unclear_tags` (`<image>` may be text or a place).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,6 +62,7 @@ class ConversationMap:
         system: template of a system message for records without one; None for none.
         chosen: True where the recipe says the format, False where the columns decided.
         other_images: column that a record's images are in where `cells.images` is empty; None for none.
+        text_only: True where the recipe says that there are no images, so none of a part is read either.
     """
 
     source: str
@@ -70,6 +72,7 @@ class ConversationMap:
     system: Template | None = None
     chosen: bool = True
     other_images: str | None = None
+    text_only: bool = False
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -95,10 +98,27 @@ class ConversationMap:
         check_image_column(self.cells.images, columns, self.source)
 
     def image_cells(self, record: Mapping[str, Any]) -> list[Any]:
-        """The image cells of a record: those of the image column, or those that stand in its image parts."""
-        return self._column_cells(record) or [
-            cell for turn in self._turns(record) for cell in _part_cells(turn) if cell is not None
-        ]
+        """The image cells of a record, in the order of their places.
+
+        Example: the image parts name "a.jpg", nothing and "c.jpg", the column holds ["b.jpg"] -> a.jpg, b.jpg, c.jpg.
+        Raises: UnusableRecord where parts name their images and the column holds others.
+        """
+        if self.text_only:
+            return []
+        column = self._column_cells(record)
+        parts = [cell for turn in self._turns(record) for cell in _part_cells(turn)]
+        named = [cell for cell in parts if not _is_empty(cell)]
+        if not named or not column:
+            return column or named
+        if len(column) == len(parts) - len(named):
+            others = iter(column)
+            return [next(others) if _is_empty(cell) else cell for cell in parts]
+        agreed = all(_is_empty(cell) or _is_same(cell, other) for cell, other in zip(parts, column, strict=False))
+        if agreed and len(column) == len(parts):
+            return column
+        raise UnusableRecord(
+            "image_tags", f"its content parts name other images than the column {self._filled(record)!r} holds"
+        )
 
     def row(self, record: Mapping[str, Any], index: int) -> Row:
         """The row of a record, its images unopened.
@@ -228,7 +248,9 @@ def record_map(columns: Sequence[str], options: RowOptions, source: str, cells: 
     if images == "image":  # where nothing is said
         found = [place for name in ("image", "images") if (place := _find(name, columns)) is not None]
         images, other = [*found, None, None][:2]
-    return ConversationMap(source, shape, replace(cells, images=images), named, system, options.format != "auto", other)
+    chosen, text_only = options.format != "auto", options.images is None
+    cells = replace(cells, images=images)
+    return ConversationMap(source, shape, cells, named, system, chosen, other, text_only)
 
 
 def _find(column: str, columns: Sequence[str]) -> str | None:
@@ -239,6 +261,12 @@ def _find(column: str, columns: Sequence[str]) -> str | None:
 def _is_empty(value: Any) -> bool:
     """Whether an image cell holds nothing: None, "", [] and {"bytes": None, "path": None}."""
     return value is None or value in ("", []) or (isinstance(value, Mapping) and not any(value.values()))
+
+
+def _is_same(cell: Any, other: Any) -> bool:
+    """Whether two image cells are one image: "a.jpg" and {"bytes": b"...", "path": "a.jpg"}."""
+    paths = [one.get("path") if isinstance(one, Mapping) else one for one in (cell, other)]
+    return bool(cell == other or (isinstance(paths[0], str) and paths[0] == paths[1]))
 
 
 def _known_roles() -> str:
@@ -286,7 +314,7 @@ def _part_cells(turn: Any) -> Iterator[Any]:
     for part in content if isinstance(content, list) else []:
         if isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
             cells = [part.get(name) for name in ("image", "path", "url", "image_url")]
-            cell = next((cell for cell in cells if cell is not None), None)
+            cell = next((cell for cell in cells if not _is_empty(cell)), None)
             yield cell["url"] if isinstance(cell, Mapping) and "url" in cell else cell
 
 
