@@ -365,7 +365,8 @@ def test_records_are_found_in_files_with_other_characters(folder: Path) -> None:
         {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": text + "!"}]} for text in texts
     ]
     (folder / "a.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(records, ensure_ascii=False, indent=2).encode())
+    (folder / "c.json").write_bytes(b" \n" * 4096 + (folder / "a.json").read_bytes()[3:] + b"\r\n\t ")
     (folder / "b.jsonl").write_bytes("\r\n".join(json.dumps(r, ensure_ascii=False) for r in records).encode())
-    for file in ("a.json", "b.jsonl"):
+    for file in ("a.json", "b.jsonl", "c.json"):
         rows, _ = load_rows(str(folder / file), options=RowOptions())
         assert [row.answer for row in rows] == [text + "!" for text in texts]

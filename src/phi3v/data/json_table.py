@@ -18,7 +18,6 @@ from phi3v.data.json_text import parse_json, whole_number
 from phi3v.data.record_table import RecordTable
 from phi3v.errors import DataError
 
-_BEGINNING = 4096
 _MARK = b"\xef\xbb\xbf"
 
 
@@ -63,7 +62,8 @@ class JsonTable(RecordTable):
         with open(path, "rb") as file:
             start = len(_MARK) if file.read(len(_MARK)) == _MARK else 0
             file.seek(start)
-            if path.suffix.lower() == ".json" and file.read(_BEGINNING).lstrip()[:1] == b"[":
+            first = next((line for line in file if line.strip()), b"")
+            if path.suffix.lower() == ".json" and first.lstrip()[:1] == b"[":
                 file.seek(start)
                 self._find_in_list(file.read().decode("utf-8"), start)
                 return
@@ -86,6 +86,8 @@ class JsonTable(RecordTable):
             if text[place : place + 1] not in (",", "]"):
                 raise ValueError("a list of objects ends without ]")
             place += text[place] == ","
+        if _behind_space(text, place + 1) < len(text):
+            raise ValueError("something stands behind the ] of its list")
 
     def _note(self, value: Any, start: int, end: int) -> None:
         """Keeps where a record lies, in bytes, and its columns. Raises: ValueError for what is no object."""
