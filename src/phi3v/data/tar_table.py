@@ -28,6 +28,7 @@ _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _MAX_MEMBER_BYTES = 256 * 2**20
 _SAMPLES_FOR_COLUMNS = 100
 _BLOCK = 512
+_READ_AT_ONCE = 2**20
 _NAMED = 20  # members of a shard that are not read and are named one by one
 
 
@@ -99,6 +100,8 @@ class TarTable(RecordTable):
                     NotRead(f"more members of {path}", "as those that are named", files=passed - _NAMED)
                 )
             self._check_end(path, end)
+        except DataError:
+            raise
         except RecursionError as error:  # tarfile reads such a header within the one before
             raise DataError(
                 f"shard {path} is damaged: its headers are nothing but long names: copy it again"
@@ -108,11 +111,23 @@ class TarTable(RecordTable):
             raise DataError(f"shard {path} is damaged{last} ({error}): copy it again") from error
 
     def _check_end(self, path: Path, end: int) -> None:
-        """A header that is none ends the reading without an error: then no empty block stands there."""
+        """Behind the last member stand zeros and nothing else; a header that is none ends the reading without an error.
+
+        Raises: ReadError for a shard without an end, DataError for one with something behind it.
+        """
         with open(path, "rb") as file:
             file.seek(end)
-            if any(file.read(_BLOCK)):
+            block = file.read(_BLOCK)
+            if len(block) < _BLOCK:
+                raise tarfile.ReadError(f"it ends at byte {end} without the zeros that end a shard")
+            if any(block):
                 raise tarfile.ReadError(f"no header at byte {end}")
+            while block := file.read(_READ_AT_ONCE):
+                if block.count(0) < len(block):
+                    raise DataError(
+                        f"shard {path} goes on behind its end at byte {end}, as joined shards do: keep shards as files "
+                        "of their own, or pack the members into a new one"
+                    )
 
     def _columns(self) -> list[str]:
         """The columns of the first hundred samples."""
