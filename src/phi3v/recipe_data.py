@@ -60,8 +60,12 @@ class SetSection(Section):
     image_root: str | None = Field(default=None, description="As data.image_root.")
     allow_outside_root: bool = Field(default=False, description="As data.allow_outside_root.")
     system: str | None = Field(default=None, description="As data.system.")
-    prompt: str = Field(default="{prompt}", min_length=1, description="As data.prompt.")
-    answer: str = Field(default="{answer}", min_length=1, description="As data.answer.")
+    prompt: Annotated[str, Field(min_length=1)] | None = Field(
+        default="{prompt}", description="As data.prompt; null for none of the section's."
+    )
+    answer: Annotated[str, Field(min_length=1)] | None = Field(
+        default="{answer}", description="As data.answer; null for none of the section's."
+    )
 
     @model_serializer
     def _given(self) -> dict[str, Any]:

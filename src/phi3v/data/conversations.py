@@ -239,7 +239,9 @@ def record_map(columns: Sequence[str], options: RowOptions, source: str, cells: 
         prompt, answer = Template(options.prompt, "prompt"), Template(options.answer, "answer")
         return ColumnMap(source, cells, prompt, answer, system)
     if options.has_templates:
-        raise DataError(f"data.format {shape} reads whole conversations: take data.prompt and data.answer out")
+        raise DataError(
+            f"data.format {shape} reads whole conversations: take data.prompt and data.answer out ({source})"
+        )
     named = SHAPES[shape]
     if shape == "conversations" and _find("conversations", columns) is None and _find("messages", columns):
         named = ("messages",)
