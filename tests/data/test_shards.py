@@ -110,39 +110,53 @@ def test_folders_of_shards_are_splits_and_images_are_told_by_content(tmp_path: P
     assert data.not_read[-1] == NotRead(f"more members of {tmp_path}/val/0.tar", "as those that are named", files=5)
 
 
-def test_samples_may_differ(tmp_path: Path) -> None:
+def test_samples_may_differ_and_members_that_do_not_read_are_named(tmp_path: Path) -> None:
     """A sample with other members, two images, broken JSON or broken text is a row or a problem of its own."""
     members = [
         *sample("a", 1, similarity=None),
-        ("b.0.png", picture(2)),
-        ("b.1.png", picture(3)),
-        ("b.txt", b"two"),
-        ("c.jpg", picture(4, "JPEG")[:200]),
-        ("c.txt", b"cut"),
-        ("d.jpg", picture(5, "JPEG")),
-        ("d.txt", b"\xff\xfe"),
-        ("e.jpg", picture(6, "JPEG")),
-        ("e.txt", b"no json"),
-        ("e.json", b"{"),
+        *[("b.0.png", picture(2)), ("b.1.png", picture(3)), ("b.txt", b"two"), ("b.json", b'{"width": 1}')],
+        *[("c.jpg", picture(4, "JPEG")[:200]), ("c.txt", b"cut"), ("c.json", b'{"width": 1}')],
+        *[("d.jpg", picture(5, "JPEG")), ("d.txt", b"\xff\xfe"), ("d.json", b'{"width": 1}')],
+        *[("e.jpg", picture(6, "JPEG")), ("e.txt", b"no json"), ("e.json", b'{"width":\n}')],
         *sample("f", 7, similarity=0.5, width="wide"),
+        *[*sample("g", 8), ("g.txt", b"again")],
+        *[*sample("h", 9), ("h.jpg", picture(10, "JPEG"))],
+        *[*sample("i", 11), ("i.json", b"{}")],
+        *[("j.jpg", picture(6, "JPEG")), ("j.txt", b"a list"), ("j.json", b"[1]")],
+        *[("k.jpg", picture(6, "JPEG")), ("k.txt", b"bytes"), ("k.json", b'{"width": "\xff"}')],
     ]
-    data = load_data(str(shard(tmp_path / "a.tar", members)), options=OPTIONS, validation_split=None, reading=LOOSE)
-    assert [(row.answer, len(row.images)) for row in data.train] == [
+    source = str(shard(tmp_path / "a.tar", members))
+    data = load_data(source, options=OPTIONS, validation_split=None, reading=LOOSE)
+    assert [(row.answer, len(row.images)) for row in data.train[:4]] == [
         ("scarf 1", 1),
         ("two", 2),
         ("no json", 1),
         ("scarf 7", 1),
     ]
-    assert [(problem.row, problem.reason_code) for problem in data.problems] == [
-        (2, "image_unreadable"),
-        (3, "missing_value"),
+    twice = "which its shard holds twice"
+    assert [(one.row, one.reason_code) for one in data.problems[:1]] == [(2, "image_unreadable")]
+    assert [(one.row, one.reason_code, one.message) for one in data.problems[1:]] == [
+        (3, "value_type", "column 'txt' is in d.txt, which is not UTF-8 text"),
+        (6, "value_type", f"column 'txt' is in g.txt, {twice}"),
+        (7, "value_type", f"column 'image' is in h.jpg, {twice}"),
+    ]
+    options = RowOptions(prompt="Size {json.width}?", answer="a {json.width}")
+    data = load_data(source, options=options, validation_split=None, reading=LOOSE)
+    assert [(one.row, one.message) for one in data.problems if one.reason_code == "value_type"] == [
+        (4, "column 'json.width' is in e.json, which is not JSON (Expecting value, line 2, column 1)"),
+        (7, f"column 'image' is in h.jpg, {twice}"),
+        (8, f"column 'json.width' is in i.json, {twice}"),
+        (9, "column 'json.width' is in j.json, which holds no mapping"),
+        (10, "column 'json.width' is in k.json, which is not UTF-8 text"),
     ]
 
 
 def test_conversations_in_json_members(tmp_path: Path) -> None:
     spoken = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A hat."}]
-    path = shard(tmp_path / "a.tar", sample("a", 1, conversations=spoken))
-    row = load_rows(str(path), options=RowOptions())[0][0]
+    path = shard(tmp_path / "a.tar", [*sample("a", 1, conversations=spoken), ("b.json", b"{"), *sample("c", 1)])
+    rows, problems = load_rows(str(path), options=RowOptions(), reading=LOOSE)
+    assert [(one.row, one.reason_code) for one in problems] == [(1, "value_type"), (2, "missing_value")]
+    row = rows[0]
     assert (row.question, row.answer, row.images[0].data) == ("What?", "A hat.", picture(1, "JPEG"))
 
 

@@ -15,7 +15,8 @@ TOO_LONG: dict[OnTooLong, str] = {
 
 ADVICE = {
     "missing_value": "fill the cell, or take the column out of the template",
-    "value_type": "name a column with text or numbers; mend a number or date out of range; save text as UTF-8",
+    "value_type": "name a column with text or numbers; mend a number or date out of range; save text as UTF-8; "
+    "mend the member of the shard",
     "conversation_type": "write the turns as mappings of role and content, or from and value",
     "turn_role": "name the speakers system, user and assistant (or human and gpt), or drop the row",
     "turn_order": "let user and assistant alternate, the answer last, or drop the row",

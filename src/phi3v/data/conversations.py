@@ -22,7 +22,7 @@ from phi3v.data.cells import Cells
 from phi3v.data.columns import ColumnMap, Format, RowOptions, check_image_column
 from phi3v.data.json_text import parse_json
 from phi3v.data.schema import ImagePart, ImageRef, Message, Role, Row, TextPart, UnusableRecord
-from phi3v.data.templates import Template, known_columns, whole_text
+from phi3v.data.templates import Template, Unread, known_columns, whole_text
 from phi3v.data.text_guard import MAX_DEPTH, is_too_deep
 from phi3v.errors import DataError
 
@@ -170,6 +170,8 @@ class ConversationMap:
                 value = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=False)]
             if value is None or value == []:
                 raise UnusableRecord("missing_value", f"column {column!r} is empty")
+            if isinstance(value, Unread):
+                raise UnusableRecord("value_type", f"column {column!r} {value.reason}")
             if not isinstance(value, list):
                 kind = type(value).__name__
                 raise UnusableRecord("conversation_type", f"column {column!r} holds a {kind} and no list of turns")
