@@ -1,6 +1,7 @@
 """Records that hold conversations: every spelling becomes the same row, what is wrong is a problem with a code."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,10 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
     "a file that is not there": ("image_path", turns(("human", "<image>a"), ("gpt", "b")) | {"image": "gone.png"}),
     "a file outside": ("image_path", turns(("human", "<image>a"), ("gpt", "b")) | {"image": "../out.png"}),
     "an absolute path": ("image_path", turns(("human", "<image>a"), ("gpt", "b")) | {"image": "/etc/hostname"}),
+    "a last answer that is not trained": ("answer_weight", {"conversations": [ASKED, SAID | {"weight": 0}]}),
+    "another weight": ("answer_weight", {"conversations": [ASKED, SAID | {"weight": 0.5}]}),
+    "a film": ("other_media", turns(("human", "<video>\na"), ("gpt", "b")) | {"video": "a.mp4"}),
+    "a sound without its tag": ("other_media", {"conversations": [ASKED, SAID], "audios": ["a.wav"]}),
     "a number as image": ("image_type", turns(("human", "<image>a"), ("gpt", "b")) | {"image": 5}),
 }
 
@@ -317,6 +322,13 @@ def test_an_image_that_a_part_names_is_the_one_that_is_shown(folder: Path) -> No
     data = load_data(texts, options=RowOptions(images=None), validation_split=None, reading=everything())
     assert [(row.index, row.images) for row in data.train] == [(1, ())]
     assert [(one.row, one.reason_code) for one in data.problems] == [(0, "image_tags")]
+
+
+def test_answers_of_weight_0_are_known_and_a_film_beside_an_image_is_passed_over(folder: Path) -> None:
+    turn = [ASKED, SAID | {"weight": 0}, ASKED, SAID | {"weight": 1}]
+    source = jsonl(folder, [{"messages": turn, "image": "a.png", "video": "a.mp4", "audio": None}])
+    row = load_rows(source, options=RowOptions())[0][0]
+    assert row.messages == (ONE[0], replace(ONE[1], trained=False), user("What is it?"), ONE[1])
 
 
 def test_a_system_template_speaks_where_the_record_does_not(folder: Path) -> None:

@@ -25,6 +25,8 @@ ADVICE = {
     "image_tags": "write one <image> or image part in the questions for each image of the row, or none at all; name an "
     "image in its part or in the column",
     "unclear_tags": "say data.format: conversations where <image> is the image's place, messages where it is text",
+    "answer_weight": "write 0 or 1, and take a last exchange of weight 0 out, or drop the row",
+    "other_media": "save frames of a film as images, or drop the row",
     "image_missing": "fill the cell, drop the row, or give an empty list [] for a row without images",
     "image_type": "name the column with the images in data.images",
     "image_path": "mend the path, or set data.image_root",
