@@ -41,6 +41,12 @@ pytestmark = pytest.mark.usefixtures("datasets_cache")
         ("a.jsonl", b'{"a": "\xe9"}\n', "line 1 is not UTF-8 text: save it as UTF-8"),
         ("a.json", b'[{"a": 1},\n{"a":}]', "line 2 is not JSON .*: write a list of objects"),
         ("a.json", b'[{"a": 1}]\n[{"a": 2}] rest', r"line 2 is not JSON \(Extra data, column 1\): write a list of obj"),
+        (
+            "a.json",
+            b'[{"a": 1}, {"b": {"c": 1, "c": 1}}]',
+            "record 1: an object names the key 'c' twice: take one out$",
+        ),
+        ("a.jsonl", b'{"a": 1}\n\n{"a": 1, "b": 2, "a": 3}\n', "read: record 1: an object names the key 'a' twice"),
         ("a.json", b'[{"a": 1}] ]', r"line 1 is not JSON \(Extra data, column 12\)"),
         ("a.json", b'{"a": 1}\n{"a":\n', "line 2 is not JSON .*: write one JSON object a line"),
         ("a.jsonl", b"\n", "a.jsonl cannot be read: it is empty: write one JSON object a line"),

@@ -123,6 +123,8 @@ def test_samples_may_differ_and_members_that_do_not_read_are_named(tmp_path: Pat
         *[*sample("h", 9), ("h.jpg", picture(10, "JPEG"))],
         *[*sample("i", 11), ("i.json", b"{}")],
         *[("j.jpg", picture(6, "JPEG")), ("j.txt", b"a list"), ("j.json", b"[1]")],
+        *sample("l", 12)[:2],
+        ("l.json", b'{"width": 1, "width": 2}'),
         *[("k.jpg", picture(6, "JPEG")), ("k.txt", b"bytes"), ("k.json", b'{"width": "\xff"}')],
     ]
     source = str(shard(tmp_path / "a.tar", members))
@@ -147,7 +149,8 @@ def test_samples_may_differ_and_members_that_do_not_read_are_named(tmp_path: Pat
         (7, f"column 'image' is in h.jpg, {twice}"),
         (8, f"column 'json.width' is in i.json, {twice}"),
         (9, "column 'json.width' is in j.json, which holds no mapping"),
-        (10, "column 'json.width' is in k.json, which is not UTF-8 text"),
+        (10, "column 'json.width' is in l.json, in which an object names the key 'width' twice"),
+        (11, "column 'json.width' is in k.json, which is not UTF-8 text"),
     ]
 
 

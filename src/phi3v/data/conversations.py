@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from phi3v.data.cells import Cells
 from phi3v.data.columns import ColumnMap, Format, RowOptions, check_image_column
-from phi3v.data.json_text import parse_json
+from phi3v.data.json_text import RepeatedKeyError, parse_json
 from phi3v.data.schema import ImagePart, ImageRef, Message, Role, Row, TextPart, UnusableRecord
 from phi3v.data.templates import Template, Unread, known_columns
 from phi3v.data.text_guard import MAX_DEPTH, is_too_deep
@@ -258,6 +258,8 @@ def _parsed(value: str, column: str) -> Any:
         raise UnusableRecord("conversation_type", f"column {column!r} nests more than {MAX_DEPTH} lists and mappings")
     try:
         return parse_json(value) if value.strip() else None
+    except RepeatedKeyError as error:
+        raise UnusableRecord("conversation_type", f"column {column!r} holds JSON in which {error}") from None
     except (ValueError, RecursionError):
         message = f"column {column!r} holds text and no list of turns"
         raise UnusableRecord("conversation_type", message) from None

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from phi3v.data.images import begins_as_image
-from phi3v.data.json_text import parse_json
+from phi3v.data.json_text import RepeatedKeyError, parse_json
 from phi3v.data.not_read import NotRead
 from phi3v.data.record_table import RecordTable
 from phi3v.data.templates import Unread
@@ -173,6 +173,8 @@ def _json(data: bytes, member: str) -> dict[str, Any] | Unread:
         return Unread(f"is in {member}, which is not UTF-8 text")
     except json.JSONDecodeError as error:
         return Unread(f"is in {member}, which is not JSON ({error.msg}, line {error.lineno}, column {error.colno})")
+    except RepeatedKeyError as error:
+        return Unread(f"is in {member}, in which {error}")
     except (ValueError, RecursionError):
         return Unread(f"is in {member}, which does not read as JSON")
     return value if isinstance(value, dict) else Unread(f"is in {member}, which holds no mapping")
