@@ -108,6 +108,16 @@ def test_too_many_problems_are_exit_code_1_with_the_whole_report(run: Any, folde
         assert found["rows"] == 40 == found["usable"] + len(found["problems"])
     assert found["reasons"] == {"too_long": 38, "missing_value": 1, "image_path": 1}
     assert found["lengths"]["total"]["least"] > 330 and found["beyond_context"] == 38
+    assert (found["context"], found["limit"]) == (8192, 330)
+
+
+def test_a_limit_above_the_models_context_lets_no_row_beyond_it_pass(run: Any, folder: Path) -> None:
+    write_rows(folder, [{"image": "0.png", "colour": "red " * (9000 * (n == 5) + 1)} for n in range(20)])
+    words = [folder / "recipe.yaml", "data.split=null", "data.max_length=100000"]
+    found = json.loads(run("check", *words, "--quick", "--json").stdout)
+    assert (found["context"], found["limit"], found["beyond_context"]) == (8192, 8192, 1)
+    assert [(problem["row"], problem["reason_code"]) for problem in found["problems"]] == [(5, "too_long")]
+    assert "1 beyond the limit of 8,192" in run("check", *words, "--quick").stdout
 
 
 def test_rows_of_which_none_can_be_used_or_split_are_reported_too(run: Any, folder: Path) -> None:

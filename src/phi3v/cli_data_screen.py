@@ -179,7 +179,7 @@ def _show_lengths(console: Console, report: Report) -> None:
     limits = [f"{report.beyond_rope} beyond the {short_number(report.rope_limit)} that the short rope factors reach"]
     made_to_fit = report.beyond_context - report.reasons.get("too_long", 0)
     how = f" ({made_to_fit} made to fit: {report.on_too_long})" if made_to_fit else ""
-    limits += [f"{report.beyond_context} beyond the limit of {short_number(report.context)}{how}"]
+    limits += [f"{report.beyond_context} beyond the limit of {short_number(report.limit)}{how}"]
     _say(console, f"rows {', '.join(limits)}")
 
 

@@ -251,7 +251,7 @@ def survey_options(recipe: Recipe, context: int | None, *, decode: bool, hashes:
         hash_images=hashes,
         train_on=recipe.data.train_on,
         max_pixels=recipe.image.max_pixels,
-        max_length=None if context is None else recipe.data.max_length or context,
+        max_length=None if context is None else recipe.data.longest(context),
         on_too_long=recipe.data.on_too_long,
     )
 

@@ -60,8 +60,12 @@ class SetSection(Section):
     image_root: str | None = Field(default=None, description="As data.image_root.")
     allow_outside_root: bool = Field(default=False, description="As data.allow_outside_root.")
     system: str | None = Field(default=None, description="As data.system.")
-    prompt: str = Field(default="{prompt}", min_length=1, description="As data.prompt.")
-    answer: str = Field(default="{answer}", min_length=1, description="As data.answer.")
+    prompt: Annotated[str, Field(min_length=1)] | None = Field(
+        default="{prompt}", description="As data.prompt; null for none of the section's."
+    )
+    answer: Annotated[str, Field(min_length=1)] | None = Field(
+        default="{answer}", description="As data.answer; null for none of the section's."
+    )
 
     @model_serializer
     def _given(self) -> dict[str, Any]:
@@ -114,7 +118,7 @@ class DataSection(Section):
     )
     max_rows: int | None = Field(default=None, ge=1, description="Train on the first rows only; null for all.")
     max_length: int | None = Field(
-        default=None, ge=1, description="Longest row in tokens, images included; null for the model's limit."
+        default=None, ge=1, description="Longest row in tokens, images included; the model's limit at most."
     )
     on_too_long: Literal["skip", "fewer_crops", "cut_text"] = Field(
         default="skip", description="What happens to a longer row: left out, coarser images, or a shorter question."
@@ -152,6 +156,13 @@ class DataSection(Section):
     def reading_options(self) -> dict[str, Any]:
         """The arguments of data.Reading.of by name."""
         return self.model_dump(include={"image_cache", "allow_hosts", "max_skipped", "on_problem"})
+
+    def longest(self, context: int) -> int:
+        """Tokens of the longest row that is allowed, of a model that takes `context` tokens.
+
+        Example: with 8,192 -> 8192 where max_length is null or 100,000, and 330 where it is 330.
+        """
+        return min(self.max_length or context, context)
 
     @property
     def train_name(self) -> str:

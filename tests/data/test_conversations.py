@@ -1,6 +1,7 @@
 """Records that hold conversations: every spelling becomes the same row, what is wrong is a problem with a code."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,10 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
     "a file that is not there": ("image_path", turns(("human", "<image>a"), ("gpt", "b")) | {"image": "gone.png"}),
     "a file outside": ("image_path", turns(("human", "<image>a"), ("gpt", "b")) | {"image": "../out.png"}),
     "an absolute path": ("image_path", turns(("human", "<image>a"), ("gpt", "b")) | {"image": "/etc/hostname"}),
+    "a last answer that is not trained": ("answer_weight", {"conversations": [ASKED, SAID | {"weight": 0}]}),
+    "another weight": ("answer_weight", {"conversations": [ASKED, SAID | {"weight": 0.5}]}),
+    "a film": ("other_media", turns(("human", "<video>\na"), ("gpt", "b")) | {"video": "a.mp4"}),
+    "a sound without its tag": ("other_media", {"conversations": [ASKED, SAID], "audios": ["a.wav"]}),
     "a number as image": ("image_type", turns(("human", "<image>a"), ("gpt", "b")) | {"image": 5}),
 }
 
@@ -292,6 +297,40 @@ def test_an_empty_image_column_does_not_hide_the_filled_one(folder: Path) -> Non
     assert len(load_rows(str(folder / "rows.parquet"), options=RowOptions())[0][0].images) == 1
 
 
+def pictured(*names: str | None) -> list[dict[str, Any]]:
+    """A question with image parts, some of which name their image, and its answer."""
+    shown = [{"type": "image"} | ({"image": name} if name is not None else {}) for name in names]
+    return [{"role": "user", "content": [*shown, *parts("What is it?")]}, SAID]
+
+
+def test_an_image_that_a_part_names_is_the_one_that_is_shown(folder: Path) -> None:
+    records: list[dict[str, Any]] = [
+        {"messages": pictured("b.png", None), "images": ["a.png"]},  # the column fills the other part
+        {"messages": pictured(None, "b.png"), "images": ["a.png", "b.png"]},  # the column lists all
+        {"messages": pictured("b.png"), "images": ["a.png"]},
+        {"messages": pictured("b.png", "c.png"), "images": ["c.png", "b.png"]},
+        {"messages": pictured("b.png", None), "images": ["a.png", "b.png"]},
+    ]
+    source = jsonl(folder, records)
+    data = load_data(source, options=RowOptions(), validation_split=None, reading=everything())
+    assert [[image.path for image in row.images] for row in data.train] == [["b.png", "a.png"], ["a.png", "b.png"]]
+    line = "its content parts name other images than the column 'images' holds"
+    assert [(one.row, one.reason_code, one.message) for one in data.problems] == [
+        (number, "image_tags", line) for number in (2, 3, 4)
+    ]
+    texts = jsonl(folder, [{"messages": pictured("b.png")}, {"messages": [ASKED, SAID]}], "texts.jsonl")
+    data = load_data(texts, options=RowOptions(images=None), validation_split=None, reading=everything())
+    assert [(row.index, row.images) for row in data.train] == [(1, ())]
+    assert [(one.row, one.reason_code) for one in data.problems] == [(0, "image_tags")]
+
+
+def test_answers_of_weight_0_are_known_and_a_film_beside_an_image_is_passed_over(folder: Path) -> None:
+    turn = [ASKED, SAID | {"weight": 0}, ASKED, SAID | {"weight": 1}]
+    source = jsonl(folder, [{"messages": turn, "image": "a.png", "video": "a.mp4", "audio": None}])
+    row = load_rows(source, options=RowOptions())[0][0]
+    assert row.messages == (ONE[0], replace(ONE[1], trained=False), user("What is it?"), ONE[1])
+
+
 def test_a_system_template_speaks_where_the_record_does_not(folder: Path) -> None:
     own = {"messages": [{"role": "system", "content": "Mine."}, ASKED, SAID], "shop": "Tom's"}
     source = jsonl(folder, [{"messages": [ASKED, SAID], "shop": "Tom's"}, own])
@@ -338,7 +377,8 @@ def test_records_are_found_in_files_with_other_characters(folder: Path) -> None:
         {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": text + "!"}]} for text in texts
     ]
     (folder / "a.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(records, ensure_ascii=False, indent=2).encode())
+    (folder / "c.json").write_bytes(b" \n" * 4096 + (folder / "a.json").read_bytes()[3:] + b"\r\n\t ")
     (folder / "b.jsonl").write_bytes("\r\n".join(json.dumps(r, ensure_ascii=False) for r in records).encode())
-    for file in ("a.json", "b.jsonl"):
+    for file in ("a.json", "b.jsonl", "c.json"):
         rows, _ = load_rows(str(folder / file), options=RowOptions())
         assert [row.answer for row in rows] == [text + "!" for text in texts]

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from tiny_tokenizer import build_tokenizer
 
 from phi3v.data.encode import EncodedRows, encode, encode_prompt, label_answers
+from phi3v.data.lengths import RowLength, row_lengths
 from phi3v.data.schema import ImagePart, ImageRef, Message, Row, TextPart
 from phi3v.errors import DataError, ImageError
 from phi3v.model.image_processing_phi3_v import Phi3VImageProcessor
@@ -83,6 +85,21 @@ def test_labels_in_small_integers(train_on: Any, labels: str) -> None:
 )
 def test_labels_of_short_conversations(ids: list[int], labels: list[int]) -> None:
     assert label_answers(ids, assistant_id=6, end_id=7, train_on="last_assistant") == labels
+
+
+def test_an_answer_that_is_not_trained_has_no_labels(processor: Phi3VProcessor) -> None:
+    whole = ROWS["turns"]
+    place = next(place for place, message in enumerate(whole.messages) if message.role == "assistant")
+    messages = [replace(one, trained=at != place) for at, one in enumerate(whole.messages)]
+    bare = replace(whole, messages=tuple(messages))
+    labels = encode(whole, processor, train_on="all_assistant")["labels"].tolist()
+    first = next(at for at, label in enumerate(labels) if label != -100)
+    stop = labels.index(-100, first)
+    found = encode(bare, processor, train_on="all_assistant")["labels"].tolist()
+    assert found == [-100] * stop + labels[stop:] != labels and set(found) != {-100}
+    lengths = row_lengths([bare, whole], processor, train_on="all_assistant")
+    trained = [one.trained for one in lengths if isinstance(one, RowLength)]
+    assert trained == [len(each) - each.count(-100) for each in (found, labels)]
 
 
 @pytest.mark.parametrize("ids", [[], [1, 5, 7, 0], [1, 6, 2, 0], [1, 7, 6, 2]])

@@ -4,6 +4,7 @@ import gzip
 import io
 import struct
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from product_sets import write
 
 from phi3v.data.columns import RowOptions
 from phi3v.data.faults import find_fault
+from phi3v.data.not_read import NotRead
 from phi3v.data.opening import open_set
 from phi3v.data.schema import RowProblem
-from phi3v.data.sources import load_rows, stream_data
+from phi3v.data.sources import Reading, load_data, load_rows, stream_data
 from phi3v.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -37,6 +40,14 @@ pytestmark = pytest.mark.usefixtures("datasets_cache")
         ("a.jsonl", b'{"a": 1}\n[1]\n', "line 2 holds a list: write one JSON object a line"),
         ("a.jsonl", b'{"a": "\xe9"}\n', "line 1 is not UTF-8 text: save it as UTF-8"),
         ("a.json", b'[{"a": 1},\n{"a":}]', "line 2 is not JSON .*: write a list of objects"),
+        ("a.json", b'[{"a": 1}]\n[{"a": 2}] rest', r"line 2 is not JSON \(Extra data, column 1\): write a list of obj"),
+        (
+            "a.json",
+            b'[{"a": 1}, {"b": {"c": 1, "c": 1}}]',
+            "record 1: an object names the key 'c' twice: take one out$",
+        ),
+        ("a.jsonl", b'{"a": 1}\n\n{"a": 1, "b": 2, "a": 3}\n', "read: record 1: an object names the key 'a' twice"),
+        ("a.json", b'[{"a": 1}] ]', r"line 1 is not JSON \(Extra data, column 12\)"),
         ("a.json", b'{"a": 1}\n{"a":\n', "line 2 is not JSON .*: write one JSON object a line"),
         ("a.jsonl", b"\n", "a.jsonl cannot be read: it is empty: write one JSON object a line"),
         ("a.json", b"[]", "a.json cannot be read: it has no rows"),
@@ -207,14 +218,42 @@ def test_a_row_of_a_parquet_file_that_is_no_text_is_named(tmp_path: Path) -> Non
     assert find_fault(titles(tmp_path / "b.parquet")) is None
 
 
-def test_a_parquet_file_with_other_columns_is_named(tmp_path: Path) -> None:
-    titles(tmp_path / "train-0.parquet")
-    pq.write_table(pa.table({"number": [1]}), tmp_path / "train-1.parquet")  # what is not there is empty
-    pq.write_table(pa.table({"number": [1], "name": ["x"]}), tmp_path / "train-2.parquet")
+@pytest.mark.parametrize("named", ["", "*"])
+@pytest.mark.parametrize("ending", ["csv", "parquet", "jsonl"])
+def test_files_with_other_columns_are_read_with_the_columns_of_all(ending: str, named: str, tmp_path: Path) -> None:
+    """A column that a file lacks is empty there, and so a problem of its rows where it is used."""
+    files = [{"n": "1", "title": "a"}, {"title": "b", "n": "2"}, {"title": "c", "more": "3"}, {"other": "4"}]
+    for number, record in enumerate(files):
+        write(tmp_path, f"{number}.{ending}", [record])
+    if ending == "csv":
+        (tmp_path / "4.csv").write_text("n,last\n")  # no rows
+    source = str(tmp_path / f"{named}.{ending}" if named else tmp_path)
+    data = load_data(source, options=TITLES, validation_split=None, reading=Reading(max_skipped=1.0))
+    assert [(Path(row.source).name[0], row.answer) for row in data.train] == [("0", "a"), ("1", "b"), ("2", "c")]
+    problem = RowProblem(0, "missing_value", "column 'title' is empty", str(tmp_path / f"3.{ending}"))
+    assert data.problems == [problem]
+    more = replace(TITLES, answer="{more}")
+    for options, found in ((TITLES, ["a", "b", "c"]), (more, ["3"])):
+        problems: list[RowProblem] = []
+        stream = stream_data(source, options=options, validation_split=None, reading=Reading(max_skipped=1.0)).train
+        passed = stream.rows(problems.append, shuffled=False)
+        assert [next(passed).answer for _ in found] == found and len(problems) == (0 if options is TITLES else 2)
+
+
+def test_a_column_without_a_name_is_not_read_and_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(",title, ,Unnamed: 0\n0,a,x,y\n1.5,b,,z\n")
+    options = replace(TITLES, answer="{title} {Unnamed: 0}")
+    data = load_data(str(tmp_path / "a.csv"), options=options, validation_split=None)
+    assert [row.answer for row in data.train] == ["a y", "b z"]
+    told = [NotRead(f"{tmp_path}/a.csv, column {place}", "a column without a name") for place in (1, 3)]
+    assert data.not_read == told == list(load_data(str(tmp_path), options=options).not_read)
+    with pytest.raises(DataError, match=r"its columns are title, Unnamed: 0 \("):
+        load_rows(str(tmp_path / "a.csv"), options=replace(TITLES, answer="{Unnamed: 2}"))
+    (tmp_path / "b.csv").write_text("\n, \n1,2\n")
     with pytest.raises(
-        DataError, match=r"train-2.parquet cannot be read: its columns are number, name, and those of t"
+        DataError, match=r"b.csv cannot be read: none of its columns has a name: write names into the first line$"
     ):
-        load_rows(str(tmp_path), options=TITLES)
+        load_rows(str(tmp_path / "b.csv"), options=TITLES)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -241,24 +280,6 @@ def test_a_parquet_file_with_an_odd_column_is_one_line_that_names_it(tmp_path: P
     pq.write_table(pa.table({"title": ["x"], "tags": tags}), tmp_path / "map.parquet")
     line = "its column 'tags' is map<string, int64"
     assert f"map.parquet cannot be read: {line}" in refused(str(tmp_path / "map.parquet"))
-
-
-@pytest.mark.parametrize(
-    ("named", "header", "told"),
-    [("", "number", "number"), ("*.csv", "Title,number", "Title, number"), ("", 'number," title"', "number, ' title'")],
-)
-def test_a_csv_file_without_a_column_of_the_first_is_named(header: str, told: str, named: str, tmp_path: Path) -> None:
-    names = ["a.csv", "b.csv", "c.csv", "d.csv"]
-    headers = ["number,title", "title,number", "title,more,number", header]  # in another order, or more: fine
-    for name, names_of_columns in zip(names, headers, strict=True):
-        cells = ",".join("1" * len(names_of_columns.split(",")))
-        (tmp_path / name).write_text(f"{names_of_columns}\n{cells}\n")
-    source = str(tmp_path / named if named else tmp_path)
-    line = f"data set {tmp_path / 'd.csv'} cannot be read: its columns are {told}, and those of a.csv are number, title"
-    for caught in (refused(source), refused_in_a_stream(source)):
-        assert caught == f"{line}: save all with the same"
-    (tmp_path / "d.csv").unlink()
-    assert len(load_rows(source, options=TITLES)[0]) == 3
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from phi3v.data.columns import RowOptions
 from phi3v.data.mixing import SetUse, choose, mix, set_uses, shares
 from phi3v.data.sources import load_data
 from phi3v.errors import DataError
+from phi3v.recipe import Recipe
+from phi3v.recipe_data import SetSection
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
@@ -67,6 +70,34 @@ def test_sets_have_rows_by_weight_and_keep_source_and_number(tmp_path: Path) -> 
     assert Counter(row.source for row in plain.train) == {large: 30, small: 10} and plain.rows_in == 40
     with pytest.raises(DataError, match="small/rows.jsonl has no weight and another set has: give every set a weight"):
         load_data([sets[0], sets[1] | {"weight": None}], options=options)
+
+
+def test_the_sets_of_the_documents_are_read_and_one_of_conversations_takes_no_templates(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    (tmp_path / "shop.yaml").write_text(text.split("## Several sets")[1].split("```yaml\n")[1].split("```")[0])
+    section = Recipe.load(tmp_path / "shop.yaml").data
+    shop, mix = write(tmp_path, "shop", 6, "image"), write(tmp_path, "mix", 2, "image")
+    spoken = [{"from": "human", "value": "<image>Which?"}, {"from": "gpt", "value": "A hat."}]
+    lines = [json.dumps({"image": f"{n}.png", "conversations": spoken, "prompt": "p", "answer": "a"}) for n in range(2)]
+    Path(mix).write_text("\n".join(lines))
+    options, sets = RowOptions(**section.row_options), section.load_options["train"]
+    sets = [{**one, "source": source, "revision": None} for one, source in zip(sets, (shop, mix), strict=True)]
+    rows = list(load_data(sets, options=options, validation_split=None).train)
+    assert Counter((row.source, row.question) for row in rows) == {(shop, WHAT): 6, (mix, "Which?"): 2}
+    assert {row.answer for row in rows if row.source == mix} == {"A hat."}
+    told = SetSection(source=mix, format="columns", prompt=None).model_dump()  # its own column, not the section's text
+    assert load_data([told], options=options, validation_split=None).train[0].question == "p"
+    with pytest.raises(
+        DataError, match=r"whole conversations: take data.prompt and data.answer out \(.*mix/rows.jsonl"
+    ):
+        load_data([{**sets[1], "answer": "{answer}!"}], options=options)
+    with pytest.raises(
+        DataError, match=r"whole conversations: take data.prompt and data.answer out \(.*mix/rows.jsonl"
+    ):
+        load_data(mix, options=replace(options, format="conversations"))
+
+
+WHAT = "What is shown in this image?"
 
 
 def test_validation_rows_of_several_sets(tmp_path: Path) -> None:

@@ -110,39 +110,56 @@ def test_folders_of_shards_are_splits_and_images_are_told_by_content(tmp_path: P
     assert data.not_read[-1] == NotRead(f"more members of {tmp_path}/val/0.tar", "as those that are named", files=5)
 
 
-def test_samples_may_differ(tmp_path: Path) -> None:
+def test_samples_may_differ_and_members_that_do_not_read_are_named(tmp_path: Path) -> None:
     """A sample with other members, two images, broken JSON or broken text is a row or a problem of its own."""
     members = [
         *sample("a", 1, similarity=None),
-        ("b.0.png", picture(2)),
-        ("b.1.png", picture(3)),
-        ("b.txt", b"two"),
-        ("c.jpg", picture(4, "JPEG")[:200]),
-        ("c.txt", b"cut"),
-        ("d.jpg", picture(5, "JPEG")),
-        ("d.txt", b"\xff\xfe"),
-        ("e.jpg", picture(6, "JPEG")),
-        ("e.txt", b"no json"),
-        ("e.json", b"{"),
+        *[("b.0.png", picture(2)), ("b.1.png", picture(3)), ("b.txt", b"two"), ("b.json", b'{"width": 1}')],
+        *[("c.jpg", picture(4, "JPEG")[:200]), ("c.txt", b"cut"), ("c.json", b'{"width": 1}')],
+        *[("d.jpg", picture(5, "JPEG")), ("d.txt", b"\xff\xfe"), ("d.json", b'{"width": 1}')],
+        *[("e.jpg", picture(6, "JPEG")), ("e.txt", b"no json"), ("e.json", b'{"width":\n}')],
         *sample("f", 7, similarity=0.5, width="wide"),
+        *[*sample("g", 8), ("g.txt", b"again")],
+        *[*sample("h", 9), ("h.jpg", picture(10, "JPEG"))],
+        *[*sample("i", 11), ("i.json", b"{}")],
+        *[("j.jpg", picture(6, "JPEG")), ("j.txt", b"a list"), ("j.json", b"[1]")],
+        *sample("l", 12)[:2],
+        ("l.json", b'{"width": 1, "width": 2}'),
+        *[("k.jpg", picture(6, "JPEG")), ("k.txt", b"bytes"), ("k.json", b'{"width": "\xff"}')],
     ]
-    data = load_data(str(shard(tmp_path / "a.tar", members)), options=OPTIONS, validation_split=None, reading=LOOSE)
-    assert [(row.answer, len(row.images)) for row in data.train] == [
+    source = str(shard(tmp_path / "a.tar", members))
+    data = load_data(source, options=OPTIONS, validation_split=None, reading=LOOSE)
+    assert [(row.answer, len(row.images)) for row in data.train[:4]] == [
         ("scarf 1", 1),
         ("two", 2),
         ("no json", 1),
         ("scarf 7", 1),
     ]
-    assert [(problem.row, problem.reason_code) for problem in data.problems] == [
-        (2, "image_unreadable"),
-        (3, "missing_value"),
+    twice = "which its shard holds twice"
+    assert [(one.row, one.reason_code) for one in data.problems[:1]] == [(2, "image_unreadable")]
+    assert [(one.row, one.reason_code, one.message) for one in data.problems[1:]] == [
+        (3, "value_type", "column 'txt' is in d.txt, which is not UTF-8 text"),
+        (6, "value_type", f"column 'txt' is in g.txt, {twice}"),
+        (7, "value_type", f"column 'image' is in h.jpg, {twice}"),
+    ]
+    options = RowOptions(prompt="Size {json.width}?", answer="a {json.width}")
+    data = load_data(source, options=options, validation_split=None, reading=LOOSE)
+    assert [(one.row, one.message) for one in data.problems if one.reason_code == "value_type"] == [
+        (4, "column 'json.width' is in e.json, which is not JSON (Expecting value, line 2, column 1)"),
+        (7, f"column 'image' is in h.jpg, {twice}"),
+        (8, f"column 'json.width' is in i.json, {twice}"),
+        (9, "column 'json.width' is in j.json, which holds no mapping"),
+        (10, "column 'json.width' is in l.json, in which an object names the key 'width' twice"),
+        (11, "column 'json.width' is in k.json, which is not UTF-8 text"),
     ]
 
 
 def test_conversations_in_json_members(tmp_path: Path) -> None:
     spoken = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A hat."}]
-    path = shard(tmp_path / "a.tar", sample("a", 1, conversations=spoken))
-    row = load_rows(str(path), options=RowOptions())[0][0]
+    path = shard(tmp_path / "a.tar", [*sample("a", 1, conversations=spoken), ("b.json", b"{"), *sample("c", 1)])
+    rows, problems = load_rows(str(path), options=RowOptions(), reading=LOOSE)
+    assert [(one.row, one.reason_code) for one in problems] == [(1, "value_type"), (2, "missing_value")]
+    row = rows[0]
     assert (row.question, row.answer, row.images[0].data) == ("What?", "A hat.", picture(1, "JPEG"))
 
 
@@ -154,7 +171,8 @@ def long_name() -> bytes:
 
 
 @pytest.mark.parametrize(
-    "change", ["cut in a member", "cut in a header", "noise in a header", "empty", "text", "names"]
+    "change",
+    ["cut in a member", "cut in a header", "cut between", "noise in a header", "empty", "text", "names"],
 )
 def test_damaged_shards_are_one_line(change: str, tmp_path: Path) -> None:
     path = shard(tmp_path / "00000.tar", [*sample("a", 1), *sample("b", 2)])
@@ -163,6 +181,7 @@ def test_damaged_shards_are_one_line(change: str, tmp_path: Path) -> None:
     changed = {
         "cut in a member": whole[: header - 400],
         "cut in a header": whole[: header + 100],
+        "cut between": whole[:header],
         "noise in a header": whole[:header] + bytes(range(1, 101)) * 5 + whole[header + 500 :],
         "empty": b"",
         "text": b"image,title\n" * 200,
@@ -171,8 +190,22 @@ def test_damaged_shards_are_one_line(change: str, tmp_path: Path) -> None:
     path.write_bytes(changed[change])
     with pytest.raises(DataError, match=r"^shard .*00000.tar is damaged.*: copy it again$") as caught:
         load_rows(str(tmp_path), options=OPTIONS)
-    assert ("after b" in str(caught.value)) == ("header" in change or "member" in change)
+    assert ("after b" in str(caught.value)) == (change in ("noise in a header",) or change.startswith("cut"))
     assert "\n" not in str(caught.value)
+
+
+def test_rows_behind_the_end_of_a_shard_are_not_left_out_without_a_word(tmp_path: Path) -> None:
+    first, second = (shard(tmp_path / name, sample(name[0], 1)) for name in ("a.tar", "b.tar"))
+    for end in (bytes(512), bytes(2**21)):  # some writers end with one block, some fill up
+        last = first.read_bytes().rstrip(b"\0")
+        (tmp_path / "ended.tar").write_bytes(last + bytes(-len(last) % 512) + end)
+        assert len(load_rows(str(tmp_path / "ended.tar"), options=OPTIONS)[0]) == 1
+    (tmp_path / "both.tar").write_bytes(first.read_bytes() + second.read_bytes())
+    line = (
+        r"^shard .*both.tar goes on behind its end at byte \d+, as joined shards do: keep shards as files of their own"
+    )
+    with pytest.raises(DataError, match=line):
+        load_rows(str(tmp_path / "both.tar"), options=OPTIONS)
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])

@@ -15,14 +15,18 @@ TOO_LONG: dict[OnTooLong, str] = {
 
 ADVICE = {
     "missing_value": "fill the cell, or take the column out of the template",
-    "value_type": "name a column with text or numbers; mend a number or date out of range; save text as UTF-8",
+    "value_type": "name a column with text or numbers; mend a number or date out of range; save text as UTF-8; "
+    "mend the member of the shard",
     "conversation_type": "write the turns as mappings of role and content, or from and value",
     "turn_role": "name the speakers system, user and assistant (or human and gpt), or drop the row",
     "turn_order": "let user and assistant alternate, the answer last, or drop the row",
     "empty_question": "fill the turn, or drop the row",
     "empty_answer": "fill the turn, or drop the row",
-    "image_tags": "write one <image> or image part in the questions for each image of the row, or none at all",
+    "image_tags": "write one <image> or image part in the questions for each image of the row, or none at all; name an "
+    "image in its part or in the column",
     "unclear_tags": "say data.format: conversations where <image> is the image's place, messages where it is text",
+    "answer_weight": "write 0 or 1, and take a last exchange of weight 0 out, or drop the row",
+    "other_media": "save frames of a film as images, or drop the row",
     "image_missing": "fill the cell, drop the row, or give an empty list [] for a row without images",
     "image_type": "name the column with the images in data.images",
     "image_path": "mend the path, or set data.image_root",

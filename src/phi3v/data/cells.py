@@ -21,7 +21,7 @@ from phi3v.data.address_guard import AddressError, AllowedHosts, is_literal, par
 from phi3v.data.image_cache import FetchFailure, ImageCache
 from phi3v.data.images import ImageLook, content_digest, image_name, look_at
 from phi3v.data.schema import ImageRef, Row, UnusableRecord
-from phi3v.data.templates import cell_text, whole_text
+from phi3v.data.templates import Unread, cell_text, whole_text
 from phi3v.errors import ImageError, ImagePathError
 
 MAX_EMBEDDED_BYTES = 20_000_000
@@ -92,6 +92,8 @@ class Cells:
                 raise UnusableRecord("image_type", f"{place} {told}")
         elif isinstance(cell, bytes):
             path, data = None, cell
+        if isinstance(cell, Unread):
+            raise UnusableRecord("value_type", f"{place} {cell.reason}")
         if data is None and (path is None or path == ""):
             raise UnusableRecord("image_missing", f"{place} is empty")
         if not isinstance(data, bytes | None) or not isinstance(path, str | None):

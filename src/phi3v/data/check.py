@@ -253,8 +253,9 @@ class Report:
         model: whose tokens were counted; None where no model was named, and then there are no lengths.
         num_crops: most crops of an image.
         lengths: "total", "image", "text", "trained" -> how they are spread over the rows.
-        context: the longest row that is allowed, in tokens.
-        beyond_context: rows that are longer, those among them that are made to fit.
+        context: the longest row that the model takes, in tokens; None where no model was named.
+        limit: the longest row that is allowed, in tokens: `data.max_length` or `context`, whichever is less.
+        beyond_context: rows that are longer than the limit, those among them that are made to fit.
         on_too_long: what is done about them, see `fit`; those that still do not fit are among the problems.
         rope_limit: rows beyond it are read with the model's long factors.
         beyond_rope: rows that are longer than that.
@@ -283,6 +284,7 @@ class Report:
     num_crops: int | None
     lengths: dict[str, Spread | None]
     context: int | None
+    limit: int | None
     beyond_context: int
     on_too_long: str
     rope_limit: int | None

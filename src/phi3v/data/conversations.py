@@ -6,27 +6,28 @@
 | `prompt_completion` (TRL) | `prompt` and `completion`, each text or a list of messages | an image part |
 | `conversations` (LLaVA, ShareGPT) | `conversations`: a list of {from, value} | `<image>` in a user turn |
 
-Images stand in the column that `data.images` names, else in `image`, or where that is empty in `images`; a row in which
-nothing stands there has none. Where a conversation names no place, its images stand before the first question. Other
-text is literal, `<image>` included. Reason codes beside those of `cells`: `conversation_type`, `turn_role`,
-`turn_order`, `empty_question`, `empty_answer`, `image_tags` (places and images differ in number) and `unclear_tags`
-(`<image>` may be text or a place).
+Images stand in the column that `data.images` names, else in `image`, or where that is empty in `images`, or each in its
+part; a row in which nothing stands there has none. A part that names its image keeps it, and the column fills the other
+parts. Where a conversation names no place, its images stand before the first question. Other text is literal, `<image>`
+included. Reason codes beside those of `cells` and `turns`: `turn_order`, `other_media`, `answer_weight` (of the last
+answer), `empty_question`, `empty_answer`, `image_tags` (places and images differ in number, or parts and column in what
+they name) and `unclear_tags` (`<image>` may be text or a place).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from phi3v.data.cells import Cells
 from phi3v.data.columns import ColumnMap, Format, RowOptions, check_image_column
-from phi3v.data.json_text import parse_json
+from phi3v.data.json_text import RepeatedKeyError, parse_json
 from phi3v.data.schema import ImagePart, ImageRef, Message, Role, Row, TextPart, UnusableRecord
-from phi3v.data.templates import Template, known_columns, whole_text
+from phi3v.data.templates import Template, Unread, known_columns
 from phi3v.data.text_guard import MAX_DEPTH, is_too_deep
+from phi3v.data.turns import IMAGE_TAG, is_empty, is_trained, part_cells, spoken_turn
 from phi3v.errors import DataError
 
 Shape = Literal["messages", "prompt_completion", "conversations"]
-IMAGE_TAG = "<image>"
 SHAPES: dict[Shape, tuple[str, ...]] = {
     "messages": ("messages",),
     "conversations": ("conversations",),
@@ -34,17 +35,8 @@ SHAPES: dict[Shape, tuple[str, ...]] = {
 }
 """Format -> the columns that make a set one of it."""
 
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-}
+_MEDIA = ("video", "videos", "audio", "audios")
+"""Columns that sets of other models have."""
 _INSIDE_JSON = "json."
 """How columns of a webdataset's json member begin."""
 
@@ -61,6 +53,8 @@ class ConversationMap:
         system: template of a system message for records without one; None for none.
         chosen: True where the recipe says the format, False where the columns decided.
         other_images: column that a record's images are in where `cells.images` is empty; None for none.
+        media: columns of films and sounds, which no row may be about.
+        text_only: True where the recipe says that there are no images, so none of a part is read either.
     """
 
     source: str
@@ -70,12 +64,14 @@ class ConversationMap:
     system: Template | None = None
     chosen: bool = True
     other_images: str | None = None
+    text_only: bool = False
+    media: tuple[str, ...] = ()
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that are read, each once."""
         templated = self.system.columns if self.system else ()
-        return tuple(dict.fromkeys([*self.named, *templated, *self._image_columns]))
+        return tuple(dict.fromkeys([*self.named, *templated, *self._image_columns, *self.media]))
 
     @property
     def _image_columns(self) -> tuple[str, ...]:
@@ -95,10 +91,27 @@ class ConversationMap:
         check_image_column(self.cells.images, columns, self.source)
 
     def image_cells(self, record: Mapping[str, Any]) -> list[Any]:
-        """The image cells of a record: those of the image column, or those that stand in its image parts."""
-        return self._column_cells(record) or [
-            cell for turn in self._turns(record) for cell in _part_cells(turn) if cell is not None
-        ]
+        """The image cells of a record, in the order of their places.
+
+        Example: the image parts name "a.jpg", nothing and "c.jpg", the column holds ["b.jpg"] -> a.jpg, b.jpg, c.jpg.
+        Raises: UnusableRecord where parts name their images and the column holds others.
+        """
+        if self.text_only:
+            return []
+        column = self._column_cells(record)
+        parts = [cell for turn in self._turns(record) for cell in part_cells(turn)]
+        named = [cell for cell in parts if not is_empty(cell)]
+        if not named or not column:
+            return column or named
+        if len(column) == len(parts) - len(named):
+            others = iter(column)
+            return [next(others) if is_empty(cell) else cell for cell in parts]
+        agreed = all(is_empty(cell) or _is_same(cell, other) for cell, other in zip(parts, column, strict=False))
+        if agreed and len(column) == len(parts):
+            return column
+        raise UnusableRecord(
+            "image_tags", f"its content parts name other images than the column {self._filled(record)!r} holds"
+        )
 
     def row(self, record: Mapping[str, Any], index: int) -> Row:
         """The row of a record, its images unopened.
@@ -111,27 +124,29 @@ class ConversationMap:
         turns = self._turns(record)
         cells = replace(self.cells, images=self._filled(record))
         images: tuple[ImageRef, ...] = tuple(cells.image(cell) for cell in self.image_cells(record))
-        spoken = [self._message(turn) for turn in turns]
+        spoken = [spoken_turn(turn, tagged=self.shape == "conversations") for turn in turns]
+        trained = [is_trained(turn) for turn, (role, _) in zip(turns, spoken, strict=True) if role == "assistant"]
         if self.system is not None and spoken[0][0] != "system":
             texts = {column: self.cells.text(column, record.get(column)) for column in self.system.columns}
             spoken.insert(0, ("system", [self.system.render(texts)]))
         _check_order([role for role, _ in spoken])
         if not self.chosen and self.shape != "conversations":
             self._check_tags(spoken, len(images))
-        return Row(_place_images(spoken, len(images)), images, {}, self.source, index)
+        self._check_media(record, spoken, len(images))
+        return Row(_weighted(_place_images(spoken, len(images)), trained), images, {}, self.source, index)
 
     def _column_cells(self, record: Mapping[str, Any]) -> list[Any]:
         """The cells of the image column; nothing there is no image: None, "" and [] -> []."""
         column = self._filled(record)
         value = None if column is None else record.get(column)
-        if _is_empty(value):
+        if is_empty(value):
             return []
         return value if isinstance(value, list) else [value]
 
     def _filled(self, record: Mapping[str, Any]) -> str | None:
         """The first image column with something in it: {"image": None, "images": ["a.jpg"]} -> "images"."""
         columns = self._image_columns
-        return next((column for column in columns if not _is_empty(record.get(column))), self.cells.images)
+        return next((column for column in columns if not is_empty(record.get(column))), self.cells.images)
 
     def _turns(self, record: Mapping[str, Any]) -> list[Any]:
         """The turns of a record as the set spells them; a prompt or completion of text is one turn.
@@ -150,33 +165,13 @@ class ConversationMap:
                 value = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=False)]
             if value is None or value == []:
                 raise UnusableRecord("missing_value", f"column {column!r} is empty")
+            if isinstance(value, Unread):
+                raise UnusableRecord("value_type", f"column {column!r} {value.reason}")
             if not isinstance(value, list):
                 kind = type(value).__name__
                 raise UnusableRecord("conversation_type", f"column {column!r} holds a {kind} and no list of turns")
             turns += value
         return turns
-
-    def _message(self, turn: Any) -> tuple[Role, list[str | None]]:
-        """Who speaks, and texts and image places (None) in their order.
-
-        Example: {"from": "human", "value": "<image>\\nWhat?"} -> ("user", [None, "What?"]).
-        """
-        if not isinstance(turn, Mapping):
-            raise UnusableRecord("conversation_type", f"a turn is a {type(turn).__name__} and no mapping")
-        spelled = turn.get("from") if turn.get("role") is None else turn["role"]
-        role = _ROLES.get(spelled.strip().lower()) if isinstance(spelled, str) else None
-        if role is None:
-            raise UnusableRecord("turn_role", f"a turn is spoken by {str(spelled)[:40]!r}, and not by {_known_roles()}")
-        content = turn.get("value") if turn.get("content") is None else turn["content"]
-        if isinstance(content, str):
-            _check_text(content)
-            tagged = self.shape == "conversations" and role == "user"
-            return role, _at_tags(content) if tagged else [content]
-        if content is None:
-            return role, []
-        if not isinstance(content, list):
-            raise UnusableRecord("conversation_type", f"a turn holds a {type(content).__name__}, no text and no parts")
-        return role, [_part(part) for part in content]
 
     def _check_tags(self, spoken: Sequence[tuple[Role, list[str | None]]], images: int) -> None:
         """Raises: UnusableRecord when `<image>` stands in the text as often as there are images: it is not guessed."""
@@ -188,6 +183,16 @@ class ConversationMap:
                 f"its text holds {IMAGE_TAG} as often as there are images: say data.format: conversations when they "
                 f"stand there, data.format: {self.shape} when it is text",
             )
+
+    def _check_media(
+        self, record: Mapping[str, Any], spoken: Sequence[tuple[Role, list[str | None]]], images: int
+    ) -> None:
+        """Raises: UnusableRecord for a conversation about a film or a sound: its tag is there, or it has no image."""
+        text = "".join(piece or "" for role, pieces in spoken if role == "user" for piece in pieces)
+        tagged = "<video>" in text or "<audio>" in text
+        column = next((column for column in self.media if not is_empty(record.get(column))), None)
+        if column is not None and (tagged or not images):
+            raise UnusableRecord("other_media", f"column {column!r} holds what is neither text nor image")
 
 
 def choose_format(columns: Sequence[str], options: RowOptions, source: str) -> Format:
@@ -219,7 +224,9 @@ def record_map(columns: Sequence[str], options: RowOptions, source: str, cells: 
         prompt, answer = Template(options.prompt, "prompt"), Template(options.answer, "answer")
         return ColumnMap(source, cells, prompt, answer, system)
     if options.has_templates:
-        raise DataError(f"data.format {shape} reads whole conversations: take data.prompt and data.answer out")
+        raise DataError(
+            f"data.format {shape} reads whole conversations: take data.prompt and data.answer out ({source})"
+        )
     named = SHAPES[shape]
     if shape == "conversations" and _find("conversations", columns) is None and _find("messages", columns):
         named = ("messages",)
@@ -228,7 +235,10 @@ def record_map(columns: Sequence[str], options: RowOptions, source: str, cells: 
     if images == "image":  # where nothing is said
         found = [place for name in ("image", "images") if (place := _find(name, columns)) is not None]
         images, other = [*found, None, None][:2]
-    return ConversationMap(source, shape, replace(cells, images=images), named, system, options.format != "auto", other)
+    chosen, text_only = options.format != "auto", options.images is None
+    cells = replace(cells, images=images)
+    media = tuple(place for name in _MEDIA if (place := _find(name, columns)) is not None)
+    return ConversationMap(source, shape, cells, named, system, chosen, other, text_only, media)
 
 
 def _find(column: str, columns: Sequence[str]) -> str | None:
@@ -236,14 +246,10 @@ def _find(column: str, columns: Sequence[str]) -> str | None:
     return next((name for name in (column, _INSIDE_JSON + column) if name in columns), None)
 
 
-def _is_empty(value: Any) -> bool:
-    """Whether an image cell holds nothing: None, "", [] and {"bytes": None, "path": None}."""
-    return value is None or value in ("", []) or (isinstance(value, Mapping) and not any(value.values()))
-
-
-def _known_roles() -> str:
-    """The roles in words."""
-    return ", ".join(_ROLES)
+def _is_same(cell: Any, other: Any) -> bool:
+    """Whether two image cells are one image: "a.jpg" and {"bytes": b"...", "path": "a.jpg"}."""
+    paths = [one.get("path") if isinstance(one, Mapping) else one for one in (cell, other)]
+    return bool(cell == other or (isinstance(paths[0], str) and paths[0] == paths[1]))
 
 
 def _parsed(value: str, column: str) -> Any:
@@ -252,60 +258,11 @@ def _parsed(value: str, column: str) -> Any:
         raise UnusableRecord("conversation_type", f"column {column!r} nests more than {MAX_DEPTH} lists and mappings")
     try:
         return parse_json(value) if value.strip() else None
+    except RepeatedKeyError as error:
+        raise UnusableRecord("conversation_type", f"column {column!r} holds JSON in which {error}") from None
     except (ValueError, RecursionError):
         message = f"column {column!r} holds text and no list of turns"
         raise UnusableRecord("conversation_type", message) from None
-
-
-def _part(part: Any) -> str | None:
-    """A content part: its text, or None for an image.
-
-    Example: {"type": "text", "text": "What?"} -> "What?"; {"type": "image"} -> None.
-    """
-    if isinstance(part, str):
-        return _check_text(part)
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return _check_text(part["text"])
-    if kind in ("image", "image_url"):
-        return None
-    raise UnusableRecord("conversation_type", "a content part is neither {type: text, text: ...} nor {type: image}")
-
-
-def _check_text(text: str) -> str:
-    """The text itself. Raises: UnusableRecord for text that no tokenizer reads."""
-    try:
-        return whole_text(text)
-    except TypeError as error:
-        raise UnusableRecord("value_type", f"a turn {error}") from error
-
-
-def _part_cells(turn: Any) -> Iterator[Any]:
-    """The image cells in a turn's parts: {"type": "image", "image": "a.jpg"} -> "a.jpg"; chat APIs' image_url too."""
-    content = turn.get("content") if isinstance(turn, Mapping) else None
-    for part in content if isinstance(content, list) else []:
-        if isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
-            cells = [part.get(name) for name in ("image", "path", "url", "image_url")]
-            cell = next((cell for cell in cells if cell is not None), None)
-            yield cell["url"] if isinstance(cell, Mapping) and "url" in cell else cell
-
-
-def _at_tags(text: str) -> list[str | None]:
-    """A text cut at its `<image>` tags, each with the line break that sets it off.
-
-    Example: "<image>\\nWhat?" -> [None, "What?"]; "This <image> or\\n<image>" -> ["This ", None, " or", None].
-    """
-    pieces: list[str | None] = []
-    texts = text.split(IMAGE_TAG)
-    for number, piece in enumerate(texts):
-        if number:
-            pieces.append(None)
-            piece = piece.removeprefix("\n")
-        if number == len(texts) - 2 and texts[-1] == "":
-            piece = piece.removesuffix("\n")  # the template sets a picture off itself
-        if piece:
-            pieces.append(piece)
-    return pieces
 
 
 def _check_order(roles: list[Role]) -> None:
@@ -318,6 +275,16 @@ def _check_order(roles: list[Role]) -> None:
             "turn_order",
             f"the turns are {heard}: after an optional system turn, user and assistant alternate and the last answers",
         )
+
+
+def _weighted(messages: tuple[Message, ...], trained: Sequence[bool]) -> tuple[Message, ...]:
+    """Messages of which the answers know whether they may be trained. Raises: UnusableRecord where the last may not."""
+    if not trained[-1]:
+        raise UnusableRecord(
+            "answer_weight", "its last answer has the weight 0, so there is nothing to train behind it"
+        )
+    told = iter(trained)
+    return tuple(replace(one, trained=next(told)) if one.role == "assistant" else one for one in messages)
 
 
 def _place_images(spoken: Sequence[tuple[Role, list[str | None]]], images: int) -> tuple[Message, ...]:

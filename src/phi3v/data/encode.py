@@ -76,6 +76,7 @@ def encode(
         assistant_id=tokenizer.convert_tokens_to_ids("<|assistant|>"),
         end_id=tokenizer.convert_tokens_to_ids("<|end|>"),
         train_on=train_on,
+        untrained=untrained_answers(fitted.messages),
     )
     example["input_ids"] = torch.tensor(ids)
     example["attention_mask"] = torch.ones(len(ids), dtype=torch.long)
@@ -114,7 +115,15 @@ def text_tokens(messages: Messages, processor: Any) -> int:
     return len(processor.tokenizer(prompt)["input_ids"]) - images + 1
 
 
-def label_answers(ids: Sequence[int], *, assistant_id: int, end_id: int, train_on: TrainOn) -> list[int]:
+def untrained_answers(messages: Messages) -> list[int]:
+    """Which answers, counted from 0, may not be trained: of the weights 0, 1, 0 and 1 -> [0, 2]."""
+    answers = [message for message in messages if message.role == "assistant"]
+    return [number for number, message in enumerate(answers) if not message.trained]
+
+
+def label_answers(
+    ids: Sequence[int], *, assistant_id: int, end_id: int, train_on: TrainOn, untrained: Sequence[int] = ()
+) -> list[int]:
     """Labels of a conversation: the ids of the answers and of what ends them, -100 elsewhere.
 
     An answer begins behind `assistant_id` and reaches to its `end_id`; the last one reaches to the end of the ids, over
@@ -125,10 +134,12 @@ def label_answers(ids: Sequence[int], *, assistant_id: int, end_id: int, train_o
         assistant_id: opens a turn of the assistant.
         end_id: closes any turn.
         train_on: the last answer or all of them.
+        untrained: the answers, counted from 0, that are not.
     Example, with 1 = start, 5 = user, 6 = assistant, 7 = end, 8 and 9 = newline, 0 = end of text:
         ids                  1  5  8  9 21  7  8  9  6 31 32  7  8  9  5  8  9 22  7  8  9  6 41  7  8  9  0
         "last_assistant"     .  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .  . 41  7  8  9  0
         "all_assistant"      .  .  .  .  .  .  .  .  . 31 32  7  .  .  .  .  .  .  .  .  .  . 41  7  8  9  0
+        "all_assistant", untrained=[0]: as "last_assistant" here
     Raises: ValueError when no turn of the assistant is there or one is not closed.
     """
     starts = [place + 1 for place, token in enumerate(ids) if token == assistant_id]
@@ -136,6 +147,8 @@ def label_answers(ids: Sequence[int], *, assistant_id: int, end_id: int, train_o
         raise ValueError("no turn of the assistant in the ids")
     labels = [IGNORED] * len(ids)
     for start in starts if train_on == "all_assistant" else starts[-1:]:
+        if starts.index(start) in untrained:
+            continue
         if end_id not in ids[start:]:
             raise ValueError("a turn of the assistant is not closed")
         stop = len(ids) if start == starts[-1] else ids.index(end_id, start) + 1

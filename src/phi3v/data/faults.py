@@ -7,6 +7,7 @@ count them. What is wrong with a Parquet file is the business of `parquet_faults
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +46,14 @@ def find_fault(path: Path) -> str | None:
 def _json_fault(path: Path) -> str | None:
     """The fault of a JSON file, which holds one list of objects, or one object a line."""
     first = next((line for _, line in _lines(path)), "")
+    with suppress(ValueError, RecursionError):
+        if isinstance(parse_json(first), dict):
+            return _lines_fault(path)
     try:
-        parse_json(first)
-    except (ValueError, RecursionError):
-        try:
-            whole = parse_json(path.read_text(encoding="utf-8-sig"))
-        except ValueError as error:
-            return f"{_reason(error)}: write a list of objects, or one JSON object a line"
-        return _list_fault(whole)
-    return _lines_fault(path) if first.startswith("{") else _list_fault(parse_json(first))
+        whole = parse_json(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        return f"{_reason(error)}: write a list of objects, or one JSON object a line"
+    return _list_fault(whole)
 
 
 def _list_fault(value: Any) -> str | None:

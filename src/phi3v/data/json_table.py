@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from phi3v.data.faults import find_fault
-from phi3v.data.json_text import parse_json, whole_number
+from phi3v.data.json_text import RepeatedKeyError, parse_json, unrepeated, whole_number
 from phi3v.data.record_table import RecordTable
 from phi3v.errors import DataError
 
-_BEGINNING = 4096
 _MARK = b"\xef\xbb\xbf"
 
 
@@ -35,6 +34,9 @@ class JsonTable(RecordTable):
             self._firsts.append(len(self))
             try:
                 self._find(path)
+            except RepeatedKeyError as error:
+                place = f"record {len(self) - self._firsts[-1]}"
+                raise DataError(f"data set {path} cannot be read: {place}: {error}: take one out") from error
             except (ValueError, RecursionError) as error:
                 raise DataError(f"data set {path} cannot be read: {find_fault(path) or error}") from error
         if not len(self):
@@ -63,7 +65,8 @@ class JsonTable(RecordTable):
         with open(path, "rb") as file:
             start = len(_MARK) if file.read(len(_MARK)) == _MARK else 0
             file.seek(start)
-            if path.suffix.lower() == ".json" and file.read(_BEGINNING).lstrip()[:1] == b"[":
+            first = next((line for line in file if line.strip()), b"")
+            if path.suffix.lower() == ".json" and first.lstrip()[:1] == b"[":
                 file.seek(start)
                 self._find_in_list(file.read().decode("utf-8"), start)
                 return
@@ -75,7 +78,7 @@ class JsonTable(RecordTable):
 
     def _find_in_list(self, text: str, offset: int) -> None:
         """Notes the objects of one JSON list; `offset` is the byte at which the text begins."""
-        decoder, place = json.JSONDecoder(parse_int=whole_number), text.index("[") + 1
+        decoder, place = json.JSONDecoder(parse_int=whole_number, object_pairs_hook=unrepeated), text.index("[") + 1
         byte, counted = offset, 0
         while text[(place := _behind_space(text, place)) : place + 1] != "]":
             value, end = decoder.raw_decode(text, place)
@@ -86,6 +89,8 @@ class JsonTable(RecordTable):
             if text[place : place + 1] not in (",", "]"):
                 raise ValueError("a list of objects ends without ]")
             place += text[place] == ","
+        if _behind_space(text, place + 1) < len(text):
+            raise ValueError("something stands behind the ] of its list")
 
     def _note(self, value: Any, start: int, end: int) -> None:
         """Keeps where a record lies, in bytes, and its columns. Raises: ValueError for what is no object."""

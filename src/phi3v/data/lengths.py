@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from phi3v.data.encode import IGNORED, as_chat, label_answers
+from phi3v.data.encode import IGNORED, as_chat, label_answers, untrained_answers
 from phi3v.data.images import MAX_PIXELS, image_size
 from phi3v.data.schema import ImagePart, Row, RowProblem, TrainOn
 from phi3v.data.templates import whole_text
@@ -68,8 +68,12 @@ def row_lengths(
         looked = [_look(row, processor, max_pixels) for row in group]
         sound = [(row, found) for row, found in zip(group, looked, strict=True) if not isinstance(found, RowProblem)]
         texts = iter(token_ids([row for row, _ in sound], processor))
-        for found in looked:
-            yield found if isinstance(found, RowProblem) else _length(next(texts), *found, processor, train_on)
+        for row, found in zip(group, looked, strict=True):
+            if isinstance(found, RowProblem):
+                yield found
+            else:
+                untrained = untrained_answers(row.messages)
+                yield _length(next(texts), *found, processor, train_on, untrained)
 
 
 def token_ids(rows: Sequence[Row], processor: Any) -> list[list[int]]:
@@ -119,7 +123,12 @@ def _look(row: Row, processor: Any, max_pixels: int) -> tuple[tuple[tuple[int, i
 
 
 def _length(
-    ids: list[int], sizes: tuple[tuple[int, int], ...], prices: list[int], processor: Any, train_on: TrainOn
+    ids: list[int],
+    sizes: tuple[tuple[int, int], ...],
+    prices: list[int],
+    processor: Any,
+    train_on: TrainOn,
+    untrained: Sequence[int],
 ) -> RowLength:
     """The lengths of a row from its ids with one token an image.
 
@@ -127,7 +136,13 @@ def _length(
     RowLength(image=757, text=9, trained=3).
     """
     convert = processor.tokenizer.convert_tokens_to_ids
-    labels = label_answers(ids, assistant_id=convert("<|assistant|>"), end_id=convert("<|end|>"), train_on=train_on)
+    labels = label_answers(
+        ids,
+        assistant_id=convert("<|assistant|>"),
+        end_id=convert("<|end|>"),
+        train_on=train_on,
+        untrained=untrained,
+    )
     trained = len(labels) - labels.count(IGNORED)
     if prices and processor.image_token_id in labels:  # a picture in a turn of the assistant
         places = [place for place, token in enumerate(ids) if token == processor.image_token_id]

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import combinations
+from itertools import chain, combinations, groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,14 @@ from phi3v.data.faults import find_fault
 from phi3v.data.folder import KINDS, as_typed, contained, find_files, matching, way_out_of
 from phi3v.data.hub_card import checked_commit
 from phi3v.data.json_table import JsonTable
-from phi3v.data.misfits import find_misfit
+from phi3v.data.misfits import all_columns, find_misfit
 from phi3v.data.not_read import NotRead
 from phi3v.data.parquet_faults import count_records, ends_fault
 from phi3v.data.photo_tables import JoinedPhotos, PhotosTable, photo_column
 from phi3v.data.saved import open_saved
 from phi3v.data.tables import FilePart, OpenedTable, StreamTable, Table
 from phi3v.data.tar_table import TarTable
-from phi3v.data.text_guard import binary_kind, count_rows, find_text_fault
+from phi3v.data.text_guard import binary_kind, count_rows, find_text_fault, header_names
 from phi3v.data.undecoded import ParsedTable, json_columns, undecoded
 from phi3v.errors import DataError
 
@@ -180,7 +180,8 @@ def _open_metadata(files: Sequence[Path], folder: Path, streaming: bool, confine
     table = JoinedPhotos([its.table for its in opened], places, images)
     floats = frozenset(name for its in opened for name in its.single_floats)
     counts = [_count(its.table, file) for its, file in zip(opened, files, strict=True)]
-    return OpenedTable(table, str(folder), {}, floats, tuple(files), _parts(files, counts))
+    not_read = tuple(chain.from_iterable(its.not_read for its in opened))
+    return OpenedTable(table, str(folder), {}, floats, tuple(files), _parts(files, counts), not_read)
 
 
 def _count(table: Table, file: Path) -> int:
@@ -213,18 +214,20 @@ def _open_data(paths: Sequence[Path], streaming: bool) -> OpenedTable:
     if builder == "json":
         records = JsonTable(paths)
         return OpenedTable(records, root, {}, frozenset(), tuple(paths), _parts(paths, records.counts))
-    reader = "csv" if builder == "tsv" else builder
     try:
         empty = [path for path in paths if builder == "parquet" and not count_records(path)]
         if empty == list(paths):
             raise DataError(f"data set {first} cannot be read: it has no rows")
         paths = [path for path in paths if path not in empty]
-        extra = reader_options(first) | _streamed(streaming)
-        table = datasets.load_dataset(reader, data_files=_listed(paths), split="train", **extra)
-        opened = _undecoded(table, root)
+        if builder == "parquet":
+            extra = all_columns(paths) | _streamed(streaming)
+            table = datasets.load_dataset(builder, data_files=_listed(paths), split="train", **extra)
+            opened = _undecoded(table, root)
+        else:
+            opened = _open_csv(paths, streaming)
         counts = [_count(opened.table, path) for path in paths] if len(paths) > 1 else []
         known = streaming or sum(counts) == len(opened.table)
-        not_read = tuple(NotRead(str(path), "it has no rows") for path in empty)
+        not_read = (*opened.not_read, *(NotRead(str(path), "it has no rows") for path in empty))
         return replace(opened, files=tuple(paths), parts=_parts(paths, counts) if known else (), not_read=not_read)
     except DataError:
         raise
@@ -244,14 +247,38 @@ def _streamed(streaming: bool) -> dict[str, Any]:
     return {"streaming": True} if streaming else {}
 
 
-def reader_options(path: Path) -> dict[str, Any]:
-    """What `datasets` has to be told to read the cells of a CSV file as text."""
-    if KINDS.get(path.suffix.lower()) not in ("csv", "tsv"):
-        return {}
-    extra: dict[str, Any] = {"sep": "\t" if path.suffix.lower() == ".tsv" else ","}
-    header = datasets.load_dataset("csv", data_files=_listed([path]), split="train", nrows=1, **extra)
-    texts = datasets.Features({column: datasets.Value("string") for column in header.column_names})
-    return extra | {"features": texts, "keep_default_na": False, "na_values": [""]}
+def _open_csv(paths: Sequence[Path], streaming: bool) -> OpenedTable:
+    """CSV or TSV files as one table with the columns of all, cells as text; a column without a name is not read."""
+    nameless: list[NotRead] = []
+    named: list[tuple[Path, list[str]]] = []
+    for path in paths:
+        header = header_names(path)
+        places = [place for place, name in enumerate(header, start=1) if not name.strip()]
+        if len(places) == len(header):
+            raise DataError(
+                f"data set {path} cannot be read: none of its columns has a name: write names into the first line"
+            )
+        nameless += [NotRead(f"{path}, column {place}", "a column without a name") for place in places]
+        named.append((path, [name for name in header if name.strip()]))
+    if len({frozenset(columns) for _, columns in named}) > 1:  # a file without rows would be refused by itself
+        named = [one for one in named if count_rows(one[0])] or named[:1]
+    root, tables = str(paths[0].parent), []
+    for _, alike in groupby(named, lambda one: frozenset(one[1])):
+        files, headers = zip(*alike, strict=True)
+        options = _csv_options(files[0], headers[0]) | _streamed(streaming)
+        tables.append(datasets.load_dataset("csv", data_files=_listed(files), split="train", **options))
+    opened = [_undecoded(table, root) for table in tables]
+    if len(opened) == 1:
+        return replace(opened[0], not_read=tuple(nameless))
+    joined = JoinedPhotos([one.table for one in opened], [root] * len(opened), images=())
+    return OpenedTable(joined, root, {}, frozenset(), not_read=tuple(nameless))
+
+
+def _csv_options(path: Path, columns: Sequence[str]) -> dict[str, Any]:
+    """What `datasets` has to be told to read the cells of these columns of a CSV file as text."""
+    texts = datasets.Features({name: datasets.Value("string") for name in columns})
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    return {"sep": separator, "features": texts, "usecols": columns, "keep_default_na": False, "na_values": [""]}
 
 
 def _undecoded(table: Any, root: str) -> OpenedTable:

@@ -49,10 +49,11 @@ class ImagePart:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn: who speaks, and texts and images in their order."""
+    """One turn: who speaks, and texts and images in their order; an answer with `trained` False is never trained."""
 
     role: Role
     parts: tuple[TextPart | ImagePart, ...]
+    trained: bool = True
 
     @property
     def text(self) -> str:

@@ -25,8 +25,17 @@ class SetChoice:
     def of(
         cls, choice: Mapping[str, Any], options: RowOptions, revision: str | None, subset: str | None
     ) -> "SetChoice":
-        """A mapping of a recipe with the section's values where it has none of its own."""
+        """A mapping of a recipe with the section's values where it has none of its own.
+
+        A set whose format is a shape of conversations does not take the section's templates, which are for the sets
+        beside it; null takes none of them either. Example: {"source": "a.json", "format": "conversations"} beside the
+        section's prompt "What is it?" -> prompt "{prompt}", as where no recipe says one.
+        """
         own = {key: value for key, value in choice.items() if key not in ("source", "weight", "revision", "subset")}
+        plain = {"prompt": RowOptions.prompt, "answer": RowOptions.answer}
+        own |= {key: text for key, text in plain.items() if key in own and own[key] is None}
+        if own.get("format", options.format) not in ("auto", "columns"):
+            own = plain | own
         return cls(
             choice["source"],
             replace(options, **own),
@@ -40,8 +49,9 @@ def choices_of(
     train: str | Sequence[Mapping[str, Any]], options: RowOptions, revision: str | None, subset: str | None
 ) -> list[SetChoice]:
     """The sets of `train`; one name is a list of one set."""
-    named = [{"source": train}] if isinstance(train, str) else train
-    return [SetChoice.of(choice, options, revision, subset) for choice in named]
+    if isinstance(train, str):
+        return [SetChoice(train, options, None, revision, subset)]
+    return [SetChoice.of(choice, options, revision, subset) for choice in train]
 
 
 def weights_of(choices: Sequence[SetChoice]) -> list[float] | None:

@@ -10,6 +10,7 @@ record {"__key__": "000", "image": {"bytes": ..., "path": "shard.tar/000.jpg"}, 
 "https://a.example/x.jpg", "json.width": 640}.
 """
 
+import json
 import sys
 import tarfile
 from array import array
@@ -18,9 +19,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from phi3v.data.images import begins_as_image
-from phi3v.data.json_text import parse_json
+from phi3v.data.json_text import RepeatedKeyError, parse_json
 from phi3v.data.not_read import NotRead
 from phi3v.data.record_table import RecordTable
+from phi3v.data.templates import Unread
 from phi3v.errors import DataError
 
 _TEXTS = ("json", "txt")
@@ -28,6 +30,7 @@ _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _MAX_MEMBER_BYTES = 256 * 2**20
 _SAMPLES_FOR_COLUMNS = 100
 _BLOCK = 512
+_READ_AT_ONCE = 2**20
 _NAMED = 20  # members of a shard that are not read and are named one by one
 
 
@@ -43,6 +46,7 @@ class TarTable(RecordTable):
         self._endings: list[str] = []
         self._names: list[str] = []
         self.not_read: list[NotRead] = []
+        self.column_names = []
         for path in paths:
             self._firsts.append(len(self._names))
             self._index(path)
@@ -54,21 +58,28 @@ class TarTable(RecordTable):
         return len(self._names)
 
     def _read(self, number: int, file: BinaryIO) -> dict[str, Any]:
-        """The record of a sample; a text member that is not UTF-8, or JSON that is none, is an empty cell."""
+        """The record of a sample; cells of a member that does not read, or is there twice, are `Unread`."""
         record: dict[str, Any] = {"__key__": self._names[number]}
-        images: list[dict[str, Any]] = []
+        images: list[Any] = []
         shard = Path(self._paths[self._file_of(number)]).name
-        for entry in range(self._first[number], self._first[number + 1]):
-            ending, size = self._endings[entry], self._sizes[entry]
+        entries = range(self._first[number], self._first[number + 1])
+        endings = [self._endings[entry] for entry in entries]
+        for entry, ending in zip(entries, endings, strict=True):
+            member, size = f"{self._names[number]}.{ending}", self._sizes[entry]
             file.seek(self._offsets[entry])
             data = file.read(size) if size <= _MAX_MEMBER_BYTES else b""
             kind = ending.rpartition(".")[2]
+            twice = Unread(f"is in {member}, which its shard holds twice") if endings.count(ending) > 1 else None
             if kind in _IMAGES or (kind not in _TEXTS and begins_as_image(data[:16])):
-                images.append({"bytes": data, "path": f"{shard}/{self._names[number]}.{ending}"})
+                images.append(twice or {"bytes": data, "path": f"{shard}/{member}"})
             elif kind == "json":
-                record |= {f"{ending}.{key}": value for key, value in _json(data).items()}
+                found = twice or _json(data, member)
+                if isinstance(found, Unread):  # which keys it should have is known from other samples
+                    record |= {name: found for name in self.column_names if name.startswith(f"{ending}.")}
+                else:
+                    record |= {f"{ending}.{key}": value for key, value in found.items()}
             else:
-                record[ending] = _text(data)
+                record[ending] = twice or _text(data, member)
         record["image"] = images if len(images) > 1 else images[0] if images else None
         return record
 
@@ -99,6 +110,8 @@ class TarTable(RecordTable):
                     NotRead(f"more members of {path}", "as those that are named", files=passed - _NAMED)
                 )
             self._check_end(path, end)
+        except DataError:
+            raise
         except RecursionError as error:  # tarfile reads such a header within the one before
             raise DataError(
                 f"shard {path} is damaged: its headers are nothing but long names: copy it again"
@@ -108,11 +121,23 @@ class TarTable(RecordTable):
             raise DataError(f"shard {path} is damaged{last} ({error}): copy it again") from error
 
     def _check_end(self, path: Path, end: int) -> None:
-        """A header that is none ends the reading without an error: then no empty block stands there."""
+        """Behind the last member stand zeros and nothing else; a header that is none ends the reading without an error.
+
+        Raises: ReadError for a shard without an end, DataError for one with something behind it.
+        """
         with open(path, "rb") as file:
             file.seek(end)
-            if any(file.read(_BLOCK)):
+            block = file.read(_BLOCK)
+            if len(block) < _BLOCK:
+                raise tarfile.ReadError(f"it ends at byte {end} without the zeros that end a shard")
+            if any(block):
                 raise tarfile.ReadError(f"no header at byte {end}")
+            while block := file.read(_READ_AT_ONCE):
+                if block.count(0) < len(block):
+                    raise DataError(
+                        f"shard {path} goes on behind its end at byte {end}, as joined shards do: keep shards as files "
+                        "of their own, or pack the members into a new one"
+                    )
 
     def _columns(self) -> list[str]:
         """The columns of the first hundred samples."""
@@ -128,18 +153,28 @@ def _passed_over(path: Path, member: tarfile.TarInfo) -> NotRead:
     return NotRead(f"{path}/{member.name[:120]}", reason)
 
 
-def _text(data: bytes) -> str | None:
+def _text(data: bytes, member: str) -> str | Unread:
     """A text member."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
-        return None
+        return Unread(f"is in {member}, which is not UTF-8 text")
 
 
-def _json(data: bytes) -> dict[str, Any]:
-    """A JSON member; one that holds no mapping has no keys."""
+def _json(data: bytes, member: str) -> dict[str, Any] | Unread:
+    """The keys of a JSON member.
+
+    Example: `{"width": 640}` -> {"width": 640}; `{` -> Unread("is in 0.json, which is not JSON (Expecting property name
+    enclosed in double quotes, line 1, column 2)").
+    """
     try:
         value = parse_json(data)
+    except UnicodeDecodeError:
+        return Unread(f"is in {member}, which is not UTF-8 text")
+    except json.JSONDecodeError as error:
+        return Unread(f"is in {member}, which is not JSON ({error.msg}, line {error.lineno}, column {error.colno})")
+    except RepeatedKeyError as error:
+        return Unread(f"is in {member}, in which {error}")
     except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return Unread(f"is in {member}, which does not read as JSON")
+    return value if isinstance(value, dict) else Unread(f"is in {member}, which holds no mapping")

@@ -84,6 +84,13 @@ class NoDate:
     """Stands for a date or time of a data file that no calendar has, the year 10000 for instance."""
 
 
+@dataclass(frozen=True)
+class Unread:
+    """Stands for a cell whose place in a file does not read: "is in 0.txt, which is not UTF-8 text"."""
+
+    reason: str
+
+
 def cell_text(value: Any) -> str | None:
     """The text that stands for a value in a template; None when there is nothing.
 
@@ -100,7 +107,7 @@ def cell_text(value: Any) -> str | None:
     A whole float loses its ".0" because one empty cell turns a column of ints into floats, which must not change the
     other rows. CSV cells arrive here as the text of the file: 007, 19.90 and NA stay.
     Raises: TypeError for lists, mappings and bytes, which no template can show, for text that is no text, for an
-        infinite number, and for a `NoDate`.
+        infinite number, for a `NoDate` and for an `Unread`.
     """
     if value is None or isinstance(value, str):
         return whole_text(value) if value and value.strip() else None
@@ -116,6 +123,8 @@ def cell_text(value: Any) -> str | None:
         return str(value)
     if isinstance(value, NoDate):
         raise TypeError("holds a date or time that is out of range")
+    if isinstance(value, Unread):
+        raise TypeError(value.reason)
     raise TypeError(f"holds a {type(value).__name__}, which a template cannot show")
 
 

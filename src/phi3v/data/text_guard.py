@@ -84,10 +84,11 @@ def count_rows(path: Path) -> int:
 
 
 def header_names(path: Path) -> list[str]:
-    """The names of the columns of a CSV or TSV file: `a,"b c"` -> ["a", "b c"]; none where there is no header."""
+    """The names of the columns of a CSV or TSV file: `a,"b c",` -> ["a", "b c", ""]; none where there is no header."""
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
     with open(path, encoding="utf-8-sig", newline="") as file, suppress(csv.Error):
-        return next((cells for cells in csv.reader(file, delimiter=separator) if any(map(str.strip, cells))), [])
+        lines = csv.reader(file, delimiter=separator)
+        return next((cells for cells in lines if len(cells) > 1 or any(map(str.strip, cells))), [])
     return []
 
 

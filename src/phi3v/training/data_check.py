@@ -63,7 +63,8 @@ def check_recipe(
     name, revision = recipe.model.name, recipe.model.revision
     processor = load_processor(name, revision=revision, **recipe.image.processor_options) if model else None
     config = load_config(name, revision=revision) if model else None
-    context = recipe.data.max_length or (config.max_position_embeddings if config is not None else None)
+    context = config.max_position_embeddings if config is not None else None
+    limit = recipe.data.max_length if context is None else recipe.data.longest(context)
     part = _fetch_part(recipe, shard, on_progress) if fetch and shard != (0, 1) else None
     failures = {} if part is None else part.failures
     whole = fetch and shard == (0, 1)
@@ -91,12 +92,13 @@ def check_recipe(
         num_crops=crops,
         lengths=length_spreads(facts) if model else {},
         context=context,
-        beyond_context=rows_beyond(facts, context),
+        limit=limit,
+        beyond_context=rows_beyond(facts, limit),
         on_too_long=recipe.data.on_too_long,
         rope_limit=rope_limit,
         beyond_rope=rows_beyond(facts, rope_limit),
         duplicates=find_duplicates(train.facts, held_out.facts),
-        crops=crop_prices(facts, num_crops=crops, max_tokens=recipe.image.max_tokens, context=context),
+        crops=crop_prices(facts, num_crops=crops, max_tokens=recipe.image.max_tokens, context=limit),
         sets=data.sets,
         not_read=data.not_read,
         part=None if whole or not fetch else FetchedPart.of(shard, part, **_limits(recipe)),

@@ -65,7 +65,7 @@ def show_recipe(recipe: Recipe, *, rows: int = 8, decode: bool = True, on_progre
     context = load_config(name, revision=recipe.model.revision).max_position_embeddings
     how: dict[str, Any] = {
         "train_on": recipe.data.train_on,
-        "max_length": recipe.data.max_length or context,
+        "max_length": recipe.data.longest(context),
         "on_too_long": recipe.data.on_too_long,
         "max_pixels": recipe.image.max_pixels,
     }

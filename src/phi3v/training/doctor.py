@@ -120,7 +120,7 @@ def row_faults(rows: Sequence[Row], examples: Sequence[Any], processor: Any, tra
         trained = example["labels"][example["labels"] != -100].tolist()
         said = " ".join(processor.tokenizer.decode(trained, skip_special_tokens=True).split())
         turns = [message for message in row.messages if message.role == "assistant"]
-        wanted = " ".join(turn.text for turn in (turns if train_on == "all_assistant" else turns[-1:]))
+        wanted = " ".join(turn.text for turn in (turns if train_on == "all_assistant" else turns[-1:]) if turn.trained)
         if "".join(said.split()) != "".join(wanted.split()):
             faults.append(f"{row.source}, row {row.index}: trained is {said[:60]!r}, its answer is {wanted[:60]!r}")
         if train_on == "last_assistant":

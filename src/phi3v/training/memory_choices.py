@@ -72,7 +72,7 @@ class Counted:
 
     def micro_batches(self, recipe: Recipe) -> list[list[Sample]]:
         """The largest micro-batch of the first epochs, twice where steps have several."""
-        limit = recipe.data.max_length or self.config.max_position_embeddings
+        limit = recipe.data.longest(self.config.max_position_embeddings)
         crops = min(recipe.image.num_crops or self.seen.num_crops, self.seen.num_crops)
         facts = [fact for fact in self.seen.facts if fact.length is not None]
         lengths = [min(tokens_at(fact, crops), limit) for fact in facts]

@@ -76,7 +76,7 @@ def outlook(recipe: Recipe, rows: int, facts: Sequence[RowFacts], config: Any, n
     counts = (rows, training.samples_per_step, per_epoch, steps)
     if config is None or num_crops is None or not rows or all(fact.length is None for fact in facts):
         return Outlook(*counts, None, None, training.packing, None, None, None, None)
-    limit = recipe.data.max_length or config.max_position_embeddings
+    limit = recipe.data.longest(config.max_position_embeddings)
     totals, fitting, language, vision = array("q"), array("q"), 0.0, 0.0
     for fact in facts:
         if fact.length is None:

@@ -80,7 +80,7 @@ def make_samples(
         on_kept: told at the end what is kept and what is not, or why nothing is.
     Raises: TrainingError when the first row has nothing to train; DataError when too many rows fail.
     """
-    longest = recipe.data.max_length or model.config.max_position_embeddings
+    longest = recipe.data.longest(model.config.max_position_embeddings)
     held_out = _stand_ins(recipe, run, data, data.validation or [], processor, longest)
     if isinstance(data, StreamedData):
         return _streamed(recipe, run, data, processor, longest, steps_done), held_out
@@ -143,7 +143,7 @@ def encoded_rows(recipe: Recipe, rows: Sequence[Row], processor: Any, longest: i
     """
     if longest is None:
         context = load_config(recipe.model.name, revision=recipe.model.revision).max_position_embeddings
-        longest = recipe.data.max_length or context
+        longest = recipe.data.longest(context)
     return EncodedRows(rows, processor, **_encode_options(recipe, processor, longest))
 
 
