@@ -1,5 +1,6 @@
 """Packing in a training: the same weights as padding and one by one, planned from headers, a step stays N samples."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from no_waiting import told_waits
 from PIL import Image, ImageFile
 from safetensors.torch import load_file
 from tiny_models import PREPROCESSOR, write_tiny_model
+from transformers import TrainerCallback
 
 import phi3v
 from phi3v.data.plan import plan_steps
@@ -195,3 +198,50 @@ def test_validation_rows_are_padded_and_go_the_plain_way(make: MakeRecipe, packs
         assert sum(len(lengths) for lengths in packs) in (0, 4 * 2)  # a training step alone, in two layers
         packs.clear()
     assert validated[0] == pytest.approx(validated[1], abs=1e-5)
+
+
+def as_varlen(query: Any, key: Any, value: Any, borders: Any, longest: int, scaling: float | None) -> torch.Tensor:
+    """A stand-in for the kernel of a GPU, which is not waited for: `[T, heads, head size]` in and out."""
+    sample = torch.searchsorted(borders, torch.arange(len(query), dtype=borders.dtype), right=True)
+    mask = (sample[:, None] == sample).tril()
+    parts = [part.transpose(0, 1)[None] for part in (query, key, value)]
+    return torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scaling)[0].transpose(0, 1)
+
+
+def test_a_packed_step_is_waited_for_once_where_its_update_is_decided(
+    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the beginning of a step to its end as on a GPU; a CPU alone compares crops and takes packs in slices."""
+    monkeypatch.setattr("phi3v.model.vision_phi3_v.seen_twice", lambda *crops: [])
+    monkeypatch.setattr(packed_attention, "_runs_varlen", lambda device: True)
+    monkeypatch.setattr(
+        packed_attention, "varlen_kernel", lambda: lambda *given: longest.append(given[4]) or as_varlen(*given)
+    )
+    told: list[str] = []
+    longest: list[int] = []
+    for name in ("training_step", "_get_grad_norm"):
+        plain = getattr(StepTrainer, name)
+
+        def noted(self: Any, *args: Any, name: str = name, plain: Any = plain, **named: Any) -> Any:
+            told.append(name)
+            done = plain(self, *args, **named)
+            told.append("-")
+            return done
+
+        monkeypatch.setattr(StepTrainer, name, noted)
+
+    class Watch(TrainerCallback):
+        stack = contextlib.ExitStack()
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            told.clear()
+            if state.global_step == 2:  # the first step is looked at more closely
+                self.stack.enter_context(told_waits(told.append))
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.stack.close()
+
+    recipe = make(max_steps=3, micro_batch_size=2, logging_steps=100).with_overrides(["model.dtype=bfloat16"])
+    training.train_watched(recipe, [Watch()])
+    assert told == ["training_step", "-", "_get_grad_norm", "Tensor.tolist", "-"]
+    assert len(longest) >= 3 * 2 and max(longest) > LIMIT  # two layers
