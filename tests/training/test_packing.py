@@ -19,6 +19,7 @@ from phi3v.data.plan import plan_steps
 from phi3v.errors import ConfigError
 from phi3v.kernels import packed_attention
 from phi3v.loading import load_processor
+from phi3v.model.vision_phi3_v import Phi3VVisionTransformer
 from phi3v.run_folder import RunFolder
 from phi3v.training import train as training
 from phi3v.training.samples import make_collators, micro_batches_of, read_data
@@ -178,13 +179,27 @@ def test_tokens_and_operations_are_counted_over_all_micro_batches(make: MakeReci
     assert 0 < told["packed"][1] < told["padded"][1]  # the Trainer's estimate counts padding
 
 
-def test_features_that_are_kept_stand_in_packs(make: MakeRecipe, packs: list) -> None:
+def test_features_that_are_kept_stand_in_packs(
+    make: MakeRecipe, packs: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    original = Phi3VVisionTransformer.forward
+
+    def count(self: Any, pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(len(pixels))
+        return original(self, pixels)
+
+    monkeypatch.setattr(Phi3VVisionTransformer, "forward", count)
     plain = make("plain", max_steps=3)
     kept = phi3v.Recipe.from_dict(make("kept", max_steps=3).model_dump() | {"vision": {"cache": "memory"}})
     for recipe in (plain, kept):
         phi3v.train(recipe)
-        assert packs
+        assert packs and seen
         packs.clear()
+        if recipe is plain:
+            seen.clear()
+    images = sum(shape is not None for shape in SHAPES)
+    assert len(seen) == images == RunFolder(kept.output).read_features()["computed"]  # all before the first step
     assert losses(kept) == pytest.approx(losses(plain), abs=1e-5)
 
 
