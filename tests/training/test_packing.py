@@ -179,9 +179,7 @@ def test_tokens_and_operations_are_counted_over_all_micro_batches(make: MakeReci
     assert 0 < told["packed"][1] < told["padded"][1]  # the Trainer's estimate counts padding
 
 
-def test_features_that_are_kept_stand_in_packs(
-    make: MakeRecipe, packs: list, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_features_that_are_kept_stand_in_packs(make: MakeRecipe, packs: list, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     original = Phi3VVisionTransformer.forward
 
