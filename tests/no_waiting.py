@@ -1,11 +1,11 @@
-"""A place in which nothing may ask a device for a value: what would make a GPU's host wait raises instead.
+"""A place in which nothing may ask a device for a value: what would make a GPU's host wait raises, or is told.
 
 On the CPU nothing waits, but the calls are the same: `item()`, `bool()`, `tolist()`, copies to the host, and operations
 whose result's size depends on values (`nonzero`, `masked_select`, an index that is a mask, `unique`).
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -23,8 +23,12 @@ class Waited(AssertionError):
     """Something asked the device."""
 
 
-class NoWaiting(TorchDispatchMode):
-    """Raises for operations that wait."""
+class Waits(TorchDispatchMode):
+    """Tells of operations that wait."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__()
+        self.tell = tell
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -32,8 +36,28 @@ class NoWaiting(TorchDispatchMode):
             one is not None and one.dtype in (torch.bool, torch.uint8) for one in list(args[1])
         )
         if by_mask or (name in WAITS and not (name == "repeat_interleave" and "self_int" in str(func))):
-            raise Waited(f"{func} waits for the device")
+            self.tell(str(func))
         return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def told_waits(tell: Callable[[str], None]) -> Iterator[None]:
+    """Everything inside that asks the device for a value is told by its name, "Tensor.tolist", before it does."""
+
+    def watched(name: str) -> Any:
+        plain = getattr(torch.Tensor, name)
+
+        def asks(*args: Any, **kwargs: Any) -> Any:
+            tell(f"Tensor.{name}")
+            return plain(*args, **kwargs)
+
+        return asks
+
+    with contextlib.ExitStack() as stack:
+        for name in ("tolist", "numpy", "cpu", "item", "__bool__", "__int__", "__float__", "__index__"):
+            stack.enter_context(mock.patch.object(torch.Tensor, name, watched(name)))
+        stack.enter_context(Waits(tell))
+        yield
 
 
 @contextlib.contextmanager
@@ -43,14 +67,8 @@ def no_waiting() -> Iterator[None]:
     Example: `with no_waiting(): tensor[tensor > 0]` raises `Waited`.
     """
 
-    def refuse(name: str) -> Any:
-        def waits(*args: Any, **kwargs: Any) -> Any:
-            raise Waited(f"Tensor.{name} waits for the device")
+    def refuse(what: str) -> None:
+        raise Waited(f"{what} waits for the device")
 
-        return waits
-
-    with contextlib.ExitStack() as stack:
-        for name in ("tolist", "numpy", "cpu", "item", "__bool__", "__int__", "__float__", "__index__"):
-            stack.enter_context(mock.patch.object(torch.Tensor, name, refuse(name)))
-        stack.enter_context(NoWaiting())
+    with told_waits(refuse):
         yield

@@ -20,6 +20,8 @@ SLIPS = [
     (["doctor", ""], "'RECIPE': it is empty"),
     (["profile", "r.yaml", "--trace", ""], "'--trace': it is empty"),
     (["profile", "r.yaml", "--image", ""], "--image: '' is no size"),
+    (["profile", "r.yaml", "--image", "64x48"], "photos have their sizes: add --rows"),
+    (["plan", "r.yaml", "--image", "64x48"], "photos have their sizes: add --rows"),
     (["evaluate", "runs/shop", "--data", ""], "'--data': it is empty"),
     (["evaluate", "runs/shop", "--device", ""], "'--device': it is empty"),
     (["evaluate", ""], "'TARGET': it is empty"),

@@ -129,7 +129,7 @@ def test_every_way_counts_the_useful_arithmetic_at_least(way):
 
 
 def test_the_floor_is_that_of_the_research():
-    """17 crops and 2,609 tokens: 61.2 ms at 788e12 operations a second; 5 crops and 857 tokens: 54.0 samples/s."""
+    """17 crops and 2,609 tokens: 61.2 ms at 788e12 operations a second; 5 crops and 857 tokens: 53.9 samples/s."""
     from sizes import config_of
 
     from phi3v.training.floor import useful_operations
@@ -138,7 +138,7 @@ def test_the_floor_is_that_of_the_research():
     large = useful_operations(config, tokens=2609, image=2509, crops=17, trained=40)
     small = useful_operations(config, tokens=857, image=757, crops=5, trained=40)
     assert large / 788e12 == pytest.approx(61.2e-3, rel=0.003)
-    assert 788e12 / small == pytest.approx(54.0, rel=0.01)
+    assert 788e12 / small == pytest.approx(53.93, abs=0.05)
 
 
 def test_what_is_compared_is_the_default_and_added_lines_say_whose_they_are(tmp_path, monkeypatch):

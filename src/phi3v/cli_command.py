@@ -78,13 +78,18 @@ def refuse_empty(value: str | None) -> str | None:
     return value
 
 
-def read_size(text: str) -> tuple[int, int]:
-    """ "1200x1600" -> (1200, 1600). Raises: BadParameter."""
+def read_size(text: str | None, rows: int | None) -> tuple[int, int]:
+    """ "1200x1600" -> (1200, 1600), the size where none is given. Raises: BadParameter, also for one without `rows`."""
+    if text is None:
+        return _PHOTO_SIZE
     width, _, height = text.partition("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
         raise typer.BadParameter(f"{text!r} is no size, 1200x1600 for instance is", param_hint="--image")
+    if rows is None:
+        raise typer.BadParameter("the recipe's own photos have their sizes: add --rows", param_hint="--image")
     return int(width), int(height)
 
 
-PhotoSize = Annotated[str, typer.Option(metavar="WxH", help="With --rows, the size of the photos.")]
+_PHOTO_SIZE = (1200, 1600)
+PhotoSize = Annotated[str | None, typer.Option(metavar="WxH", help="With --rows, the photos' size, else 1200x1600.")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", parser=read_path)]

@@ -29,13 +29,13 @@ def plan(
     rows: Annotated[
         int | None, typer.Option(min=1, help="Plan for so many rows with a photo instead of the recipe's.")
     ] = None,
-    image: PhotoSize = "1200x1600",
+    image: PhotoSize = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Say what a training will take, whether it fits, and how long it is; exit code 1 if it does not fit."""
     refuse_options(overrides)
-    size = read_size(image)
+    size = read_size(image, rows)
     with session(debug or bool(context.obj), as_json) as here:
         from phi3v.cli_screen import Screen
         from phi3v.recipe import Recipe

@@ -27,7 +27,7 @@ def profile(
     rows: Annotated[
         int | None, typer.Option(min=1, help="Train on so many generated rows instead of the recipe's.")
     ] = None,
-    image: PhotoSize = "1200x1600",
+    image: PhotoSize = None,
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write what ran, for Perfetto.", parser=read_path)
     ] = None,
@@ -36,7 +36,7 @@ def profile(
 ) -> None:
     """Run a few steps of a training and say where their time and memory go; the recipe's own run is not touched."""
     refuse_options(overrides)
-    size = read_size(image)
+    size = read_size(image, rows)
     with session(debug or bool(context.obj), as_json) as here:
         from phi3v.cli_screen import Screen
         from phi3v.recipe import Recipe

@@ -6,7 +6,7 @@ refused in one line. Knows nothing about recipes, data or the Trainer.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -100,8 +100,8 @@ def attach_lora(
     from peft import get_peft_model
 
     config = lora_config(options, tower=tower, projector=projector)
+    _name_modules(model, config, options.get("modules_to_save") or [])
     _refuse_wrong_targets(model, config)
-    _refuse_unknown_modules(model, config)
     if vision := _vision_targets(model, tower, projector):
         config.target_modules = {*_hits(model, config), *vision}
         config.layers_to_transform = config.layers_pattern = None  # those names say it now
@@ -220,17 +220,31 @@ def _refuse_wrong_targets(model: nn.Module, config: Any) -> None:
             )
 
 
-def _refuse_unknown_modules(model: nn.Module, config: Any) -> None:
-    """Refuses names of whole modules to train that are none: PEFT would pass them over.
+def _name_modules(model: nn.Module, config: Any, wanted: Sequence[Any]) -> None:
+    """Puts full names of the language model's modules in place of the ends of names that a recipe has.
 
-    Example: modules_to_save ["lm_haed"] -> "... 'lm_haed' hits no module: did you mean lm_head?".
+    PEFT goes by ends alone and would train modules of the vision part with them; what hits nothing it would pass over.
+    Example: modules_to_save ["embed_tokens"] -> ["model.embed_tokens"], without "model.vision_embed_tokens";
+    ["lm_haed"] -> "... 'lm_haed' hits no module: did you mean lm_head?".
     """
     names = [name for name, _ in model.named_modules() if name]
-    for wanted in config.modules_to_save or []:
-        if not (wanted and isinstance(wanted, str) and any(name.endswith(wanted) for name in names)):
-            near = difflib.get_close_matches(str(wanted), {name.split(".")[-1] for name in names}, n=1, cutoff=0.5)
+    around = tuple(name for name in names if any(_VISION in one and one.startswith(f"{name}.") for one in names))
+    full: list[str] = []
+    for end in wanted:
+        hits = [name for name in names if end and isinstance(end, str) and name.endswith(end)]
+        if not hits:
+            near = difflib.get_close_matches(str(end), {name.split(".")[-1] for name in names}, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else "take it out, or name one such as lm_head"
-            raise ConfigError(f"lora.modules_to_save: {wanted!r} hits no module: {hint}")
+            raise ConfigError(f"lora.modules_to_save: {end!r} hits no module: {hint}")
+        own = [name for name in hits if _VISION not in name and name not in around]
+        if not own:
+            raise ConfigError(
+                f"lora.modules_to_save: {end!r} hits no module of the language model alone: the vision part trains by "
+                "vision.tower=train and vision.projector=train"
+            )
+        full += [name for name in own if name not in full]
+    if wanted:
+        config.modules_to_save = [*full, *config.modules_to_save[len(wanted) :]]
 
 
 def trainable_report(model: nn.Module) -> TrainableReport:

@@ -177,6 +177,17 @@ def test_a_folder_that_cannot_be_written_is_said_and_not_raised(tmp_path: Path) 
     assert "cannot be written (Not a directory)" in str(store.trouble) and not store.fits(1)
 
 
+def test_what_stands_in_the_place_of_one_file_stops_that_file_alone(tmp_path: Path) -> None:
+    (tmp_path / name(1)[:2] / f"{name(1)}.safetensors").mkdir(parents=True)
+    (tmp_path / name(2)[:2]).write_text("no folder")
+    store = FeatureFolder(2 * FILE, tmp_path)
+    for number in (1, 2):
+        assert not store.put(name(number), features(number)) and store.get(name(number)) is None
+        assert f"{name(number)}.safetensors cannot be written (" in str(store.trouble) and store.fits(1)
+    store.begin()
+    assert store.put(name(3), features(3)) and torch.equal(store.get(name(3)), features(3))
+
+
 def test_what_can_only_be_read_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     FeatureFolder(9 * FILE, tmp_path).put(name(1), features(1))
 

@@ -1,5 +1,6 @@
 """Training with hand-written layers: the same adapter as without, and the run says which way it went."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,11 @@ def test_the_setting_turns_it_off(make, monkeypatch: pytest.MonkeyPatch) -> None
     )
     result = phi3v.train(make(training={"fast_lora": "off", "max_steps": 1}))
     assert result.fast_lora["attached"] == 0 and result.fast_lora["calls"] == {}
+
+
+def test_the_reason_is_told_of_layers_that_are_compiled_too(make) -> None:
+    with torch.compiler.set_stance("force_eager"):  # the layers are marked as compiled, and nothing is
+        recipe = make(lora={"r": 4, "use_dora": True}, training={"max_steps": 1, "compile_layers": True})
+        phi3v.train(recipe)
+    told = json.loads((Path(recipe.output) / "finished.json").read_text())["fast_lora"]
+    assert told["reasons"] == {"qkv_proj uses DoRA or another variant of LoRA": 2} and told["attached"] == 0

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.models.phi3 import modeling_phi3
 import phi3v
 from phi3v.data.step_batch import step_batch
 from phi3v.errors import ConfigError, DeviceError, MissingPackageError
+from phi3v.kernels.packed_attention import SLICES, attach_packed_attention
 from phi3v.training import faster_layers
 from phi3v.training import train as training
 from phi3v.training.faster_layers import check_faster_layers, compile_layers, compiles, use_faster_layers
@@ -76,6 +78,38 @@ def test_compiled_layers_give_the_plain_gradients_and_compile_once(compiler: Non
         assert one.keys() == other.keys() and one
         for name, gradient in other.items():
             limit = 1e-5 * max(float(gradient.abs().max()), 1e-2)  # some are zero but for rounding
+            torch.testing.assert_close(one[name], gradient, rtol=0, atol=limit)
+
+
+def pack(lengths: list[int]) -> dict[str, Any]:
+    """One row of samples of such lengths."""
+    rows = [prompt(number, [length], image_id=IMAGE) for number, length in enumerate(lengths)]
+    packed = {name: torch.cat([row[name] for row in rows], 1) for name in ("input_ids", "labels")}
+    packed["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+    packed |= {"cu_seqlens": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), "max_seqlen": max(lengths)}
+    return step_batch(packed, IMAGE)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiled_layers_take_packs_of_any_number_of_samples(compiler: None) -> None:
+    """Slices alone are not compiled; where they were, each number of samples was compiled again."""
+    torch.manual_seed(0)
+    model = lora_model()
+    assert attach_packed_attention(model) == SLICES
+    packs = [pack(lengths) for lengths in ([5, 9, 4], [7, 8], [11], [4, 4, 4, 4, 5], [40, 3])]
+    plain = [gradients(model, batch) for batch in packs]
+    compile_layers(model.get_base_model(), backend="eager")
+    found = [gradients(model, packs[0])]
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found += [gradients(model, batch) for batch in packs[1:]]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled > 3
+    (broken,) = torch._dynamo.utils.counters["graph_break"]
+    assert "_uncompiled_slices" in broken
+    for one, other in zip(found, plain, strict=True):
+        for name, gradient in other.items():
+            limit = 1e-5 * max(float(gradient.abs().max()), 1e-2)
             torch.testing.assert_close(one[name], gradient, rtol=0, atol=limit)
 
 

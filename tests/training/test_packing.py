@@ -1,5 +1,6 @@
 """Packing in a training: the same weights as padding and one by one, planned from headers, a step stays N samples."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,15 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from no_waiting import told_waits
 from PIL import Image, ImageFile
 from safetensors.torch import load_file
 from tiny_models import PREPROCESSOR, write_tiny_model
+from transformers import TrainerCallback
 
 import phi3v
 from phi3v.data.plan import plan_steps
 from phi3v.errors import ConfigError
 from phi3v.kernels import packed_attention
 from phi3v.loading import load_processor
+from phi3v.model.vision_phi3_v import Phi3VVisionTransformer
 from phi3v.run_folder import RunFolder
 from phi3v.training import train as training
 from phi3v.training.samples import make_collators, micro_batches_of, read_data
@@ -175,13 +179,25 @@ def test_tokens_and_operations_are_counted_over_all_micro_batches(make: MakeReci
     assert 0 < told["packed"][1] < told["padded"][1]  # the Trainer's estimate counts padding
 
 
-def test_features_that_are_kept_stand_in_packs(make: MakeRecipe, packs: list) -> None:
+def test_features_that_are_kept_stand_in_packs(make: MakeRecipe, packs: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    original = Phi3VVisionTransformer.forward
+
+    def count(self: Any, pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(len(pixels))
+        return original(self, pixels)
+
+    monkeypatch.setattr(Phi3VVisionTransformer, "forward", count)
     plain = make("plain", max_steps=3)
     kept = phi3v.Recipe.from_dict(make("kept", max_steps=3).model_dump() | {"vision": {"cache": "memory"}})
     for recipe in (plain, kept):
         phi3v.train(recipe)
-        assert packs
+        assert packs and seen
         packs.clear()
+        if recipe is plain:
+            seen.clear()
+    images = sum(shape is not None for shape in SHAPES)
+    assert len(seen) == images == RunFolder(kept.output).read_features()["computed"]  # all before the first step
     assert losses(kept) == pytest.approx(losses(plain), abs=1e-5)
 
 
@@ -195,3 +211,50 @@ def test_validation_rows_are_padded_and_go_the_plain_way(make: MakeRecipe, packs
         assert sum(len(lengths) for lengths in packs) in (0, 4 * 2)  # a training step alone, in two layers
         packs.clear()
     assert validated[0] == pytest.approx(validated[1], abs=1e-5)
+
+
+def as_varlen(query: Any, key: Any, value: Any, borders: Any, longest: int, scaling: float | None) -> torch.Tensor:
+    """A stand-in for the kernel of a GPU, which is not waited for: `[T, heads, head size]` in and out."""
+    sample = torch.searchsorted(borders, torch.arange(len(query), dtype=borders.dtype), right=True)
+    mask = (sample[:, None] == sample).tril()
+    parts = [part.transpose(0, 1)[None] for part in (query, key, value)]
+    return torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scaling)[0].transpose(0, 1)
+
+
+def test_a_packed_step_is_waited_for_once_where_its_update_is_decided(
+    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the beginning of a step to its end as on a GPU; a CPU alone compares crops and takes packs in slices."""
+    monkeypatch.setattr("phi3v.model.vision_phi3_v.seen_twice", lambda *crops: [])
+    monkeypatch.setattr(packed_attention, "_runs_varlen", lambda device: True)
+    monkeypatch.setattr(
+        packed_attention, "varlen_kernel", lambda: lambda *given: longest.append(given[4]) or as_varlen(*given)
+    )
+    told: list[str] = []
+    longest: list[int] = []
+    for name in ("training_step", "_get_grad_norm"):
+        plain = getattr(StepTrainer, name)
+
+        def noted(self: Any, *args: Any, name: str = name, plain: Any = plain, **named: Any) -> Any:
+            told.append(name)
+            done = plain(self, *args, **named)
+            told.append("-")
+            return done
+
+        monkeypatch.setattr(StepTrainer, name, noted)
+
+    class Watch(TrainerCallback):
+        stack = contextlib.ExitStack()
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            told.clear()
+            if state.global_step == 2:  # the first step is looked at more closely
+                self.stack.enter_context(told_waits(told.append))
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.stack.close()
+
+    recipe = make(max_steps=3, micro_batch_size=2, logging_steps=100).with_overrides(["model.dtype=bfloat16"])
+    training.train_watched(recipe, [Watch()])
+    assert told == ["training_step", "-", "_get_grad_norm", "Tensor.tolist", "-"]
+    assert len(longest) >= 3 * 2 and max(longest) > LIMIT  # two layers

@@ -56,9 +56,11 @@ def test_the_trace_is_one_that_perfetto_reads(found):
 
 
 def test_generated_rows_take_the_place_of_the_recipes(make):
-    recipe = make(data={"train": "there/is/no/such/file.csv"})
+    auto = {"micro_batch_size": "auto", "gradient_checkpointing": "auto", "epochs": 1}
+    recipe = make(data={"train": "there/is/no/such/file.csv"}, training=auto)
     told = profile(recipe, steps=1, warm=1, rows=8, image=(64, 48), words=20)
     assert told.steps == 1 and told.tokens > 4 * 300
+    assert told.advice is None or "checkpointing" not in told.advice.key  # auto came to false
 
 
 def test_generated_rows_are_of_the_stated_shape(tmp_path):
@@ -139,6 +141,15 @@ def test_intervals_cover_what_they_cover():
 
 
 SHARES = {"waiting for data": 0.0, "tower": 0.02, "decoder forward": 0.4, "decoder backward": 0.58}
+
+
+def test_nothing_is_said_against_what_auto_chose(make):
+    parts = [PartTime(name, SHARES.get(name, 0.0), None) for name in PARTS]
+    told = Profile("cuda", 5, 4, 2.0, 900.0, 0.0, 1.0, parts, 0.2, 0.4, 1.0, 0.3, 1e12, None, None)
+    keys = ["training.gradient_checkpointing", "training.micro_batch_size"]
+    recipe = make(training={"gradient_checkpointing": True})
+    assert [advise(recipe, told, chosen=keys[:count]).key for count in (0, 1)] == keys
+    assert advise(recipe, told, chosen=keys) is None
 
 
 @pytest.mark.parametrize(

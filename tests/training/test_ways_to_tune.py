@@ -66,6 +66,35 @@ def test_lora_on_some_layers_and_the_tower(world: Path) -> None:
     assert len(found) == 2 + 12
 
 
+def test_modules_that_train_whole_are_the_language_models_alone(make: MakeRecipe, world: Path) -> None:
+    """PEFT goes by ends of names: embed_tokens would be vision_embed_tokens too, norm the tower's pre_layrnorm."""
+    expected = {
+        "embed_tokens": ["model.embed_tokens"],
+        "norm": [
+            *(f"model.layers.{layer}.{norm}_layernorm" for layer in (0, 1) for norm in ("input", "post_attention")),
+            "model.norm",
+        ],
+        "lm_head": ["lm_head"],
+    }
+    for end, names in expected.items():
+        tuned = tuning.attach_lora(loading.load_base(world / "model"), {"r": 4, "modules_to_save": [end]})
+        assert sorted(tuned.peft_config["default"].modules_to_save) == sorted(names)
+        kept = [name for name, module in tuned.named_modules() if hasattr(module, "original_module")]
+        assert sorted(kept) == sorted(f"base_model.model.{name}" for name in names)
+        assert not any(
+            tuning.part_of(name) != "language model" for name, one in tuned.named_parameters() if one.requires_grad
+        )
+    recipe = make(
+        lora={"r": 4, "modules_to_save": ["embed_tokens", "norm"]}, vision={"projector": "train"}, training=STEP
+    )
+    report = phi3v.train(recipe).trainable
+    assert report["vision tower"]["trainable"] == 0 < report["projector"]["trainable"]
+    assert tuning.vision_choices(loading.load_target(recipe.output).model) == {"tower": "frozen", "projector": "train"}
+    for end in ("img_processor", "fc1", "model"):
+        with pytest.raises(ConfigError, match=f"modules_to_save: '{end}' hits no module of the language model alone"):
+            tuning.attach_lora(loading.load_base(world / "model"), {"r": 4, "modules_to_save": [end]})
+
+
 @pytest.mark.parametrize(
     ("sections", "words"),
     [

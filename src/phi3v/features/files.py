@@ -39,7 +39,7 @@ class FeatureFolder(FeatureStore):
     """Features in a folder, which is made when something is written.
 
     Can be pickled for loader workers. A folder that cannot be written to, or a full disk, is `trouble`, not an error:
-    what cannot be kept is computed.
+    what cannot be kept is computed. Where something else has taken a file's own place, that image alone is not kept.
 
     Attributes:
         folder: where they lie.
@@ -105,9 +105,11 @@ class FeatureFolder(FeatureStore):
         try:
             return self._write(name, features.contiguous())
         except OSError as error:
-            self.trouble = f"{self.folder} cannot be written ({error.strerror or error})"
+            place = self._path(name)
+            self.ended = not (place.is_dir() or place.parent.is_file())
+            self.trouble = f"{self.folder if self.ended else place} cannot be written ({error.strerror or error})"
         except SafetensorError as error:  # what it makes of a full disk
-            self.trouble = f"{self.folder} cannot be written ({str(error).splitlines()[0]})"
+            self.trouble, self.ended = f"{self.folder} cannot be written ({str(error).splitlines()[0]})", True
         return False
 
     def _write(self, name: str, features: torch.Tensor) -> bool:
@@ -168,11 +170,12 @@ class FeatureFolder(FeatureStore):
     def _files(self) -> list[tuple[int, int, Path]]:
         """All kept files: when they were looked at, their size, their place."""
         found = []
-        for shard in [entry.path for entry in os.scandir(self.folder) if len(entry.name) == 2]:
+        for shard in [entry.path for entry in os.scandir(self.folder) if len(entry.name) == 2 and entry.is_dir()]:
             for entry in os.scandir(shard):
                 with suppress(FileNotFoundError):  # another process has removed it as damaged
                     seen = entry.stat()
-                    found.append((seen.st_atime_ns, seen.st_size, Path(entry.path)))
+                    if entry.is_file():
+                        found.append((seen.st_atime_ns, seen.st_size, Path(entry.path)))
         return found
 
     def _remove(self, path: Path) -> None:

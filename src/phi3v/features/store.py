@@ -16,7 +16,8 @@ class FeatureStore(ABC):
 
     Attributes:
         limit_bytes: the bound.
-        trouble: why nothing more can be kept although there is room, None while all is well.
+        trouble: why something cannot be kept although there is room, None while all is well.
+        ended: whether nothing more can be kept for that.
     """
 
     kind: Literal["memory", "disk"]
@@ -25,6 +26,7 @@ class FeatureStore(ABC):
         """An empty hand: nothing is held."""
         self.limit_bytes = limit_bytes
         self.trouble: str | None = None
+        self.ended = False
         self._held: dict[str, int] = {}
 
     @property
@@ -35,14 +37,14 @@ class FeatureStore(ABC):
     def begin(self) -> None:
         """A new run: nothing is held any more, everything may be taken away for what this run keeps."""
         self._held.clear()
-        self.trouble = None
+        self.trouble, self.ended = None, False
 
     def fits(self, size: int) -> bool:
         """Whether so many bytes of features can be kept beside what is held.
 
         Example: with a bound of 100 bytes, 70 held and 20 left by an earlier run, 30 fit and 31 do not.
         """
-        return self.trouble is None and self.held_bytes + size <= self.limit_bytes
+        return not self.ended and self.held_bytes + size <= self.limit_bytes
 
     @abstractmethod
     def hold(self, name: str) -> bool:

@@ -80,7 +80,7 @@ def packed_attention(
     scaling: float | None = None,
     cu_seqlens: torch.Tensor | None = None,
     max_seqlen: int | None = None,
-    sample_lengths: list[int] | None = None,
+    borders: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention in the form that transformers' AttentionInterface asks for.
@@ -96,7 +96,7 @@ def packed_attention(
         scaling: of scores.
         cu_seqlens: `[0, 3, 5]` for samples of 3 and 2 tokens.
         max_seqlen: tokens of the longest sample.
-        sample_lengths: `[3, 2]`, where slices are taken; they are read off `cu_seqlens` where it is None.
+        borders: `cu_seqlens` on the CPU, where slices are taken; they are brought there where it is None.
     Returns: `[1, T, heads, head size]`, and no weights.
     """
     if cu_seqlens is None:
@@ -109,12 +109,26 @@ def packed_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     size = query.shape[-1]
     if kernel is None or dropout or query.dtype not in _HALF or size % 8 or size > _MOST_HEAD_SIZE:
-        lengths = cu_seqlens.diff().tolist() if sample_lengths is None else sample_lengths
-        return by_slices(module, query, key, value, lengths, dropout=dropout, scaling=scaling), None
+        borders = cu_seqlens if borders is None else borders
+        return _uncompiled_slices(module, query, key, value, borders, dropout, scaling), None
     groups = query.shape[1] // key.shape[1]
     # squeezed, not indexed: the gradient of an index is a copy into zeros
     rows = [part.squeeze(0).transpose(0, 1) for part in (query, repeat_kv(key, groups), repeat_kv(value, groups))]
     return kernel(*rows, cu_seqlens, max_seqlen, scaling)[None], None
+
+
+@torch.compiler.disable
+def _uncompiled_slices(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    borders: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """`by_slices` between the compiled parts of a layer, which would be compiled again for each number of samples."""
+    return by_slices(module, query, key, value, borders.diff().tolist(), dropout=dropout, scaling=scaling)
 
 
 def by_slices(
@@ -199,7 +213,7 @@ def _make_no_mask(
     weight = decoder.embed_tokens.weight
     half = (_autocast_dtype(weight.device) or weight.dtype) in _HALF
     if decoder.config._attn_implementation == SLICES or not half:
-        more["sample_lengths"] = cu_seqlens.diff().tolist()  # once for all layers: on a GPU it waits
+        more["borders"] = cu_seqlens.cpu()  # once for all layers: on a GPU it waits
     return args, {**kwargs, **more}
 
 

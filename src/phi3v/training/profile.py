@@ -16,10 +16,12 @@ from phi3v.errors import ConfigError
 from phi3v.image_tokens import grid_tokens
 from phi3v.loading import load_config, resolve_device
 from phi3v.recipe import Recipe
+from phi3v.run_folder import RunFolder
 from phi3v.training.arguments import checkpointing
 from phi3v.training.callbacks import Watcher
 from phi3v.training.device_time import check_trace
 from phi3v.training.floor import useful_operations, vision_operations
+from phi3v.training.memory_plan import adopt
 from phi3v.training.outlook import measure_rate
 from phi3v.training.step_marks import SeenBatch, StepMarks
 from phi3v.training.train import train_watched
@@ -131,9 +133,10 @@ def profile(
         watched = type(recipe).from_dict(values)
         marks = StepMarks(resolve_device(recipe.model.device), warm, traced=trace is not None)
         train_watched(watched, [marks], on_event=on_event)
+        settled = adopt(recipe, RunFolder(watched.output))
     if trace is not None:
         marks.device_watch.write_trace(trace)
-    return summarise(recipe, marks, trace)
+    return summarise(settled, marks, trace, chosen=recipe.automatic)
 
 
 def _refuse_large_photos(recipe: Recipe, size: tuple[int, int]) -> None:
@@ -167,8 +170,15 @@ def watched_recipe(recipe: Recipe, steps: int, folder: Path) -> dict[str, Any]:
     return values
 
 
-def summarise(recipe: Recipe, marks: StepMarks, trace: Path | None) -> Profile:
-    """What the marks of some steps say."""
+def summarise(recipe: Recipe, marks: StepMarks, trace: Path | None, *, chosen: Sequence[str] = ()) -> Profile:
+    """What the marks of some steps say.
+
+    Args:
+        recipe: with what its `auto` came to.
+        marks: of its steps.
+        trace: the file for Perfetto.
+        chosen: keys that were `auto`, see `advise`.
+    """
     machine, rate = measure_rate(recipe)
     steps = max(marks.steps, 1)
     on_gpu = marks.device.type == "cuda"
@@ -196,7 +206,7 @@ def summarise(recipe: Recipe, marks: StepMarks, trace: Path | None) -> Profile:
         advice=None,
         trace=None if trace is None else str(trace),
     )
-    return replace(found, advice=advise(recipe, found))
+    return replace(found, advice=advise(recipe, found, chosen=chosen))
 
 
 def floor_operations(recipe: Recipe, batches: Sequence[SeenBatch]) -> float:
@@ -217,10 +227,11 @@ def floor_operations(recipe: Recipe, batches: Sequence[SeenBatch]) -> float:
     return total
 
 
-def advise(recipe: Recipe, found: Profile) -> Advice | None:
+def advise(recipe: Recipe, found: Profile, *, chosen: Sequence[str] = ()) -> Advice | None:
     """The one setting that would change most; None when nothing stands out.
 
-    What waits is told first, since nothing else helps while the device waits; then what is done in vain.
+    What waits is told first, since nothing else helps while the device waits; then what is done in vain. Nothing is
+    said against a value that `auto` chose by the memory, whose key is in `chosen`.
     Example: a step of 2 s, 1 s of it waiting for data and 16 samples of 0.1 s each, wants 3 workers of the loader.
     """
     training, options = recipe.training, recipe.training.options
@@ -245,10 +256,11 @@ def advise(recipe: Recipe, found: Profile) -> Advice | None:
             f"{found.share('tower'):.0%} of a step is the frozen tower, and each epoch sends the same images through it"
         )
         return Advice("vision.cache", "memory", seen)
-    if (checkpoints := checkpointing(options)) is not None:
+    if (checkpoints := checkpointing(options)) is not None and f"training.{checkpoints}" not in chosen:
         seen = "each layer is computed twice; without it memory grows, and more samples fit than one may think"
         return Advice(f"training.{checkpoints}", "false", seen)
-    if found.device_idle is not None and found.device_idle - waiting > 0.15:
-        seen = f"the GPU has nothing to do in {found.device_idle:.0%} of the time: its kernels are short"
+    idle = 0.0 if found.device_idle is None else found.device_idle
+    if idle - waiting > 0.15 and "training.micro_batch_size" not in chosen:
+        seen = f"the GPU has nothing to do in {idle:.0%} of the time: its kernels are short"
         return Advice("training.micro_batch_size", str(2 * training.micro_batch), seen)
     return None

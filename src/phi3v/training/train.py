@@ -9,7 +9,7 @@ import contextlib
 import gc
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from phi3v.evaluation.report_run import write_report
 from phi3v.evaluation.run import evaluate, feature_store, held_out_rows
 from phi3v.features.store import FeatureStore
 from phi3v.first_look import RowUse
-from phi3v.kernels.lora_layer import fast_lora_state
+from phi3v.kernels.lora_layer import FastLoraState, fast_lora_state
 from phi3v.loading import load_processor, resolve_dtype
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
@@ -200,6 +200,7 @@ def _tune(
         model = prepared.model
         check_base(model, recipe)
         _refuse_idle_training(report := trainable_report(model))
+        written = fast_lora_state(model)  # of a layer that is compiled no other reason is known
         conditions = conditions_of(data, prepared.base, device, resolve_dtype(recipe.model.dtype, device))
         facts = facts_of(checkpoint, conditions, ranks.count)
         validated, autocast = bool(data.validation), prepared.autocast
@@ -222,7 +223,7 @@ def _tune(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         _save(run, recipe, trainer, processor)
     seconds = time.monotonic() - began
-    return _result(run, trainer, report, seconds, resumed_from=done, held_out=len(data.validation or []))
+    return _result(run, trainer, report, written, seconds, resumed_from=done, held_out=len(data.validation or []))
 
 
 def _begin(run: RunFolder, recipe: Recipe, data: LoadedData | StreamedData) -> None:
@@ -301,8 +302,16 @@ def _samples(
     )
 
 
-def _result(run: RunFolder, trainer: StepTrainer, report: TrainableReport, seconds: float, **known: Any) -> RunResult:
-    """What a training did."""
+def _result(
+    run: RunFolder,
+    trainer: StepTrainer,
+    report: TrainableReport,
+    written: FastLoraState,
+    seconds: float,
+    **known: Any,
+) -> RunResult:
+    """What a training did; `written` are its decoder layers as they were before any was compiled."""
+    calls = fast_lora_state(trainer.accelerator.unwrap_model(trainer.model)).calls
     return RunResult(
         status="trained" if known["resumed_from"] is None else "resumed",
         folder=run.path,
@@ -310,7 +319,7 @@ def _result(run: RunFolder, trainer: StepTrainer, report: TrainableReport, secon
         seconds=seconds,
         metrics=_last_losses(run),
         trainable={part: asdict(count) for part, count in report.parts.items()},
-        fast_lora=asdict(fast_lora_state(trainer.accelerator.unwrap_model(trainer.model))),
+        fast_lora=asdict(replace(written, calls=calls)),
         **known,
     )
 
