@@ -2,9 +2,8 @@
 
 In come the paths of the files, in the order in which they are read. `datasets` reads all as the first one is: a column
 that a file lacks is empty there, one that the first file lacks has to be told (`all_columns`), and the values of a
-column have to become the type of the first file that has it; the file where they cannot, or that has a column of a type
-that `datasets` does not know, is looked for after a failure (`find_misfit`). What else may be wrong with a file by
-itself is the business of `faults`.
+column have to become the type of the first file that has it; the file where they cannot is looked for after a failure
+(`find_misfit`). What else may be wrong with a file by itself is the business of `faults`.
 """
 
 from collections.abc import Sequence
@@ -41,8 +40,23 @@ def find_misfit(paths: Sequence[Path]) -> tuple[Path, str] | None:
     """
     if paths[0].suffix.lower() != ".parquet":
         return None
-    if odd := _odd_type(paths):
-        return odd
+    return _odd_type(paths) or _other_type(paths)
+
+
+def _odd_type(paths: Sequence[Path]) -> tuple[Path, str] | None:
+    """The first Parquet file with a column of a type that `datasets` has no word for, as a map."""
+    for path in paths:
+        for field in pq.read_schema(path):
+            try:
+                datasets.Features.from_arrow_schema(pa.schema([field]))
+            except _FAILURES:
+                told = f"its column {field.name[:80]!r} is {_shown(field.type)}, a type that is not read"
+                return path, f"{told}: save the file without that column, or its cells as text"
+    return None
+
+
+def _other_type(paths: Sequence[Path]) -> tuple[Path, str] | None:
+    """The first Parquet file with a column whose values do not become the type of the files before it."""
     known: dict[str, tuple[Path, pa.DataType, Any]] = {}
     try:
         for path in paths:
@@ -75,16 +89,3 @@ def _is_castable(file: pq.ParquetFile, column: str, wanted: pa.Schema) -> bool:
 def _shown(kind: pa.DataType) -> str:
     """A type on one line."""
     return " ".join(str(kind).split())[:120]
-
-
-def _odd_type(paths: Sequence[Path]) -> tuple[Path, str] | None:
-    """The first Parquet file with a column of a type that `datasets` has no word for, as a map."""
-    for path in paths:
-        for field in pq.read_schema(path):
-            try:
-                datasets.Features.from_arrow_schema(pa.schema([field]))
-            except _FAILURES:
-                kind = " ".join(str(field.type).split())[:120]
-                told = f"its column {field.name[:80]!r} is {kind}, a type that is not read"
-                return path, f"{told}: save the file without that column, or its cells as text"
-    return None
