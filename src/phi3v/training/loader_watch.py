@@ -50,6 +50,7 @@ class WatchedWorkers:
 
     def wait(self) -> None:
         """The main process waits for a batch from now on."""
+        _raise_where_it_waits()
         self._waiting_since = time.monotonic()
         if self._thread is None and len(self._notes):
             self._thread = threading.Thread(target=self._look, name="loader workers", daemon=True)
@@ -76,6 +77,17 @@ class WatchedWorkers:
                 self.killed = True
                 for process in before[:, _PROCESS].tolist():
                     _kill(process)
+
+
+def _raise_where_it_waits() -> None:
+    """Takes back torch's handler of SIGCHLD, by which a worker's end raises wherever the main process is, in a save too,
+    and again with each process that ends later. The loader asks every five seconds whether its workers are there.
+    """
+    number = getattr(signal, "SIGCHLD", None)
+    if number is None or threading.current_thread() is not threading.main_thread():
+        return
+    if getattr(signal.getsignal(number), "__module__", None) == "torch.utils.data._utils.signal_handling":
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _kill(process: int) -> None:
