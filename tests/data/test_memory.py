@@ -41,6 +41,7 @@ def slope(samples: np.ndarray, rows: int) -> float:
     return float(np.polyfit(np.arange(len(later)) * rows / len(samples), later, 1)[0])
 
 
+@pytest.mark.slow
 def test_memory_stays_flat() -> None:
     """A few pages more or less are the allocator's; one kept image alone would be 2.7 MB."""
     samples = held("images", 100, timeout=170)

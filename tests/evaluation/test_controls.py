@@ -96,6 +96,7 @@ def colours(tmp_path_factory):
     return RunFolder(recipe.output)
 
 
+@pytest.mark.slow
 def test_a_model_that_looks_loses_its_score_with_the_picture(colours):
     scores = colours.read_evaluation()
     majority = scores["majority"]["share"]["hits"]

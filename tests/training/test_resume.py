@@ -111,6 +111,7 @@ def test_a_run_that_is_stopped_anywhere_ends_as_an_undisturbed_one(
     assert not caplog.records
 
 
+@pytest.mark.slow
 def test_loader_workers_change_nothing_of_it(make: MakeRecipe, undisturbed: dict[str, Any]) -> None:
     hard = {**HARD, "training": {**HARD["training"], "dataloader_num_workers": 2}}
     recipe = make("stopped", **hard)
