@@ -80,8 +80,8 @@ class WatchedWorkers:
 
 
 def _raise_where_it_waits() -> None:
-    """Takes back torch's handler of SIGCHLD, by which a worker's end raises wherever the main process is, and again with
-    each process that ends later. The loader asks every five seconds whether its workers are there.
+    """Takes back torch's handler of SIGCHLD, by which a worker's end raises wherever the main process is, and again as
+    each later process ends. The loader asks every five seconds whether its workers are there.
     """
     number = getattr(signal, "SIGCHLD", None)
     if number is None or threading.current_thread() is not threading.main_thread():
