@@ -95,7 +95,11 @@ def header_names(path: Path) -> list[str]:
 def binary_kind(path: Path) -> str | None:
     """What a file is by its first bytes, where they tell: b"\\x1f\\x8b..." -> "a file compressed with gzip"."""
     with open(path, "rb") as file:
-        start = file.read(16)
+        return _kind_of(file.read(16))
+
+
+def _kind_of(start: bytes) -> str | None:
+    """The kind of file that begins with these bytes."""
     return next((kind for mark, kind in _BINARY if start.startswith(mark)), None)
 
 
@@ -105,7 +109,7 @@ def _binary_fault(path: Path) -> str | None:
         start = file.read(_BEGINNING)
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "it is UTF-16 text: save it as UTF-8"
-    if (kind := binary_kind(path)) is not None:
+    if (kind := _kind_of(start)) is not None:
         return f"it is {kind}, and no text, whatever its name says: save the rows as UTF-8 text"
     if 0 in start:
         return f"it is no text: byte {start.index(0)} is zero; save the rows as UTF-8 text"

@@ -62,7 +62,7 @@ def answer_controls(
     held_out = held_out_rows(place, data, rows)
     loaded = load_target(target, **held_out.recipe.loading_options)
     settings = answer_options(held_out.recipe)
-    see = seeing(loaded.model, feature_store(held_out.recipe, features))
+    kept = seeing(loaded.model, feature_store(held_out.recipe, features))
     own, others = swap_images(held_out.rows)
     shown = [replace(row, images=other.images) for row, other in zip(own, others, strict=True)]
 
@@ -73,7 +73,7 @@ def answer_controls(
         return answer_rows(loaded.model, loaded.processor, asked, **settings, see=see, on_row=count).texts
 
     blanked = answers("with grey images", blank_images(held_out.rows))
-    swapped = answers("with swapped images", shown, see)
+    swapped = answers("with swapped images", shown, kept)
     return Controls(
         exact_match([row.answer for row in held_out.rows], blanked),
         exact_match([row.answer for row in own], swapped),

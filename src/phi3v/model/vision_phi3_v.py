@@ -174,10 +174,9 @@ class Phi3VImageEmbedding(nn.Module):
         A GPU would have to be waited for to compare its pixels, and has the time.
         """
         compared = crops.device.type == "cpu" and not crops.requires_grad  # each crop has a gradient of its own
-        again = set(seen_twice(crops, grids)) if compared else set()
+        again = seen_twice(crops, grids) if compared else []
         if not again:
             return self.img_processor(crops)
-        once = [place for place in range(len(crops)) if place not in again]
-        where = {place: row for row, place in enumerate(once)}
-        rows = [where[place - (place in again)] for place in range(len(crops))]
-        return self.img_processor(crops[once])[rows]
+        kept = torch.ones(len(crops), dtype=torch.bool)
+        kept[again] = False
+        return self.img_processor(crops[kept])[kept.cumsum(0) - 1]  # one that is left out has the row before it
