@@ -28,7 +28,8 @@ def all_columns(paths: Sequence[Path]) -> dict[str, Any]:
         return {}
     kinds: dict[str, Any] = {}
     for schema in schemas:
-        kinds = {**kinds, **datasets.Features.from_arrow_schema(schema), **kinds}  # the first file's type wins
+        for name, kind in datasets.Features.from_arrow_schema(schema).items():
+            kinds.setdefault(name, kind)  # the first file's type wins
     return {"features": datasets.Features(kinds)}
 
 

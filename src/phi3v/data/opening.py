@@ -31,7 +31,7 @@ from phi3v.data.json_table import JsonTable
 from phi3v.data.misfits import all_columns, find_misfit
 from phi3v.data.not_read import NotRead
 from phi3v.data.parquet_faults import count_records, ends_fault
-from phi3v.data.photo_tables import JoinedPhotos, PhotosTable, photo_column
+from phi3v.data.photo_tables import JoinedTables, PhotosTable, photo_column
 from phi3v.data.saved import open_saved
 from phi3v.data.tables import FilePart, OpenedTable, StreamTable, Table
 from phi3v.data.tar_table import TarTable
@@ -177,7 +177,7 @@ def _open_metadata(files: Sequence[Path], folder: Path, streaming: bool, confine
     if len(opened) == 1:
         return opened[0]
     places = [file.parent.relative_to(folder).as_posix() for file in files]
-    table = JoinedPhotos([its.table for its in opened], places, images)
+    table = JoinedTables([its.table for its in opened], places, images)
     floats = frozenset(name for its in opened for name in its.single_floats)
     counts = [_count(its.table, file) for its, file in zip(opened, files, strict=True)]
     not_read = tuple(chain.from_iterable(its.not_read for its in opened))
@@ -270,7 +270,7 @@ def _open_csv(paths: Sequence[Path], streaming: bool) -> OpenedTable:
     opened = [_undecoded(table, root) for table in tables]
     if len(opened) == 1:
         return replace(opened[0], not_read=tuple(nameless))
-    joined = JoinedPhotos([one.table for one in opened], [root] * len(opened), images=())
+    joined = JoinedTables([one.table for one in opened], [root] * len(opened), images=())
     return OpenedTable(joined, root, {}, frozenset(), not_read=tuple(nameless))
 
 

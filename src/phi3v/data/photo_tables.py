@@ -50,8 +50,8 @@ class PhotosTable:
         return map(self.__getitem__, range(len(self)))
 
 
-class JoinedPhotos:
-    """Tables of several folders as one; paths of their images count from the folder that holds all.
+class JoinedTables:
+    """Tables of several files or folders as one, with the columns of all; paths of images count from one folder.
 
     Example: of cat/metadata.csv with the image a.jpg and dog/metadata.csv with b.jpg -> cat/a.jpg, dog/b.jpg.
     """
