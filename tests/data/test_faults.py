@@ -57,7 +57,7 @@ pytestmark = pytest.mark.usefixtures("datasets_cache")
         ("a.csv.gz", b"xx", "ends in none of .*; unpack it, and name the file or folder in it"),
         (
             "a.tar",
-            gzip.compress(bytes(1024)),
+            gzip.compress(bytes(1024), mtime=0),
             "a.tar cannot be read: it is a file compressed with gzip, and no tar: unp",
         ),
         (
@@ -142,7 +142,7 @@ def zipped(data: bytes) -> bytes:
 TEXT = b"a,b\n1,2\n"
 BINARIES = {
     "zip": (zipped(TEXT), "it is a ZIP archive, as new Excel workbooks are, and no text, whatever its name says"),
-    "gzip": (gzip.compress(TEXT), "it is a file compressed with gzip, and no text"),
+    "gzip": (gzip.compress(TEXT, mtime=0), "it is a file compressed with gzip, and no text"),
     "utf-16": (TEXT.decode().encode("utf-16"), "it is UTF-16 text: save it as UTF-8"),
     "parquet": (b"PAR1....PAR1", "it is a Parquet file, and no text"),
     "png": (b"\x89PNG\r\n\x1a\n", "it is an image, and no text"),
