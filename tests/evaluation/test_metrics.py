@@ -5,21 +5,18 @@ import math
 import pytest
 
 from phi3v.errors import ConfigError, DataError
-from phi3v.evaluation.metrics import (
+from phi3v.evaluation.fields import (
     AnswerTemplate,
-    Share,
     choose_numeric_fields,
-    exact_match,
     field_is_right,
     looks_numeric,
-    majority_answer,
     majority_fields,
     parse_number,
-    score_answers,
     score_field,
-    text_similarity,
-    wilson_interval,
 )
+from phi3v.evaluation.metrics import score_answers
+from phi3v.evaluation.shares import Share, exact_match, majority_answer, wilson_interval
+from phi3v.evaluation.text_scores import text_similarity
 
 PRODUCT = AnswerTemplate("Product: {title}, Category: {category3_code}, Full Price: {full_price}")
 AB = AnswerTemplate("a: {a}, b: {b}")

@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image, ImageDraw
 
-from phi3v.evaluation.metrics import AnswerTemplate, Share, majority_answer, majority_fields, score_answers
+from phi3v.evaluation.fields import AnswerTemplate, majority_fields
+from phi3v.evaluation.metrics import score_answers
 from phi3v.evaluation.report import (
     ReportContent,
     Sample,
@@ -17,6 +18,7 @@ from phi3v.evaluation.report import (
     photo_uri,
     render_report,
 )
+from phi3v.evaluation.shares import Share, majority_answer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

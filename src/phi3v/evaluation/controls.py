@@ -19,8 +19,8 @@ from phi3v.data.images import image_size
 from phi3v.data.schema import ImageRef, Row
 from phi3v.errors import DataError
 from phi3v.evaluation.answers import answer_rows
-from phi3v.evaluation.metrics import Share, exact_match
 from phi3v.evaluation.run import Progress, See, answer_options, feature_store, held_out_rows, seeing
+from phi3v.evaluation.shares import Share, exact_match
 from phi3v.features.store import FeatureStore
 from phi3v.loading import load_target
 from phi3v.targets import resolve_target

@@ -24,7 +24,9 @@ from phi3v.data.schema import Row, RowProblem
 from phi3v.data.sources import LoadedData, StreamedData, load_data, load_rows, stream_data
 from phi3v.errors import ConfigError
 from phi3v.evaluation.answers import Answers, answer_rows
-from phi3v.evaluation.metrics import AnswerTemplate, Scores, Share, majority_answer, majority_fields, score_answers
+from phi3v.evaluation.fields import AnswerTemplate, majority_fields
+from phi3v.evaluation.metrics import Scores, score_answers
+from phi3v.evaluation.shares import Share, majority_answer
 from phi3v.features.opening import open_store
 from phi3v.features.store import FeatureStore
 from phi3v.features.vision import VisionFeatures, sees_plainly

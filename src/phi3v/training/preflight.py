@@ -9,7 +9,7 @@ import os
 from huggingface_hub import HfApi
 
 from phi3v.errors import ConfigError
-from phi3v.evaluation.metrics import AnswerTemplate, choose_numeric_fields
+from phi3v.evaluation.fields import AnswerTemplate, choose_numeric_fields
 from phi3v.launch import Launch
 from phi3v.passthrough import first_line
 from phi3v.recipe import Recipe

@@ -13,7 +13,8 @@ import torch
 from phi3v.data.images import open_image
 from phi3v.data.schema import Row
 from phi3v.evaluation.answers import answer_rows
-from phi3v.evaluation.metrics import AnswerTemplate, score_answers
+from phi3v.evaluation.fields import AnswerTemplate
+from phi3v.evaluation.metrics import score_answers
 from phi3v.evaluation.run import answer_options
 from phi3v.recipe import Recipe
 

@@ -1,0 +1,114 @@
+"""Answers that are JSON: read strictly, compared value by value at their paths. Strings in, numbers out.
+
+Strict means that the whole text is one JSON value: nothing around it but white space, no NaN or Infinity, no key twice
+in an object, no number beyond what a float holds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from phi3v.evaluation.shares import same_text
+
+Path = tuple[str | int, ...]
+"""The keys and list positions that lead to a value."""
+
+
+def json_leaves(text: str) -> dict[Path, Any] | None:
+    """Every value of a JSON text that holds no other one, by its path; None where the text is not strict JSON.
+
+    Example: '{"a": 1, "b": {"c": ["x", {}]}}' -> {("a",): 1, ("b", "c", 0): "x", ("b", "c", 1): {}}; '7' -> {(): 7};
+    '{"a": 1, "a": 2}', '[NaN]' and '```json {} ```' -> None.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_without_repeated_keys)
+        return dict(_leaves((), value))
+    except (ValueError, RecursionError):
+        return None
+
+
+def json_valid(expected: str, answer: str) -> float:
+    """1.0 where the answer is strict JSON, whatever it says: '{"a": 2}' -> 1.0, '{"a": 2' -> 0.0."""
+    return float(json_leaves(answer) is not None)
+
+
+def json_field_accuracy(expected: str, answer: str) -> float:
+    """Values that are right at their path, out of all paths of both texts.
+
+    Example: expected '{"a": 1, "b": "x"}': answer '{"b": "x", "a": 1.0}' -> 1.0; '{"a": 1}' -> 1/2;
+    '{"a": 1, "b": "x", "c": 0}' -> 2/3; '{"a": 1' -> 0.0. Where the expected text is no JSON the texts must be the
+    same.
+    """
+    wanted, given = json_leaves(expected), json_leaves(answer)
+    if wanted is None:
+        return float(same_text(expected, answer))
+    if given is None:
+        return 0.0
+    return sum(_right(wanted, given, path) for path in wanted) / len(wanted.keys() | given.keys())
+
+
+def json_field_scores(expected: str, answer: str) -> dict[str, float]:
+    """For every field that is expected the share of its values that are right; a list's elements are one field.
+
+    Example: expected '{"n": 2, "items": [{"p": 1}, {"p": 2}]}', answer '{"n": 2, "items": [{"p": 1}]}' ->
+    {"n": 1.0, "items[].p": 0.5}. Where the expected text is no JSON -> {}.
+    """
+    wanted, given = json_leaves(expected) or {}, json_leaves(answer) or {}
+    found: dict[str, list[bool]] = {}
+    for path in wanted:
+        found.setdefault(path_name(path), []).append(_right(wanted, given, path))
+    return {name: sum(right) / len(right) for name, right in found.items()}
+
+
+def path_name(path: Path) -> str:
+    """A path as people write it, without positions: ("items", 0, "p") -> "items[].p", () -> "value", ("a.b",) ->
+    '"a.b"'."""
+    text = ""
+    for step in path:
+        if isinstance(step, int):
+            text += "[]"
+        else:
+            text += ("." if text else "") + (json.dumps(step) if not step or set(step) & set('.[]"') else step)
+    return text or "value"
+
+
+def _leaves(path: Path, value: Any) -> Iterable[tuple[Path, Any]]:
+    """The values below one value."""
+    if isinstance(value, dict | list) and value:
+        steps = value.items() if isinstance(value, dict) else enumerate(value)
+        for step, inner in steps:
+            yield from _leaves((*path, step), inner)
+    else:
+        yield path, value
+
+
+def _right(wanted: dict[Path, Any], given: dict[Path, Any], path: Path) -> bool:
+    """Whether the value at a path is there and the same; 1 and 1.0 are, 1 and "1", 1 and true are not."""
+    if path not in given:
+        return False
+    one, other = wanted[path], given[path]
+    if isinstance(one, str) and isinstance(other, str):
+        return same_text(one, other)
+    numbers = [type(value) in (int, float) for value in (one, other)]
+    if all(numbers):
+        return one == other or (abs(one) < 1e300 and abs(other) < 1e300 and math.isclose(one, other, rel_tol=1e-9))
+    return type(one) is type(other) and one == other
+
+
+def _refuse(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return number
+
+
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice")
+    return found
