@@ -101,7 +101,7 @@ def test_commands_and_flags_are_frozen():
     assert [option for p in root.params for option in p.opts] == ["--version", "--debug"]
     assert found == {
         "train": ["recipe", "overrides", "--json", "--debug"],
-        "evaluate": ["target", "--data", "--rows", "--device", "--json", "--debug"],
+        "evaluate": ["target", "--data", "--against", "--metrics", "--rows", "--device", "--json", "--debug"],
         "ask": ["target", "images_and_question", "--device", "--json", "--debug"],
         "plan": ["recipe", "overrides", "--memory", "--rows", "--image", "--json", "--debug"],
         "doctor": ["recipe", "overrides", "--json", "--debug"],

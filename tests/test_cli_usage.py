@@ -23,6 +23,8 @@ SLIPS = [
     (["profile", "r.yaml", "--image", "64x48"], "photos have their sizes: add --rows"),
     (["plan", "r.yaml", "--image", "64x48"], "photos have their sizes: add --rows"),
     (["evaluate", "runs/shop", "--data", ""], "'--data': it is empty"),
+    (["evaluate", "runs/shop", "--against", " "], "'--against': it is empty"),
+    (["evaluate", "runs/shop", "--metrics", "anls,rouge"], "--metrics: 'rouge' is no metric; there are exact_match,"),
     (["evaluate", "runs/shop", "--device", ""], "'--device': it is empty"),
     (["evaluate", ""], "'TARGET': it is empty"),
     (["ask", "", "a.png", "What?"], "'TARGET': it is empty"),

@@ -14,7 +14,7 @@ SIGNATURES = {
     "Recipe.with_overrides": ["self", "overrides"],
     "Recipe.to_yaml": ["self"],
     "train": ["recipe", "on_event", "features"],
-    "evaluate": ["target", "data", "against", "rows", "device", "on_progress", "features"],
+    "evaluate": ["target", "data", "against", "metrics", "rows", "device", "on_progress", "features"],
     "ask": ["target", "images", "question", "device", "options"],
     "register": [],
     "ChatModel": ["model", "processor", "system"],

@@ -1,7 +1,7 @@
 """The command line: parses, calls one function of the library, prints what it returns.
 
     phi3v train RECIPE [key=value ...]      data -> LoRA -> training with evaluation -> adapter and report
-    phi3v evaluate TARGET [--data ...]      base beside tuned on held-out rows
+    phi3v evaluate TARGET [--against ...]   scores on held-out rows, beside the base or another TARGET
     phi3v ask TARGET IMAGE... "question"    the answer, streamed
     phi3v data check RECIPE|DATASET         what is in a data set, what is wrong with it, what it costs
     phi3v data show RECIPE                  some rows as the model sees them
@@ -29,6 +29,7 @@ from phi3v.cli_command import (
     Overrides,
     Program,
     RecipeFile,
+    read_metrics,
     read_path,
     refuse_empty,
     refuse_options,
@@ -113,7 +114,7 @@ def train(
         here.result(summary)
 
 
-@app.command(cls=Command, short_help="Score base and tuned answers on held-out rows.")
+@app.command(cls=Command, short_help="Score answers to held-out rows, beside the base's or another model's.")
 def evaluate(
     context: typer.Context,
     target: Target,
@@ -124,19 +125,34 @@ def evaluate(
             callback=refuse_empty,
         ),
     ] = None,
+    against: Annotated[
+        str,
+        typer.Option(metavar="TARGET", help="What answers beside it: base, none or a TARGET.", callback=refuse_empty),
+    ] = "base",
+    metrics: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="Metrics; else those of the recipe or of the answers' kind."),
+    ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Answer the first so many rows only.")] = None,
     device: Device = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Answer held-out rows with the base and with the tuned model, and score both."""
+    """Answer held-out rows with a model and with its base or another model, and score both."""
+    named = read_metrics(metrics)
     with session(debug or context.obj, as_json) as here:
         from phi3v.cli_screen import Screen, show_evaluation
         from phi3v.evaluation.run import evaluate as evaluate_target
 
         with Screen(here.screen) as screen:
             evaluation = evaluate_target(
-                target, data, rows=rows, device=device, on_progress=screen.on_progress
+                target,
+                data,
+                against=None if against == "none" else against,
+                metrics=named,
+                rows=rows,
+                device=device,
+                on_progress=screen.on_progress,
             ).to_dict()
         show_evaluation(here.screen, evaluation)
         here.result(evaluation)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -76,6 +76,19 @@ def refuse_empty(value: str | None) -> str | None:
     if value is not None and not value.strip():
         raise typer.BadParameter("it is empty; name something, or check the variable that it comes from")
     return value
+
+
+def read_metrics(text: str | None) -> list[str] | None:
+    """ "anls, rouge_l" -> ["anls", "rouge_l"], None where nothing is said. Raises: BadParameter for another name."""
+    if text is None:
+        return None
+    from phi3v.recipe_report import MetricName
+
+    known, named = get_args(MetricName), [name.strip() for name in text.split(",")]
+    for name in named:
+        if name not in known:
+            raise typer.BadParameter(f"{name!r} is no metric; there are {', '.join(known)}", param_hint="--metrics")
+    return named
 
 
 def read_size(text: str | None, rows: int | None) -> tuple[int, int]:

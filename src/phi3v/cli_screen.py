@@ -6,7 +6,7 @@ and data is printed as it is, never read as markup. Without a terminal there are
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -24,7 +24,18 @@ from rich.table import Table
 from rich.text import Text
 
 from phi3v.cli_session import printable
-from phi3v.evaluation.figures import counted, duration, interval, percent, short_number
+from phi3v.evaluation.figures import (
+    counted,
+    duration,
+    ends,
+    figure,
+    gain,
+    gain_ends,
+    interval,
+    p_value,
+    percent,
+    short_number,
+)
 
 if TYPE_CHECKING:
     from phi3v.first_look import RowUse
@@ -148,34 +159,66 @@ def show_trainable(console: Console, report: TrainableReport) -> None:
 
 
 def show_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
-    """Scores of the base beside those of the tuned model, from `Evaluation.to_dict()`."""
-    base, tuned, majority = evaluation["scores"]["base"], evaluation["scores"]["tuned"], evaluation["majority"]
+    """Every metric of the target and of what stands beside it, from `Evaluation.to_dict()`."""
+    names, metrics = column_names(evaluation), evaluation["metrics"].values()
     table = Table("", title=counted(evaluation["rows"], "held-out row"), title_justify="left", box=None)
-    for name in ["base", "tuned"] if base else [Path(evaluation["target"]).name or evaluation["target"]]:
+    for name in names.values():
         table.add_column(Text(name))
     table.add_column("same answer to all")
-
-    def add(name: str, cells: Iterable[str], same: str = "–") -> None:
-        table.add_row(Text(name), *cells, same)
-
-    scores = [score for score in (base, tuned) if score]
-    add("exact match", [percent(s["exact_match"]["value"]) for s in scores], percent(majority["share"]["value"]))
-    add("  95 % interval", [interval(s["exact_match"]) for s in scores], "")
-    for name, field in tuned["fields"].items():
-        fields = [s["fields"][name] for s in scores]
-        add(f"{name}", [percent(f["accuracy"]["value"]) for f in fields], percent(majority["fields"][name]["value"]))
-        if field["numeric"]:
-            add("  mean absolute error", [short_number(f["mean_absolute_error"]) for f in fields], "")
-            add("  answers without a number", [short_number(f["not_numbers"]) for f in fields], "")
-    add("similarity", [percent(s["similarity"]) for s in scores])
-    if tuned["loss"] is not None:
-        add("loss per trained token", [short_number(s["loss"]) for s in scores])
+    for one in metrics:
+        values = [figure(one[who]["value"], one["unit"]) if one[who] else "–" for who in names]
+        table.add_row(Text(one["label"]), *values, figure(one["constant"], one["unit"]))
+        table.add_row("  95 % interval", *(ends(one[who], one["unit"]) if one[who] else "–" for who in names))
+        if one["metric"] == "absolute_error" and one["field"] is not None:
+            fields = [evaluation["scores"][who]["fields"][one["field"]] for who in names]
+            table.add_row("  answers without a number", *(short_number(field["not_numbers"]) for field in fields))
     align(table)
     console.print(table)
+    compared = [one for one in metrics if one["p"] is not None]
+    if compared:
+        title = f"{names['tuned']} minus {names['base']}"
+        gaps = Table("", "difference", "95 % interval", "p", "won", "lost", title=title, title_justify="left", box=None)
+        for one in compared:
+            gap, unit = one["difference"], one["unit"]
+            told = [
+                gain(gap["value"], unit),
+                gain_ends(gap, unit),
+                p_value(one["p"]),
+                str(one["won"]),
+                str(one["lost"]),
+            ]
+            gaps.add_row(Text(one["label"]), *told)
+        align(gaps)
+        console.print(gaps)
+    kind = evaluation["kind"]
+    chosen = ", ".join(dict.fromkeys(one["label"] for one in evaluation["metrics"].values() if one["field"] is None))
+    line = f"scored as {kind['name'].replace('_', ' ')} answers ({kind['why']}): {chosen}"
+    console.print(line, markup=False, soft_wrap=True)
+    for line in evaluation["notes"]:
+        console.print(line, markup=False, soft_wrap=True)
     for line in evaluation["problems"][:5]:
         console.print(f"left out: {printable(line)}", markup=False)
     if len(evaluation["problems"]) > 5:
         console.print(f"left out: {counted(len(evaluation['problems']) - 5, 'more row')}")
+
+
+def column_names(evaluation: Mapping[str, Any]) -> dict[str, str]:
+    """What the columns of both sets of answers are called: {"base": "base", "tuned": "tuned"}, or the targets' names.
+
+    Example: runs/a beside runs/b -> {"base": "b", "tuned": "a"}; runs/a alone -> {"tuned": "a"}; a/x beside b/x ->
+    {"base": "b/x", "tuned": "a/x"}.
+    """
+    target, base = evaluation["target"], evaluation["base"]
+    short = {name: Path(name).name or name for name in (target, base) if name is not None}
+    if evaluation["against"] == "base":
+        return {"base": "base", "tuned": "tuned"}
+    if base is None:
+        return {"tuned": short[target]}
+    return (
+        {"base": base, "tuned": target}
+        if short[base] == short[target]
+        else {"base": short[base], "tuned": short[target]}
+    )
 
 
 def show_run(console: Console, summary: Mapping[str, Any]) -> None:

@@ -9,6 +9,20 @@ from pydantic import BeforeValidator, Field
 
 from phi3v.recipe_data import Section
 
+MetricName = Literal[
+    "exact_match",
+    "similarity",
+    "field_accuracy",
+    "json_field_accuracy",
+    "json_valid",
+    "multiple_choice",
+    "relaxed_accuracy",
+    "anls",
+    "rouge_l",
+    "chrf",
+]
+"""Every metric of `evaluation.kinds`, by its name."""
+
 
 def _trackers(value: Any) -> Any:
     """`none` or null -> [], one name -> a list of it."""
@@ -28,6 +42,10 @@ class EvaluationSection(Section):
     max_new_tokens: int = Field(default=128, ge=1, description="Longest answer in tokens.")
     during_training: int = Field(
         default=0, ge=0, description="Held-out rows that are answered, shown and scored at each validation."
+    )
+    metrics: list[MetricName] | None = Field(
+        default=None,
+        description="Metrics, the most important one first; null for those of the answers' kind.",
     )
     numeric_fields: list[str] | None = Field(
         default=None, description="Answer columns scored as numbers; null finds them by their values."

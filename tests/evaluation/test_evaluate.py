@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import write_photos, write_tiny_model
@@ -14,7 +15,9 @@ from phi3v.data.encode import encode, encode_prompt
 from phi3v.errors import CheckpointError, ConfigError, DataError
 from phi3v.evaluation.answers import answer_rows, prompt_of
 from phi3v.evaluation.fields import AnswerTemplate
-from phi3v.evaluation.run import evaluate, held_out_rows, prediction_rows
+from phi3v.evaluation.result import prediction_rows
+from phi3v.evaluation.row_scores import Column
+from phi3v.evaluation.run import evaluate, held_out_rows
 from phi3v.generate import ChatModel
 from phi3v.loading import load_base, load_processor, load_target
 from phi3v.recipe import Recipe
@@ -204,8 +207,44 @@ def test_what_is_not_there_is_one_line(world, target, data, error, words):
 
 
 def test_what_to_compare_with_is_checked_first(world):
-    with pytest.raises(ConfigError, match="against is 'foo', allowed are 'base' and None"):
-        evaluate(world / "run", against="foo")
+    for against, words in (("runs/foo", "runs/foo does not exist"), (world / "photos", "is neither a run")):
+        with pytest.raises(CheckpointError, match=words):
+            evaluate(world / "run", against=against)
+    with pytest.raises(ConfigError, match="'rouge' is no metric; there are exact_match"):
+        evaluate(world / "run", metrics=["rouge"])
+
+
+def test_another_target_stands_beside(world, evaluation, tmp_path):
+    """The model itself as the other target answers what the base answers, and nothing is written into the run."""
+    run = RunFolder(world / "run")
+    before = run.evaluation.read_bytes()
+    found = evaluate(run.path, against=world / "model", metrics=["anls"])
+    assert run.evaluation.read_bytes() == before
+    assert (found.target, found.base, found.against) == (str(run.path), str(world / "model"), "target")
+    assert [row["base"] for row in found.predictions] == [row["base"] for row in evaluation.predictions]
+    assert list(found.metrics)[:3] == ["anls", "exact_match", "similarity"] and found.to_dict()["primary"] == "anls"
+    same = evaluate(run.path, against=run.path / "adapter")
+    for one in same.metrics.values():
+        assert one["tuned"] == one["base"] and (one["won"], one["lost"], one["tied"]) == (0, 0, one["tuned"]["rows"])
+        assert one["difference"]["value"] in (0, None) and one["p"] in (1, None)
+
+
+def test_scores_of_rows_add_up_to_the_metrics(evaluation):
+    """What predictions.jsonl says of every row is what evaluation.json says of all."""
+    assert evaluation.scoring.kind == "templated" and evaluation.against == "base"
+    assert list(evaluation.metrics)[:4] == ["exact_match", "field_accuracy", "well_formed", "field_accuracy.colour"]
+    for name, figures in evaluation.metrics.items():
+        for who in ("tuned", "base"):
+            scores = [row["scores"][who][name] for row in evaluation.predictions]
+            if name != "loss":
+                assert figures[who]["value"] == pytest.approx(sum(scores) / HELD_OUT)
+            assert figures[who]["low"] is None or figures[who]["low"] <= figures[who]["value"] <= figures[who]["high"]
+        gains = [row["scores"]["tuned"][name] - row["scores"]["base"][name] for row in evaluation.predictions]
+        better, worse = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+        assert (figures["won"], figures["lost"]) == (
+            (better, worse) if figures["better"] == "higher" else (worse, better)
+        )
+    assert evaluation.metrics["exact_match"]["constant"] == evaluation.majority.value
 
 
 def test_a_recipe_without_held_out_rows_is_refused(world, tmp_path):
@@ -227,7 +266,11 @@ def test_windows_do_not_change_the_answers(world):
 
 def test_predictions_hold_the_fields_of_every_answer(world):
     rows = held_out_rows(resolve_target(world / "run"), world / "photos" / "rows.jsonl", 1).rows
-    found = prediction_rows(rows, [" It is red.\n"], ["a red thing"], AnswerTemplate("It is {colour}."))
+    column = Column("exact_match", None, np.array([1.0]))
+    scores = {"exact_match": column}, {"exact_match": column}
+    found = prediction_rows(rows, [" It is red.\n"], ["a red thing"], AnswerTemplate("It is {colour}."), *scores)
     assert found[0]["right"] is True and found[0]["row"] == 0 and found[0]["images"] == ["0.png"]
     assert found[0]["fields"] == {"colour": {"expected": "red", "base": None, "tuned": "red"}}
-    assert prediction_rows(rows, ["x"], None, AnswerTemplate("free text"))[0]["fields"] == {}
+    assert found[0]["scores"] == {"tuned": {"exact_match": 1.0}, "base": {"exact_match": 1.0}}
+    alone = prediction_rows(rows, ["x"], None, AnswerTemplate("free text"), {}, None)[0]
+    assert alone["fields"] == {} and alone["scores"] == {"tuned": {}, "base": None}

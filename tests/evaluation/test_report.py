@@ -8,7 +8,9 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image, ImageDraw
 
-from phi3v.evaluation.fields import AnswerTemplate, majority_fields
+from phi3v.evaluation.fields import AnswerTemplate
+from phi3v.evaluation.kinds import choose_scoring
+from phi3v.evaluation.metric_table import constant_scores, metric_table
 from phi3v.evaluation.metrics import score_answers
 from phi3v.evaluation.report import (
     ReportContent,
@@ -18,7 +20,8 @@ from phi3v.evaluation.report import (
     photo_uri,
     render_report,
 )
-from phi3v.evaluation.shares import Share, majority_answer
+from phi3v.evaluation.row_scores import score_rows
+from phi3v.evaluation.shares import Share
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
@@ -31,20 +34,26 @@ def make_content(rows: int = 12, base: bool = True) -> ReportContent:
     expected = [f"Product: Wool Scarf number {i}, Price: {100 + i}" for i in range(rows)]
     tuned = [HOSTILE, *expected[1:]]
     wrong = ["a red square"] * rows
-    share = majority_answer(expected)[1]
-    fields = majority_fields(expected, TEMPLATE)
+    asked = ["What is shown?"] * rows
+    scoring = choose_scoring(expected, asked, TEMPLATE, numeric_fields=["price"])
+    columns = [
+        score_rows(scoring, expected, answers, asked, [loss * 3] * rows, [3] * rows)
+        for answers, loss in ((tuned, 0.012345), (wrong, 4.5))
+    ]
+    table = metric_table(columns[0], columns[1] if base else None, constant_scores(scoring, expected, asked))
     evaluation = {
         "target": "runs/test",
         "base": "tiny/base" if base else None,
+        "against": "base" if base else None,
         "rows": rows,
         "created": "2026-01-02T03:04:05Z",
+        "kind": {"name": scoring.kind, "why": scoring.why},
+        "primary": scoring.metrics[0],
+        "metrics": table,
+        "notes": [],
         "scores": {
             "base": score_answers(expected, wrong, TEMPLATE, ["price"], loss=4.5).to_dict() if base else None,
             "tuned": score_answers(expected, tuned, TEMPLATE, ["price"], loss=0.012345).to_dict(),
-        },
-        "majority": {
-            "share": vars(share),
-            "fields": {name: vars(score) for name, score in fields.items()},
         },
     }
     samples = []
@@ -101,7 +110,11 @@ def test_page_holds_scores_samples_recipe_and_times():
         "12 held-out rows",
         "before (base)",
         "91.7 %",
-        "11 of 12",
+        "Exact match on rows that training never saw",
+        "12 rows, 95 % interval 64.6 % to 98.5 %",
+        "Difference +91.7 points",
+        "p < 0.001 (McNemar's test): 11 rows better, 0 worse, 1 the same",
+        "Scored as templated answers: 12 of 12 expected answers have the form",
         "field “price”",
         "“price”, mean absolute error",
         "image blanked",

@@ -30,10 +30,14 @@ class Answers:
     Attributes:
         texts: one answer per row, in order.
         loss: mean loss per trained token of the expected answers; None when there was no trained token.
+        losses: the loss of each row, summed over its trained tokens; None where it is not known row by row.
+        tokens: how many these are.
     """
 
     texts: list[str]
     loss: float | None
+    losses: list[float] | None = None
+    tokens: list[int] | None = None
 
 
 def answer_rows(

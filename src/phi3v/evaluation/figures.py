@@ -18,6 +18,36 @@ def interval(share: Mapping[str, Any]) -> str:
     return f"{percent(share['low'])} to {percent(share['high'])}"
 
 
+def figure(value: float | None, unit: str) -> str:
+    """A value of a metric: 0.955, "share" -> "95.5 %"; 12.0, "number" -> "12"; None -> "–"."""
+    return "–" if value is None else percent(value) if unit == "share" else short_number(value)
+
+
+def ends(estimate: Mapping[str, Any], unit: str) -> str:
+    """The interval of an estimate: {"low": 0.917, "high": 0.976}, "share" -> "91.7 % to 97.6 %"; "–" without one."""
+    if estimate["low"] is None:
+        return "–"
+    return f"{figure(estimate['low'], unit)} to {figure(estimate['high'], unit)}"
+
+
+def gain(value: float | None, unit: str) -> str:
+    """A difference with its sign, of shares in points of a hundred: 0.955, "share" -> "+95.5"; -12.0 -> "-12"."""
+    if value is None:
+        return "–"
+    text = f"{100 * value:+.1f}" if unit == "share" else f"{'+' if value > 0 else ''}{short_number(value)}"
+    return "0" if text in ("+0.0", "-0.0") else text
+
+
+def gain_ends(estimate: Mapping[str, Any], unit: str) -> str:
+    """The interval of a difference: {"low": -0.01, "high": 0.02}, "share" -> "-1.0 to +2.0"; "–" without one."""
+    return "–" if estimate["low"] is None else f"{gain(estimate['low'], unit)} to {gain(estimate['high'], unit)}"
+
+
+def p_value(p: float | None) -> str:
+    """A p value: 6e-58 -> "< 0.001", 0.0215 -> "0.022", 0.5 -> "0.5", None -> "–"."""
+    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.2g}"
+
+
 def short_number(value: float | None) -> str:
     """A figure in three or four digits: None -> "–", 1234567 -> "1,234,567", 0.012345 -> "0.0123", 5.0 -> "5"."""
     if value is None:

@@ -21,7 +21,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from phi3v.data.data_uri import photo_uri
-from phi3v.evaluation.figures import counted, duration, interval, percent, short_number
+from phi3v.evaluation.figures import (
+    counted,
+    duration,
+    ends,
+    figure,
+    gain,
+    gain_ends,
+    interval,
+    p_value,
+    percent,
+    short_number,
+)
 
 TRAIN_COLOUR, EVALUATION_COLOUR, AXIS_COLOUR = "#3b7dd8", "#d9822b", "#8a8f98"  # readable on white and on black
 
@@ -69,6 +80,11 @@ def render_report(content: ReportContent) -> str:
     environment.filters.update(
         percent=percent,
         interval=interval,
+        figure=figure,
+        ends=ends,
+        gain=gain,
+        gain_ends=gain_ends,
+        p_value=p_value,
         number=short_number,
         counted=counted,
         duration=duration,
@@ -80,8 +96,7 @@ def render_report(content: ReportContent) -> str:
     return environment.from_string(source).render(
         content=content,
         evaluation=content.evaluation,
-        base=content.evaluation["scores"].get("base") if content.evaluation else None,
-        tuned=content.evaluation["scores"]["tuned"] if content.evaluation else None,
+        primary=content.evaluation["metrics"][content.evaluation["primary"]] if content.evaluation else None,
         curve=Markup(curve),
         colours={"loss": TRAIN_COLOUR, "eval_loss": EVALUATION_COLOUR},
         points=points,

@@ -13,7 +13,9 @@ from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.whole_files import replace_file
 
-NEEDED = ("base", "rows", "scores", "majority", "problems", "seconds")
+NEEDED = (
+    "target base against rows kind primary metrics scores majority notes problems seconds".split()  # in its own order
+)
 """What evaluation.json holds at least, for the report and for the screen."""
 
 

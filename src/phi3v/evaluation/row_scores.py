@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,15 +40,15 @@ TEXT_METRICS: dict[str, Callable[[str, str], float]] = {
 LABELS = {
     "exact_match": "exact match",
     "field_accuracy": "fields that are right",
-    "well_formed": "answers in the template's form",
-    "json_valid": "answers that are JSON",
+    "well_formed": "in the template's form",
+    "json_valid": "strict JSON",
     "json_field_accuracy": "JSON values that are right",
     "multiple_choice": "right option",
     "anls": "ANLS",
     "relaxed_accuracy": "number within 5 %",
     "rouge_l": "ROUGE-L",
     "chrf": "chrF",
-    "similarity": "similarity of the text",
+    "similarity": "similarity",
     "absolute_error": "mean absolute error",
     "loss": "loss per trained token",
 }
@@ -134,7 +134,7 @@ def score_rows(
     return {column.name: column for column in columns}
 
 
-def scores_of_row(columns: dict[str, Column], position: int) -> dict[str, float | None]:
+def scores_of_row(columns: Mapping[str, Column], position: int) -> dict[str, float | None]:
     """The scores of one row for predictions.jsonl: {"exact_match": 0.0, "absolute_error.price": None, ...}."""
     return {name: column.row(position) for name, column in columns.items()}
 

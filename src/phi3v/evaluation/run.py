@@ -1,9 +1,9 @@
-"""Ask a model about rows it was not trained on, and score what it says: base beside tuned.
+"""Ask a model about rows it was not trained on, and score what it says: beside its base, or beside another target.
 
 In comes a TARGET (run, adapter, model folder, hub id) and, for anything but a run, the rows; out comes an `Evaluation`.
 The model is loaded once, and its base answers with the adapter off. Where the tuned model does not hold its base (it
-was tuned as a whole, or LoRA began with parts of the base's weights) the base is loaded after it. Knows nothing about
-training and prints nothing.
+was tuned as a whole, or LoRA began with parts of the base's weights) the base is loaded after it, and so is another
+target. Knows nothing about training and prints nothing.
 """
 
 from __future__ import annotations
@@ -11,27 +11,22 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from phi3v.adapters import base_weights, holds_base
-from phi3v.data.address_guard import shorten
 from phi3v.data.reading import Reading
 from phi3v.data.rows import Rows
-from phi3v.data.schema import Row, RowProblem
+from phi3v.data.schema import Row
 from phi3v.data.sources import LoadedData, StreamedData, load_data, load_rows, stream_data
 from phi3v.errors import ConfigError
 from phi3v.evaluation.answers import Answers, answer_rows
-from phi3v.evaluation.fields import AnswerTemplate, majority_fields
-from phi3v.evaluation.metrics import Scores, score_answers
-from phi3v.evaluation.shares import Share, majority_answer
+from phi3v.evaluation.result import Beside, Evaluation, HeldOut, build_evaluation, scoring_of
 from phi3v.features.opening import open_store
 from phi3v.features.store import FeatureStore
 from phi3v.features.vision import VisionFeatures, sees_plainly
 from phi3v.first_look import row_options, survey_options, survey_rows
-from phi3v.loading import LoadedTarget, load_processor, load_target, resolve_device
+from phi3v.loading import LoadedTarget, load_config, load_processor, load_target, resolve_device
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.targets import Target, resolve_target, run_of
@@ -42,100 +37,29 @@ See = Callable[[dict[str, Any]], dict[str, Any]] | None
 """Puts kept features in place of an example's pixels."""
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What an evaluation found.
-
-    Attributes:
-        target: what was evaluated, as it was named.
-        base: name of the base beside it; None when there is none to compare with.
-        data: where the rows come from.
-        template: the answer template, which fields are named after.
-        tuned: scores of the target.
-        base_scores: scores of the base; None without one.
-        majority_answer: the most frequent expected answer.
-        majority: what that answer would score on every row.
-        majority_fields: the same for each field by itself.
-        problems: rows that were left out, one line each.
-        seconds: stage -> how long it took.
-        created: when, in UTC.
-        predictions: one dict per row, see `prediction_rows`.
-    """
-
-    target: str
-    base: str | None
-    data: str
-    template: str | None
-    tuned: Scores
-    base_scores: Scores | None
-    majority_answer: str
-    majority: Share
-    majority_fields: dict[str, Share]
-    problems: list[str]
-    seconds: dict[str, float]
-    created: str
-    predictions: list[dict[str, Any]] = field(repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the predictions, as plain values for JSON."""
-        return {
-            "target": self.target,
-            "base": self.base,
-            "data": self.data,
-            "rows": self.tuned.rows,
-            "answer_template": self.template,
-            "scores": {
-                "base": self.base_scores.to_dict() if self.base_scores else None,
-                "tuned": self.tuned.to_dict(),
-            },
-            "majority": {
-                "answer": self.majority_answer,
-                "share": vars(self.majority),
-                "fields": {name: vars(share) for name, share in self.majority_fields.items()},
-            },
-            "problems": self.problems,
-            "seconds": self.seconds,
-            "created": self.created,
-        }
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Rows to answer, and how.
-
-    Attributes:
-        rows: the rows.
-        problems: rows that were left out.
-        data: where they come from.
-        recipe: whose templates, lengths and batch sizes apply.
-    """
-
-    rows: Sequence[Row]
-    problems: list[RowProblem]
-    data: str
-    recipe: Recipe
-
-
 def evaluate(
     target: str | Path,
     data: str | Path | None = None,
     *,
-    against: Literal["base"] | None = "base",
+    against: str | Path | None = "base",
+    metrics: Sequence[str] | None = None,
     rows: int | None = None,
     device: str | None = None,
     on_progress: Progress | None = None,
     features: FeatureStore | None = None,
 ) -> Evaluation:
-    """Answers held-out rows with a target and with its base, and scores both.
+    """Answers held-out rows with a target and with what stands beside it, and scores both.
 
     A run's own held-out rows, all that its recipe asks for, are the run's evaluation: predictions.jsonl,
-    evaluation.json and report.html are written into it. With `data` or `rows` nothing is written.
+    evaluation.json and report.html are written into it. With `data`, `rows` or another target nothing is written.
 
     Args:
         target: run, adapter, model folder or hub id.
         data: a recipe file, whose held-out rows are taken, or data read with the templates of the target's run;
             None for the run's own held-out rows.
-        against: "base" to answer with the base too, None for the target alone.
+        against: "base" to answer with the base too, None for the target alone, or another target, which answers the
+            same rows in the same way.
+        metrics: names of metrics; None for those of the recipe, or where it names none those of the answers' kind.
         rows: only the first so many rows; None for as many as the recipe says.
         device: "auto", "cpu" or "cuda"; None as the recipe says.
         on_progress: called as rows are answered.
@@ -143,22 +67,23 @@ def evaluate(
             training for instance; None opens what the recipe names.
 
     Raises:
-        ConfigError: the target is no run and `data` is no recipe, so nothing says which rows and templates; `against`
-            is something else.
-        CheckpointError, DataError: the target or the rows cannot be used.
+        ConfigError: the target is no run and `data` is no recipe, so nothing says which rows and templates; a name that
+            is no metric.
+        CheckpointError, DataError: a target or the rows cannot be used.
+        MissingPackageError: a named metric's package is not installed.
     """
-    if against not in ("base", None):
-        raise ConfigError(f"against is {against!r}, allowed are 'base' and None (the target alone)")
     place = resolve_target(target)
+    other = _resolve_other(against)
     if device is not None:
         resolve_device(device)  # what is not there is said before rows are read
     held_out = held_out_rows(place, data, rows)
+    scoring = scoring_of(held_out, metrics)
     began = time.monotonic()
     store = feature_store(held_out.recipe, features)
-    tuned, base = _answer_both(place, held_out, against, device, on_progress or _ignore, store)
+    tuned, beside = _answer_both(place, held_out, other, device, on_progress or _ignore, store)
     seconds = {"evaluation": time.monotonic() - began}
-    evaluation = build_evaluation(place, held_out, tuned, base, seconds)
-    if place.kind == "run" and data is None and rows is None:
+    evaluation = build_evaluation(place.name, held_out, scoring, tuned, beside, seconds)
+    if place.kind == "run" and data is None and rows is None and not isinstance(other, Target):
         write_evaluation(RunFolder(target), evaluation, held_out)
     return evaluation
 
@@ -195,6 +120,15 @@ def held_out_rows(place: Target, data: str | Path | None, rows: int | None) -> H
     return HeldOut(sound, [*problems, *looked.problems], name, recipe)
 
 
+def _resolve_other(against: str | Path | None) -> Literal["base"] | Target | None:
+    """What `evaluate` takes as `against`; what is wrong with a target's small files is said before rows are read."""
+    if against is None or against == "base":
+        return "base" if against else None
+    place = resolve_target(against)
+    load_config(place.base, revision=place.revision)
+    return place
+
+
 def _recipe_of(place: Target) -> Recipe:
     """The recipe of the run that a target is or lies in."""
     if (run := run_of(place.name)) is not None:
@@ -216,12 +150,12 @@ def answer_options(recipe: Recipe) -> dict[str, Any]:
 def _answer_both(
     place: Target,
     held_out: HeldOut,
-    against: Literal["base"] | None,
+    against: Literal["base"] | Target | None,
     device: str | None,
     on_progress: Progress,
     store: FeatureStore | None,
-) -> tuple[Answers, tuple[str, Answers] | None]:
-    """Answers of the target, and the base's name and answers where they are wanted and there is a base."""
+) -> tuple[Answers, Beside | None]:
+    """Answers of the target, and of the other target, or of the base where it is wanted and there is one."""
     recipe = held_out.recipe
     options = recipe.loading_options | ({} if device is None else {"device": device})
     settings = answer_options(recipe)
@@ -236,17 +170,22 @@ def _answer_both(
         store.begin()
     loaded = load_target(place.name, **options)
     see = seeing(loaded.model, store)
-    base: tuple[str, Answers] | None = None
+    base: Beside | None = None
     if against == "base" and holds_base(loaded.model):
         with base_weights(loaded.model):
-            base = loaded.base_name, answers(loaded.model, loaded.processor, "base answers", see)
+            base = Beside(loaded.base_name, "base", answers(loaded.model, loaded.processor, "base answers", see))
     tuned = answers(loaded.model, loaded.processor, "tuned answers", see)
-    if against == "base" and base is None and place.kind in ("run", "adapter"):
+    if isinstance(against, Target) or (against == "base" and base is None and place.kind in ("run", "adapter")):
         processor = loaded.processor
         del loaded, see  # two whole models need not fit into memory
         gc.collect()
+        if isinstance(against, Target):
+            source = load_target(against.name, **options)
+            said = answers(source.model, source.processor, "other answers", seeing(source.model, store))
+            return tuned, Beside(against.name, "target", said)
         source = _load_base_beside(place, options)
-        base = source.base_name, answers(source.model, processor, "base answers", seeing(source.model, store))
+        said = answers(source.model, processor, "base answers", seeing(source.model, store))
+        base = Beside(source.base_name, "base", said)
     return tuned, base
 
 
@@ -270,67 +209,6 @@ def seeing(model: Any, store: FeatureStore | None) -> See:
     if store is None or not sees_plainly(model):
         return None
     return VisionFeatures(model, store).complete
-
-
-def build_evaluation(
-    place: Target, held_out: HeldOut, tuned: Answers, base: tuple[str, Answers] | None, seconds: dict[str, float]
-) -> Evaluation:
-    """Scores of answers that are there; the arguments as `evaluate` makes them."""
-    recipe = held_out.recipe
-    expected = [row.answer for row in held_out.rows]
-    template = AnswerTemplate(recipe.data.answer)
-    numeric = recipe.evaluation.numeric_fields
-
-    def scores(answers: Answers) -> Scores:
-        return score_answers(expected, answers.texts, template, numeric, answers.loss)
-
-    answer, share = majority_answer(expected)
-    return Evaluation(
-        target=place.name,
-        base=base[0] if base else None,
-        data=held_out.data,
-        template=recipe.data.answer,
-        tuned=scores(tuned),
-        base_scores=scores(base[1]) if base else None,
-        majority_answer=answer,
-        majority=share,
-        majority_fields=majority_fields(expected, template) if template.separable else {},
-        problems=[str(problem) for problem in held_out.problems],
-        seconds=seconds,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        predictions=prediction_rows(held_out.rows, tuned.texts, base[1].texts if base else None, template),
-    )
-
-
-def prediction_rows(
-    rows: Sequence[Row], tuned: Sequence[str], base: Sequence[str] | None, template: AnswerTemplate
-) -> list[dict[str, Any]]:
-    """One dict per row for predictions.jsonl.
-
-    Example: {"row": 3, "source": "shop.csv", "images": ["a.jpg"], "question": "What is it?", "expected": "Product:
-    Scarf", "base": "a red square", "tuned": "Product: Scarf", "right": true, "fields": {"title": {"expected": "Scarf",
-    "base": null, "tuned": "Scarf"}}}; `fields` is {} where the template cannot be read backwards, `base` is null
-    without a base.
-    """
-    found = []
-    for position, row in enumerate(rows):
-        texts = {"expected": row.answer, "base": base[position] if base else None, "tuned": tuned[position]}
-        parsed = {name: template.parse(text) if text is not None else None for name, text in texts.items()}
-        fields = {
-            name: {who: values[name] if values else None for who, values in parsed.items()} for name in template.fields
-        }
-        found.append(
-            {
-                "row": row.index,
-                "source": row.source,
-                "images": [shorten(image.url) if image.url else image.path for image in row.images],
-                "question": row.question,
-                **texts,
-                "right": tuned[position].strip() == row.answer.strip(),
-                "fields": fields if template.separable else {},
-            }
-        )
-    return found
 
 
 def write_evaluation(run: RunFolder, evaluation: Evaluation, held_out: HeldOut) -> None:

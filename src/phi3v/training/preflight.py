@@ -10,6 +10,7 @@ from huggingface_hub import HfApi
 
 from phi3v.errors import ConfigError
 from phi3v.evaluation.fields import AnswerTemplate, choose_numeric_fields
+from phi3v.evaluation.kinds import check_metrics
 from phi3v.launch import Launch
 from phi3v.passthrough import first_line
 from phi3v.recipe import Recipe
@@ -26,9 +27,9 @@ def check_recipe_alone(recipe: Recipe) -> None:
     """Refuses a recipe whose options, fields or trackers cannot be.
 
     Raises:
-        ConfigError: an option of training or lora, or a name in evaluation.numeric_fields.
+        ConfigError: an option of training or lora, or a name in evaluation.numeric_fields or evaluation.metrics.
         DataError: the answer template.
-        MissingPackageError: a tracker that is not installed.
+        MissingPackageError: a tracker or the package of a metric that is not installed.
     """
     refuse_other_launchers()
     check_options(recipe.training.options)
@@ -36,7 +37,9 @@ def check_recipe_alone(recipe: Recipe) -> None:
         lora_config(recipe.lora)
     if recipe.model.adapter is not None:
         adapter_place(recipe.model.adapter)
-    choose_numeric_fields([], AnswerTemplate(recipe.data.answer), recipe.evaluation.numeric_fields)
+    template = AnswerTemplate(recipe.data.answer)
+    choose_numeric_fields([], template, recipe.evaluation.numeric_fields)
+    check_metrics(recipe.evaluation.metrics or [], template)
     check_trackers(recipe.report.to)
 
 

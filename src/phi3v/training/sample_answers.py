@@ -14,7 +14,9 @@ from phi3v.data.images import open_image
 from phi3v.data.schema import Row
 from phi3v.evaluation.answers import answer_rows
 from phi3v.evaluation.fields import AnswerTemplate
-from phi3v.evaluation.metrics import score_answers
+from phi3v.evaluation.intervals import mean
+from phi3v.evaluation.kinds import choose_scoring
+from phi3v.evaluation.row_scores import score_rows
 from phi3v.evaluation.run import answer_options
 from phi3v.recipe import Recipe
 
@@ -66,7 +68,7 @@ class SampleAnswers:
         self._photos: list[tuple[Any, ...]] | None = None
 
     def __call__(self, model: Any, step: int) -> dict[str, float]:
-        """Answers, tells, and gives the scores: {"exact_match": 0.25, "similarity": 0.81}."""
+        """Answers, tells, and gives the scores: {"exact_match": 0.25, "similarity": 0.81}, and the recipe's metrics."""
         was_training, device = model.training, next(model.parameters()).device.type
         model.eval()
         try:
@@ -75,15 +77,18 @@ class SampleAnswers:
         finally:
             model.train(was_training)
         expected = [row.answer for row in self.rows]
-        template, numeric = AnswerTemplate(self.recipe.data.answer), self.recipe.evaluation.numeric_fields
-        scores = score_answers(expected, texts, template, numeric, None).to_dict()
+        questions, settings = [row.question for row in self.rows], self.recipe.evaluation
+        template, named = AnswerTemplate(self.recipe.data.answer), settings.metrics or []
+        scoring = choose_scoring(expected, questions, template, metrics=named, numeric_fields=settings.numeric_fields)
+        columns = score_rows(scoring, expected, texts, questions)
         answers = [
             SampleAnswer(step, row.index, row.question, row.answer, text, photos)
             for row, text, photos in zip(self.rows, texts, self._small_photos(), strict=True)
         ]
         for listener in self.listeners:
             listener(step, answers)
-        return {"exact_match": scores["exact_match"]["value"], "similarity": scores["similarity"]}
+        means = {name: mean(columns[name]) for name in scoring.metrics}
+        return {name: value for name, value in means.items() if value is not None}
 
     def _small_photos(self) -> list[tuple[Any, ...]]:
         """The images of the rows, at most 336 pixels wide and high, made once."""
