@@ -40,7 +40,7 @@ def named_option(answer: str, options: dict[str, str]) -> str | None:
     """
     text = answer.strip().strip("*_`\"'").strip()
     if match := _ALONE.fullmatch(text) or _FIRST.match(text):
-        letters = {next(filter(None, match.groups())).upper()}
+        letters = {next(filter(None, match.groups())).upper(), *_BRACKETED.findall(text)}
     else:
         bare = text.replace("*", "")
         letters = {letter for letter in _SAID.findall(bare) if letter.isupper()} or set(_BRACKETED.findall(bare))

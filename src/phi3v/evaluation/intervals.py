@@ -103,13 +103,16 @@ def _estimate(
 def newcombe_interval(ones: Numbers, others: Numbers) -> tuple[float, float]:
     """Newcombe's interval of the difference of two paired means of scores from 0 to 1 (his method 10, 1998).
 
-    Example: 200 of 200 against 0 of 200 -> 0.973 to 1.0; the same 200 of 200 twice -> -0.019 to 0.019.
+    Example: of 50 rows both get 36, the first alone 12 and the second alone 2: 0.2, 0.0569 to 0.3404. 200 of 200
+    against 0 of 200: 0.973 to 1.0; the same 200 of 200 twice: -0.019 to 0.019.
     """
     count, one, other = len(ones), float(ones.mean()), float(others.mean())
     low_one, high_one = wilson_interval(float(ones.sum()), count)
     low_other, high_other = wilson_interval(float(others.sum()), count)
     spread = float(ones.std() * others.std())
-    correlation = float(((ones - one) * (others - other)).mean()) / spread if spread > 1e-12 else 0.0
+    shared = float(((ones - one) * (others - other)).mean())
+    shared = max(0.0, shared - 0.5 / count) if shared > 0 else shared  # his correction: rather too wide than too narrow
+    correlation = shared / spread if spread > 1e-12 else 0.0
     below, above = one - low_one, high_other - other
     down = math.sqrt(max(0.0, below**2 - 2 * correlation * below * above + above**2))
     below, above = other - low_other, high_one - one
@@ -140,8 +143,10 @@ def _resampled_sums(numbers: Numbers, resamples: int, random: np.random.Generato
     found = []
     for start in range(0, resamples, at_once):
         drawn = random.integers(0, rows, (min(at_once, resamples - start), rows), dtype=np.int32)
-        times = np.stack([np.bincount(one, minlength=rows) for one in drawn])
-        found.append(times.astype(np.float64) @ numbers)
+        times = np.empty(drawn.shape)
+        for place, one in enumerate(drawn):
+            times[place] = np.bincount(one, minlength=rows)
+        found.append(times @ numbers)
     return np.concatenate(found)
 
 

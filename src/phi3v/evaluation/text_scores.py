@@ -70,8 +70,8 @@ def rouge_l(expected: str, answer: str) -> float:
 def chrf(expected: str, answer: str) -> float:
     """chrF2 of a row, by sacrebleu, as a share: F measure of runs of 1 to 6 characters, white space aside.
 
-    Example: "abc", "abd": 2 of 3 runs of one, 1 of 2 of two, 0 of 1 of three: (2/3 + 1/2 + 0) / 3 = 0.389. Two empty
-    texts: 1.0.
+    Example: "abc", "abd": 2 of 3 runs of one, 1 of 2 of two, 0 of 1 of three agree: precision and recall (2/3 + 1/2 +
+    0) / 3 = 0.389, and so is their F. Two empty texts: 1.0.
     """
     require_package("chrf")
     from sacrebleu.metrics.chrf import CHRF
