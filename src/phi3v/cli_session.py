@@ -157,7 +157,7 @@ def _say(message: str, debug: bool) -> None:
 
 def _have_met() -> bool:
     """Whether this rank has found the others."""
-    ranks = sys.modules.get("phi3v.training.ranks")
+    ranks = sys.modules.get("phi3v.ranks")
     return ranks is not None and ranks.have_met()
 
 

@@ -12,7 +12,8 @@ from phi3v.adapters import base_weights
 from phi3v.data.collate import Collator
 from phi3v.data.encode import encode, encode_prompt
 from phi3v.errors import CheckpointError, ConfigError, DataError
-from phi3v.evaluation.answers import answer_rows, prompt_of
+from phi3v.evaluation.answers import answer_rows
+from phi3v.evaluation.engine import prompt_of
 from phi3v.evaluation.metrics import AnswerTemplate
 from phi3v.evaluation.run import evaluate, held_out_rows, prediction_rows
 from phi3v.generate import ChatModel
