@@ -1,9 +1,9 @@
 """The answers of one model to many rows, and its loss on what should have been answered.
 
-In come a loaded model, its processor and rows; out come texts in the order of the rows, and for each row the loss of the
-expected answer. Rows are worked in windows of fixed size, each sorted by length and answered in one running batch
-(`engine`), so that what is computed together depends on the rows alone: not on where an earlier start was killed, nor on
-how many processes share the windows. A few examples are in memory at a time; each image goes through the tower once.
+In come a loaded model, its processor and rows; out come texts in the order of the rows, and for each row the loss of
+the expected answer. Rows are worked in windows of fixed size, each sorted by length and answered in one running batch
+(`engine`), so that what is computed together depends on the rows alone: not on where an earlier start was killed, nor
+on how many processes share the windows. A few examples are in memory at a time; each image goes through the tower once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from phi3v.data.encode import encode, encode_prompt
 from phi3v.data.images import MAX_PIXELS
 from phi3v.data.lengths import RowLength, row_lengths
-from phi3v.data.schema import ImageRef, Row
+from phi3v.data.schema import ImageRef, Row, TrainOn
 from phi3v.errors import DataError
 from phi3v.evaluation.engine import Answered, Engine
 from phi3v.evaluation.journal import Journal
@@ -173,7 +173,7 @@ class _Window:
 
     def _longest_first(self, span: range) -> list[int]:
         """Places in the span by the length of their rows: 3, 9 and 5 tokens -> [1, 2, 0]."""
-        trained = "last_assistant" if self.expected else None
+        trained: TrainOn | None = "last_assistant" if self.expected else None
         rows = self.rows[span.start : span.stop]
         found = row_lengths(rows, self.chat.processor, train_on=trained, max_pixels=self.max_pixels)
         lengths = [one.total if isinstance(one, RowLength) else 0 for one in found]

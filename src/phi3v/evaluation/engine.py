@@ -244,13 +244,13 @@ class Engine:
         """One batch through the model's own `generate`, and once more for the loss where there is one to have."""
         prompts = [prompt_of(example) for _, example in group]
         texts = self.chat.answer_encoded(prompts, batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
-        found = [(0.0, 0)] * len(group)
+        found: list[tuple[float, int]] = [(0.0, 0)] * len(group)
         expecting = [place for place, (_, one) in enumerate(group) if has_labels(one)]
         if expecting:
             batch = _placed(self._collate([dict(group[place][1]) for place in expecting]), self.chat.model)
             logits = self.chat.model(**batch, trained_logits_only=True).logits
-            for place, *its in zip(expecting, *losses_of(logits, batch["labels"]), strict=True):
-                found[place] = (its[0], its[1])
+            for place, loss, count in zip(expecting, *losses_of(logits, batch["labels"]), strict=True):
+                found[place] = loss, count
         for (name, _), text, (loss, tokens) in zip(group, texts, found, strict=True):
             yield name, Answered(text, loss, tokens, "generate")
 

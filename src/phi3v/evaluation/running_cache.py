@@ -81,7 +81,7 @@ def joined_rows(
                 length = fresh_lengths[row]
                 whole[place, :, width - length : width] = getattr(new, name)[row, :, :length]
             parts.append(whole)
-        layers.append(RoomyLayer(*parts, used=width))
+        layers.append(RoomyLayer(parts[0], parts[1], width))
         for cache in (running, fresh):
             if cache is not None:
                 cache.layers[number] = DynamicLayer()
