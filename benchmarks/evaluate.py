@@ -89,7 +89,7 @@ def without_ends(chat: ChatModel, rows: list[Row], tokens: int, batch: int) -> l
 
 def margin_of(chat: ChatModel, row: Row, other: str, tokens: int) -> float:
     """Margin between the two likeliest tokens where the answer of one by one begins to differ from another."""
-    batch = {name: value for name, value in encode_prompt(row, chat.processor).items()}
+    batch = dict(encode_prompt(row, chat.processor))
     batch |= {name: batch[name][None] for name in ("input_ids", "attention_mask")}
     options = {"do_sample": False, "eos_token_id": list(chat.processor.stop_token_ids), "max_new_tokens": tokens}
     found = chat.model.generate(**batch, **options, output_logits=True, return_dict_in_generate=True)

@@ -14,12 +14,13 @@ from phi3v.data.schema import ImagePart, ImageRef, Row
 from phi3v.errors import ImageError
 
 
-def name_rows(rows: Iterable[Row], lengths: Sequence[int] = (), *, stamps: bool = False) -> str:
-    """A name for rows in their order: their texts, the names and addresses of their images, their lengths in tokens.
+def name_rows(rows: Iterable[Row], beside: Sequence[Any] = (), *, stamps: bool = False) -> str:
+    """A name for rows in their order: their texts, the names and addresses of their images, and what is given beside
+    them, their lengths in tokens for instance.
 
     With `stamps` the size and the time of each image's file belong to it too.
     """
-    digest = hashlib.sha256(repr(list(lengths)).encode())
+    digest = hashlib.sha256(repr(list(beside)).encode())
     for row in rows:
         facts = (*_facts(row), tuple(_stamp(image) for image in row.images)) if stamps else _facts(row)
         digest.update(repr(facts).encode("utf-8", "backslashreplace"))

@@ -174,6 +174,10 @@ class Ranks:
         """The end of what ranks do together: those that are through wait for the others once more."""
         if self.several:
             self.any(False)
+        self.part()
+
+    def part(self) -> None:
+        """The end of what ranks do together, without waiting for those that may have failed."""
         if self.joined:
             dist.destroy_process_group()
 

@@ -12,6 +12,7 @@ import math
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -117,7 +118,7 @@ def answer_rows(
         before = sum(map(len, done.values()))
         on_row(before)
         mine = together[ranks.rank] if ranks.rank < len(together) else None
-        with ranks.together():
+        with _kept_said(journal, before, len(rows)), ranks.together():
             its = _told(window.answered(spans[mine]), len(spans[mine]), before, on_row) if mine is not None else []
         for number, found in ranks.gathered([mine, its]):
             if number is not None:
@@ -126,6 +127,17 @@ def answer_rows(
                     journal.append(number, found)
     on_row(len(rows))
     return Answers.of([record for number in sorted(done) for record in done[number]])
+
+
+@contextmanager
+def _kept_said(journal: Journal | None, kept: int, total: int) -> Iterator[None]:
+    """An interruption says what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if journal is not None:
+            error.add_note(f"{kept} of {total} rows are answered and kept, and the same command again goes on there")
+        raise
 
 
 def _told(

@@ -26,7 +26,7 @@ from phi3v.features.store import FeatureStore
 from phi3v.first_look import RowUse
 from phi3v.kernels.lora_layer import FastLoraState, fast_lora_state
 from phi3v.loading import load_processor, resolve_dtype
-from phi3v.ranks import Ranks
+from phi3v.ranks import ALONE, Ranks
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.targets import resolve_target
@@ -159,6 +159,7 @@ def _report(run: RunFolder, result: RunResult, watch: Watcher, store: FeatureSto
             against=run.read_recipe().evaluation.against,
             on_progress=lambda stage, done, total: watch(TrainingEvent("answers", done, total, stage=stage)),
             features=store,
+            ranks=ALONE,
         )
 
 
