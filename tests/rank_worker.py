@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node=2 tests/rank_worker.py jobs.json
 
-`jobs.json` is a list of jobs, {"recipe": VALUES, "play": NAME}; what is played happens on the last rank alone, see
-`PLAYS`. What came of each job is written to `rank-N.json` beside the file: {"status": "trained", "told": ["start"],
-"model": "FSDPPeftModel"}, or {"error": "ConfigError: the line"}.
+`jobs.json` is a list of jobs: {"recipe": VALUES, "play": NAME}, where what is played happens on the last rank alone,
+see `PLAYS`; {"predict": ARGUMENTS}; or {"evaluate": ARGUMENTS}. What came of each is in `rank-N.json` beside the
+file: {"status": "trained", "told": ["start"], "model": "FSDPPeftModel"}, or {"error": "ConfigError: the line"}.
 """
 
 import json
@@ -53,7 +53,15 @@ PLAYS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 
 def done(job: dict[str, Any]) -> dict[str, Any]:
-    """Trains one job."""
+    """Trains one job, or answers its rows."""
+    try:
+        if "predict" in job:
+            prediction = phi3v.predict(**job["predict"])
+            return {"status": prediction.status, "told": prediction.problems}
+        if "evaluate" in job:
+            return {"status": "evaluated", "told": phi3v.evaluate(**job["evaluate"]).predictions}
+    except Phi3VError as error:
+        return {"error": f"{type(error).__name__}: {error}"}
     told, models = [], []
     original = StepTrainer.training_step
 

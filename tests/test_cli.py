@@ -102,6 +102,10 @@ def test_commands_and_flags_are_frozen():
     assert found == {
         "train": ["recipe", "overrides", "--json", "--debug"],
         "evaluate": ["target", "--data", "--against", "--metrics", "--rows", "--device", "--json", "--debug"],
+        "predict": [
+            *["target", "--data", "--out", "--prompt", "--rows", "--batch-size", "--max-new-tokens", "--device"],
+            *["--json", "--debug"],
+        ],
         "ask": ["target", "images_and_question", "--device", "--json", "--debug"],
         "plan": ["recipe", "overrides", "--memory", "--rows", "--image", "--json", "--debug"],
         "doctor": ["recipe", "overrides", "--json", "--debug"],
@@ -128,6 +132,7 @@ def test_help_imports_nothing_heavy():
     [
         ("train", "RECIPE [key=value ...] [OPTIONS]"),
         ("evaluate", "TARGET [OPTIONS]"),
+        ("predict", "TARGET [OPTIONS]"),
         ("ask", 'TARGET IMAGE... "question" [OPTIONS]'),
         ("demo", "[OPTIONS]"),
         ("profile", "RECIPE [key=value ...] [OPTIONS]"),

@@ -67,6 +67,7 @@ def test_the_readmes_commands_and_program(shop: Path, typed: Callable[[str], Any
         "profile",
         "train",
         "evaluate",
+        "predict",
         "ask",
     ]
     for line in lines:

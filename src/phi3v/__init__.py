@@ -1,7 +1,8 @@
 """phi3v: tune Microsoft's Phi-3-Vision and Phi-3.5-Vision to your own images.
 
-The public interface is `Recipe`, `train`, `evaluate`, `ask`, `ChatModel`, `FeatureMemory` and `register`. Importing the
-package is light: a name is loaded when it is first used, so that `import phi3v` needs neither torch nor transformers.
+The public interface is `Recipe`, `train`, `evaluate`, `predict`, `ask`, `ChatModel`, `FeatureMemory` and `register`.
+Importing the package is light: a name is loaded when it is first used, so that `import phi3v` needs neither torch nor
+transformers.
 
 Example:
     import phi3v
@@ -15,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from phi3v.evaluation.predict import predict
     from phi3v.evaluation.run import evaluate
     from phi3v.features.store import FeatureMemory
     from phi3v.generate import ChatModel, ask
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from phi3v.training.train import train
 
 __version__ = "0.1.0"
-__all__ = ["ChatModel", "FeatureMemory", "Recipe", "__version__", "ask", "evaluate", "register", "train"]
+__all__ = ["ChatModel", "FeatureMemory", "Recipe", "__version__", "ask", "evaluate", "predict", "register", "train"]
 
 _HOME = {
     "ChatModel": "phi3v.generate",
@@ -31,6 +33,7 @@ _HOME = {
     "Recipe": "phi3v.recipe",
     "ask": "phi3v.generate",
     "evaluate": "phi3v.evaluation.run",
+    "predict": "phi3v.evaluation.predict",
     "register": "phi3v.model.register",
     "train": "phi3v.training.train",
 }

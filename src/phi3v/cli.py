@@ -2,6 +2,7 @@
 
     phi3v train RECIPE [key=value ...]      data -> LoRA -> training with evaluation -> adapter and report
     phi3v evaluate TARGET [--against ...]   scores on held-out rows, beside the base or another TARGET
+    phi3v predict TARGET --data ... --out F answers for images without labels, as a file
     phi3v ask TARGET IMAGE... "question"    the answer, streamed
     phi3v data check RECIPE|DATASET         what is in a data set, what is wrong with it, what it costs
     phi3v data show RECIPE                  some rows as the model sees them
@@ -26,9 +27,11 @@ from phi3v.cli_command import (
     AsJson,
     Command,
     Debug,
+    Device,
     Overrides,
     Program,
     RecipeFile,
+    Target,
     read_metrics,
     read_path,
     refuse_empty,
@@ -37,6 +40,7 @@ from phi3v.cli_command import (
 from phi3v.cli_data import data_app
 from phi3v.cli_doctor import doctor
 from phi3v.cli_plan import plan
+from phi3v.cli_predict import predict
 from phi3v.cli_profile import profile
 from phi3v.cli_session import session
 
@@ -53,17 +57,6 @@ app = typer.Typer(
 
 
 app.add_typer(data_app)
-
-Device = Annotated[
-    str | None,
-    typer.Option(
-        help="Where the model runs: auto, cpu, cuda; where nothing is said, as its recipe says.", callback=refuse_empty
-    ),
-]
-Target = Annotated[
-    str,
-    typer.Argument(metavar="TARGET", help="A run, an adapter, a model folder or a hub id.", callback=refuse_empty),
-]
 
 
 def _version(wanted: bool) -> None:
@@ -156,6 +149,9 @@ def evaluate(
             ).to_dict()
         show_evaluation(here.screen, evaluation)
         here.result(evaluation)
+
+
+app.command(cls=Command, short_help="Answer images without labels, into a file.")(predict)
 
 
 @app.command(cls=Command, short_help="Ask a question about images.")

@@ -106,3 +106,13 @@ def read_size(text: str | None, rows: int | None) -> tuple[int, int]:
 _PHOTO_SIZE = (1200, 1600)
 PhotoSize = Annotated[str | None, typer.Option(metavar="WxH", help="With --rows, the photos' size, else 1200x1600.")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", parser=read_path)]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="Where the model runs: auto, cpu, cuda; where nothing is said, as its recipe says.", callback=refuse_empty
+    ),
+]
+Target = Annotated[
+    str,
+    typer.Argument(metavar="TARGET", help="A run, an adapter, a model folder or a hub id.", callback=refuse_empty),
+]

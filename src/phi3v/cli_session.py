@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 FAILED, INTERRUPTED = 1, 130
 _TRAINING = ("checkpoints", "conditions", "disk_space", "step_faults")
-_SHOWN = ("phi3v.generate", *(f"phi3v.training.{name}" for name in _TRAINING))
+_SHOWN = ("phi3v.generate", "phi3v.evaluation.journal", *(f"phi3v.training.{name}" for name in _TRAINING))
 """Modules whose warnings are lines for people."""
 
 
@@ -72,7 +72,7 @@ def session(debug: bool = False, as_json: bool = False, *, on_interrupt: str = "
     Args:
         debug: let the libraries talk, and show tracebacks.
         as_json: keep standard output for one JSON object.
-        on_interrupt: what Ctrl-C prints behind "interrupted".
+        on_interrupt: what Ctrl-C prints behind "interrupted"; where it is empty, the exception's notes.
     """
     hush(debug, as_json)
     give_up_early()
@@ -90,7 +90,8 @@ def session(debug: bool = False, as_json: bool = False, *, on_interrupt: str = "
         raise typer.Exit(FAILED) from None
     except KeyboardInterrupt as error:
         if not Launch.here().rank:
-            here.failed("interrupted" + on_interrupt, debug)
+            notes = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
+            here.failed("interrupted" + (on_interrupt or notes), debug)
         raise typer.Exit(error.exit_code if isinstance(error, Interrupted) else INTERRUPTED) from None
     except BrokenPipeError:  # the reader of our output has gone: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), answers.fileno())
@@ -157,7 +158,7 @@ def _say(message: str, debug: bool) -> None:
 
 def _have_met() -> bool:
     """Whether this rank has found the others."""
-    ranks = sys.modules.get("phi3v.training.ranks")
+    ranks = sys.modules.get("phi3v.ranks")
     return ranks is not None and ranks.have_met()
 
 

@@ -104,7 +104,7 @@ class ChatModel:
                 name = "" if isinstance(path, Image.Image) else f"{path}: "
                 raise ImageError(name + str(error).removesuffix(" or raise num_crops")) from error
         example = self.encode(chat)
-        streamer = _PieceStreamer(self._text, self._is_byte, stream) if stream is not None else None
+        streamer = _PieceStreamer(self.text_of, self._is_byte, stream) if stream is not None else None
         return self._generate([example], max_new_tokens, generation, streamer)[0]
 
     def answer(
@@ -186,9 +186,9 @@ class ChatModel:
         finally:
             self.model.train(was_training)
         prompt = batch["input_ids"].shape[1]
-        return [self._text(ids) for ids in sequences[:, prompt:].tolist()]
+        return [self.text_of(ids) for ids in sequences[:, prompt:].tolist()]
 
-    def _text(self, ids: Sequence[int]) -> str:
+    def text_of(self, ids: Sequence[int]) -> str:
         """New tokens up to the first stop token as text, without control tokens.
 
         Example: the ids of "Hat", `<|end|>`, newline and `<|endoftext|>` give "Hat".

@@ -29,6 +29,7 @@ from phi3v.adapters import check_adapter, load_adapter
 from phi3v.checkpoint_files import PROCESSOR_FILES, check_processor, check_processor_files, config_fault
 from phi3v.errors import CheckpointError, ConfigError, DeviceError, MissingPackageError
 from phi3v.image_tokens import crops_within, most_image_tokens
+from phi3v.launch import Launch
 from phi3v.model.register import register
 from phi3v.passthrough import check_names, connection_fault, first_line
 from phi3v.targets import (
@@ -89,6 +90,22 @@ def resolve_device(device: str = "auto") -> torch.device:
                 "or auto"
             )
     return wanted
+
+
+def rank_device(device: str = "auto") -> torch.device:
+    """As `resolve_device`; of several processes that a launcher started each takes the GPU of its own number.
+
+    Raises: DeviceError where there is none for it.
+    """
+    launch, wanted = Launch.here(), resolve_device(device)
+    if wanted.type != "cuda" or wanted.index is not None or launch.count == 1:
+        return wanted
+    if launch.local_rank >= torch.cuda.device_count():
+        raise DeviceError(
+            f"rank {launch.rank} is number {launch.local_rank} on this machine, which has "
+            f"{torch.cuda.device_count()} GPUs: start as many ranks (--nproc-per-node), or set model.device=cpu"
+        )
+    return torch.device("cuda", launch.local_rank)
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:

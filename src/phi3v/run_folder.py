@@ -9,6 +9,7 @@
     run.lock           held by the process that trains, see `run_lock`
     adapter/           the tuned adapter with the processor, or
     model/             the whole model, when all of it was tuned
+    answers-*.jsonl    answers of an evaluation that is not done, tuned and base: what it goes on from
     predictions.jsonl  one JSON object per evaluated row
     evaluation.json    the scores
     report.html        the report; loss.png is its curve
@@ -251,6 +252,10 @@ class RunFolder:
     def write_predictions(self, rows: Iterable[dict[str, Any]]) -> None:
         """Writes predictions.jsonl, one object per row."""
         replace_file(self.predictions, "".join(to_json(row) + "\n" for row in rows))
+
+    def answers(self, side: str) -> Path:
+        """The journal of an evaluation's side, "tuned" for instance, which the evaluation writes and removes."""
+        return self.path / f"answers-{side}.jsonl"
 
     def read_predictions(self) -> list[dict[str, Any]]:
         """What `write_predictions` wrote. Raises: CheckpointError when the run was not evaluated."""

@@ -12,12 +12,16 @@ from typing import Any
 
 def replace_file(path: Path, content: str | bytes) -> None:
     """Puts `content` at `path` so that a reader, or a crash, finds the old or the new content whole."""
+    data = content.encode() if isinstance(content, str) else content
+    fill_file(path, lambda temporary: temporary.write_bytes(data))
+
+
+def fill_file(path: Path, save: Callable[[Path], Any]) -> None:
+    """Lets `save` write a file beside `path`, then puts it in place of `path`, as `replace_file` does."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+        save(temporary)
+        sync_file(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -13,7 +13,8 @@ from phi3v.adapters import base_weights
 from phi3v.data.collate import Collator
 from phi3v.data.encode import encode, encode_prompt
 from phi3v.errors import CheckpointError, ConfigError, DataError
-from phi3v.evaluation.answers import answer_rows, prompt_of
+from phi3v.evaluation.answers import answer_rows
+from phi3v.evaluation.engine import Engine, prompt_of
 from phi3v.evaluation.fields import AnswerTemplate
 from phi3v.evaluation.result import prediction_rows
 from phi3v.evaluation.row_scores import Column
@@ -145,6 +146,27 @@ def test_a_run_gets_its_files(world, evaluation):
 def test_progress_is_told_for_both_models(evaluation, told):
     assert {stage for stage, _, _ in told} == {"base answers", "tuned answers"}
     assert [entry for entry in told if entry[0] == "tuned answers"][-1] == ("tuned answers", HELD_OUT, HELD_OUT)
+
+
+def test_a_killed_evaluation_goes_on_and_ends_as_an_undisturbed_one(world, evaluation, monkeypatch):
+    run = RunFolder(world / "run")
+    before = run.predictions.read_bytes(), run.read_evaluation() | {"seconds": None, "created": None}
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "tuned answers" and done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        evaluate(run.path, on_progress=stop)
+    assert caught.value.__notes__[0].startswith("0 of 5 rows are answered and kept")
+    assert len(run.answers("base").read_text().splitlines()) == 2
+    asked, original = [], Engine.answer
+    monkeypatch.setattr(Engine, "answer", lambda self, these: asked.append(self) or original(self, these))
+    evaluate(run.path)
+    assert len(asked) == 1, "the base was asked again"
+    after = run.predictions.read_bytes(), run.read_evaluation() | {"seconds": None, "created": None}
+    assert after == before
+    assert not any(run.answers(side).exists() for side in ("base", "tuned"))
 
 
 def test_other_rows_leave_the_run_as_it_is(world, evaluation):

@@ -31,6 +31,7 @@ class RowOptions:
         image_root: folder that image paths count from; None for the data file's own folder.
         allow_outside_root: True lets image paths leave that folder.
         max_pixels: images with more pixels are unusable.
+        answered: False reads questions alone: answers need not be there, and are not looked at.
     """
 
     format: Format = "auto"
@@ -41,6 +42,7 @@ class RowOptions:
     image_root: str | None = None
     allow_outside_root: bool = False
     max_pixels: int = MAX_PIXELS
+    answered: bool = True
 
     @property
     def has_templates(self) -> bool:
@@ -56,14 +58,14 @@ class ColumnMap:
         source: what rows and errors call the data set.
         cells: how cells are read, the image column among them.
         prompt: template of the question.
-        answer: template of the answer.
+        answer: template of the answer; None for questions alone.
         system: template of the system message; None for none.
     """
 
     source: str
     cells: Cells
     prompt: Template
-    answer: Template
+    answer: Template | None
     system: Template | None = None
 
     @property
@@ -101,11 +103,13 @@ class ColumnMap:
             for column in template.columns
         }
         question = TextPart(self.prompt.render(texts))
+        messages = [Message("system", (TextPart(self.system.render(texts)),))] if self.system is not None else []
+        messages.append(Message("user", (*(ImagePart(number) for number in range(len(images))), question)))
+        if self.answer is None:
+            return Row(tuple(messages), images, texts, self.source, index)
         answer = self.answer.render(texts)
         if not answer.strip():
             raise UnusableRecord("missing_value", "the answer is empty")
-        messages = [Message("system", (TextPart(self.system.render(texts)),))] if self.system is not None else []
-        messages.append(Message("user", (*(ImagePart(number) for number in range(len(images))), question)))
         messages.append(Message("assistant", (TextPart(answer),)))
         fields = {column: texts[column] for column in self.answer.columns}
         return Row(tuple(messages), images, fields, self.source, index)

@@ -55,6 +55,7 @@ class ConversationMap:
         other_images: column that a record's images are in where `cells.images` is empty; None for none.
         media: columns of films and sounds, which no row may be about.
         text_only: True where the recipe says that there are no images, so none of a part is read either.
+        answered: False for questions: the last turn may be the user's.
     """
 
     source: str
@@ -66,6 +67,7 @@ class ConversationMap:
     other_images: str | None = None
     text_only: bool = False
     media: tuple[str, ...] = ()
+    answered: bool = True
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -129,11 +131,12 @@ class ConversationMap:
         if self.system is not None and spoken[0][0] != "system":
             texts = {column: self.cells.text(column, record.get(column)) for column in self.system.columns}
             spoken.insert(0, ("system", [self.system.render(texts)]))
-        _check_order([role for role, _ in spoken])
+        _check_order([role for role, _ in spoken], self.answered)
         if not self.chosen and self.shape != "conversations":
             self._check_tags(spoken, len(images))
         self._check_media(record, spoken, len(images))
-        return Row(_weighted(_place_images(spoken, len(images)), trained), images, {}, self.source, index)
+        messages = _place_images(spoken, len(images))
+        return Row(_weighted(messages, trained) if self.answered else messages, images, {}, self.source, index)
 
     def _column_cells(self, record: Mapping[str, Any]) -> list[Any]:
         """The cells of the image column; nothing there is no image: None, "" and [] -> []."""
@@ -221,13 +224,13 @@ def record_map(columns: Sequence[str], options: RowOptions, source: str, cells: 
     shape = choose_format(columns, options, source)
     system = None if options.system is None else Template(options.system, "system")
     if shape == "auto" or shape == "columns":
-        prompt, answer = Template(options.prompt, "prompt"), Template(options.answer, "answer")
-        return ColumnMap(source, cells, prompt, answer, system)
+        answer = Template(options.answer, "answer") if options.answered else None
+        return ColumnMap(source, cells, Template(options.prompt, "prompt"), answer, system)
     if options.has_templates:
         raise DataError(
             f"data.format {shape} reads whole conversations: take data.prompt and data.answer out ({source})"
         )
-    named = SHAPES[shape]
+    named = SHAPES[shape] if options.answered else SHAPES[shape][:1]
     if shape == "conversations" and _find("conversations", columns) is None and _find("messages", columns):
         named = ("messages",)
     named = tuple(_find(column, columns) or column for column in named)
@@ -238,7 +241,7 @@ def record_map(columns: Sequence[str], options: RowOptions, source: str, cells: 
     chosen, text_only = options.format != "auto", options.images is None
     cells = replace(cells, images=images)
     media = tuple(place for name in _MEDIA if (place := _find(name, columns)) is not None)
-    return ConversationMap(source, shape, cells, named, system, chosen, other, text_only, media)
+    return ConversationMap(source, shape, cells, named, system, chosen, other, text_only, media, options.answered)
 
 
 def _find(column: str, columns: Sequence[str]) -> str | None:
@@ -265,15 +268,17 @@ def _parsed(value: str, column: str) -> Any:
         raise UnusableRecord("conversation_type", message) from None
 
 
-def _check_order(roles: list[Role]) -> None:
-    """Raises: UnusableRecord unless, after an optional system turn, user and assistant take turns to the answer."""
+def _check_order(roles: list[Role], answered: bool) -> None:
+    """Raises: UnusableRecord unless, after an optional system turn, user and assistant take turns to the answer, or to
+    the question where none is needed.
+    """
     turns = roles[1:] if roles[:1] == ["system"] else roles
-    wanted = ["user", "assistant"] * (len(turns) // 2)
+    wanted = ["user", "assistant"] * (len(turns) // 2) + (["user"] if len(turns) % 2 and not answered else [])
     if not turns or turns != wanted:
         heard = ", ".join(roles[:6]) + (", ..." if len(roles) > 6 else "")
+        last = " and the last answers" if answered else ""
         raise UnusableRecord(
-            "turn_order",
-            f"the turns are {heard}: after an optional system turn, user and assistant alternate and the last answers",
+            "turn_order", f"the turns are {heard}: after an optional system turn, user and assistant alternate{last}"
         )
 
 

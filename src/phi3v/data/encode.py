@@ -84,20 +84,21 @@ def encode(
     return example
 
 
-def encode_prompt(row: Row, processor: Any, *, max_pixels: int = MAX_PIXELS) -> Example:
+def encode_prompt(row: Row, processor: Any, *, max_pixels: int = MAX_PIXELS, byte_crops: bool = False) -> Example:
     """A row as a question: the conversation without its last answer, ready for `generate`.
 
     Args:
         row: the conversation; a last turn of the assistant is left out.
         processor: a Phi3VProcessor.
         max_pixels: larger images are refused.
+        byte_crops: see `encode`; for `generate` they have to become features first.
     Returns: as `encode`, without labels.
     Raises: DataError in one line that names the row.
     """
     messages = row.messages[:-1] if row.messages and row.messages[-1].role == "assistant" else row.messages
     with _named(row):
         images = _open_images(row, messages, processor, max_pixels)
-        return _encode_messages(messages, images, processor, None, add_generation_prompt=True)
+        return _encode_messages(messages, images, processor, None, add_generation_prompt=True, byte_crops=byte_crops)
 
 
 def text_tokens(messages: Messages, processor: Any) -> int:

@@ -49,7 +49,7 @@ def row_lengths(
     rows: Iterable[Row],
     processor: Any,
     *,
-    train_on: TrainOn = "last_assistant",
+    train_on: TrainOn | None = "last_assistant",
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[RowLength | RowProblem]:
     """The length of every row, in order.
@@ -57,7 +57,8 @@ def row_lengths(
     Args:
         rows: conversations that end with the assistant.
         processor: a Phi3VProcessor; its number of crops sets the price of an image.
-        train_on: which turns are trained.
+        train_on: which turns are trained; None for questions, which need no answer and are as long as one that says
+            nothing.
         max_pixels: larger images are refused.
     Yields: for a row that `encode` accepts, its exact lengths; else a RowProblem with `image_unreadable`,
         `image_narrow` (no crops for such a thin image), `image_places` (the turns do not place the images in order) or
@@ -65,7 +66,7 @@ def row_lengths(
     """
     waiting = iter(rows)
     while group := list(islice(waiting, BATCH)):
-        looked = [_look(row, processor, max_pixels) for row in group]
+        looked = [_look(row, processor, max_pixels, answered=train_on is not None) for row in group]
         sound = [(row, found) for row, found in zip(group, looked, strict=True) if not isinstance(found, RowProblem)]
         texts = iter(token_ids([row for row, _ in sound], processor))
         for row, found in zip(group, looked, strict=True):
@@ -94,9 +95,11 @@ def token_ids(rows: Sequence[Row], processor: Any) -> list[list[int]]:
     return [[*encoding.ids, end] for encoding in encoded]
 
 
-def _look(row: Row, processor: Any, max_pixels: int) -> tuple[tuple[tuple[int, int], ...], list[int]] | RowProblem:
+def _look(
+    row: Row, processor: Any, max_pixels: int, *, answered: bool
+) -> tuple[tuple[tuple[int, int], ...], list[int]] | RowProblem:
     """Sizes and prices of a row's images, from their headers; what is wrong with the row otherwise."""
-    if not row.messages or row.messages[-1].role != "assistant":
+    if answered and (not row.messages or row.messages[-1].role != "assistant"):
         return RowProblem(
             row.index, "no_answer", "the last turn is no answer, so there is nothing to train", row.source
         )
@@ -127,7 +130,7 @@ def _length(
     sizes: tuple[tuple[int, int], ...],
     prices: list[int],
     processor: Any,
-    train_on: TrainOn,
+    train_on: TrainOn | None,
     untrained: Sequence[int],
 ) -> RowLength:
     """The lengths of a row from its ids with one token an image.
@@ -136,6 +139,8 @@ def _length(
     RowLength(image=757, text=9, trained=3).
     """
     convert = processor.tokenizer.convert_tokens_to_ids
+    if train_on is None:
+        return RowLength(sum(prices), len(ids) - len(prices), 0, sizes)
     labels = label_answers(
         ids,
         assistant_id=convert("<|assistant|>"),

@@ -73,7 +73,8 @@ class Row:
     Attributes:
         messages: the turns; images of a question stand before its text.
         images: the images, in the order in which the messages name them.
-        fields: column -> text for the columns of the answer template.
+        fields: column -> text for the columns of the answer template; of a question without answer for those of its
+            own templates.
         source: what the row was read from.
         index: number of the row in its source, from 0.
     """

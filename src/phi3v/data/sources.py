@@ -24,6 +24,7 @@ from phi3v.data.kept_keys import KeptKeys
 from phi3v.data.mixing import SetUse, mix, set_uses
 from phi3v.data.not_read import NotRead, unnamed
 from phi3v.data.opening import VALIDATION_NAMES, narrowed, open_set
+from phi3v.data.photo_tables import PhotosTable
 from phi3v.data.reading import Reading
 from phi3v.data.rows import (
     FirstLook,
@@ -310,6 +311,8 @@ def _train_name(tables: Mapping[str, OpenedTable], source: str) -> str:
 def _records(opened: OpenedTable, source: str, choice: SetChoice, how: Reading) -> RecordSet:
     """A split with the map that makes rows of it. Raises: DataError for columns that are not there."""
     options = choice.options
+    if not options.answered and options.images is not None and isinstance(opened.table, PhotosTable):
+        options = replace(options, images="image")  # photos alone are asked as the images of a table are
     cells = Cells(
         images=options.images,
         root=opened.root if options.image_root is None else options.image_root,

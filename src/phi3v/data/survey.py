@@ -58,7 +58,7 @@ class SurveyOptions:
     Attributes:
         decode: decode every image; False takes the header for enough and hashes files.
         hash_images: whether contents are hashed; False leaves `RowFacts.images` empty.
-        train_on: which turns are trained.
+        train_on: which turns are trained; None for questions without answers.
         max_pixels: larger images are refused.
         max_length: the limit of a row in tokens; None for none.
         on_too_long: what is done about a longer row, see `fit`.
@@ -67,7 +67,7 @@ class SurveyOptions:
 
     decode: bool = True
     hash_images: bool = True
-    train_on: TrainOn = "last_assistant"
+    train_on: TrainOn | None = "last_assistant"
     max_pixels: int = MAX_PIXELS
     max_length: int | None = None
     on_too_long: OnTooLong = "skip"

@@ -21,12 +21,14 @@ from phi3v.data.schema import Row
 from phi3v.data.sources import LoadedData, StreamedData, load_data, load_rows, stream_data
 from phi3v.errors import ConfigError
 from phi3v.evaluation.answers import Answers, answer_rows
+from phi3v.evaluation.keeping import Keeping, own_device, shared
 from phi3v.evaluation.result import Beside, Evaluation, HeldOut, build_evaluation, scoring_of
 from phi3v.features.opening import open_store
 from phi3v.features.store import FeatureStore
 from phi3v.features.vision import VisionFeatures, sees_plainly
 from phi3v.first_look import row_options, survey_options, survey_rows
 from phi3v.loading import LoadedTarget, load_config, load_processor, load_target, resolve_device
+from phi3v.ranks import Ranks
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.targets import Target, resolve_target, run_of
@@ -47,11 +49,14 @@ def evaluate(
     device: str | None = None,
     on_progress: Progress | None = None,
     features: FeatureStore | None = None,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Answers held-out rows with a target and with what stands beside it, and scores both.
 
     A run's own held-out rows, all that its recipe asks for, are the run's evaluation: predictions.jsonl,
-    evaluation.json and report.html are written into it. With `data`, `rows` or another target nothing is written.
+    evaluation.json and report.html are written into it. With `data`, `rows` or another target nothing is written. A
+    run's evaluation that was killed goes on where it was, and ends as one that was not. Under torchrun each process
+    takes its share of the rows, all return the same, and the first one writes.
 
     Args:
         target: run, adapter, model folder or hub id.
@@ -65,6 +70,8 @@ def evaluate(
         on_progress: called as rows are answered.
         features: where the features of frozen vision parts are kept if the recipe keeps them (vision.cache), by a
             training for instance; None opens what the recipe names.
+        ranks: the processes that share the rows; None for those that torchrun started, `phi3v.ranks.ALONE` for this
+            one by itself.
 
     Raises:
         ConfigError: the target is no run and `data` is no recipe, so nothing says which rows and templates; a name that
@@ -80,11 +87,16 @@ def evaluate(
     scoring = scoring_of(held_out, metrics)
     began = time.monotonic()
     store = feature_store(held_out.recipe, features)
-    tuned, beside = _answer_both(place, held_out, other, device, on_progress or _ignore, store)
-    seconds = {"evaluation": time.monotonic() - began}
-    evaluation = build_evaluation(place.name, held_out, scoring, tuned, beside, seconds)
-    if place.kind == "run" and data is None and rows is None and not isinstance(other, Target):
-        write_evaluation(RunFolder(target), evaluation, held_out)
+    own = place.kind == "run" and data is None and rows is None and not isinstance(other, Target)
+    run = RunFolder(target)
+    with shared(device or held_out.recipe.model.device, ranks) as together:
+        keeping = Keeping(run.answers if own else None, together)
+        tuned, beside = _answer_both(place, held_out, other, device, on_progress or _ignore, store, keeping)
+        seconds = {"evaluation": time.monotonic() - began}
+        evaluation = build_evaluation(place.name, held_out, scoring, tuned, beside, seconds)
+        if own:
+            together.alone(lambda: write_evaluation(run, evaluation, held_out))
+            keeping.done()
     return evaluation
 
 
@@ -154,17 +166,20 @@ def _answer_both(
     device: str | None,
     on_progress: Progress,
     store: FeatureStore | None,
+    keeping: Keeping,
 ) -> tuple[Answers, Beside | None]:
     """Answers of the target, and of the other target, or of the base where it is wanted and there is one."""
     recipe = held_out.recipe
-    options = recipe.loading_options | ({} if device is None else {"device": device})
+    options = recipe.loading_options | {"device": own_device(device or recipe.model.device, keeping.ranks)}
     settings = answer_options(recipe)
 
     def answers(model: Any, processor: Any, stage: str, see: Any) -> Answers:
         def count(done: int) -> None:
             on_progress(stage, done, len(held_out.rows))
 
-        return answer_rows(model, processor, held_out.rows, **settings, see=see, on_row=count)
+        journal = keeping.journal(stage.partition(" ")[0], model, processor, held_out.rows, settings)
+        its = {"see": see, "on_row": count, "journal": journal, "ranks": keeping.ranks}
+        return answer_rows(model, processor, held_out.rows, **settings, **its)
 
     if store is not None:
         store.begin()

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3v.errors import CheckpointError
-from phi3v.training.ranks import ALONE, Ranks
+from phi3v.ranks import ALONE, Ranks
 from phi3v.whole_files import sync_file, sync_folder
 
 MANIFEST = "manifest.json"

@@ -5,17 +5,15 @@ rows or another base are refused: steps done would no longer be steps of this ru
 little differently and are listed. The recipe itself is compared in `run_folder`.
 """
 
-import hashlib
 import logging
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from phi3v.data.schema import ImagePart, Row
 from phi3v.data.sources import LoadedData, StreamedData
 from phi3v.errors import ConfigError
+from phi3v.fingerprints import name_rows
 from phi3v.run_folder import gather_versions
 from phi3v.training.checkpoints import read_manifest
 
@@ -76,40 +74,3 @@ def compare(then: dict[str, Any], now: dict[str, Any], where: str) -> None:
         _log.warning(
             "going on from %s with %s: the run will not end bit for bit as one without the change", where, told
         )
-
-
-def name_rows(rows: Iterable[Row], lengths: Sequence[int]) -> str:
-    """A name for rows in their order: their texts, the names and addresses of their images, their lengths in tokens."""
-    digest = hashlib.sha256(repr(list(lengths)).encode())
-    for row in rows:
-        digest.update(repr(_facts(row)).encode("utf-8", "backslashreplace"))
-    return digest.hexdigest()[:32]
-
-
-def _facts(row: Row) -> tuple:
-    """What a sample is made of, where it lies aside: a set may be moved."""
-    turns = tuple(
-        (turn.role, tuple(part.index if isinstance(part, ImagePart) else part.text for part in turn.parts))
-        for turn in row.messages
-    )
-    images = tuple(
-        (str(one.path).rpartition("/")[2], one.url, hashlib.sha256(one.data).hexdigest() if one.data else None)
-        for one in row.images
-    )
-    return turns, images
-
-
-@torch.no_grad()
-def name_weights(model: torch.nn.Module) -> str:
-    """A name for a model's weights: a sum over the bits of each tensor, which any changed value changes.
-
-    Two passes of additions on the device where they are, milliseconds on a GPU; digests of files would read them again.
-    """
-    digest = hashlib.sha256()
-    for name, weight in model.state_dict().items():
-        bits = weight.detach().contiguous().view(-1).view(torch.uint8)
-        whole = bits.numel() // 4 * 4
-        words = bits[:whole].view(torch.int32)
-        sums = [part.sum(dtype=torch.int64) for part in (words, words[::2], bits[whole:])]
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {torch.stack(sums).tolist()}".encode())
-    return digest.hexdigest()[:32]

@@ -25,9 +25,9 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
 
 from phi3v.errors import CheckpointError, Interrupted
+from phi3v.ranks import ALONE, Ranks
 from phi3v.targets import ADAPTER_WEIGHTS
 from phi3v.training.checkpoints import STATE, checkpoint_step, find_fault, rotate, save_checkpoint
-from phi3v.training.ranks import ALONE, Ranks
 from phi3v.training.shards import is_sharded, load_shards, sharded_as, whole, whole_weights
 from phi3v.training.state_files import random_states, read_state, set_random_states, write_state
 from phi3v.training.stop_signals import StopSignals

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from phi3v.image_tokens import CROP_SIZE
-from phi3v.training.ranks import Ranks
+from phi3v.ranks import Ranks
 
 
 class InStep:

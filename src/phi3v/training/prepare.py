@@ -13,16 +13,16 @@ import torch
 
 from phi3v.adapters import check_adapter, load_adapter
 from phi3v.errors import CheckpointError, ConfigError, DeviceError
+from phi3v.fingerprints import name_weights
 from phi3v.kernels.lora_layer import attach_fast_lora
 from phi3v.kernels.packed_attention import attach_packed_attention
 from phi3v.launch import Launch
-from phi3v.loading import load_base, resolve_device, resolve_dtype
+from phi3v.loading import load_base, rank_device, resolve_device, resolve_dtype
+from phi3v.ranks import Ranks
 from phi3v.recipe import Recipe
 from phi3v.targets import Target, resolve_target
 from phi3v.training.arguments import checkpointing, checkpointing_kwargs
-from phi3v.training.conditions import name_weights
 from phi3v.training.master_weights import same_in
-from phi3v.training.ranks import Ranks
 from phi3v.tuning import attach_lora, freeze, mark_trained, vision_choices
 
 
@@ -33,7 +33,7 @@ class Prepared:
     Attributes:
         model: it.
         autocast: number type of mixed precision; None to compute in the weights' own.
-        base: the name of the base's weights, see `conditions.name_weights`; nothing where it was not loaded.
+        base: the name of the base's weights, see `fingerprints.name_weights`; nothing where it was not loaded.
         short: number type of weights that train on float32 masters, see `master_weights`; None where there are none.
     """
 
@@ -45,14 +45,9 @@ class Prepared:
 
 def training_device(device: str) -> torch.device:
     """The device of a recipe; training uses the first visible GPU, of several ranks each the one of its number."""
-    launch, wanted = Launch.here(), resolve_device(device)
-    if wanted.type == "cuda" and wanted.index is None and launch.count > 1:
-        if launch.local_rank >= torch.cuda.device_count():
-            raise DeviceError(
-                f"rank {launch.rank} is number {launch.local_rank} on this machine, which has "
-                f"{torch.cuda.device_count()} GPUs: start as many ranks (--nproc-per-node), or set model.device=cpu"
-            )
-        return torch.device("cuda", launch.local_rank)
+    wanted = rank_device(device)
+    if Launch.here().count > 1 and resolve_device(device).index is None:
+        return wanted
     if wanted.type == "cuda" and wanted.index not in (None, 0):
         raise DeviceError(
             f"model.device is {device!r}, training uses the first visible GPU: set CUDA_VISIBLE_DEVICES={wanted.index} "

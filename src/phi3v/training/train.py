@@ -26,6 +26,7 @@ from phi3v.features.store import FeatureStore
 from phi3v.first_look import RowUse
 from phi3v.kernels.lora_layer import FastLoraState, fast_lora_state
 from phi3v.loading import load_processor, resolve_dtype
+from phi3v.ranks import ALONE, Ranks
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.targets import resolve_target
@@ -40,7 +41,6 @@ from phi3v.training.memory_plan import adopt, settle
 from phi3v.training.meter import Meter
 from phi3v.training.preflight import check_recipe_alone, check_upload
 from phi3v.training.prepare import Prepared, join_ranks, prepare_model, training_device
-from phi3v.training.ranks import Ranks
 from phi3v.training.run_faults import one_line_faults
 from phi3v.training.samples import make_collators, make_samples, read_data
 from phi3v.training.step_faults import NonFinite, name_rows
@@ -159,6 +159,7 @@ def _report(run: RunFolder, result: RunResult, watch: Watcher, store: FeatureSto
             against=run.read_recipe().evaluation.against,
             on_progress=lambda stage, done, total: watch(TrainingEvent("answers", done, total, stage=stage)),
             features=store,
+            ranks=ALONE,
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from phi3v.data.sources import LoadedData, StreamedData
+from phi3v.ranks import Ranks
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.training.callbacks import (
@@ -24,7 +25,6 @@ from phi3v.training.callbacks import (
 from phi3v.training.doctor import FirstStepCallback
 from phi3v.training.feature_cache import FeatureReport
 from phi3v.training.meter import Meter
-from phi3v.training.ranks import Ranks
 from phi3v.training.sample_answers import SampleAnswer, SampleAnswers
 from phi3v.training.trackers import tracker_callbacks
 from phi3v.tuning import TrainableReport

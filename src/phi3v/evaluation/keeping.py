@@ -1,0 +1,109 @@
+"""What an evaluation or a prediction leaves to go on from, and the processes that share it.
+
+In come a loaded model, rows and settings; out come the journal that belongs to them, and the ranks. Answers nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phi3v.data.schema import Row
+from phi3v.evaluation.journal import Journal
+from phi3v.fingerprints import name_rows, name_weights
+from phi3v.loading import rank_device
+from phi3v.ranks import ALONE, Ranks
+from phi3v.run_folder import gather_versions, to_json
+
+
+class Keeping:
+    """The journals of one evaluation, one for each side.
+
+    Attributes:
+        ranks: the processes that share the rows; the first one writes.
+    """
+
+    def __init__(self, place: Callable[[str], Path] | None = None, ranks: Ranks = ALONE) -> None:
+        """Open nothing yet.
+
+        Args:
+            place: the file of a side, "tuned" for instance; None keeps nothing.
+            ranks: the processes.
+        """
+        self.ranks = ranks
+        self._place = place
+        self._opened: list[Journal] = []
+        self._rows: str | None = None
+
+    def journal(
+        self, side: str, model: Any, processor: Any, rows: Sequence[Row], settings: Mapping[str, Any]
+    ) -> Journal | None:
+        """The journal of a side, with what an earlier start left in it; None where nothing is kept, or not here.
+
+        Args:
+            side: names it.
+            model: as it answers.
+            processor: its processor.
+            rows: all rows.
+            settings: the other arguments of `answer_rows` that answers depend on.
+        """
+        with self.ranks.together():
+            if self._place is None or not self.ranks.first:
+                return None
+            if self._rows is None:
+                self._rows = name_rows(rows, stamps=True)
+            found = Journal(self._place(side), depends_on(model, processor, self._rows, {"side": side, **settings}))
+            self._opened.append(found)
+            return found
+
+    def done(self) -> None:
+        """What was kept is elsewhere now."""
+        for journal in self._opened:
+            journal.remove()
+
+
+def depends_on(model: Any, processor: Any, rows: str, settings: Mapping[str, Any]) -> dict[str, str]:
+    """What answers depend on, by name: {"weights": "9f2c...", "rows": "77ab...", "settings": "01d4..."}.
+
+    Settings are those given, how the model computes and how its images are cut, the machine's device and the versions
+    of the libraries. Example: the same run on another GPU, or with other crops, has other settings.
+    """
+    images = processor.image_processor
+    cuda = model.device.type == "cuda"
+    how = {
+        **settings,
+        "dtype": str(model.dtype),
+        "attention": model.config._attn_implementation,
+        "device": torch.cuda.get_device_name(model.device) if cuda else model.device.type,
+        "crops": [images.num_crops, images.fast],
+        "stops": list(processor.stop_token_ids),
+        "versions": gather_versions(),
+    }
+    named = {"weights": name_weights(model), "rows": rows}
+    return named | {"settings": sha256(to_json(how).encode()).hexdigest()[:32]}
+
+
+def own_device(wanted: str, ranks: Ranks) -> str:
+    """Where a process has its model: of several each has the GPU of its number."""
+    return str(rank_device(wanted)) if ranks.several else wanted
+
+
+@contextmanager
+def shared(device: str, ranks: Ranks | None = None) -> Iterator[Ranks]:
+    """The processes that a launcher started, met for as long as the context lasts; this one alone where there are none.
+
+    Args:
+        device: what a recipe or a user names.
+        ranks: given, they are these, and nobody is met.
+    """
+    found = Ranks.join(rank_device(device)) if ranks is None else ranks
+    try:
+        yield found
+    finally:
+        if ranks is None:
+            found.part()
