@@ -267,6 +267,7 @@ def test_scores_of_rows_add_up_to_the_metrics(evaluation):
             (better, worse) if figures["better"] == "higher" else (worse, better)
         )
     assert evaluation.metrics["exact_match"]["constant"] == evaluation.majority.value
+    assert evaluation.metrics["loss"]["tuned"]["value"] == pytest.approx(evaluation.tuned.loss)
 
 
 def test_a_recipe_without_held_out_rows_is_refused(world, tmp_path):
