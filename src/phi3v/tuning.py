@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from phi3v.adapters import starts_at_random
 from phi3v.errors import ConfigError
-from phi3v.model.vision_phi3_v import Phi3VVisionTransformer
+from phi3v.model.vision_phi3_v import unread_parts
 from phi3v.passthrough import check_names, first_line
 
 LORA_PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -275,10 +275,6 @@ def part_of(name: str) -> Literal["language model", "projector", "vision tower"]
 
 
 def _unread_weights(model: nn.Module) -> set[str]:
-    """Names of the tower's weights that no output depends on: the layers behind the one read, and post_layernorm."""
-    unread: list[str] = []
-    for prefix, module in model.named_modules():
-        if isinstance(module, Phi3VVisionTransformer):
-            behind = range(module.layers_read, len(module.encoder.layers))
-            unread += [f"{prefix}.post_layernorm.", *(f"{prefix}.encoder.layers.{index}." for index in behind)]
-    return {name for name, _ in model.named_parameters() if name.startswith(tuple(unread))}
+    """Names of the tower's weights that no output depends on, see `unread_parts`."""
+    unread = unread_parts(model)
+    return {name for name, _ in model.named_parameters() if name.startswith(unread)}
