@@ -63,6 +63,7 @@ def refusals(world: Path) -> list[tuple[dict[str, Any], type[Exception], str]]:
             "^lora.modules_to_save is 'lm_head', allowed is a list",
         ),
         ({"lora": {"init_lora_weights": "pissa_niter_4"}}, ConfigError, "^lora.init_lora_weights .* use pissa, which"),
+        ({"lora": {"layers_to_transform": [1, 7]}}, ConfigError, "^lora.layers_to_transform: 7 is no .* from 0 to 1$"),
         ({"data": {"train": str(world / "nothing.csv")}}, DataError, "nothing.csv"),
         ({"data": {"answer": "{shade}"}}, DataError, "column 'shade'"),
         ({"data": {"max_length": 5}}, DataError, "too_long|longest|tokens"),
@@ -72,7 +73,7 @@ def refusals(world: Path) -> list[tuple[dict[str, Any], type[Exception], str]]:
     ]
 
 
-@pytest.mark.parametrize("number", range(12))
+@pytest.mark.parametrize("number", range(14))
 def test_what_is_refused_leaves_no_folder(make: MakeRecipe, world: Path, number: int) -> None:
     sections, error, words = refusals(world)[number]
     recipe = make(**sections)
