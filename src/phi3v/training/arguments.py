@@ -6,6 +6,7 @@ through by its own name, after a check that TrainingArguments has it. Nothing is
 
 import contextlib
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import fields
@@ -41,6 +42,7 @@ _DECIDED_ELSEWHERE = {
 _NOT_SHARDED = {"version": 1, "cpu_ram_efficient_loading": True}
 _CHOICES = {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}
 _KWARGS = tuple(f"{name}_kwargs" for name in CHECKPOINTING)
+_FLAG = re.compile(r"--(?=[a-z])")  # how transformers writes an option, as if it came from a command line
 _FIXED = {"remove_unused_columns", "label_names", "prediction_loss_only", "disable_tqdm", "do_train", "do_eval"}
 
 
@@ -107,6 +109,7 @@ def training_arguments(
     }
     with library_errors():
         arguments = TrainingArguments(**{**defaults, **options, **computed})
+    _check_schedule(arguments)
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs in one process would be torch's DataParallel
     return arguments
 
@@ -209,7 +212,7 @@ def _check_plain(name: str, value: Any, default: Any) -> None:
 
 
 def check_optimiser(arguments: TrainingArguments, model: Any) -> None:
-    """Refuses an optimiser or a schedule that cannot be made here, before a training is set up for it.
+    """Refuses an optimiser that cannot be made here, before a training is set up for it.
 
     Args:
         arguments: what `training_arguments` gave.
@@ -218,22 +221,33 @@ def check_optimiser(arguments: TrainingArguments, model: Any) -> None:
     Raises:
         ConfigError: a package is not installed, or an argument of theirs is wrong.
     """
-    with library_errors():
+    with library_errors(f"training.optim={OptimizerNames(arguments.optim).value}"):
         Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+
+
+def _check_schedule(arguments: TrainingArguments) -> None:
+    """Refuses a schedule whose arguments are wrong or missing."""
+    kwargs = dict(arguments.lr_scheduler_kwargs or {})
+    name = SchedulerType(arguments.lr_scheduler_type).value
+    with library_errors(f"training.lr_scheduler_type={name} with lr_scheduler_kwargs={kwargs}"):
         idle = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=arguments.learning_rate)
         get_scheduler(
             arguments.lr_scheduler_type,
             optimizer=idle,
             num_warmup_steps=1,
             num_training_steps=2,
-            scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
+            scheduler_specific_kwargs=kwargs,
         )
 
 
 @contextlib.contextmanager
-def library_errors() -> Iterator[None]:
-    """Turns what transformers says of options into one line that names the section."""
+def library_errors(where: str = "training") -> Iterator[None]:
+    """Turns what transformers says of options into one line that names the section, or the keys that it is about.
+
+    Example: "--tf32 requires Ampere" -> "training.tf32 requires Ampere".
+    """
     try:
         yield
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise ConfigError(f"training: {first_line(error)}") from error
+        line = _FLAG.sub("training.", first_line(error))
+        raise ConfigError(line if line.startswith("training.") else f"{where}: {line}") from error
