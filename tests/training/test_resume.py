@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import phi3v
 from phi3v.errors import Interrupted
 from phi3v.run_folder import RunFolder
 from phi3v.training import checkpoints, durable_trainer
+from phi3v.training.callbacks import ProgressCallback
 from phi3v.training.checkpoints import newest_checkpoint
 from phi3v.training.step_trainer import StepTrainer
 from phi3v.training.stop_signals import StopSignals
@@ -84,6 +86,30 @@ def at_save(patch: pytest.MonkeyPatch, step: int, number: int) -> None:
     patch.setattr(checkpoints, "publish", spy)
 
 
+def at_score(patch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    """Sends a signal while the line of the evaluation behind a step is logged."""
+    original = RunFolder.append_metrics
+
+    def spy(self: Any, values: dict[str, Any]) -> None:
+        original(self, values)
+        if "eval_loss" in values and values["step"] == step:
+            send(number)
+
+    patch.setattr(RunFolder, "append_metrics", spy)
+
+
+def at_end(patch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    """Sends a signal when all steps are done, of which `step` is the last, and no weights are written yet."""
+    original = ProgressCallback.on_train_end
+
+    def spy(self: Any, args: Any, state: Any, *arguments: Any, **named: Any) -> None:
+        assert state.global_step == step
+        send(number)
+        original(self, args, state, *arguments, **named)
+
+    patch.setattr(ProgressCallback, "on_train_end", spy)
+
+
 STOPS: list[tuple[Callable[..., None], int, int, int]] = [
     (at_micro_batch, 2, signal.SIGTERM, 1),
     (at_evaluation, 2, signal.SIGINT, 2),
@@ -109,6 +135,53 @@ def test_a_run_that_is_stopped_anywhere_ends_as_an_undisturbed_one(
     assert phi3v.train(recipe).resumed_from == 6
     assert_same_end(end_of(recipe.output), undisturbed)
     assert not caplog.records
+
+
+LOSSES = {1: 5.0, 2: 3.0, 3: 4.0, 4: 4.0, 5: 5.0, 6: 6.0}
+"""Pretended validation losses by step: with a patience of 4 a run of eight steps ends at step 6."""
+PATIENT: dict[str, Any] = {
+    **HARD,
+    "evaluation": {"rows": 1, "max_new_tokens": 2, "against": None},
+    "training": {**HARD["training"], "epochs": 4, "eval_steps": 1, "early_stopping": 4},
+}
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation losses are those of `LOSSES`."""
+    original = StepTrainer.evaluation_loop
+
+    def loop(self: Any, *arguments: Any, **named: Any) -> Any:
+        output = original(self, *arguments, **named)
+        output.metrics["eval_loss"] = LOSSES[self.state.global_step]
+        return output
+
+    monkeypatch.setattr(StepTrainer, "evaluation_loop", loop)
+
+
+@pytest.mark.usefixtures("pretended")
+def test_an_early_stop_is_the_same_one_however_often_a_run_is_stopped(make: MakeRecipe) -> None:
+    """Patience is counted across stops, and what has ended early stays ended until its weights are written."""
+    undisturbed, recipe, copy = (make(name, **PATIENT) for name in ("patient", "stopped", "copy"))
+    assert phi3v.train(undisturbed).steps == 6
+
+    def stop(run: phi3v.Recipe, place: Callable[..., None], step: int, saved: int) -> None:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+            place(patch, step, signal.SIGTERM)
+            phi3v.train(run)
+        newest = newest_checkpoint(RunFolder(run.output).checkpoints)
+        assert newest is not None and newest.name == f"checkpoint-{saved}", (place, step)
+
+    stop(recipe, at_evaluation, 2, 2)
+    stop(recipe, at_score, 3, 3)
+    stop(recipe, at_update, 5, 5)
+    shutil.copytree(recipe.output, copy.output)
+    stop(recipe, at_end, 6, 6)
+    stop(copy, at_evaluation, 6, 6)
+    for run in (recipe, copy):
+        result = phi3v.train(run)
+        assert (result.resumed_from, result.steps) == (6, 6)
+        assert_same_end(end_of(run.output), end_of(undisturbed.output))
 
 
 @pytest.mark.slow

@@ -254,9 +254,12 @@ class DurableTrainer(Trainer):
         return read_state(checkpoint, name) if (checkpoint / f"{name}.json").is_file() else None
 
     def begin(self) -> None:
-        """Before the first step: goes on with the sums of the loss, and makes up for an evaluation that was cut off."""
+        """Before the first step: goes on with the sums of the loss and with what callbacks had counted and decided, and
+        makes up for an evaluation that was cut off.
+        """
         if self._resumed is None:
             return
+        self._take_up_callbacks()
         kept = self._own_state(self._resumed) or read_state(self._resumed, "rank-0")  # sums are the same on all ranks
         self._tr_loss += kept["loss"].to(self._tr_loss.device)
         self._globalstep_last_logged, self._total_loss_scalar = kept["logged"], kept["total_loss"]
@@ -266,6 +269,17 @@ class DurableTrainer(Trainer):
             self._maybe_log_save_evaluate(
                 self._tr_loss, model=self.model, epoch=self.state.epoch, start_time=0.0, **nothing
             )
+
+    def _take_up_callbacks(self) -> None:
+        """What callbacks had counted, early stopping its validations without a better score, and whether one of them
+        has ended the run; what the Trainer itself can restore would also save and log again.
+        """
+        held = self.state.stateful_callbacks
+        for one in self.callback_handler.callbacks:
+            if isinstance(one, ExportableState) and isinstance(state := held.get(type(one).__name__), dict):
+                vars(one).update(state["attributes"])
+        control = held.get(type(self.control).__name__, {}).get("args", {})
+        self.control.should_training_stop = control.get("should_training_stop", False)
 
     def _owes_evaluation(self) -> bool:
         """Whether the step of the checkpoint is one that is evaluated after, and was not."""
@@ -279,8 +293,10 @@ class DurableTrainer(Trainer):
         return args.eval_strategy == IntervalStrategy.EPOCH and ended and state.epoch >= args.eval_delay
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """One epoch; nothing where all steps are done, of which the Trainer would do one more in a begun epoch."""
-        if self.state.global_step >= self.state.max_steps:
+        """One epoch; nothing where all steps are done, of which the Trainer would do one more in a begun epoch,
+        and where a callback has ended the run before.
+        """
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
