@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from run_ends import HARD, assert_same_end, end_of
+from safetensors.torch import load_file
 from transformers import Trainer
 
 import phi3v
 from phi3v.errors import Interrupted
 from phi3v.run_folder import RunFolder
+from phi3v.targets import ADAPTER_WEIGHTS
 from phi3v.training import checkpoints, durable_trainer
 from phi3v.training.callbacks import ProgressCallback
 from phi3v.training.checkpoints import newest_checkpoint
@@ -137,12 +140,13 @@ def test_a_run_that_is_stopped_anywhere_ends_as_an_undisturbed_one(
     assert not caplog.records
 
 
-LOSSES = {1: 5.0, 2: 3.0, 3: 4.0, 4: 4.0, 5: 5.0, 6: 6.0}
-"""Pretended validation losses by step: with a patience of 4 a run of eight steps ends at step 6."""
+LOSSES = {1: 5.0, 2: 3.0, 3: 2.0, 4: 4.0, 5: 5.0, 6: 6.0}
+"""Pretended validation losses by step: with a patience of 3 a run of eight steps ends at step 6, and of
+checkpoints at every second step that of step 2 is the best."""
 PATIENT: dict[str, Any] = {
     **HARD,
     "evaluation": {"rows": 1, "max_new_tokens": 2, "against": None},
-    "training": {**HARD["training"], "epochs": 4, "eval_steps": 1, "early_stopping": 4},
+    "training": {**HARD["training"], "epochs": 4, "eval_steps": 1, "early_stopping": 3},
 }
 
 
@@ -161,8 +165,10 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("pretended")
 def test_an_early_stop_is_the_same_one_however_often_a_run_is_stopped(make: MakeRecipe) -> None:
-    """Patience is counted across stops, and what has ended early stays ended until its weights are written."""
-    undisturbed, recipe, copy = (make(name, **PATIENT) for name in ("patient", "stopped", "copy"))
+    """Patience is counted across stops, and what has ended early stays ended until its weights are written. They are
+    those of the best checkpoint that an undisturbed run has too, wherever the run's folder lies by then.
+    """
+    undisturbed, recipe, moved, copy = (make(name, **PATIENT) for name in ("patient", "stopped", "moved", "copy"))
     assert phi3v.train(undisturbed).steps == 6
 
     def stop(run: phi3v.Recipe, place: Callable[..., None], step: int, saved: int) -> None:
@@ -176,12 +182,16 @@ def test_an_early_stop_is_the_same_one_however_often_a_run_is_stopped(make: Make
     stop(recipe, at_score, 3, 3)
     stop(recipe, at_update, 5, 5)
     shutil.copytree(recipe.output, copy.output)
-    stop(recipe, at_end, 6, 6)
+    shutil.move(recipe.output, moved.output)
+    stop(moved, at_end, 6, 6)
     stop(copy, at_evaluation, 6, 6)
-    for run in (recipe, copy):
+    for run in (moved, copy):
         result = phi3v.train(run)
         assert (result.resumed_from, result.steps) == (6, 6)
         assert_same_end(end_of(run.output), end_of(undisturbed.output))
+    best = load_file(RunFolder(moved.output).checkpoints / "checkpoint-2" / ADAPTER_WEIGHTS)
+    ended = load_file(RunFolder(moved.output).adapter / ADAPTER_WEIGHTS)
+    assert all(torch.equal(ended[name], weight) for name, weight in best.items())
 
 
 @pytest.mark.slow
