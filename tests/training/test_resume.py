@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import shutil
 import signal
 import sys
@@ -16,11 +17,11 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 import phi3v
-from phi3v.errors import Interrupted
+from phi3v.errors import CheckpointError, Interrupted
 from phi3v.run_folder import RunFolder
 from phi3v.targets import ADAPTER_WEIGHTS
 from phi3v.training import checkpoints, durable_trainer
-from phi3v.training.callbacks import ProgressCallback
+from phi3v.training.callbacks import ProgressCallback, TrainingEvent
 from phi3v.training.checkpoints import newest_checkpoint
 from phi3v.training.step_trainer import StepTrainer
 from phi3v.training.stop_signals import StopSignals
@@ -192,6 +193,31 @@ def test_an_early_stop_is_the_same_one_however_often_a_run_is_stopped(make: Make
     best = load_file(RunFolder(moved.output).checkpoints / "checkpoint-2" / ADAPTER_WEIGHTS)
     ended = load_file(RunFolder(moved.output).adapter / ADAPTER_WEIGHTS)
     assert all(torch.equal(ended[name], weight) for name, weight in best.items())
+
+
+@pytest.mark.usefixtures("pretended")
+def test_best_weights_that_are_damaged_are_seen_before_a_step_is_done(make: MakeRecipe) -> None:
+    """And what the line says to do leads to the end of the undisturbed run."""
+    recipe, told = make("patient", **PATIENT), []
+    checkpoints = RunFolder(recipe.output).checkpoints
+    file = checkpoints / "checkpoint-2" / ADAPTER_WEIGHTS
+
+    def damage(event: TrainingEvent) -> None:
+        if event.kind == "step" and event.step == 6:
+            file.write_bytes(bytes(file.stat().st_size))
+
+    line = f"{file} is damaged (the best weights {{}}): copy the file again, or remove {checkpoints} to train from the"
+    with pytest.raises(CheckpointError, match=re.escape(line.format("of this run"))):
+        phi3v.train(recipe, on_event=damage)
+    line = line.format("up to checkpoint-6").replace(": copy", ", and no older checkpoint is whole: copy")
+    with pytest.raises(CheckpointError, match=re.escape(line)):
+        phi3v.train(recipe, on_event=lambda event: told.append(event.kind))
+    assert told == []
+    shutil.rmtree(checkpoints)
+    assert phi3v.train(recipe).resumed_from is None
+    best, ended = load_file(file), load_file(RunFolder(recipe.output).adapter / ADAPTER_WEIGHTS)
+    assert all(torch.equal(ended[name], weight) for name, weight in best.items())
+    assert [line["step"] for line in RunFolder(recipe.output).read_metrics() if "eval_loss" in line] == [*range(1, 7)]
 
 
 @pytest.mark.slow

@@ -232,9 +232,10 @@ class DurableTrainer(Trainer):
     def _load_best_model(self) -> None:
         """The weights of the best checkpoint, at the end of a training."""
         best = Path(self.state.best_model_checkpoint or "")
-        fault = find_fault(best)
+        fault = find_fault(best, weights=True)
         if fault is not None:
-            raise CheckpointError(f"{fault}, of the best checkpoint: set training.load_best_model_at_end to false")
+            way_out = f"copy the file again, or remove {best.parent} to train from the start"
+            raise CheckpointError(f"{fault} (the best weights of this run): {way_out}")
         self._load_from_checkpoint(str(best))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
