@@ -17,6 +17,9 @@ from phi3v.evaluation.metrics import AnswerTemplate, score_answers
 from phi3v.evaluation.run import answer_options
 from phi3v.recipe import Recipe
 
+SCORES = ("exact_match", "similarity")
+"""What answers are scored by at each validation."""
+
 
 @dataclass(frozen=True)
 class SampleAnswer:
@@ -82,7 +85,7 @@ class SampleAnswers:
         ]
         for listener in self.listeners:
             listener(step, answers)
-        return {"exact_match": scores["exact_match"]["value"], "similarity": scores["similarity"]}
+        return dict(zip(SCORES, (scores["exact_match"]["value"], scores["similarity"]), strict=True))
 
     def _small_photos(self) -> list[tuple[Any, ...]]:
         """The images of the rows, at most 336 pixels wide and high, made once."""
