@@ -41,6 +41,14 @@ MakeRecipe = Callable[..., phi3v.Recipe]
         ({"gradient_checkpointing_kwargs": 1}, "training.gradient_checkpointing_kwargs is 1, allowed is a mapping"),
         ({"label_names": ["labels"]}, "training.label_names cannot be chosen"),
         (
+            {"load_best_model_at_end": True, "metric_for_best_model": "exact_match"},
+            "^training.metric_for_best_model is 'exact_match', .* evaluation.during_training is 0: set",
+        ),
+        (
+            {"early_stopping": 2, "metric_for_best_model": "eval_f1"},
+            "^training.metric_for_best_model is 'eval_f1', allowed are eval_loss and, .* exact_match and similarity$",
+        ),
+        (
             {"train_sampling_strategy": "group_by_length"},
             "^training.train_sampling_strategy is decided by training.seed",
         ),
@@ -76,6 +84,11 @@ def refusals(world: Path) -> list[tuple[dict[str, Any], type[Exception], str]]:
         ({"data": {"train": str(world / "nothing.csv")}}, DataError, "nothing.csv"),
         ({"data": {"answer": "{shade}"}}, DataError, "column 'shade'"),
         ({"data": {"max_length": 5}}, DataError, "too_long|longest|tokens"),
+        (
+            {"training": {"load_best_model_at_end": True}},
+            ConfigError,
+            "^training.load_best_model_at_end needs held-out rows: set data.split or data.validation$",
+        ),
         ({"evaluation": {"numeric_fields": ["foo"]}}, ConfigError, "evaluation.numeric_fields names 'foo'"),
         ({"model": {"name": str(world / "nowhere")}}, CheckpointError, "nowhere"),
         ({"model": {"name": str(world / "model"), "device": "gpu"}}, ConfigError, "model.device 'gpu'"),

@@ -20,6 +20,7 @@ from phi3v.errors import ConfigError
 from phi3v.passthrough import check_names, first_line
 from phi3v.recipe import CHECKPOINTING, Recipe
 from phi3v.run_folder import RunFolder
+from phi3v.training.sample_answers import scored_by
 
 _DECIDED_ELSEWHERE = {
     "bf16": "model.dtype",
@@ -71,8 +72,7 @@ def training_arguments(
     training = recipe.training
     check_options(training.options)
     options = _today(deepcopy(training.options))  # TrainingArguments fills up what it is given
-    if training.early_stopping is not None and not validated:
-        raise ConfigError("training.early_stopping needs held-out rows: set data.split or data.validation")
+    _check_best(recipe, validated)
     transfer = {"non_blocking": device.type == "cuda"}  # from pinned memory, while the device computes
     transfer |= {"dispatch_batches": False} if recipe.data.streaming else {}
     defaults: dict[str, Any] = {
@@ -169,6 +169,30 @@ def check_options(options: dict[str, Any]) -> None:
     for option in fields(TrainingArguments):
         if option.name in options:
             _check_plain(option.name, options[option.name], option.default)
+
+
+def _check_best(recipe: Recipe, validated: bool) -> None:
+    """Refuses a choice of the best weights by what no validation of this run gives."""
+    options = recipe.training.options
+    metric = options.get("metric_for_best_model")
+    wishes = {
+        "early_stopping": recipe.training.early_stopping,
+        "load_best_model_at_end": options.get("load_best_model_at_end"),
+        "metric_for_best_model": metric,
+        "save_strategy: best": options.get("save_strategy") == "best",
+    }
+    if not validated and any(wishes.values()):
+        name = next(name for name, wished in wishes.items() if wished)
+        raise ConfigError(f"training.{name} needs held-out rows: set data.split or data.validation")
+    score, scores = str(metric or "loss").removeprefix("eval_"), scored_by(recipe)
+    if score not in ("loss", *scores):
+        allowed = f"eval_loss and, with evaluation.during_training, {' and '.join(scores)}"
+        raise ConfigError(f"training.metric_for_best_model is {metric!r}, allowed are {allowed}")
+    if score in scores and not recipe.evaluation.during_training:
+        raise ConfigError(
+            f"training.metric_for_best_model is {metric!r}, a score of answers, and evaluation.during_training is 0: "
+            "set that to a number of held-out rows, or take eval_loss"
+        )
 
 
 def checkpointing(options: Mapping[str, Any]) -> str | None:
