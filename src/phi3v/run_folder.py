@@ -219,7 +219,7 @@ class RunFolder:
         return self._read_json(self.features)
 
     def read_conditions(self) -> dict[str, Any]:
-        """What the newest checkpoint says it was trained under: names of rows and base, device, versions; {} without."""
+        """What the newest checkpoint was trained under: names of rows and base, device, versions; {} without."""
         found = sorted(self.checkpoints.glob("checkpoint-*/manifest.json"), key=lambda file: file.stat().st_mtime)
         manifest = self._read_json(found[-1]).get("manifest") if found else None
         conditions = manifest.get("conditions") if isinstance(manifest, dict) else None

@@ -55,9 +55,7 @@ def break_down(predictions: Sequence[Mapping[str, Any]], metric: str) -> dict[st
     }
 
 
-def _scores(
-    predictions: Sequence[Mapping[str, Any]], values: Sequence[str], value: str, metric: str
-) -> dict[str, Any]:
+def _scores(predictions: Sequence[Mapping[str, Any]], values: Sequence[str], value: str, metric: str) -> dict[str, Any]:
     """The figures of the rows that have a value."""
     chosen = [one["scores"] for one, its in zip(predictions, values, strict=True) if its == value]
     sides = [side for side in ("tuned", "base") if chosen[0][side] is not None]

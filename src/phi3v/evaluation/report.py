@@ -81,11 +81,11 @@ def render_report(content: ReportContent) -> str:
     """The whole page as one HTML text."""
     points = {name: curve_points(content.metrics, name) for name in ("loss", "eval_loss")}
     curve = loss_curve_svg(points["loss"], points["eval_loss"]) if any(points.values()) else ""
-    evaluation, listed = content.evaluation, ([], [])
-    extremes: tuple[list[int], list[int]] = ([], [])
-    if evaluation:
-        listed = list_rows(content.predictions, evaluation)
-        extremes = choose_extremes(content.predictions, evaluation["primary"], content.samples)
+    evaluation = content.evaluation
+    rows, menus = list_rows(content.predictions, evaluation) if evaluation else ([], [])
+    worst, best = (
+        choose_extremes(content.predictions, evaluation["primary"], content.samples) if evaluation else ([], [])
+    )
     return render_page(
         "report.html.j2",
         content=content,
@@ -94,10 +94,10 @@ def render_report(content: ReportContent) -> str:
         curve=Markup(curve),
         colours={"loss": TRAIN_COLOUR, "eval_loss": EVALUATION_COLOUR},
         points=points,
-        rows=listed[0],
-        menus=listed[1],
-        worst=extremes[0],
-        best=extremes[1],
+        rows=rows,
+        menus=menus,
+        worst=worst,
+        best=best,
         one_question=len({one["question"] for one in content.predictions}) == 1,
     )
 

@@ -40,13 +40,15 @@ def loss_curve_svg(train: Points, evaluation: Points) -> str:
 
 def loss_curve_png(metrics: Sequence[Mapping[str, Any]]) -> bytes | None:
     """The same curve of a run's metrics as a picture on white; None where nothing was logged."""
-    lines = _lines(*(curve_points(metrics, name) for name in ("loss", "eval_loss")))
+    lines = _lines(curve_points(metrics, "loss"), curve_points(metrics, "eval_loss"))
     return _draw(lines, "png", dpi=160, facecolor="white") if lines else None
 
 
 def loss_curves_svg(runs: Sequence[Sequence[Mapping[str, Any]]]) -> str:
-    """The curves of several runs' metrics on one plot, each in its colour of `RUN_COLOURS`: training pale, held-out rows
-    with dots; "" where nothing was logged."""
+    """The curves of several runs' metrics on one plot, each in its colour of `RUN_COLOURS`; "" where nothing was logged.
+
+    The training's is pale, that of held-out rows has dots.
+    """
     lines = []
     for number, metrics in enumerate(runs):
         train, evaluation = (curve_points(metrics, name) for name in ("loss", "eval_loss"))

@@ -1,6 +1,6 @@
-"""The rows as a page lists them: words that differ, what can be filtered by, which are worst and best. Dicts in and out.
+"""The rows as a page lists them: words that differ, what can be filtered by, which are worst and best.
 
-Photos are not opened here.
+Lines of predictions.jsonl in, plain values out. Photos are not opened here.
 """
 
 from __future__ import annotations
@@ -81,7 +81,12 @@ def list_rows(
         said = say(one["expected"], {names["base"]: one["base"], names["tuned"]: one["tuned"]})
         rows.append(
             ReportRow(
-                f"row {one['row']}", one["images"], one["question"], said, " ".join(tags), _score(one["scores"], primary)
+                f"row {one['row']}",
+                one["images"],
+                one["question"],
+                said,
+                " ".join(tags),
+                _score(one["scores"], primary),
             )
         )
     menus = [Filter("answers", {"right": "right", "wrong": "wrong"})]
@@ -111,9 +116,7 @@ def say(expected: str, answers: Mapping[str, str | None]) -> list[Said]:
     ]
 
 
-def choose_extremes(
-    predictions: Sequence[Mapping[str, Any]], primary: str, count: int
-) -> tuple[list[int], list[int]]:
+def choose_extremes(predictions: Sequence[Mapping[str, Any]], primary: str, count: int) -> tuple[list[int], list[int]]:
     """Positions of the worst and of the best rows, half of `count` each, the worst and the best first.
 
     Rows are ordered by the primary metric, then by similarity, then by what was gained in similarity over the base; of

@@ -8,7 +8,9 @@ from difflib import SequenceMatcher
 MOST_WORDS = 1000  # of a text; marking longer ones would take seconds a row
 Piece = tuple[str, bool]
 """A piece of a text, and whether it differs."""
-_WORDS = re.compile(r"\s+|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|[^\w\s]")
+_WORDS = re.compile(
+    r"\s+|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|[^\w\s]"
+)
 
 
 def mark_words(expected: str, answer: str) -> tuple[list[Piece], list[Piece]]:

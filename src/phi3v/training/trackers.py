@@ -73,7 +73,7 @@ def _wandb(folder: Path, project: str | None, run_name: str, config: dict[str, A
 
 
 def log_predictions(run: RunFolder) -> None:
-    """Adds the predictions of an evaluated run as a table, and its scores, to its run at W&B, where the recipe names it.
+    """Adds predictions as a table, and the scores, to a run's own run at W&B, where its recipe names that.
 
     Photos are not in the table: those of a few rows are in report.html, which lies beside it.
     """
@@ -87,8 +87,8 @@ def log_predictions(run: RunFolder) -> None:
     cells = [[to_json(value) if isinstance(value, list) else value for value in row.values()] for row in rows]
     metrics = run.read_evaluation(needed=["metrics"])["metrics"]
     scores = {f"{side}/{name}": one[side]["value"] for name, one in metrics.items() for side in _SIDES if one[side]}
-    names = {"project": recipe.report.project, "name": recipe.report.run_name or run.path.name}
-    with wandb.init(**names, dir=str(run.path), id=_wandb_id(run.path), resume="allow") as opened:
+    name, number = recipe.report.run_name or run.path.name, _wandb_id(run.path)
+    with wandb.init(name=name, id=number, resume="allow", project=recipe.report.project, dir=str(run.path)) as opened:
         opened.log({"predictions": wandb.Table(columns=list(columns), data=cells)})
         opened.summary.update({name: value for name, value in scores.items() if value is not None})
 
