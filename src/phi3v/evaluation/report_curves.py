@@ -45,9 +45,9 @@ def loss_curve_png(metrics: Sequence[Mapping[str, Any]]) -> bytes | None:
 
 
 def loss_curves_svg(runs: Sequence[Sequence[Mapping[str, Any]]]) -> str:
-    """The curves of several runs' metrics on one plot, each in its colour of `RUN_COLOURS`; "" where nothing was logged.
+    """The curves of several runs' metrics on one plot, each run in its colour; "" where nothing was logged.
 
-    The training's is pale, that of held-out rows has dots.
+    Colours are `RUN_COLOURS`; the training's curve is pale, that of held-out rows has dots.
     """
     lines = []
     for number, metrics in enumerate(runs):
