@@ -45,8 +45,12 @@ def prediction(expected: str, row: int, question: str = "What?", **fields: str) 
 
 
 def test_categories_are_values_that_few_rows_have_to_themselves():
-    rows = [prediction("x", i, group="ab"[i % 2], twin="yz"[i % 2], title=f"scarf {i}") for i in range(10)]
-    assert choose_categories(rows) == {"group": ["a", "b"] * 5}  # its twin parts the rows alike, titles are all others
+    rows = [
+        prediction("x", i, group="ab"[i % 2], twin="yz"[i % 2], half="hk"[i // 5], title=f"scarf {i}")
+        for i in range(10)
+    ]
+    # the twin parts the rows as the group does, titles are all others
+    assert choose_categories(rows) == {"group": ["a", "b"] * 5, "half": ["h"] * 5 + ["k"] * 5}
     assert choose_categories(rows[:9]) == {}  # less than five rows a value
     objects = [prediction(json.dumps({"kind": "hat" if i < 3 else "cap", "tags": [i]}), i) for i in range(12)]
     assert choose_categories(objects) == {"kind": ["hat"] * 3 + ["cap"] * 9}

@@ -35,7 +35,7 @@ def choose_categories(predictions: Sequence[Mapping[str, Any]]) -> dict[str, lis
         values = [row.get(name, NO_VALUE) for row in rows]
         counts = Counter(values)
         few = 2 <= len(counts) <= MOST_VALUES and len(rows) >= FEWEST_ROWS * len(counts)
-        if few and counts[NO_VALUE] <= len(rows) / 20 and list(counts.values()) not in map(_sizes, found.values()):
+        if few and counts[NO_VALUE] <= len(rows) / 20 and _parts(values) not in map(_parts, found.values()):
             found[name] = values
     return dict(list(found.items())[:MOST_CATEGORIES])
 
@@ -74,9 +74,10 @@ def _scores(predictions: Sequence[Mapping[str, Any]], values: Sequence[str], val
     }
 
 
-def _sizes(values: Sequence[str]) -> list[int]:
-    """How many rows each value has, in the order of the rows; two names for the same parts have the same."""
-    return list(Counter(values).values())
+def _parts(values: Sequence[str]) -> list[int]:
+    """Which rows belong together, names aside: ["b", "a", "b"] -> [0, 1, 0]."""
+    seen: dict[str, int] = {}
+    return [seen.setdefault(value, len(seen)) for value in values]
 
 
 def _values(prediction: Mapping[str, Any]) -> dict[str, str]:
