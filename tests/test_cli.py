@@ -131,15 +131,12 @@ def test_help_imports_nothing_heavy():
 @pytest.mark.parametrize(
     ("command", "usage"),
     [
-        ("train", "RECIPE [key=value ...] [OPTIONS]"),
+        *((name, "RECIPE [key=value ...] [OPTIONS]") for name in ("train", "profile", "doctor", "plan")),
         ("evaluate", "TARGET [OPTIONS]"),
         ("predict", "TARGET [OPTIONS]"),
         ("compare", "RUN RUN ... [OPTIONS]"),
         ("ask", 'TARGET IMAGE... "question" [OPTIONS]'),
         ("demo", "[OPTIONS]"),
-        ("profile", "RECIPE [key=value ...] [OPTIONS]"),
-        ("doctor", "RECIPE [key=value ...] [OPTIONS]"),
-        ("plan", "RECIPE [key=value ...] [OPTIONS]"),
         ("data check", "RECIPE|DATASET [key=value ...] [OPTIONS]"),
         ("data show", "RECIPE|DATASET [key=value ...] [OPTIONS]"),
     ],

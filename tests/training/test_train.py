@@ -286,7 +286,8 @@ def test_wandb_runs_offline(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -
     wandb = pytest.importorskip("wandb", reason="wandb is an optional package")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    recipe = make(training={"max_steps": 2}, report={"to": "wandb", "project": "photos", "run_name": "first"})
+    report = {"to": "wandb", "project": "photos", "run_name": "first"}
+    recipe = make(training={"max_steps": 2}, data={"split": {"validation": 0.2}}, report=report)
     phi3v.train(recipe)
     files = list((Path(recipe.output) / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 2 and all(file.stat().st_size > 0 for file in files)  # the training, and the predictions
