@@ -30,7 +30,7 @@ def test_page_holds_scores_rows_recipe_and_times():
         "Better after tuning",
         "+75.0 points",
         "9 rows better, 0 worse, 3 the same",
-        "would come up about 4 times in 1,000 (McNemar's test, p = 0.0039)",
+        "would come up about 4 times in 1,000 (McNemar's test, p\u00a0=\u00a00.0039)",
         "Scored as templated answers: 12 of 12 expected answers have the form",
         "field “price”",
         "“price”, mean absolute error",

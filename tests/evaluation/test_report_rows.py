@@ -95,7 +95,7 @@ def test_a_comparison_in_words():
     one |= {"difference": {"value": 0.955, "low": 0.912, "high": 0.976}, "p": 6.4e-58}
     assert verdict(one) == "better" and in_words(one) == (
         "+95.5 points (95 % interval +91.2 to +97.6): 191 rows better, 0 worse, 9 the same. If neither were better, a "
-        "difference as large as this would come up less than once in 1,000 times (McNemar's test, p < 0.001)."
+        "difference as large as this would come up less than once in 1,000 times (McNemar's test, p\u00a0<\u00a00.001)."
     )
     assert verdict({**one, "better": "lower"}) == "worse" and verdict({**one, "p": 0.05}) == "no clear difference"
     assert verdict({**one, "difference": None, "p": None}) == "no clear difference"

@@ -34,10 +34,11 @@ def in_words(figure: Mapping[str, Any]) -> str:
         return f"No row has this score on both sides: {rows}."
     name = "McNemar's test" if figure["test"] == "mcnemar" else "sign-flip test"
     p = p_value(figure["p"])
+    p = f"p\u00a0{p if p.startswith('<') else '= ' + p}".replace(" ", "\u00a0")  # not broken between two lines
     return (
         f"{gain(figure['difference']['value'], figure['unit'])}{points} (95 % interval "
         f"{gain_ends(figure['difference'], figure['unit'])}): {rows}. If neither were better, a difference as large as "
-        f"this would come up {how_often(figure['p'])} ({name}, p {p if p.startswith('<') else '= ' + p})."
+        f"this would come up {how_often(figure['p'])} ({name}, {p})."
     )
 
 
