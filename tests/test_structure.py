@@ -89,7 +89,7 @@ LIBRARIES = {
         "cli_session",
     ),
     "numpy": ("model.*", "data.*", "evaluation.*", "training.state_files", "training.trackers", "demo.*"),
-    "PIL": ("model.*", "data.*", "generate", "evaluation.report", "evaluation.controls", "demo.*"),
+    "PIL": ("model.*", "data.*", "generate", "evaluation.controls", "demo.*"),
     "tokenizers": ("model.*", "demo.*"),
     "huggingface_hub": (
         "model.configuration_phi3_v",
@@ -121,7 +121,7 @@ LIBRARIES = {
     "pyarrow": ("evaluation.answer_files", "data.dates", "data.misfits", "data.parquet_faults", "data.saved"),
     "simplejpeg": ("data.fast_jpeg",),
     "jinja2": ("checkpoint_files", "evaluation.report*", "data.show_page"),
-    "markupsafe": ("evaluation.report*",),
+    "markupsafe": ("evaluation.report*", "evaluation.compare_page"),
     "matplotlib": ("evaluation.report*", "demo.*"),
     "rapidfuzz": ("evaluation.text_scores",),
     "rouge_score": ("evaluation.text_scores",),

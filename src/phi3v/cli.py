@@ -3,6 +3,7 @@
     phi3v train RECIPE [key=value ...]      data -> LoRA -> training with evaluation -> adapter and report
     phi3v evaluate TARGET [--against ...]   scores on held-out rows, beside the base or another TARGET
     phi3v predict TARGET --data ... --out F answers for images without labels, as a file
+    phi3v compare RUN RUN ...               several evaluated runs on one page, each tested against the first
     phi3v ask TARGET IMAGE... "question"    the answer, streamed
     phi3v data check RECIPE|DATASET         what is in a data set, what is wrong with it, what it costs
     phi3v data show RECIPE                  some rows as the model sees them
@@ -37,6 +38,7 @@ from phi3v.cli_command import (
     refuse_empty,
     refuse_options,
 )
+from phi3v.cli_compare import compare
 from phi3v.cli_data import data_app
 from phi3v.cli_doctor import doctor
 from phi3v.cli_plan import plan
@@ -152,6 +154,7 @@ def evaluate(
 
 
 app.command(cls=Command, short_help="Answer images without labels, into a file.")(predict)
+app.command(cls=Command, short_help="Put several evaluated runs on one page.")(compare)
 
 
 @app.command(cls=Command, short_help="Ask a question about images.")

@@ -333,13 +333,17 @@ class Recipe(Section):
                 values[section] = given[section]
         return type(self).from_dict(values)
 
+    def flat(self) -> dict[str, Any]:
+        """Every value by its dotted key, {"training.seed": 0, ...}."""
+        return _flatten(self.model_dump())
+
     def differences(self, other: "Recipe", *, settings: bool = True) -> list[str]:
         """The dotted keys whose values differ, `output` aside (a run may be moved); without `SETTINGS` when False.
 
         A relative path is equal to the absolute one that it stands for here.
         Example: ["training.seed: 1 here, 2 there"].
         """
-        mine, theirs = _flatten(self.model_dump()), _flatten(other.model_dump())
+        mine, theirs = self.flat(), other.flat()
         changed = [key for key in {**mine, **theirs} if _meant(key, mine) != _meant(key, theirs)]
         return [
             f"{key}: {mine.get(key, 'nothing')!r} here, {theirs.get(key, 'nothing')!r} there"

@@ -97,7 +97,7 @@ def is_png(path: Path) -> bool:
 
 def test_trackers_get_answers_with_their_photos(watched: dict[str, Any]) -> None:
     folder = watched["run"].path
-    tables = list((folder / "wandb").rglob("*.table.json"))
+    tables = list((folder / "wandb").rglob("answers_*.table.json"))
     assert len(tables) == 2
     table = json.loads(tables[0].read_text())
     assert table["columns"] == ["step", "images", "question", "expected", "answer"] and len(table["data"]) == 2

@@ -38,7 +38,7 @@ from phi3v.training.disk_space import warn_of_space
 from phi3v.training.doctor import check_base, check_first_batch
 from phi3v.training.faster_layers import check_faster_layers, step_line, use_faster_layers
 from phi3v.training.memory_plan import adopt, settle
-from phi3v.training.meter import Meter
+from phi3v.training.meter import Meter, most_memory
 from phi3v.training.preflight import check_recipe_alone, check_upload
 from phi3v.training.prepare import Prepared, join_ranks, prepare_model, training_device
 from phi3v.training.run_faults import one_line_faults
@@ -46,6 +46,7 @@ from phi3v.training.samples import make_collators, make_samples, read_data
 from phi3v.training.step_faults import NonFinite, name_rows
 from phi3v.training.step_trainer import StepTrainer
 from phi3v.training.stop_signals import StopSignals
+from phi3v.training.trackers import log_predictions
 from phi3v.training.watching import kept_event, run_callbacks, run_trackers, sample_answers
 from phi3v.tuning import TrainableReport, trainable_report
 
@@ -127,7 +128,7 @@ def train(
         else:
             ranks.alone(lambda: check_upload(recipe))
             result = _tune(recipe, run, watch, store, ranks, signals=signals)
-            ranks.alone(lambda: run.mark_finished(result.to_dict()))
+            ranks.alone(lambda: run.mark_finished({**result.to_dict(), "memory_gib": most_memory() / 2**30}))
         ranks.leave()
         if ranks.first:
             _report(run, result, watch, store)
@@ -161,6 +162,7 @@ def _report(run: RunFolder, result: RunResult, watch: Watcher, store: FeatureSto
             features=store,
             ranks=ALONE,
         )
+    log_predictions(run)
 
 
 def train_watched(
