@@ -1,4 +1,4 @@
-"""The configuration: windows, arrangements that nobody implements, rope as files write it and as it follows a change."""
+"""The configuration: windows, arrangements that nobody implements, rope in files and after a change."""
 
 import json
 

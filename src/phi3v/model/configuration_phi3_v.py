@@ -2,8 +2,8 @@
 
 In memory the rope settings follow transformers 5 (`rope_parameters`, type `longrope`); on disk the configuration is the
 flat one of Microsoft's checkpoints (`rope_scaling` with type `su`, `rope_theta`, `original_max_position_embeddings`
-beside it), so that older readers keep their rope. Where the context is changed afterwards, rope follows as it would in an
-edited file. What a file says about remote code (`auto_map`) or about an attention implementation is ignored.
+beside it), so that older readers keep their rope. Where the context is changed afterwards, rope follows as it would in
+an edited file. What a file says about remote code (`auto_map`) or about an attention implementation is ignored.
 """
 
 import copy
@@ -178,7 +178,8 @@ class Phi3VConfig(Phi3Config):
         own: int | None = getattr(self, "sliding_window")  # noqa: B009 -- a field of the class above, unseen by mypy
         window = window if own is None else own
         covers = window is not None and window >= self.max_position_embeddings
-        self._file_sliding_window, self.sliding_window = (window, None) if covers else (None, window)
+        self._file_sliding_window: int | None = window if covers else None
+        self.sliding_window: int | None = None if covers else window
 
     def _set_vision_config(self) -> None:
         vision = self.vision_config
