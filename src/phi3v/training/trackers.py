@@ -4,6 +4,7 @@ Both packages are optional; a recipe that names a missing one gets a single line
 """
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback
 
-from phi3v.errors import MissingPackageError
+from phi3v.errors import ConfigError, MissingPackageError
 from phi3v.evaluation.prediction_table import prediction_table
 from phi3v.run_folder import RunFolder, to_json
 from phi3v.training.sample_answers import SampleAnswer
@@ -31,6 +32,7 @@ def tracker_callbacks(
 
     Raises:
         MissingPackageError: a tracker is not installed.
+        ConfigError: W&B knows no account.
     """
     makers: dict[str, Callable[[], TrainerCallback]] = {
         "wandb": lambda: _wandb(folder, project, run_name, config),
@@ -41,10 +43,24 @@ def tracker_callbacks(
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Raises: MissingPackageError when a tracker is not installed."""
+    """Raises: MissingPackageError when a tracker is not installed, ConfigError when W&B knows no account."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise MissingPackageError(f"report.to names {name}, which is not installed: pip install {name}")
+        if name == "wandb":
+            _check_account()
+
+
+def _check_account() -> None:
+    """Raises: ConfigError when a run at W&B would ask for a key; nobody is asked, here or there."""
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode  # a setup from before keeps the mode of then
+    if mode == "online" and not wandb.login(prompt=False, verify=False):
+        raise ConfigError(
+            "report.to names wandb, which knows no account here: run `wandb login`, or set WANDB_MODE=offline to keep "
+            "what it logs in the run's folder"
+        )
 
 
 def _wandb(folder: Path, project: str | None, run_name: str, config: dict[str, Any]) -> TrainerCallback:
