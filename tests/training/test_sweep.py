@@ -1,6 +1,5 @@
 """Sweeps on a tiny model: what is tried, what is shared, and that a killed sweep ends as an undisturbed one."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,3 +90,57 @@ def test_a_sweep_ranks_its_trials_and_a_killed_one_ends_as_an_undisturbed_one(ma
     assert more.status == "complete" and [line for line in plain(more) if line["trial"] < 3]
     with pytest.raises(ConfigError, match=r"holds a sweep of another recipe \(training.epochs"):
         sweep(make_sweep("killed", training={"epochs": 3}))
+
+
+def test_what_is_worse_is_pruned_and_what_cannot_be_fails(make_sweep: MakeRecipe) -> None:
+    """A threshold that no tiny model passes prunes at the first validation; samples of a step that micro-batches do not
+    divide are a failed trial with its line, and so is what a training refuses."""
+    pruner = {"name": "ThresholdPruner", "upper": 0.01}
+    search = {"training.samples_per_step": [3, 4], "training.optim": ["adamw_torch", "nothing"]}
+    result = sweep(make_sweep("grid", search=search, trials=9, pruner=pruner, sampler="GridSampler"))
+    lines = {tuple(line["values"].values()): line for line in result.ranking["trials"]}
+    assert result.status == "complete" and len(result.ranking["trials"]) == len(lines) == 4  # the grid was all tried
+    assert result.ranking["states"] == {"pruned": 1, "failed": 3} and result.best_recipe is None
+    pruned = lines[4, "adamw_torch"]
+    run = RunFolder(pruned["folder"])
+    assert (pruned["steps"], list(pruned["validations"]), pruned["value"]) == (2, ["1"], None)
+    assert run.state() == "unfinished" and not run.checkpoints.exists() and not run.has_weights()
+    assert [line["eval_loss"] for line in run.read_metrics() if "eval_loss" in line] == [pruned["validations"]["1"]]
+    assert "no multiple of training.micro_batch_size" in lines[3, "adamw_torch"]["error"]
+    assert "training.optim is 'nothing'" in lines[4, "nothing"]["error"]
+
+
+def test_spaces_and_slips(make_sweep: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_sweep("slips", search=None)
+    space = default_space(recipe)
+    assert list(space) == [
+        "training.learning_rate",
+        "training.samples_per_step",
+        "lora.r",
+        "lora.target_modules",
+        "training.epochs",
+        "image.num_crops",
+    ]
+    assert search_space(recipe) == space
+    together = {"size": {"lora.r": 8, "lora.lora_alpha": 16}, "lora.target_modules": ["o_proj"]}
+    assert with_values(recipe, together).lora | {} == {
+        **recipe.lora,
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": ["o_proj"],
+    }
+    nested = recipe.with_overrides(["sweep.search={lora: {r: [2, 4]}, training.seed: {low: 0, high: 3}}"])
+    assert list(nested.sweep.search) == ["lora.r", "training.seed"] and nested.sweep.search["training.seed"].whole
+    for override, line in (
+        ("sweep.search={training.learning_rat: [1]}", "sweep.search.training.learning_rat: "),
+        ("sweep.search={output: [a, b]}", "cannot be searched"),
+        ("sweep.sampler=TPE", "sweep.sampler is 'TPE', Optuna has BruteForceSampler"),
+        ("sweep.pruner={name: MedianPruner, n_startup: 1}", "did you mean n_startup_trials"),
+        ("sweep.storage=nothing://x", "sweep.storage nothing://x cannot be opened"),
+        ("data.split=null", "held-out rows"),
+    ):
+        with pytest.raises(ConfigError, match=line):
+            sweep(make_sweep("slips").with_overrides([override]))
+    failing = make_sweep("failing", search={"training.optim": ["nothing"]}, trials=2)
+    with pytest.raises(TrainingError, match=r"all 2 trials failed, the last one so: training.optim is 'nothing'"):
+        sweep(failing)

@@ -22,7 +22,7 @@ from phi3v.recipe import Recipe
 from phi3v.recipe_sweep import SweepSection
 from phi3v.sweep.folder import SweepFolder
 from phi3v.sweep.plots import write_plots
-from phi3v.sweep.space import search_space, values_of, with_values
+from phi3v.sweep.space import search_space, values_of
 from phi3v.sweep.study import OwnTrial, SweepStudy
 from phi3v.sweep.trial import Outcome, run_trial, trial_recipe
 from phi3v.sweep.workers import Workers
@@ -298,7 +298,7 @@ class _Work:
             return
         best = next(line for line in ranking["trials"] if line["trial"] == ranking["best"])
         trial = trial_recipe(self.recipe, best["values"], best["folder"])
-        recipe = with_values(trial, {"evaluation": self.recipe.evaluation.model_dump(), "output": best["folder"]})
+        recipe = Recipe.from_dict({**trial.model_dump(), "evaluation": self.recipe.evaluation.model_dump()})
         head = (
             f"The best of {len(ranking['trials'])} trials: trial {best['trial']}, {ranking['metric']} "
             f"{best['value']:.6g} on held-out rows ({ranking['better']} is better).\n"

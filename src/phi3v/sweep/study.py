@@ -15,6 +15,7 @@ from typing import Any
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from phi3v.data.scratch import alone
@@ -59,7 +60,7 @@ class SweepStudy:
         self._distributions = distributions(space)
         self._sampler(0, "")  # its errors before anything is written
         pruner = optuna.pruners.NopPruner() if sweep.pruner is None else _made("pruner", sweep.pruner)
-        direction = "minimize" if sweep.metric == "eval_loss" else "maximize"
+        direction = StudyDirection.MINIMIZE if self.minimize else StudyDirection.MAXIMIZE
         with alone(folder.lock):
             storage = _open_storage(sweep.storage, folder)
             self.study = optuna.create_study(
