@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import phi3v
+from phi3v.data import encode as encode_module
 from phi3v.errors import ConfigError, Interrupted, TrainingError
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
@@ -144,3 +145,21 @@ def test_spaces_and_slips(make_sweep: MakeRecipe, tmp_path: Path) -> None:
     failing = make_sweep("failing", search={"training.optim": ["nothing"]}, trials=2)
     with pytest.raises(TrainingError, match=r"all 2 trials failed, the last one so: training.optim is 'nothing'"):
         sweep(failing)
+
+
+def test_trials_open_no_image_again(make_sweep: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first trial opens each image once; the second one, of other values and another answer, none at all."""
+    opened: list[Any] = []
+    original = encode_module.open_image
+    monkeypatch.setattr(
+        encode_module, "open_image", lambda image, **how: opened.append(image) or original(image, **how)
+    )
+    news: list[tuple[int, int]] = []
+    recipe = make_sweep("shared", search={"lora.r": [2, 4], "data.answer": ["{colour}", "It is {colour}."]}, trials=2)
+    sweep(recipe, on_trial=lambda one: news.append((one.number, len(opened))))
+    assert news == [(0, 0), (0, 10), (1, 10), (1, 10)]
+    trial = Recipe.load(RunFolder(Path(recipe.output) / "trials" / "0001").recipe)
+    assert trial.vision.cache == "memory"
+    alone = trial.with_overrides([f"output={Path(recipe.output).parent / 'alone'}"])
+    phi3v.train(alone, report=False)
+    assert RunFolder(alone.output).read_metrics() == RunFolder(trial.output).read_metrics()

@@ -31,6 +31,10 @@ _FREE = ("trials", "timeout", "workers")
 """Keys of `sweep` that may be other ones when a sweep goes on."""
 
 
+_BEGINNING = ("trials", "sweep.yaml", "sweep.lock", "study.db")
+"""What a start leaves that was cut off before it had a study."""
+
+
 class SweepFolder:
     """The files of one sweep."""
 
@@ -51,7 +55,7 @@ class SweepFolder:
 
         Raises: ConfigError when it holds something else, or a sweep of another recipe.
         """
-        if not self.recipe.is_file():
+        if not self.study.is_file():  # new, or its storage could not be opened
             self._refuse_foreign_folder()
         else:
             changed = [line for line in Recipe.load(self.recipe).differences(recipe) if not _is_free(line)]
@@ -62,7 +66,7 @@ class SweepFolder:
                 )
         try:
             self.trials.mkdir(parents=True, exist_ok=True)
-            if not self.recipe.is_file():
+            if not self.study.is_file():
                 replace_file(self.recipe, recipe.with_places().to_yaml())
         except OSError as error:
             raise ConfigError(f"output {self.path} cannot be used ({error}): give another folder") from error
@@ -73,7 +77,7 @@ class SweepFolder:
             raise ConfigError(f"output {self.path} is a file: give a folder that is new or empty")
         if self.path.is_dir():
             found = [entry.name for entry in sorted(self.path.iterdir())]
-            if foreign := [name for name in found if name != "trials" and not name.startswith(".sweep.yaml.")]:
+            if foreign := [name for name in found if name not in _BEGINNING and not name.startswith(".")]:
                 raise ConfigError(
                     f"output {self.path} holds {foreign[0]} and is no sweep: give a folder that is new or empty"
                 )

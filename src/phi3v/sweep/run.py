@@ -144,8 +144,7 @@ class _Work:
         self.recipe, self.settings, self.features = recipe, settings, features
         self.on_trial, self.on_event = on_trial, on_event
         self.folder, self.space = SweepFolder(recipe.output), search_space(recipe)
-        self.folder.start(recipe)
-        self.study = SweepStudy(self.folder, settings, self.space, recipe.training.seed)
+        self.study = SweepStudy(self.folder, recipe, settings, self.space)
 
     def all(self) -> SweepResult:
         """Trials until none is left to begin, then what they found."""

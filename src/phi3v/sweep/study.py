@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from phi3v.data.scratch import alone
 from phi3v.errors import ConfigError
 from phi3v.passthrough import check_names, first_line
+from phi3v.recipe import Recipe
 from phi3v.recipe_sweep import SweepSection
 from phi3v.run_lock import RunLock
 from phi3v.sweep.folder import SweepFolder
@@ -45,22 +46,23 @@ class OwnTrial:
 class SweepStudy:
     """Hands out trials, and takes what became of them."""
 
-    def __init__(self, folder: SweepFolder, sweep: SweepSection, space: Space, seed: int) -> None:
-        """Opens the storage, or makes it.
+    def __init__(self, folder: SweepFolder, recipe: Recipe, sweep: SweepSection, space: Space) -> None:
+        """Opens folder and storage, or makes them.
 
         Args:
             folder: of the sweep.
-            sweep: the recipe's section.
+            recipe: the sweep's; its training.seed is that of all suggestions.
+            sweep: its section.
             space: what is searched.
-            seed: of all suggestions.
         Raises: ConfigError for a storage that cannot be opened, and for a sampler or pruner that Optuna does not have.
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.folder, self.sweep, self.space, self.seed = folder, sweep, space, seed
+        self.folder, self.sweep, self.space, self.seed = folder, sweep, space, recipe.training.seed
         self._distributions = distributions(space)
         self._sampler(0, "")  # its errors before anything is written
         pruner = optuna.pruners.NopPruner() if sweep.pruner is None else _made("pruner", sweep.pruner)
         direction = StudyDirection.MINIMIZE if self.minimize else StudyDirection.MAXIMIZE
+        folder.start(recipe)
         with alone(folder.lock):
             storage = _open_storage(sweep.storage, folder)
             self.study = optuna.create_study(
@@ -79,10 +81,8 @@ class SweepStudy:
     def next(self) -> OwnTrial | None:
         """A trial that another process left, or a new one with its values; None when there are as many as wanted."""
         with alone(self.folder.lock):
-            own = self._orphan() or self._fresh()
-            if own is not None:
-                self._suggest(own.trial)
-            return own
+            found = self._orphan() or self._fresh()
+            return None if found is None else OwnTrial(self._suggested(*found[:2]), found[2])
 
     def done(self, own: OwnTrial, value: float | None, state: TrialState) -> None:
         """Stores how a trial ended; its lock is free behind this."""
@@ -100,8 +100,11 @@ class SweepStudy:
         trials = self.study.get_trials(deepcopy=False)
         return len(trials) >= self.sweep.trials or bool(self.study.user_attrs.get(_EXHAUSTED))
 
-    def _orphan(self) -> OwnTrial | None:
-        """A running trial that no process holds; None too where the file system has no locks to tell."""
+    def _orphan(self) -> tuple[int, int, RunLock] | None:
+        """A running trial that no process holds; None too where the file system has no locks to tell.
+
+        Returns: its number, its id in the storage, its lock.
+        """
         for frozen in self.trials():
             if frozen.state != TrialState.RUNNING:
                 continue
@@ -111,28 +114,31 @@ class SweepStudy:
             except ConfigError:
                 continue
             if lock.held:
-                return OwnTrial(Trial(self.study, frozen._trial_id), lock)
+                return frozen.number, frozen._trial_id, lock
         return None
 
-    def _fresh(self) -> OwnTrial | None:
+    def _fresh(self) -> tuple[int, int, RunLock] | None:
         """A new trial, without its values yet."""
         if self.is_over():
             return None
+        self.study.sampler = optuna.samplers.RandomSampler(seed=0)  # looks at no trial before it has values
         trial = self.study.ask()
         lock = self._lock_of(trial.number)
         lock.take()
-        return OwnTrial(trial, lock)
+        return trial.number, trial._trial_id, lock
 
-    def _suggest(self, trial: Trial) -> None:
-        """The values of a trial: those that are stored stay, the others are suggested as an undisturbed process would.
+    def _suggested(self, number: int, place: int) -> Trial:
+        """A trial with its values: those that are stored stay, the others are what an undisturbed process would suggest.
 
         What a sampler makes of several keys at once (CMA-ES, GP, multivariate TPE) comes from one seed of the trial.
         """
-        self.study.sampler = self._sampler(trial.number, "")
+        self.study.sampler = self._sampler(number, "")
+        trial = Trial(self.study, place)
         _ = trial.relative_params
         for key, distribution in self._distributions.items():
-            self.study.sampler = self._sampler(trial.number, key)
+            self.study.sampler = self._sampler(number, key)
             trial._suggest(key, distribution)
+        return trial
 
     def _lock_of(self, number: int) -> RunLock:
         return RunLock(self.folder.trials, f"{number:04d}.lock")
