@@ -142,8 +142,8 @@ def test_spaces_and_slips(make_sweep: MakeRecipe, tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=line):
             sweep(make_sweep("slips").with_overrides([override]))
-    failing = make_sweep("failing", search={"training.optim": ["nothing"]}, trials=2)
-    with pytest.raises(TrainingError, match=r"all 2 trials failed, the last one so: training.optim is 'nothing'"):
+    failing = make_sweep("failing", search={"vision.tower": ["lora"], "lora": [None]}, trials=2)
+    with pytest.raises(TrainingError, match=r"all 2 trials failed, the last one so: vision.tower asks for LoRA"):
         sweep(failing)
 
 

@@ -128,7 +128,7 @@ class SweepStudy:
         return trial.number, trial._trial_id, lock
 
     def _suggested(self, number: int, place: int) -> Trial:
-        """A trial with its values: those that are stored stay, the others are what an undisturbed process would suggest.
+        """A trial with its values: stored ones stay, the others are what an undisturbed process would suggest.
 
         What a sampler makes of several keys at once (CMA-ES, GP, multivariate TPE) comes from one seed of the trial.
         """
@@ -147,10 +147,12 @@ class SweepStudy:
         """A sampler with a seed of its own, where its class takes one."""
         options = dict(self.sweep.sampler)
         parameters = inspect.signature(_class_of("sampler", options)).parameters
+        grid = "search_space" in parameters  # its seed says in which order it holds the combinations
         if "seed" in parameters:
             text = f"{options.get('seed', self.seed)}/{number}/{key}"
-            options["seed"] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])
-        if "search_space" in parameters and "search_space" not in options:
+            seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])
+            options["seed"] = self.seed if grid else seed
+        if grid and "search_space" not in options:
             options["search_space"] = _grid(self._distributions)
         return _made("sampler", options)
 
