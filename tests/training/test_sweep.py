@@ -1,12 +1,15 @@
 """Sweeps on a tiny model: what is tried, what is shared, and that a killed sweep ends as an undisturbed one."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import phi3v
+from phi3v.cli import app
 from phi3v.data import encode as encode_module
 from phi3v.errors import ConfigError, Interrupted, TrainingError
 from phi3v.recipe import Recipe
@@ -167,3 +170,28 @@ def test_trials_open_no_image_again(make_sweep: MakeRecipe, monkeypatch: pytest.
         for run in (RunFolder(alone.output), RunFolder(trial.output))
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_the_command_shows_a_line_a_trial_and_says_what_is_missing(
+    make_sweep: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_sweep("command", search={"lora.r": [2, 3]}, trials=2, metric="similarity", sampler="GridSampler")
+    file = Path(recipe.output).with_suffix(".yaml")
+    file.write_text(recipe.to_yaml(), encoding="utf-8")
+    said = CliRunner().invoke(app, ["sweep", str(file)])
+    assert said.exit_code == 0, said.output
+    for line in (
+        "trial 0: begins with lora.r=",
+        "trial 1: complete, ",
+        "; 2 of 2 done, best ",
+        "is finished: 2 trials",
+    ):
+        assert line in said.output
+    ranking = json.loads((Path(recipe.output) / "ranking.json").read_text(encoding="utf-8"))
+    scores = [line["value"] for line in ranking["trials"]]
+    assert ranking["better"] == "higher" and scores == sorted(scores, reverse=True)
+    told = RunFolder(ranking["trials"][0]["folder"]).read_evaluation()
+    assert told["metrics"]["similarity"]["tuned"]["value"] == scores[0] and told["base"] is None
+    monkeypatch.setattr("phi3v.cli_sweep.find_spec", lambda name: None)
+    said = CliRunner().invoke(app, ["sweep", str(file)])
+    assert said.exit_code == 1 and 'a sweep needs Optuna: pip install "phi3v[sweep]"' in said.output

@@ -18,6 +18,7 @@ from phi3v.data.scratch import alone
 from phi3v.errors import ConfigError, TrainingError
 from phi3v.evaluation.run import feature_store
 from phi3v.features.store import FeatureStore
+from phi3v.launch import Launch
 from phi3v.recipe import Recipe
 from phi3v.recipe_sweep import SweepSection
 from phi3v.sweep.folder import SweepFolder
@@ -124,6 +125,8 @@ def sweep(
         settings = settings.model_copy(update={"storage": os.path.abspath(settings.storage)})
     recipe = Recipe.from_dict({**recipe.model_dump(), "sweep": settings.model_dump()})
     check_recipe_alone(recipe)
+    if Launch.here().count > 1:
+        raise ConfigError("each trial of a sweep is one process: start it by itself, with sweep.workers for several")
     if recipe.data.validation is None and recipe.data.split is None:
         raise ConfigError("a sweep compares trials on held-out rows: set data.split or data.validation")
     work = _Work(recipe, settings, on_trial, on_event, features)
@@ -156,7 +159,10 @@ class _Work:
             worked = self._let_others_work()
         while self.settings.workers == 1 and not self._late(began) and (own := self.study.next()) is not None:
             worked = True
-            self._try(own)
+            try:
+                self._try(own)
+            finally:
+                own.lock.give_back()  # the trial of an interrupted call is anybody's
         stopped = not self._finished()
         if not worked and not stopped and self.folder.ranking.is_file():
             return self._result("finished", write=False)

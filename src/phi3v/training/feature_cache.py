@@ -262,7 +262,7 @@ class KnownRows:
 
     def __init__(self, samples: Any, features: VisionFeatures) -> None:
         """Name the samples; those that are no rows with a processor have no known images."""
-        self._encoded = getattr(samples, "encoded", None)
+        self._encoded: Any = getattr(samples, "encoded", None)
         self._store, self._way = features.store, ""
         if isinstance(self._encoded, EncodedRows):
             settings = self._encoded.processor.image_processor.to_dict()
