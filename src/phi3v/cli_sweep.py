@@ -106,6 +106,6 @@ def show_sweep(console: Console, result: SweepResult) -> None:
         "complete": "is finished",
         "stopped": "is not finished: the same command goes on",
     }[result.status]
-    console.print(f"sweep {result.folder} {told}: {counted(len(ranking['trials']), 'trial')} ({states})", markup=False)
+    console.print(f"sweep {result.folder} {told}: {counted(len(ranking['trials']), 'trial')} ({states})", markup=False, soft_wrap=True)
     if result.best_recipe is not None:
         console.print(f"best recipe: {result.best_recipe}", markup=False, soft_wrap=True)
