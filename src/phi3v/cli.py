@@ -10,6 +10,7 @@
     phi3v plan RECIPE [key=value ...]       memory, steps and time before anything is loaded
     phi3v doctor RECIPE [key=value ...]     whether a training would teach what its rows say
     phi3v profile RECIPE [key=value ...]    where time and memory of a training go
+    phi3v sweep RECIPE [key=value ...]      many trainings with other values, ranked; the best recipe
     phi3v demo                              all of it on the model and the products that come with the package
 
 TARGET is a run, an adapter, a model folder or a hub id. Every command takes `--json` (one object on standard output)
@@ -45,6 +46,7 @@ from phi3v.cli_plan import plan
 from phi3v.cli_predict import predict
 from phi3v.cli_profile import profile
 from phi3v.cli_session import session
+from phi3v.cli_sweep import sweep
 
 app = typer.Typer(
     name="phi3v",
@@ -216,6 +218,7 @@ def demo(
 
 app.command(cls=Command, short_help="Count what a training will take: memory, steps, time.")(plan)
 app.command(cls=Command, short_help="Show on a real batch that a training is right.")(doctor)
+app.command(cls=Command, short_help="Try a recipe with other values, and rank them.")(sweep)
 app.command(cls=Command, short_help="See where the time of a training goes.")(profile)
 
 

@@ -21,6 +21,7 @@ from phi3v.errors import ConfigError
 from phi3v.recipe_data import DataSection, Section, shorthand
 from phi3v.recipe_errors import explain
 from phi3v.recipe_report import EvaluationSection, ReportSection
+from phi3v.recipe_sweep import SweepSection
 from phi3v.recipe_vision import VisionSection
 from phi3v.recipe_yaml import apply_override, read_yaml, write_yaml
 
@@ -59,7 +60,7 @@ RUN_FILES = ("recipe.yaml", "versions.json")
 """The files that make a folder a run."""
 
 SETTINGS = tuple(
-    "evaluation report model.device data.image_cache data.allow_hosts vision.cache_gb vision.cache_folder "
+    "evaluation report sweep model.device data.image_cache data.allow_hosts vision.cache_gb vision.cache_folder "
     "training.fast_lora training.non_finite training.fsdp training.fsdp_config training.ddp_backend "
     "training.ddp_timeout".split()
 )
@@ -196,6 +197,7 @@ class Recipe(Section):
     training: TrainingSection = Field(default=TrainingSection(), description="How long and in which steps.")
     evaluation: EvaluationSection = Field(default=EvaluationSection(), description="How answers are scored.")
     report: ReportSection = Field(default=ReportSection(), description="Who is told.")
+    sweep: SweepSection | None = Field(default=None, description="What phi3v sweep tries.")
     output: str = Field(min_length=1, description="Folder of the run; runs/<recipe name> where nothing is said.")
 
     @model_validator(mode="after")

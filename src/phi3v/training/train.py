@@ -88,7 +88,11 @@ class RunResult:
 
 
 def train(
-    recipe: Recipe | str | Path, *, on_event: Watcher | None = None, features: FeatureStore | None = None
+    recipe: Recipe | str | Path,
+    *,
+    on_event: Watcher | None = None,
+    features: FeatureStore | None = None,
+    report: bool = True,
 ) -> RunResult:
     """Tunes a model as the recipe says.
 
@@ -101,6 +105,7 @@ def train(
         on_event: called with a `TrainingEvent` at the start, after each step, and when losses are known.
         features: where the features of frozen vision parts are kept if the recipe keeps them (vision.cache), for
             several runs in this process to share; None opens what the recipe names.
+        report: False answers no held-out rows at the end and writes no report; the same call with True does it later.
 
     Returns:
         What was done; the tuned weights are in `adapter/` of the run, or in `model/` when the whole model was tuned.
@@ -130,7 +135,7 @@ def train(
             result = _tune(recipe, run, watch, store, ranks, signals=signals)
             ranks.alone(lambda: run.mark_finished({**result.to_dict(), "memory_gib": most_memory() / 2**30}))
         ranks.leave()
-        if ranks.first:
+        if ranks.first and report:
             _report(run, result, watch, store)
     return result
 
@@ -154,7 +159,7 @@ def _report(run: RunFolder, result: RunResult, watch: Watcher, store: FeatureSto
     elif run.evaluation.is_file() and run.predictions.is_file():
         write_report(run, held_out_rows(resolve_target(run.path), None, None).rows)
     else:
-        _release_memory()
+        release_memory()
         evaluate(
             run.path,
             against=run.read_recipe().evaluation.against,
@@ -364,7 +369,7 @@ def _usable_data(recipe: Recipe, processor: Any, watch: Watcher) -> LoadedData |
     return data
 
 
-def _release_memory() -> None:
+def release_memory() -> None:
     """Gives back what the training held, before the evaluation loads the tuned model from its folder."""
     gc.collect()
     if torch.cuda.is_available():
