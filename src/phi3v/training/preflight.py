@@ -40,7 +40,15 @@ def check_recipe_alone(recipe: Recipe) -> None:
     template = AnswerTemplate(recipe.data.answer)
     choose_numeric_fields([], template, recipe.evaluation.numeric_fields)
     check_metrics(recipe.evaluation.metrics or [], template)
+    _check_kept(recipe)
     check_trackers(recipe.report.to)
+
+
+def _check_kept(recipe: Recipe) -> None:
+    """Refuses a file of evaluation.keep that is not there: it is read when the training is over."""
+    keep = recipe.evaluation.keep
+    if keep is not None and os.path.splitext(keep)[1] and not os.path.exists(keep) and "*" not in keep:
+        raise ConfigError(f"evaluation.keep names {keep}, which does not exist: name a data set, or a recipe")
 
 
 def refuse_other_launchers() -> None:
