@@ -28,8 +28,8 @@ NEAR_LEVELS = 4.5
 """Grey levels by which 32 x 32 pixels may differ on average; a JPEG of quality 20 differs by 3.6, other products of the
 demo by 6.4 and more."""
 CLOSE_LEVELS = 14.0
-"""Grey levels by which the worst tile may differ up close: copies differ by 10.5 at most, a form with other figures in it
-by 36, a product with another price by 38 (docs/evaluation.md says how that was measured)."""
+"""Grey levels by which the worst tile may differ up close: copies differ by 10.5 at most, a form with other figures
+in it by 36, a product with another price by 38 (measured as docs/evaluation.md says)."""
 CANDIDATES = 5
 """Of each asked image so many known ones are looked at up close, the nearest ones."""
 _SIDE, _CLOSE_SIDE, _TILE = 32, 768, 12

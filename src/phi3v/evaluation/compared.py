@@ -1,4 +1,4 @@
-"""The result of a check, and what checks share: two columns compared, some rows out of many. Numbers in, numbers out."""
+"""The result of a check, and what checks share: two columns compared, some rows out of many; numbers in and out."""
 
 from __future__ import annotations
 
