@@ -1,9 +1,9 @@
 """The story of `phi3v demo`: products are painted, a small model learns to read them, and controls say whether it does.
 
 In comes a folder, out come figures; every one of them is computed here and now. The folder holds `products/` (photos
-and tables), `captions/` (what the model could do before), `tuned/` and `shuffled/` (two runs) and `demo.json` (what this returns; `{}` until then). The same
-call again goes on where an earlier one stopped. Everything but the products and the small model is what any recipe
-goes through.
+and tables), `captions/` (what the model could do before), `tuned/` and `shuffled/` (two runs) and
+`demo.json` (what this returns; `{}` until then). The same call again goes on where an earlier one stopped. Everything
+but the products, the captions and the small model is what any recipe goes through.
 """
 
 from __future__ import annotations
