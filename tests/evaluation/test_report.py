@@ -51,6 +51,7 @@ def make_content(rows: int = 12, base: bool = True) -> ReportContent:
         "primary": scoring.metrics[0],
         "metrics": table,
         "notes": [],
+        "checks": {"overlap": {"verdict": "fail", "line": "2 of 12 rows <leaked>"}},
         "scores": {
             "base": score_answers(expected, wrong, TEMPLATE, ["price"], loss=4.5).to_dict() if base else None,
             "tuned": score_answers(expected, tuned, TEMPLATE, ["price"], loss=0.012345).to_dict(),
@@ -118,6 +119,7 @@ def test_page_holds_scores_samples_recipe_and_times():
         "field “price”",
         "“price”, mean absolute error",
         "image blanked",
+        "fail: 2 of 12 rows <leaked>.",
         "vision tower",
         "1,234,567",
         "1 min 15 s",

@@ -1,7 +1,7 @@
 """Pictures that are the same to the eye: re-encoded, resized, renamed copies. Rows in, pairs of rows out.
 
-Two steps, since hashes of 64 bits take simple pictures for each other. A difference hash (dHash: is a cell of a grey 9x8
-picture brighter than its left neighbour?) finds candidates, and 32 x 32 pixels in colour decide. Candidates are then
+Two steps, since hashes of 64 bits take simple pictures for each other. A difference hash (dHash: is a cell of a grey
+9x8 picture brighter than its left neighbour?) finds candidates, and 32x32 pixels in colour decide. Candidates are then
 opened again and compared up close, tile by tile, so that a form filled in otherwise is another picture. A copy that was
 cropped, turned, mirrored or made brighter by a tenth is not found. Knows nothing of recipes or scores.
 """
