@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 from rich.console import Console
-from test_evaluate import make_recipe, make_run
 from tiny_models import write_photos, write_tiny_model
+from tiny_runs import make_recipe, make_run
 
 from phi3v.cli_screen import show_evaluation
 from phi3v.errors import ConfigError
