@@ -1,4 +1,4 @@
-"""Runs that were never trained: a recipe on the tiny model and coloured photos, and a run's folder of random weights."""
+"""Runs that were never trained: a recipe on the tiny model and photos, and a run's folder of random weights."""
 
 from pathlib import Path
 
