@@ -39,36 +39,12 @@ SCENES = (
     288,
     290,
     295,
-    301,
-    325,
-    328,
-    365,
-    368,
-    375,
-    397,
-    401,
-    409,
-    417,
-    452,
-    484,
-    501,
-    522,
-    524,
-    545,
-    546,
-    555,
-    568,
-    575,
-    611,
-    622,
-    629,
-    646,
 )
 """Scenes of that seed that have a caption: one in ten, and to paint the others would take seconds."""
 
 
 def write_captions(folder: Path) -> Path:
-    """Writes the captions, 48 of them, and returns the table; one that is there stays as it is.
+    """Writes the captions, 24 of them, and returns the table; one that is there stays as it is.
 
     Example of a line: {"image": "14.png", "question": "Describe the picture.", "answer": "a plain black tree with the
     number 9"}.

@@ -12,7 +12,7 @@ import csv
 import json
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from random import Random
@@ -24,6 +24,7 @@ from phi3v.errors import ConfigError
 from phi3v.evaluation.controls import answer_controls
 from phi3v.evaluation.report_run import write_report
 from phi3v.evaluation.run import feature_store, held_out_rows
+from phi3v.evaluation.shares import Share
 from phi3v.recipe import Recipe
 from phi3v.recipe_yaml import read_yaml
 from phi3v.run_folder import RunFolder, to_json
@@ -73,8 +74,8 @@ def run_demo(
     features = feature_store(recipe, None)  # both runs see the same photos
     train(recipe, on_event=on_event, features=features)
     run = RunFolder(folder / "tuned")
-    say("control: the same questions with spoiled pictures")
-    spoiled = answer_controls(run.path, on_progress=on_progress, features=features)
+    say("control: the same questions with the pictures of others")
+    spoiled = answer_controls(run.path, blank=False, on_progress=on_progress, features=features)
     say("control: a second run, tuned on answers that were shuffled among the photos")
     shuffled = shuffle_answers(tables["train"])
     tuned_alone = ["evaluation.against=null", "evaluation.checks=[images]", "training.eval_strategy=no"]
@@ -83,7 +84,7 @@ def run_demo(
     evaluation, lost = run.read_evaluation(), RunFolder(folder / "shuffled").read_evaluation()
     controls = {
         "most frequent answer to everything": evaluation["majority"]["share"],
-        "pictures blanked": vars(spoiled.blanked),
+        "pictures blanked": _share(evaluation["checks"]["images"]["with_grey_images"]),
         "pictures swapped": vars(spoiled.swapped),
         "pictures swapped, judged by the picture shown": vars(spoiled.follows_swap),
         "tuned on shuffled answers": lost["scores"]["tuned"]["exact_match"],
@@ -166,6 +167,11 @@ def _products(folder: Path) -> dict[str, Path]:
 def _count_rows(table: Path) -> int:
     with open(table, newline="", encoding="utf-8") as file:
         return sum(1 for _ in csv.DictReader(file))
+
+
+def _share(estimate: Mapping[str, Any]) -> dict[str, Any]:
+    """An exact match of the checks as the controls have theirs: {"value": 0.5, "rows": 4} -> 2 of 4."""
+    return vars(Share.of(round(estimate["value"] * estimate["rows"]), estimate["rows"]))
 
 
 def _command(run: Path, photo: Path, question: str) -> str:

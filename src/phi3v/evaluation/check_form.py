@@ -57,7 +57,7 @@ def check_form(
         said.append(f"the median answer is {ratio:.2g} times as long as expected")
     if not said:
         formed = "" if own["formless"] is None else f", {percent(1 - own['formless'])} in the form that is expected"
-        return Check("pass", f"{len(expected)} answers{formed}, {ratio or 1:.2g} times as long as expected", figures)
+        return Check("pass", f"{len(expected)} answers{formed}, as long as expected", figures)
     worst = max(wrong.values(), default=0.0)
     return Check("fail" if worst >= MANY else "warn", f"of {len(expected)} answers {'; '.join(said)}", figures)
 

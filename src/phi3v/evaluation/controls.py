@@ -25,12 +25,12 @@ class Controls:
     """Scores of a target whose images were spoiled.
 
     Attributes:
-        blanked: exact match with the expected answer when every image is grey.
+        blanked: exact match with the expected answer when every image is grey; None where that was not asked.
         swapped: exact match with the row's own answer when it was shown another row's images.
         follows_swap: exact match with the answer that belongs to the images shown; high for a model that looks.
     """
 
-    blanked: Share
+    blanked: Share | None
     swapped: Share
     follows_swap: Share
 
@@ -40,11 +40,13 @@ def answer_controls(
     data: str | Path | None = None,
     *,
     rows: int | None = None,
+    blank: bool = True,
     on_progress: Progress = lambda stage, done, total: None,
     features: FeatureStore | None = None,
 ) -> Controls:
     """Asks a target about held-out rows with spoiled images; the arguments are those of `evaluation.run.evaluate`.
 
+    `blank` False leaves grey images out, which the check `images` of an evaluation has asked about already.
     Swapped images are those of the rows, so kept features are used for them; grey ones are not worth keeping.
 
     Raises:
@@ -64,10 +66,10 @@ def answer_controls(
 
         return answer_rows(loaded.model, loaded.processor, asked, **settings, see=see, on_row=count).texts
 
-    blanked = answers("with grey images", blank_images(held_out.rows))
+    blanked = answers("with grey images", blank_images(held_out.rows)) if blank else None
     swapped = answers("with swapped images", shown, kept)
     return Controls(
-        exact_match([row.answer for row in held_out.rows], blanked),
+        None if blanked is None else exact_match([row.answer for row in held_out.rows], blanked),
         exact_match([row.answer for row in own], swapped),
         exact_match([row.answer for row in others], swapped),
     )
