@@ -64,6 +64,7 @@ def make_predictions(rows: int, base: bool = True) -> tuple[list[dict[str, Any]]
         "metrics": metric_table(ours, beside[1], constant_scores(scoring, expected, asked)),
         "categories": break_down(predictions, scoring.metrics[0]),
         "notes": [],
+        "checks": {"overlap": {"verdict": "fail", "line": "2 of 12 rows <leaked>"}},
         "scores": {
             "base": score_answers(expected, wrong, TEMPLATE, ["price"], loss=4.5).to_dict() if base else None,
             "tuned": score_answers(expected, tuned, TEMPLATE, ["price"], loss=0.012345).to_dict(),

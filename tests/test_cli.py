@@ -101,7 +101,17 @@ def test_commands_and_flags_are_frozen():
     assert [option for p in root.params for option in p.opts] == ["--version", "--debug"]
     assert found == {
         "train": ["recipe", "overrides", "--json", "--debug"],
-        "evaluate": ["target", "--data", "--against", "--metrics", "--rows", "--device", "--json", "--debug"],
+        "evaluate": [
+            "target",
+            "--data",
+            "--against",
+            "--metrics",
+            "--checks",
+            "--rows",
+            "--device",
+            "--json",
+            "--debug",
+        ],
         "predict": [
             *["target", "--data", "--out", "--prompt", "--rows", "--batch-size", "--max-new-tokens", "--device"],
             *["--json", "--debug"],

@@ -90,7 +90,7 @@ LIBRARIES = {
         "cli_session",
     ),
     "numpy": ("model.*", "data.*", "evaluation.*", "training.state_files", "training.trackers", "demo.*"),
-    "PIL": ("model.*", "data.*", "generate", "evaluation.controls", "demo.*"),
+    "PIL": ("model.*", "data.*", "generate", "evaluation.spoiled", "demo.*"),
     "tokenizers": ("model.*", "demo.*"),
     "huggingface_hub": (
         "model.configuration_phi3_v",

@@ -130,6 +130,9 @@ def evaluate(
         str | None,
         typer.Option(metavar="NAME,...", help="Metrics; else those of the recipe or of the answers' kind."),
     ] = None,
+    checks: Annotated[
+        bool, typer.Option("--checks", help="Make every check; else those of the recipe, or the cheap ones.")
+    ] = False,
     rows: Annotated[int | None, typer.Option(min=1, help="Answer the first so many rows only.")] = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -139,6 +142,7 @@ def evaluate(
     named = read_metrics(metrics)
     with session(debug or context.obj, as_json) as here:
         from phi3v.cli_screen import Screen, show_evaluation
+        from phi3v.evaluation.checks import ALL
         from phi3v.evaluation.run import evaluate as evaluate_target
 
         with Screen(here.screen) as screen:
@@ -147,6 +151,7 @@ def evaluate(
                 data,
                 against=None if against == "none" else against,
                 metrics=named,
+                checks=ALL if checks else None,
                 rows=rows,
                 device=device,
                 on_progress=screen.on_progress,

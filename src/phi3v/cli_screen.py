@@ -196,6 +196,9 @@ def show_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
     console.print(line, markup=False, soft_wrap=True)
     for line in evaluation["notes"]:
         console.print(line, markup=False, soft_wrap=True)
+    for name, check in evaluation.get("checks", {}).items():
+        line = f"check {name}: {check['verdict']}: {printable(check['line'])}"
+        console.print(line, markup=False, soft_wrap=True, style="bold" if check["verdict"] == "fail" else None)
     for line in evaluation["problems"][:5]:
         console.print(f"left out: {printable(line)}", markup=False)
     if len(evaluation["problems"]) > 5:

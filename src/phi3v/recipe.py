@@ -362,6 +362,7 @@ _PLACES = (
     ("data", "image_root"),
     ("data", "image_cache"),
     ("vision", "cache_folder"),
+    ("evaluation", "keep"),
 )
 _PLACE_KEYS = {*(key for _, key in _PLACES), "source"}
 _SHORTHANDS = {"model": "name", "data": "train"}

@@ -23,6 +23,9 @@ MetricName = Literal[
 ]
 """Every metric of `evaluation.kinds`, by its name."""
 
+CheckName = Literal["overlap", "form", "images", "forgetting"]
+"""Every check of `evaluation.checks`, by its name."""
+
 
 def _trackers(value: Any) -> Any:
     """`none` or null -> [], one name -> a list of it."""
@@ -49,6 +52,15 @@ class EvaluationSection(Section):
     )
     numeric_fields: list[str] | None = Field(
         default=None, description="Answer columns scored as numbers; null finds them by their values."
+    )
+    checks: list[CheckName] | None = Field(
+        default=None,
+        description="Checks: overlap, form, images, forgetting; null for the cheap ones, and forgetting with keep.",
+    )
+    keep: str | None = Field(
+        default=None,
+        min_length=1,
+        description="What the model should still do: rows with image, question and answer, or a recipe.",
     )
 
 

@@ -7,8 +7,9 @@ from tiny_models import write_photos, write_tiny_model
 from phi3v.data.images import open_image
 from phi3v.data.schema import ImagePart, ImageRef, Message, Row, TextPart
 from phi3v.errors import DataError
-from phi3v.evaluation.controls import GREY, answer_controls, blank_images, swap_images
+from phi3v.evaluation.controls import answer_controls
 from phi3v.evaluation.run import evaluate
+from phi3v.evaluation.spoiled import GREY, blank_images, swap_images
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.training.train import train

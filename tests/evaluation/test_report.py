@@ -36,6 +36,7 @@ def test_page_holds_scores_rows_recipe_and_times():
         "“price”, mean absolute error",
         "Exact match by category",
         "image blanked",
+        "fail: 2 of 12 rows <leaked>.",
         "vision tower",
         "1,234,567",
         "1 min 15 s",

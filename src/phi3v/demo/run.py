@@ -1,9 +1,9 @@
 """The story of `phi3v demo`: products are painted, a small model learns to read them, and controls say whether it does.
 
 In comes a folder, out come figures; every one of them is computed here and now. The folder holds `products/` (photos
-and tables), `tuned/` and `shuffled/` (two runs) and `demo.json` (what this returns; `{}` until then). The same
-call again goes on where an earlier one stopped. Everything but the products and the small model is what any recipe
-goes through.
+and tables), `captions/` (what the model could do before), `tuned/` and `shuffled/` (two runs) and
+`demo.json` (what this returns; `{}` until then). The same call again goes on where an earlier one stopped. Everything
+but the products, the captions and the small model is what any recipe goes through.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ import csv
 import json
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from phi3v.demo.captions import write_captions
 from phi3v.demo.catalogue import write_catalogue
 from phi3v.errors import ConfigError
 from phi3v.evaluation.controls import answer_controls
 from phi3v.evaluation.report_run import write_report
 from phi3v.evaluation.run import feature_store, held_out_rows
+from phi3v.evaluation.shares import Share
 from phi3v.recipe import Recipe
 from phi3v.recipe_yaml import read_yaml
 from phi3v.run_folder import RunFolder, to_json
@@ -54,9 +56,9 @@ def run_demo(
         say: called with a line about what comes next.
 
     Returns:
-        "evaluation" (base and tuned on unseen products, as in evaluation.json), "controls" (name -> exact match as
-        a `Share` dict), "samples" (a few questions with all answers), "report", "run", "try" (a command to paste),
-        "seconds".
+        "evaluation" (base and tuned on unseen products, as in evaluation.json, checks among it), "controls" (name ->
+        exact match as a `Share` dict), "shuffled_checks" (what is found of the run on shuffled answers), "samples" (a
+        few questions with all answers), "report", "run", "try" (a command to paste), "seconds".
 
     Raises:
         ConfigError: `output` is a file, or a folder that holds something else than a demo.
@@ -65,22 +67,24 @@ def run_demo(
     _claim(folder)
     say("painting products")
     tables = _products(folder / "products")
-    recipe = demo_recipe(tables["train"], tables["test"], folder / "tuned", overrides)
+    captions = write_captions(folder / "captions")
+    checked = ["evaluation.checks=[overlap, form, images, forgetting]", f"evaluation.keep={json.dumps(str(captions))}"]
+    recipe = demo_recipe(tables["train"], tables["test"], folder / "tuned", [*checked, *(overrides or [])])
     say(f"tuning on {_count_rows(tables['train'])} products")
     features = feature_store(recipe, None)  # both runs see the same photos
     train(recipe, on_event=on_event, features=features)
     run = RunFolder(folder / "tuned")
-    say("control: the same questions with spoiled pictures")
-    spoiled = answer_controls(run.path, on_progress=on_progress, features=features)
+    say("control: the same questions with the pictures of others")
+    spoiled = answer_controls(run.path, blank=False, on_progress=on_progress, features=features)
     say("control: a second run, tuned on answers that were shuffled among the photos")
     shuffled = shuffle_answers(tables["train"])
-    tuned_alone = ["evaluation.against=null", "training.eval_strategy=no"]  # its base is the other run's
+    tuned_alone = ["evaluation.against=null", "evaluation.checks=[images]", "training.eval_strategy=no"]
     control = demo_recipe(shuffled, tables["test"], folder / "shuffled", [*tuned_alone, *(overrides or [])])
     train(control, on_event=on_event, features=features)
     evaluation, lost = run.read_evaluation(), RunFolder(folder / "shuffled").read_evaluation()
     controls = {
         "most frequent answer to everything": evaluation["majority"]["share"],
-        "pictures blanked": vars(spoiled.blanked),
+        "pictures blanked": _share(evaluation["checks"]["images"]["with_grey_images"]),
         "pictures swapped": vars(spoiled.swapped),
         "pictures swapped, judged by the picture shown": vars(spoiled.follows_swap),
         "tuned on shuffled answers": lost["scores"]["tuned"]["exact_match"],
@@ -91,6 +95,7 @@ def run_demo(
     story = {
         "evaluation": evaluation,
         "controls": controls,
+        "shuffled_checks": lost["checks"],
         "samples": samples,
         "run": str(run.path),
         "report": str(run.report),
@@ -162,6 +167,11 @@ def _products(folder: Path) -> dict[str, Path]:
 def _count_rows(table: Path) -> int:
     with open(table, newline="", encoding="utf-8") as file:
         return sum(1 for _ in csv.DictReader(file))
+
+
+def _share(estimate: Mapping[str, Any]) -> dict[str, Any]:
+    """An exact match of the checks as the controls have theirs: {"value": 0.5, "rows": 4} -> 2 of 4."""
+    return vars(Share.of(round(estimate["value"] * estimate["rows"]), estimate["rows"]))
 
 
 def _command(run: Path, photo: Path, question: str) -> str:

@@ -49,6 +49,8 @@ class Answers:
         tokens: how many these are.
         ways: how many rows were answered in which way, see `engine.Answered`.
         problems: place of a row -> why it could not be answered.
+        ended: of each row whether the model ended its answer, and not the limit of new tokens; None where that is not
+            known.
     """
 
     texts: list[str]
@@ -56,6 +58,7 @@ class Answers:
     tokens: list[int]
     ways: dict[str, int] = field(default_factory=dict)
     problems: dict[int, str] = field(default_factory=dict)
+    ended: list[bool | None] = field(default_factory=list)
 
     @property
     def loss(self) -> float | None:
@@ -71,6 +74,7 @@ class Answers:
             [one["tokens"] for one in records],
             dict(Counter(one["way"] for one in records if one["way"] is not None)),
             {place: one["problem"] for place, one in enumerate(records) if one.get("problem") is not None},
+            [one.get("ended") for one in records],
         )
 
 
@@ -173,8 +177,8 @@ class _Window:
     def answered(self, span: range) -> Iterator[tuple[int, dict[str, Any]]]:
         """The records of some rows, each with its place in the span, as they become known.
 
-        Example: {"text": "A hat.", "loss": 2.5, "tokens": 4, "way": "together"}; of a question that cannot be asked
-        {"text": "", "loss": 0.0, "tokens": 0, "way": None, "problem": "image a.jpg does not exist"}.
+        Example: {"text": "A hat.", "loss": 2.5, "tokens": 4, "way": "together", "ended": true}; of a question that
+        cannot be asked {"text": "", "loss": 0.0, "tokens": 0, "way": None, "problem": "image a.jpg does not exist"}.
         """
         order = self._longest_first(span)
         problems: dict[int, str] = {}
@@ -232,7 +236,7 @@ class _Window:
 def _record(found: Answered) -> dict[str, Any]:
     """An answer as plain values; a loss that is no number is null, as in all JSON here."""
     loss = found.loss if math.isfinite(found.loss) else None
-    return {"text": found.text, "loss": loss, "tokens": found.tokens, "way": found.way}
+    return {"text": found.text, "loss": loss, "tokens": found.tokens, "way": found.way, "ended": found.ended}
 
 
 class RecentImages:

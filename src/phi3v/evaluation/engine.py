@@ -47,12 +47,14 @@ class Answered:
         loss: loss summed over the trained tokens of the expected answer; 0.0 where none was given.
         tokens: how many these are.
         way: "together", in the running batch; "generate", through the model's own `generate`.
+        ended: whether the model ended it, and not the limit of new tokens; None where that is not known.
     """
 
     text: str
     loss: float
     tokens: int
     way: Way
+    ended: bool | None = None
 
 
 @dataclass
@@ -147,7 +149,8 @@ class Engine:
 
     def _told(self, row: _Running) -> Answered:
         """The answer of a row that ended; behind its end others may have waited for their turn to leave."""
-        return Answered(self.chat.text_of(row.new[: self.max_new_tokens]), row.loss, row.tokens, "together")
+        new = row.new[: self.max_new_tokens]
+        return Answered(self.chat.text_of(new), row.loss, row.tokens, "together", not self._stops.isdisjoint(new))
 
     def _next_group(
         self,

@@ -38,7 +38,7 @@ class Keeping:
         self.ranks = ranks
         self._place = place
         self._opened: list[Journal] = []
-        self._rows: str | None = None
+        self._named: list[tuple[Sequence[Row], str]] = []
 
     def journal(
         self, side: str, model: Any, processor: Any, rows: Sequence[Row], settings: Mapping[str, Any]
@@ -49,15 +49,17 @@ class Keeping:
             side: names it.
             model: as it answers.
             processor: its processor.
-            rows: all rows.
+            rows: all rows; for a side that is asked with other images those that the images were taken from.
             settings: the other arguments of `answer_rows` that answers depend on.
         """
         with self.ranks.together():
             if self._place is None or not self.ranks.first:
                 return None
-            if self._rows is None:
-                self._rows = name_rows(rows, stamps=True)
-            found = Journal(self._place(side), depends_on(model, processor, self._rows, {"side": side, **settings}))
+            named = next((name for known, name in self._named if known is rows), None)
+            if named is None:
+                named = name_rows(rows, stamps=True)
+                self._named.append((rows, named))
+            found = Journal(self._place(side), depends_on(model, processor, named, {"side": side, **settings}))
             self._opened.append(found)
             return found
 

@@ -32,12 +32,14 @@ class HeldOut:
         problems: rows that were left out.
         data: where they come from.
         recipe: whose templates, lengths and batch sizes apply.
+        train: the training rows of the same recipe, where they were read with them.
     """
 
     rows: Sequence[Row]
     problems: list[RowProblem]
     data: str
     recipe: Recipe
+    train: Sequence[Row] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Evaluation:
         seconds: stage -> how long it took.
         created: when, in UTC.
         predictions: one dict per row, see `prediction_rows`.
+        checks: name -> verdict, line and figures, see `checks`.
     """
 
     target: str
@@ -81,6 +84,7 @@ class Evaluation:
     seconds: dict[str, float]
     created: str
     predictions: list[dict[str, Any]] = field(repr=False)
+    checks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the predictions, as plain values for JSON."""
@@ -96,6 +100,7 @@ class Evaluation:
             "metrics": self.metrics,
             "categories": self.categories,
             "notes": list(self.scoring.notes),
+            "checks": self.checks,
             "scores": {
                 "base": self.base_scores.to_dict() if self.base_scores else None,
                 "tuned": self.tuned.to_dict(),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +20,9 @@ from phi3v.data.reading import Reading
 from phi3v.data.rows import Rows
 from phi3v.data.schema import Row
 from phi3v.data.sources import LoadedData, StreamedData, load_data, load_rows, stream_data
-from phi3v.errors import ConfigError
+from phi3v.errors import ConfigError, DataError
 from phi3v.evaluation.answers import Answers, answer_rows
+from phi3v.evaluation.checks import Asked, plan_checks, run_checks
 from phi3v.evaluation.keeping import Keeping, own_device, shared
 from phi3v.evaluation.result import Beside, Evaluation, HeldOut, build_evaluation, scoring_of
 from phi3v.features.opening import open_store
@@ -37,6 +39,19 @@ Progress = Callable[[str, int, int], None]
 """Called with a stage, the rows done and the rows in all."""
 See = Callable[[dict[str, Any]], dict[str, Any]] | None
 """Puts kept features in place of an example's pixels."""
+KEPT_ROWS = 200
+"""Of `evaluation.keep`: so many tell a loss of ten points."""
+KEPT_TEMPLATES = (
+    'data.prompt="{question}"',
+    'data.answer="{answer}"',
+    "data.images=image",
+    "data.format=auto",
+    "data.system=null",
+    "data.image_root=null",
+    "evaluation.metrics=null",
+    "evaluation.numeric_fields=null",
+)
+"""How rows of `evaluation.keep` are read and scored: as they are."""
 
 
 def evaluate(
@@ -45,6 +60,7 @@ def evaluate(
     *,
     against: str | Path | None = "base",
     metrics: Sequence[str] | None = None,
+    checks: Sequence[str] | None = None,
     rows: int | None = None,
     device: str | None = None,
     on_progress: Progress | None = None,
@@ -65,6 +81,7 @@ def evaluate(
         against: "base" to answer with the base too, None for the target alone, or another target, which answers the
             same rows in the same way.
         metrics: names of metrics; None for those of the recipe, or where it names none those of the answers' kind.
+        checks: names of checks, see `checks.ALL`; None for those of the recipe, or where it names none the cheap ones.
         rows: only the first so many rows; None for as many as the recipe says.
         device: "auto", "cpu" or "cuda"; None as the recipe says.
         on_progress: called as rows are answered.
@@ -85,15 +102,20 @@ def evaluate(
         resolve_device(device)  # what is not there is said before rows are read
     held_out = held_out_rows(place, data, rows)
     scoring = scoring_of(held_out, metrics)
+    plan = plan_checks(held_out, checks, lambda: kept_rows(place, held_out.recipe))
     began = time.monotonic()
     store = feature_store(held_out.recipe, features)
     own = place.kind == "run" and data is None and rows is None and not isinstance(other, Target)
     run = RunFolder(target)
     with shared(device or held_out.recipe.model.device, ranks) as together:
         keeping = Keeping(run.answers if own else None, together)
-        tuned, beside = _answer_both(place, held_out, other, device, on_progress or _ignore, store, keeping)
+        asked = _Asking(held_out, plan.asked(held_out), on_progress or _ignore, keeping)
+        tuned, beside = _answer_both(place, asked, other, device, store)
         seconds = {"evaluation": time.monotonic() - began}
         evaluation = build_evaluation(place.name, held_out, scoring, tuned, beside, seconds)
+        how = plan, held_out, scoring, tuned, beside, asked.more
+        found = together.told(lambda: run_checks(*how, lambda: training_rows(place, held_out)))
+        evaluation = replace(evaluation, checks=found)
         if own:
             together.alone(lambda: write_evaluation(run, evaluation, held_out))
             keeping.done()
@@ -110,9 +132,8 @@ def held_out_rows(place: Target, data: str | Path | None, rows: int | None) -> H
         recipe, own_data = Recipe.load(data), True
     else:
         recipe, own_data = _recipe_of(place), data is None
-    options = row_options(recipe)
+    options, train = row_options(recipe), None
     reading = Reading.of(**recipe.data.reading_options)
-    processor = load_processor(place.name, **recipe.image.processor_options)
     if own_data:
         load: Callable[..., LoadedData | StreamedData] = stream_data if recipe.data.streaming else load_data
         loaded = load(options=options, reading=reading, **recipe.data.load_options)
@@ -121,15 +142,51 @@ def held_out_rows(place: Target, data: str | Path | None, rows: int | None) -> H
                 "the recipe holds out no rows (data.validation and data.split are null): name rows with --data"
             )
         found: Sequence[Row] = loaded.validation
+        train = loaded.train if data is None and isinstance(loaded, LoadedData) else None
         problems, name = loaded.problems, recipe.data.validation or f"{recipe.data.train_name} ({loaded.origin})"
     else:
         found, problems = load_rows(str(data), options=options, reading=reading)
         name = str(data)
     limit = rows if rows is not None else recipe.evaluation.rows
-    chosen = found if limit is None else found[:limit]
-    looked = survey_rows(chosen, processor, survey_options(recipe, None, decode=True, hashes=False))
-    sound = chosen.take(looked.kept) if isinstance(chosen, Rows) else [chosen[place] for place in looked.kept]
-    return HeldOut(sound, [*problems, *looked.problems], name, recipe)
+    return _sound(place, HeldOut(found if limit is None else found[:limit], problems, name, recipe, train))
+
+
+def _sound(place: Target, held_out: HeldOut) -> HeldOut:
+    """Those of some rows that can be answered."""
+    recipe, rows = held_out.recipe, held_out.rows
+    processor = load_processor(place.name, **recipe.image.processor_options)
+    looked = survey_rows(rows, processor, survey_options(recipe, None, decode=True, hashes=False))
+    sound = rows.take(looked.kept) if isinstance(rows, Rows) else [rows[number] for number in looked.kept]
+    return replace(held_out, rows=sound, problems=[*held_out.problems, *looked.problems])
+
+
+def kept_rows(place: Target, recipe: Recipe) -> HeldOut:
+    """The rows of `evaluation.keep`, at most 200: those that a recipe holds out, or those of a data set as they are.
+
+    Raises: ConfigError, DataError as `held_out_rows` does.
+    """
+    keep = recipe.evaluation.keep
+    assert keep is not None
+    if Path(keep).suffix.lower() in (".yaml", ".yml"):
+        return held_out_rows(place, keep, KEPT_ROWS)
+    own = recipe.with_overrides(KEPT_TEMPLATES)
+    found, problems = load_rows(keep, options=row_options(own), reading=Reading.of(**own.data.reading_options))
+    return _sound(place, HeldOut(found[:KEPT_ROWS], problems, keep, own))
+
+
+def training_rows(place: Target, held_out: HeldOut) -> Sequence[Row] | str:
+    """What a target was trained on, or why there is nothing to look at."""
+    if held_out.train is not None:
+        return held_out.train
+    if (run := run_of(place.name)) is None:
+        return f"{place.name} is no run, so nothing says what it was trained on"
+    data, options = run.read_recipe().data, row_options(run.read_recipe())
+    if data.streaming:
+        return "the training rows are a stream (data.streaming), which is not gone through again"
+    try:
+        return load_data(options=options, reading=Reading.of(**data.reading_options), **data.load_options).train
+    except DataError as error:
+        return f"the training rows cannot be read: {error}"
 
 
 def _resolve_other(against: str | Path | None) -> Literal["base"] | Target | None:
@@ -159,47 +216,89 @@ def answer_options(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+@dataclass
+class _Asking:
+    """What every side is asked: the evaluated rows, and for checks others.
+
+    Attributes:
+        held_out: the evaluated rows.
+        beside: rows of checks.
+        on_progress: called as rows are answered.
+        keeping: where answers are kept meanwhile.
+        more: the answers to rows of checks so far, by side and check.
+    """
+
+    held_out: HeldOut
+    beside: Sequence[Asked]
+    on_progress: Progress
+    keeping: Keeping
+    more: dict[tuple[str, str], Answers] = field(default_factory=dict)
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether a check asks the base."""
+        return any(one.both for one in self.beside)
+
+    def answers(self, model: Any, processor: Any, side: str, see: See) -> Answers:
+        """What a side answers to the evaluated rows; its answers to others are kept in `more`."""
+        rows = self.held_out.rows
+        self.checks(model, processor, side, see)
+        return self._ask(model, processor, rows, rows, (side, f"{side} answers"), see)
+
+    def checks(self, model: Any, processor: Any, side: str, see: See) -> None:
+        """Has a side answer the rows of checks."""
+        for one in self.beside:
+            if side == "tuned" or (side == "base" and one.both):
+                names = f"{side}-{one.check}", f"{one.stage}, {side}"
+                its = see if one.both else None  # features of grey images are not worth keeping
+                self.more[side, one.check] = self._ask(model, processor, one.rows, one.taken_from, names, its)
+
+    def _ask(
+        self, model: Any, processor: Any, rows: Sequence[Row], named: Sequence[Row], names: tuple[str, str], see: See
+    ) -> Answers:
+        settings, (file, stage) = answer_options(self.held_out.recipe), names
+
+        def count(done: int) -> None:
+            self.on_progress(stage, done, len(rows))
+
+        journal = self.keeping.journal(file, model, processor, named, settings)
+        its: dict[str, Any] = {"see": see, "on_row": count, "journal": journal, "ranks": self.keeping.ranks}
+        return answer_rows(model, processor, rows, **settings, **its)
+
+
 def _answer_both(
     place: Target,
-    held_out: HeldOut,
+    asking: _Asking,
     against: Literal["base"] | Target | None,
     device: str | None,
-    on_progress: Progress,
     store: FeatureStore | None,
-    keeping: Keeping,
 ) -> tuple[Answers, Beside | None]:
     """Answers of the target, and of the other target, or of the base where it is wanted and there is one."""
-    recipe = held_out.recipe
-    options = recipe.loading_options | {"device": own_device(device or recipe.model.device, keeping.ranks)}
-    settings = answer_options(recipe)
-
-    def answers(model: Any, processor: Any, stage: str, see: Any) -> Answers:
-        def count(done: int) -> None:
-            on_progress(stage, done, len(held_out.rows))
-
-        journal = keeping.journal(stage.partition(" ")[0], model, processor, held_out.rows, settings)
-        its = {"see": see, "on_row": count, "journal": journal, "ranks": keeping.ranks}
-        return answer_rows(model, processor, held_out.rows, **settings, **its)
-
+    recipe = asking.held_out.recipe
+    options = recipe.loading_options | {"device": own_device(device or recipe.model.device, asking.keeping.ranks)}
     if store is not None:
         store.begin()
     loaded = load_target(place.name, **options)
     see = seeing(loaded.model, store)
     base: Beside | None = None
-    if against == "base" and holds_base(loaded.model):
+    if holds_base(loaded.model) and (against == "base" or asking.needs_base):
         with base_weights(loaded.model):
-            base = Beside(loaded.base_name, "base", answers(loaded.model, loaded.processor, "base answers", see))
-    tuned = answers(loaded.model, loaded.processor, "tuned answers", see)
+            if against == "base":
+                said = asking.answers(loaded.model, loaded.processor, "base", see)
+                base = Beside(loaded.base_name, "base", said)
+            else:
+                asking.checks(loaded.model, loaded.processor, "base", see)
+    tuned = asking.answers(loaded.model, loaded.processor, "tuned", see)
     if isinstance(against, Target) or (against == "base" and base is None and place.kind in ("run", "adapter")):
         processor = loaded.processor
         del loaded, see  # two whole models need not fit into memory
         gc.collect()
         if isinstance(against, Target):
             source = load_target(against.name, **options)
-            said = answers(source.model, source.processor, "other answers", seeing(source.model, store))
+            said = asking.answers(source.model, source.processor, "other", seeing(source.model, store))
             return tuned, Beside(against.name, "target", said)
         source = _load_base_beside(place, options)
-        said = answers(source.model, processor, "base answers", seeing(source.model, store))
+        said = asking.answers(source.model, processor, "base", seeing(source.model, store))
         base = Beside(source.base_name, "base", said)
     return tuned, base
 

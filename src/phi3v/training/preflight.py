@@ -22,6 +22,7 @@ from phi3v.tuning import lora_config
 
 _OTHER_LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Variables by which mpirun says how many processes there are, as accelerate reads them."""
+_FILES = (".yaml", ".yml", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 def check_recipe_alone(recipe: Recipe) -> None:
@@ -43,7 +44,15 @@ def check_recipe_alone(recipe: Recipe) -> None:
     template = AnswerTemplate(recipe.data.answer)
     choose_numeric_fields([], template, recipe.evaluation.numeric_fields)
     check_metrics(recipe.evaluation.metrics or [], template)
+    _check_kept(recipe)
     check_trackers(recipe.report.to)
+
+
+def _check_kept(recipe: Recipe) -> None:
+    """Refuses a file of evaluation.keep that is not there: it is read when the training is over."""
+    keep = recipe.evaluation.keep
+    if keep is not None and keep.lower().endswith(_FILES) and not os.path.exists(keep) and "*" not in keep:
+        raise ConfigError(f"evaluation.keep names {keep}, which does not exist: name a data set, or a recipe")
 
 
 def refuse_other_launchers() -> None:

@@ -1,0 +1,131 @@
+"""Two checks that ask again: do answers depend on the images, and is what the base could do still there?
+
+In come answers that were given with and without images, or before and after the tuning, to the same rows; out come
+`Check`s. Asks nothing itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from phi3v.data.schema import Row
+from phi3v.evaluation.answers import Answers
+from phi3v.evaluation.compared import Check, compare
+from phi3v.evaluation.figures import counted, figure, gain, gain_ends, p_value
+from phi3v.evaluation.kinds import Scoring
+from phi3v.evaluation.metric_table import constant_scores
+from phi3v.evaluation.row_scores import Column, score_rows
+from phi3v.evaluation.shares import same_text
+
+LEAST_ROWS = 6
+"""Fewer cannot say: 5 rows that are all lost have p = 0.06."""
+CHANCE = 0.05
+"""p values below are taken for no chance."""
+MOSTLY = 0.5
+"""Part of what was above the most frequent answer; with more of it left, most of the score comes from elsewhere."""
+SMALL_LOSS = 0.05
+"""A score that fell by less has fallen a little."""
+
+
+def check_images(scoring: Scoring, rows: Sequence[Row], seeing: Answers, blind: Answers) -> Check:
+    """Whether answers get worse when every image is grey.
+
+    Args:
+        scoring: the metrics; the first one decides.
+        rows: the rows, with images.
+        seeing: answers with the images.
+        blind: answers with grey ones.
+    Example: 90 of 100 rows right with images and 2 without -> pass; 40 and 40 -> fail; all wrong in both -> fail, since
+        nothing shows that images are looked at.
+    """
+    if len(rows) < LEAST_ROWS:
+        return Check("skipped", f"{counted(len(rows), 'row')} with images are too few: {LEAST_ROWS} at least can tell")
+    expected, questions = [row.answer for row in rows], [row.question for row in rows]
+    name = scoring.metrics[0]
+    columns = [_columns(scoring, rows, answers) for answers in (seeing, blind)]
+    one, other = (column[name] for column in columns)
+    found = compare(one, other)
+    constant = constant_scores(scoring, expected, questions).get(name)
+    kept = sum(same_text(a, b) for a, b in zip(seeing.texts, blind.texts, strict=True)) / len(rows)
+    figures: dict[str, Any] = {
+        "rows": len(rows),
+        "metric": name,
+        "with_images": found.pop("one"),
+        "with_grey_images": found.pop("other"),
+        **found,
+        "constant": constant,
+        "same_answers": kept,
+    }
+    if "loss" in columns[0]:
+        losses = compare(columns[0]["loss"], columns[1]["loss"])
+        figures["loss"] = {"with_images": losses["one"], "with_grey_images": losses["other"], "p": losses["p"]}
+    with_images, without = figures["with_images"]["value"], figures["with_grey_images"]["value"]
+    line = f"{_score(name, with_images)} with the images, {figure(without, 'share')} with grey ones in their place"
+    line += f" (p {_p(figures['p'])}, {counted(len(rows), 'row')})"
+    if figures["difference"]["value"] <= 0 or figures["p"] >= CHANCE:
+        return Check("fail", f"{line}: nothing shows that answers depend on the images", figures)
+    above = with_images - (constant or 0.0)
+    if above > 0 and without - (constant or 0.0) > MOSTLY * above:
+        return Check("warn", f"{line}: most of the score does not come from the images", figures)
+    return Check("pass", line, figures)
+
+
+def check_forgetting(scoring: Scoring, rows: Sequence[Row], before: Answers | None, after: Answers) -> Check:
+    """Whether rows of another task are answered as well as before the tuning.
+
+    Args:
+        scoring: the metrics of these rows; the first one decides.
+        rows: the rows.
+        before: answers of the base; None where it was not asked.
+        after: answers of the tuned model.
+    """
+    name = scoring.metrics[0]
+    own = _columns(scoring, rows, after)
+    theirs = _columns(scoring, rows, before) if before is not None else None
+    found = compare(own[name], theirs[name] if theirs else None)
+    figures: dict[str, Any] = {
+        "rows": len(rows),
+        "metric": name,
+        "kind": scoring.kind,
+        "after": found.pop("one"),
+        "before": found.pop("other"),
+        **found,
+    }
+    if "loss" in own:
+        losses = compare(own["loss"], theirs["loss"] if theirs else None)
+        figures["loss"] = {"after": losses["one"], "before": losses["other"], "p": losses["p"]}
+    now = _score(name, figures["after"]["value"])
+    if theirs is None:
+        return Check("skipped", f"{now} on {counted(len(rows), 'kept row')}; no base answered them before", figures)
+    gap = figures["difference"]
+    line = f"{now} on {counted(len(rows), 'kept row')}, {figure(figures['before']['value'], 'share')} before the tuning"
+    line += f" ({gain(gap['value'], 'share')} points, {gain_ends(gap, 'share')}, p {_p(figures['p'])})"
+    if gap["value"] >= 0 or figures["p"] >= CHANCE:
+        return Check("pass", line, figures)
+    return Check("warn" if -gap["value"] < SMALL_LOSS else "fail", line, figures)
+
+
+def some_answers(answers: Answers, places: Sequence[int]) -> Answers:
+    """The answers of some rows, in their order."""
+    return Answers(
+        [answers.texts[place] for place in places],
+        [answers.losses[place] for place in places],
+        [answers.tokens[place] for place in places],
+    )
+
+
+def _columns(scoring: Scoring, rows: Sequence[Row], answers: Answers) -> dict[str, Column]:
+    expected, questions = [row.answer for row in rows], [row.question for row in rows]
+    return score_rows(scoring, expected, answers.texts, questions, answers.losses, answers.tokens)
+
+
+def _score(name: str, value: float | None) -> str:
+    """ "exact_match", 0.9 -> "exact match 90.0 %"."""
+    return f"{name.replace('_', ' ')} {figure(value, 'share')}"
+
+
+def _p(p: float | None) -> str:
+    """ "< 0.001", or "= 0.5"."""
+    text = p_value(p)
+    return text if text.startswith("<") else f"= {text}"

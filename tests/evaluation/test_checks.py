@@ -1,0 +1,199 @@
+"""Checks: what leaked is found and named, answers that need no image fail, what is forgotten and what is misshapen."""
+
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from phi3v.data.alike import difference_hash, find_alike, same_up_close, take_prints
+from phi3v.data.schema import ImagePart, ImageRef, Message, Row, TextPart
+from phi3v.demo.catalogue import photo, products
+from phi3v.evaluation.answers import Answers
+from phi3v.evaluation.check_answers import check_forgetting, check_images
+from phi3v.evaluation.check_form import check_form, scripts
+from phi3v.evaluation.check_overlap import check_overlap
+from phi3v.evaluation.compared import few_rows
+from phi3v.evaluation.fields import AnswerTemplate
+from phi3v.evaluation.kinds import choose_scoring
+from phi3v.evaluation.row_scores import Column
+
+TEMPLATE = AnswerTemplate("It is {name}.")
+
+
+def make_row(index: int, answer: str, image: Path | None, source: str = "made.csv", question: str = "What?") -> Row:
+    images = (ImageRef(str(image)),) if image else ()
+    parts = (*(ImagePart(place) for place in range(len(images))), TextPart(question))
+    return Row((Message("user", parts), Message("assistant", (TextPart(answer),))), images, {}, source, index)
+
+
+def said(texts: list[str], losses: list[float] | None = None, ended: list[bool] | None = None) -> Answers:
+    return Answers(texts, losses or [1.0] * len(texts), [1] * len(texts), ended=list(ended or [True] * len(texts)))
+
+
+def scoring_for(expected: list[str], template: AnswerTemplate = TEMPLATE):
+    return choose_scoring(expected, ["What?"] * len(expected), template)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """40 photos of training and 12 of the evaluation; the last 3 of the latter are in training as other files."""
+    folder = tmp_path_factory.mktemp("shop")
+    train, test = [], []
+    for part, count, rows in (("train", 40, train), ("test", 12, test)):
+        for number, product in enumerate(products(part, count)):
+            place = folder / f"{part}{number}.png"
+            photo(product).save(place, compress_level=1)
+            rows.append(make_row(number, f"It is {product.title}, {product.full_price}.", place, f"{part}.csv"))
+    for number, (row, ending, size, options) in enumerate(
+        ((test[9], "jpg", 336, {"quality": 50}), (test[10], "webp", 168, {}), (test[11], "png", 504, {}))
+    ):
+        place = folder / f"copy{number}.{ending}"
+        Image.open(row.images[0].path).resize((size, size)).save(place, **options)
+        answer = "It is something else." if number == 2 else row.answer.upper()
+        train.append(make_row(40 + number, answer, place, "train.csv"))
+    return train, test
+
+
+def test_hash_of_slopes_and_of_nothing():
+    slope = Image.fromarray(np.tile(np.arange(0, 252, 7, dtype=np.uint8), (32, 1)))
+    assert difference_hash(slope) == 2**64 - 1
+    assert difference_hash(slope.transpose(Image.Transpose.FLIP_LEFT_RIGHT)) == 0
+    assert difference_hash(Image.new("RGB", (50, 40), "red")) == 0
+
+
+def test_copies_are_found_and_other_products_are_not(shop):
+    train, test = shop
+    known, asked = take_prints(train), take_prints([*test, make_row(12, "x", Path("nowhere.png"))])
+    assert len(known.places) == 43 and asked.unread == 1
+    assert [(pair.asked, pair.known) for pair in find_alike(known, asked, train, test)] == [(9, 40), (10, 41), (11, 42)]
+    hashes = np.bitwise_count(asked.hashes[:9, None] ^ known.hashes[None])
+    assert (hashes <= 8).sum() > 9, "the hash alone takes products for each other; pixels have to decide"
+
+
+def test_the_same_form_filled_in_otherwise_is_another_picture(tmp_path):
+    page = Image.new("L", (900, 900), 255)
+    pages = []
+    for number, ink in enumerate((0, 0, 255)):
+        page.paste(ink, (400, 400, 440, 420))  # one of many fields
+        page.save(tmp_path / f"{number}.png")
+        pages.append(ImageRef(str(tmp_path / f"{number}.png")))
+    assert same_up_close(pages[0], pages[1]) and not same_up_close(pages[0], pages[2])
+    assert not same_up_close(pages[0], ImageRef("nowhere.png"))
+
+
+def test_a_leaked_split_is_caught(shop):
+    train, test = shop
+    right = Column("exact_match", None, np.array([0.0] * 8 + [1.0] * 4))
+    found = check_overlap(train, test, right, Column("exact_match", None, np.zeros(12))).to_dict()
+    assert found["verdict"] == "fail"
+    assert found["line"] == (
+        "2 of 12 rows (16.7 %) are in the training data as well; the score of the other 10 is 20.0 %, of all 33.3 %"
+    )
+    assert (found["leaked"], found["seen_images"], found["same_texts"], found["looked_at"]) == (2, 3, 2, 43)
+    pairs = [(pair["row"], pair["train_row"], pair["shares"]) for pair in found["pairs"]]
+    assert pairs == [(9, 40, "image and text"), (10, 41, "image and text"), (11, 42, "image")]
+    assert found["pairs"][0]["train_images"][0].endswith("copy0.jpg")
+    without = found["without"]
+    assert without["tuned"]["value"] == 0.2 and without["tuned"]["rows"] == 10 and without["won"] == 2
+
+
+def test_overlap_of_texts_and_a_clean_split(shop):
+    train, test = shop
+    right = Column("exact_match", None, np.ones(12))
+    clean = check_overlap(train[:40], test, right, None).to_dict()
+    assert (clean["verdict"], clean["leaked"], clean["seen_images"], clean["without"]) == ("pass", 0, 0, None)
+    seen = check_overlap([train[42]], test, right, None)
+    assert seen.verdict == "warn" and "the pictures of 1 of 12 rows" in seen.line
+    some = check_overlap(train, test, right, None, most_images=10)
+    assert (some.figures["looked_at"], some.figures["not_looked_at"]) == (10, 33)
+    same_answers = [make_row(0, test[0].answer, train[0].images[0].path)]
+    told = check_overlap(same_answers, test, right, None)
+    assert told.verdict == "pass" and told.figures["same_texts"] == 1, "the same answer to another picture is no leak"
+    texts = [make_row(number, f"answer {number}", None) for number in range(4)]
+    leaked = check_overlap(texts[:2], texts, Column("exact_match", None, np.ones(4)), None)
+    assert leaked.verdict == "fail" and leaked.figures["leaked"] == 2
+
+
+def test_a_model_that_ignores_its_images_is_caught():
+    names = ["red", "blue", "green", "white"]
+    expected = [f"It is {names[number % 4]}." for number in range(40)]
+    rows = [make_row(number, text, Path("a.png")) for number, text in enumerate(expected)]
+    scoring = scoring_for(expected)
+    blind = said(["It is red."] * 40, [3.0] * 40)
+    looking = check_images(scoring, rows, said(expected, [0.1] * 40), blind).to_dict()
+    assert looking["verdict"] == "pass" and looking["p"] < 1e-6
+    assert (looking["with_images"]["value"], looking["with_grey_images"]["value"]) == (1.0, 0.25)
+    assert looking["constant"] == 0.25 and looking["same_answers"] == 0.25 and looking["loss"]["p"] < 0.001
+    for answers in (["It is red."] * 40, expected):  # a constant answer, and one that the question gives away
+        ignoring = check_images(scoring, rows, said(answers), said(answers))
+        assert ignoring.verdict == "fail" and "nothing shows that answers depend on the images" in ignoring.line
+    mostly = [*expected[:30], *["It is pink."] * 10]
+    assert check_images(scoring, rows, said(expected), said(mostly)).verdict == "warn"
+    assert check_images(scoring, rows[:5], said(expected[:5]), said(mostly[:5])).verdict == "skipped"
+
+
+def test_a_model_tuned_on_shuffled_answers_is_caught():
+    """Its answers have the right form and belong to other pictures, with the image or without."""
+    expected = [f"It is product {number}." for number in range(40)]
+    rows = [make_row(number, text, Path("a.png")) for number, text in enumerate(expected)]
+    dealt = [Random(seed).sample(expected, 40) for seed in (1, 2)]
+    scoring = scoring_for(expected)
+    assert check_images(scoring, rows, said(dealt[0]), said(dealt[1])).verdict == "fail"
+    assert check_form(scoring, expected, ["What?"] * 40, said(dealt[0])).verdict == "pass"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict", "words"),
+    [
+        (40, 39, "pass", "exact match 97.5 % on 40 kept rows, 100 % before the tuning (-2.5 points"),
+        (20, 40, "pass", "+50.0 points"),
+        (40, 20, "fail", "-50.0 points"),
+    ],
+)
+def test_what_was_forgotten_is_told(before, after, verdict, words):
+    expected = [f"It is product {number}." for number in range(40)]
+    rows = [make_row(number, text, Path("a.png")) for number, text in enumerate(expected)]
+    answers = [said([*expected[:right], *["no"] * (40 - right)]) for right in (before, after)]
+    found = check_forgetting(scoring_for(expected), rows, *answers)
+    assert found.verdict == verdict and words in found.line
+    assert found.figures["before"]["value"] == before / 40 and found.figures["after"]["low"] is not None
+    alone = check_forgetting(scoring_for(expected), rows, None, answers[1])
+    assert alone.verdict == "skipped" and alone.figures["after"]["value"] == after / 40
+
+
+@pytest.mark.parametrize(
+    ("expected", "answers", "name", "share"),
+    [
+        ("It is red.", ["It is red.", "It is blue.", "red", "It is"], "formless", 0.5),
+        ('{"a": 1}', ['{"a": 2}', "{}", "a: 1", '```{"a": 1}```'], "formless", 0.5),
+        ("470", ["12", "about 12", "1,200", "none"], "formless", 0.5),
+        ("B", ["A", "(B)", "The answer is C.", "I do not know"], "formless", 0.25),
+        ("It is red.", ["It is red.", "", " ", "It is blue."], "empty", 0.5),
+        ("It is red.", ["It is red.", "It is красный.", "It is 红.", "It is 12."], "other_script", 0.5),
+        ("It is red.", ["It is red.<|end|>", "It is <unk>.", "It is <0xE3>.", "It is a < b."], "control", 0.75),
+    ],
+)
+def test_form_of_answers(expected, answers, name, share):
+    found = check_form(scoring_for([expected] * 4), [expected] * 4, ["What?"] * 4, said(answers), said([expected] * 4))
+    assert found.figures["tuned"][name] == share and found.figures["base"][name] == 0.0
+    assert found.verdict == "fail" and "of 4 answers" in found.line
+
+
+def test_form_of_length_and_end():
+    expected = ["It is red."] * 50
+    scoring = scoring_for(expected)
+    assert check_form(scoring, expected, expected, said(expected)).verdict == "pass"
+    cut = check_form(scoring, expected, expected, said(expected, ended=[False] * 2 + [True] * 48))
+    assert cut.verdict == "warn" and "4.0 % are cut off at evaluation.max_new_tokens" in cut.line
+    long = check_form(scoring, expected, expected, said(["It is red and of a very long kind indeed."] * 50))
+    assert long.verdict == "warn" and "4.1 times as long as expected" in long.line
+    unknown = Answers(expected, [1.0] * 50, [1] * 50, ended=[None] * 50)
+    assert check_form(scoring, expected, expected, unknown).figures["tuned"]["cut_off"] is None
+    assert check_form(scoring, [], [], said([])).verdict == "skipped"
+
+
+def test_small_things():
+    assert few_rows([0, 1, 2, 3, 4, 5], 3) == [0, 2, 4] and few_rows([], 3) == [] and few_rows([7], 3) == [7]
+    assert scripts("Schal шарф 12") == {"LATIN", "CYRILLIC"} and scripts("12, ½") == set()

@@ -1,0 +1,96 @@
+"""Checks that ask a tiny model: who is asked what, what is written and shown, what is refused."""
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_models import write_photos, write_tiny_model
+from tiny_runs import make_recipe, make_run
+
+from phi3v.cli_screen import show_evaluation
+from phi3v.errors import ConfigError
+from phi3v.evaluation import run as running
+from phi3v.evaluation.checks import ALL
+from phi3v.evaluation.run import evaluate
+from phi3v.run_folder import RunFolder
+from phi3v.training.preflight import check_recipe_alone
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A run with a random adapter, 6 held-out photos of 4 colours, and 4 prompts of another task."""
+    folder = tmp_path_factory.mktemp("checked")
+    torch.set_num_threads(1)
+    write_tiny_model(folder / "model")
+    write_photos(folder / "photos", 24)
+    lines = [{"image": f"{row}.png", "question": "How many?", "answer": str(row)} for row in range(4)]
+    (folder / "photos" / "keep.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipe = make_recipe(folder, evaluation={"batch_size": 4, "max_new_tokens": 3})
+    keep = json.dumps(str(folder / "photos" / "keep.jsonl"))
+    make_run(folder, recipe.with_overrides(["data.split.validation=6", f"evaluation.keep={keep}"]))
+    return folder
+
+
+def test_all_checks_of_a_run(world, monkeypatch):
+    asked = []
+    original = running.answer_rows
+
+    def answer_rows(model, processor, rows, **options):
+        asked.append(len(rows))
+        return original(model, processor, rows, **options)
+
+    monkeypatch.setattr(running, "answer_rows", answer_rows)
+    stages = []
+    found = evaluate(world / "run", checks=ALL, on_progress=lambda stage, done, total: stages.append(stage))
+    assert asked == [4, 6, 6, 4, 6], "base: kept, own; tuned: grey, kept, own"
+    assert set(stages) == {
+        "base answers",
+        "tuned answers",
+        "with grey images, tuned",
+        "what should be kept, base",
+        "what should be kept, tuned",
+    }
+    checks = found.checks
+    assert tuple(checks) == ALL
+    assert checks["overlap"]["verdict"] == "fail" and checks["overlap"]["leaked"] == 6, (
+        "photos of 4 colours are the same"
+    )
+    assert checks["overlap"]["looked_at"] == 18 and len(checks["overlap"]["pairs"]) == 6
+    assert checks["form"]["tuned"]["formless"] == 1.0 and checks["form"]["tuned"]["cut_off"] > 0
+    assert checks["images"]["rows"] == 6 and checks["images"]["verdict"] == "fail"
+    assert checks["forgetting"]["kind"] == "number" and checks["forgetting"]["before"]["rows"] == 4
+    run = RunFolder(world / "run")
+    assert run.read_evaluation()["checks"] == json.loads(json.dumps(checks))
+    assert "leaked" not in run.report.read_text() and "are in the training data as well" in run.report.read_text()
+    assert not list(run.path.glob("answers-*.jsonl"))
+    console = Console(width=100, record=True, file=io.StringIO())
+    show_evaluation(console, found.to_dict())
+    assert "check overlap: fail: 6 of 6 rows (100 %)" in console.export_text()
+
+
+def test_cheap_checks_ask_nothing_more_and_forgetting_comes_with_keep(world):
+    found = evaluate(world / "run", rows=2, against=None)
+    assert list(found.checks) == ["overlap", "form", "forgetting"]
+    assert found.checks["forgetting"]["before"] is not None, "the base is asked for what should be kept alone"
+    assert found.base is None and found.checks["form"]["base"] is None
+    stages = set()
+    bare = evaluate(world / "run", rows=2, checks=[], on_progress=lambda stage, done, total: stages.add(stage))
+    assert bare.checks == {} and stages == {"base answers", "tuned answers"}
+
+
+def test_a_model_that_is_no_run_has_no_training_rows(world):
+    found = evaluate(world / "model", world / "run" / "recipe.yaml", rows=2, checks=["overlap", "images"])
+    assert found.checks["overlap"]["verdict"] == "skipped" and "is no run" in found.checks["overlap"]["line"]
+    assert found.checks["images"]["verdict"] == "skipped" and "too few" in found.checks["images"]["line"]
+
+
+def test_what_cannot_be_checked_is_one_line(world):
+    with pytest.raises(ConfigError, match="'blank' is no check; there are overlap, form, images, forgetting"):
+        evaluate(world / "run", checks=["blank"])
+    recipe = make_recipe(world).with_overrides(["evaluation.keep=nowhere.jsonl"])
+    with pytest.raises(ConfigError, match=r"evaluation.keep names nowhere.jsonl, which does not exist"):
+        check_recipe_alone(recipe)
+    with pytest.raises(ConfigError, match="evaluation.checks"):
+        make_recipe(world, evaluation={"checks": ["blank"]})
