@@ -16,8 +16,6 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 from PIL import Image
 
 from phi3v.data.data_uri import photo_uri
@@ -118,7 +116,10 @@ def loss_curve_png(metrics: Sequence[Mapping[str, Any]]) -> bytes | None:
 def _draw_curve(
     train: Sequence[tuple[float, float]], evaluation: Sequence[tuple[float, float]], form: str, **how: Any
 ) -> bytes:
-    """The file of a curve."""
+    """The file of a curve. matplotlib is imported here, so that a training begins without it."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "phi3v", "font.family": "sans-serif", "font.size": 11}):
         figure = Figure(figsize=(5.6, 3.2), layout="constrained")
         axes = figure.add_subplot()

@@ -19,7 +19,7 @@ from phi3v.launch import Launch
 from phi3v.loading import load_base, resolve_device, resolve_dtype
 from phi3v.recipe import Recipe
 from phi3v.targets import Target, resolve_target
-from phi3v.training.arguments import checkpointing, checkpointing_kwargs
+from phi3v.training.checkpointing import checkpointing, checkpointing_kwargs
 from phi3v.training.conditions import name_weights
 from phi3v.training.master_weights import same_in
 from phi3v.training.ranks import Ranks
