@@ -7,6 +7,7 @@ where its files lie is not known here: `run_folder` writes the text that `render
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 from PIL import Image
 
@@ -63,6 +64,22 @@ class ReportContent:
 
 def render_report(content: ReportContent) -> str:
     """The whole page as one HTML text."""
+    points = {name: curve_points(content.metrics, name) for name in ("loss", "eval_loss")}
+    curve = loss_curve_svg(points["loss"], points["eval_loss"]) if any(points.values()) else ""
+    return _template().render(
+        content=content,
+        evaluation=content.evaluation,
+        base=content.evaluation["scores"].get("base") if content.evaluation else None,
+        tuned=content.evaluation["scores"]["tuned"] if content.evaluation else None,
+        curve=Markup(curve),
+        colours={"loss": TRAIN_COLOUR, "eval_loss": EVALUATION_COLOUR},
+        points=points,
+    )
+
+
+@functools.cache
+def _template() -> Template:
+    """The page's template, compiled once."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
         percent=percent,
@@ -72,17 +89,8 @@ def render_report(content: ReportContent) -> str:
         duration=duration,
         photo=photo_uri,
     )
-    source = resources.files("phi3v.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
-    points = {name: curve_points(content.metrics, name) for name in ("loss", "eval_loss")}
-    curve = loss_curve_svg(points["loss"], points["eval_loss"]) if any(points.values()) else ""
-    return environment.from_string(source).render(
-        content=content,
-        evaluation=content.evaluation,
-        base=content.evaluation["scores"].get("base") if content.evaluation else None,
-        tuned=content.evaluation["scores"]["tuned"] if content.evaluation else None,
-        curve=Markup(curve),
-        colours={"loss": TRAIN_COLOUR, "eval_loss": EVALUATION_COLOUR},
-        points=points,
+    return environment.from_string(
+        resources.files("phi3v.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
     )
 
 
