@@ -155,6 +155,8 @@ def test_train_shows_what_trains_and_writes_a_whole_run(trained, folder):
     assert f"training: 2 of 2, loss {short_number(last)}" in trained.stdout
     names = "recipe.yaml versions.json metrics.jsonl adapter predictions.jsonl evaluation.json report.html".split()
     assert not [name for name in names if not (folder / "run" / name).exists()]
+    assert (folder / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert 'aria-label="loss over the optimiser steps"' in (folder / "run" / "report.html").read_text()
 
 
 def test_ask_is_silent_beside_its_answer(trained, terminal, folder):

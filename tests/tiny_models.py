@@ -5,7 +5,9 @@ of the demo and random weights. `write_photos(folder, rows)` makes PNG photos an
 `write_tiny_recipe(folder)` makes both, and the recipe of a run of two steps.
 """
 
+import functools
 import json
+import tempfile
 from pathlib import Path
 
 import torch
@@ -86,10 +88,19 @@ def write_tiny_model(folder: Path, *, seed: int = 0, **changes) -> Path:
 
 def write_small_tokenizer(folder: Path) -> None:
     """Writes the demo's tokenizer without a chat template: the processor has its own."""
-    write_tokenizer(folder)
-    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
-    tokenizer.pop("chat_template", None)
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    for name, content in small_tokenizer().items():
+        (folder / name).write_bytes(content)
+
+
+@functools.cache
+def small_tokenizer() -> dict[str, bytes]:
+    """Its files, which take longer to make than the model: once."""
+    with tempfile.TemporaryDirectory() as place:
+        write_tokenizer(Path(place))
+        files = {path.name: path.read_bytes() for path in Path(place).iterdir()}
+    settings = json.loads(files["tokenizer_config.json"])
+    settings.pop("chat_template", None)
+    return {**files, "tokenizer_config.json": json.dumps(settings).encode()}
 
 
 def write_photos(folder: Path, rows: int) -> Path:
