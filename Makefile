@@ -8,6 +8,8 @@ WORKERS ?= 2
 PYTEST = .venv/bin/python -m pytest
 # One thread a worker: the tests' models are too small to gain from more, and the workers would fight over the cores.
 ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# The tests start Python dozens of times: each start after the first reads what was compiled.
+unexport PYTHONDONTWRITEBYTECODE
 
 # A .venv made elsewhere (the folder was moved or copied) is made again.
 ifneq ($(wildcard .venv),)

@@ -1,5 +1,6 @@
 """Fixtures for all tests: the shared reference data where it is there, one thread, no network."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -41,3 +42,12 @@ def datasets_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
 def pytest_configure(config: pytest.Config) -> None:
     """Declares the marker of tests that `make test` leaves out."""
     config.addinivalue_line("markers", "slow: takes long; run by `make test-slow`")
+
+
+def pytest_collection_finish() -> None:
+    """Takes what is there when tests begin, modules and the tests themselves, out of every collection of garbage.
+
+    A training collects garbage twice, and walking all objects of the libraries took a fifth of its time here.
+    """
+    gc.collect()
+    gc.freeze()

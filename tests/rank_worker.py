@@ -7,6 +7,7 @@ see `PLAYS`; {"predict": ARGUMENTS}; or {"evaluate": ARGUMENTS}. What came of ea
 file: {"status": "trained", "told": ["start"], "model": "FSDPPeftModel"}, or {"error": "ConfigError: the line"}.
 """
 
+import gc
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ import torch.distributed as dist
 
 import phi3v
 from phi3v.errors import Interrupted, Phi3VError
+from phi3v.evaluation import report
 from phi3v.training.step_trainer import StepTrainer
 
 LAST = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
@@ -73,6 +75,9 @@ def done(job: dict[str, Any]) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         PLAYS.get(job.get("play", ""), lambda patch: None)(patch)
         patch.setattr(StepTrainer, "training_step", spy)
+        patch.setattr(
+            report, "_draw_curve", lambda *args, **options: b"<svg></svg>"
+        )  # as in tests/training/conftest.py
         try:
             recipe = phi3v.Recipe.from_dict(job["recipe"])
             result = phi3v.train(recipe, on_event=lambda event: told.append(event.kind))
@@ -87,6 +92,8 @@ def main(jobs: Path) -> None:
     on_gpu = torch.cuda.is_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")  # stays between jobs
     outcomes = []
+    gc.collect()
+    gc.freeze()  # as in tests/conftest.py
     for job in json.loads(jobs.read_text()):
         outcomes.append(done(job))
         dist.barrier()

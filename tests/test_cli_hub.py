@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
-from tiny_models import write_photos, write_tiny_model
 
 from phi3v import cli_hub
 
@@ -23,34 +22,26 @@ def closed_port() -> int:
         return int(server.getsockname()[1])
 
 
-def online(port: int, home: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    """A command that is not told to stay offline; its hub is that port."""
+COMMANDS = """
+from phi3v.cli import app
+for words in (["ask", "nofolder", "a.png", "hi"], ["data", "check", "nosuch/set"]):
+    try: app(words)
+    except SystemExit as done: print(done.code)
+"""
+
+
+def test_a_target_and_a_set_that_are_nowhere_are_one_line_each(closed_port: int, tmp_path: Path) -> None:
+    """In a process that is not told to stay offline; its hub is that port, and each command asks it anew."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
-    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(home)}
-    command = [sys.executable, "-m", "phi3v", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
-
-
-def test_a_target_that_is_nowhere_is_one_line(closed_port: int, tmp_path: Path) -> None:
-    done = online(closed_port, tmp_path, "ask", "nofolder", "a.png", "hi")
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.splitlines() == [
+    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{closed_port}", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", COMMANDS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.stdout == "1\n1\n"
+    assert [line for line in done.stderr.splitlines() if line.strip()] == [
         "phi3v: nofolder is no folder here and could not be read from the hub (no connection to 127.0.0.1: [Errno 111] "
-        "Connection refused): check the name, the network, and HF_TOKEN for private models"
-    ]
-
-
-def test_a_set_that_is_nowhere_is_one_line(closed_port: int, tmp_path: Path) -> None:
-    write_tiny_model(tmp_path / "model")
-    rows = write_photos(tmp_path / "photos", 4)
-    recipe = f"model: {tmp_path}/model\noutput: {tmp_path}/run\ndata:\n  train: {rows}\n"
-    (tmp_path / "r.yaml").write_text(recipe + "  prompt: Which?\n  answer: '{colour}'\n")
-    done = online(closed_port, tmp_path, "train", tmp_path / "r.yaml", "data.train=nosuch/set")
-    assert done.returncode == 1
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    assert lines == [
+        "Connection refused): check the name, the network, and HF_TOKEN for private models",
         "phi3v: data set nosuch/set cannot be read: Couldn't reach 'nosuch/set' on the Hub; it is no "
-        "file or folder here, and was looked for on the hub: check the name and the network"
+        "file or folder here, and was looked for on the hub: check the name and the network",
     ]
 
 

@@ -174,7 +174,7 @@ def test_all_ways_compute_the_same_loss():
         batches = way.batches(examples, 2)
         optimiser, items = make_optimiser(way, "cpu", 1e-3), trained_tokens(batches)
         assert items == 18
-        losses[name] = torch.tensor([float(run_step(way, batches, items, optimiser, "cpu")) for _ in range(3)])
+        losses[name] = torch.tensor([float(run_step(way, batches, items, optimiser, "cpu")) for _ in range(2)])
     for name, found in losses.items():
         torch.testing.assert_close(found, losses["peft"], rtol=1e-5, atol=1e-5, msg=f"{name}: {losses}")
-    assert losses["peft"][2] < losses["peft"][0]
+    assert losses["peft"][1] < losses["peft"][0]

@@ -1,6 +1,7 @@
 """The shape of the source: imports point down, each library has its files, and everything stays small and described."""
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -148,7 +149,12 @@ def module_name(path: Path) -> str:
 
 
 FILES = {module_name(path): path for path in sorted(SOURCE.rglob("*.py"))}
-TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+
+
+@functools.cache
+def trees() -> dict[str, ast.Module]:
+    """Each module's syntax, parsed by the worker that runs these tests."""
+    return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
 
 def layer(name: str) -> int:
@@ -164,7 +170,7 @@ def imports(name: str) -> Iterator[tuple[str, str, int]]:
     package = ("phi3v." + name if name else "phi3v").split(".")
     if FILES[name].name != "__init__.py":
         package = package[:-1]
-    for node in ast.walk(TREES[name]):
+    for node in ast.walk(trees()[name]):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name, "", node.lineno
@@ -211,7 +217,7 @@ def test_imports_are_written_in_full() -> None:
     """Except in model/, which has the form that transformers asks for."""
     wrong = [
         f"{name}:{node.lineno}"
-        for name, tree in TREES.items()
+        for name, tree in trees().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.level and not fnmatch(name, "model*")
     ]
@@ -326,7 +332,7 @@ def test_files_have_at_most_400_lines() -> None:
 def test_functions_have_at_most_60_lines() -> None:
     """The docstring aside: a table of arguments does not make a function harder to follow."""
     long = []
-    for name, tree in TREES.items():
+    for name, tree in trees().items():
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 words = node.body[0] if ast.get_docstring(node) else None
@@ -340,7 +346,7 @@ def test_modules_and_public_names_are_described() -> None:
     bare = [
         str(path) for path in every_python_file() if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     ]
-    for name, tree in TREES.items():
+    for name, tree in trees().items():
         for node in tree.body:
             if (
                 isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
@@ -361,7 +367,7 @@ def test_modules_and_public_names_are_described() -> None:
 
 def test_public_functions_have_types() -> None:
     untyped = []
-    for name, tree in TREES.items():
+    for name, tree in trees().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
                 arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
@@ -373,7 +379,7 @@ def test_public_functions_have_types() -> None:
 
 def test_the_library_neither_prints_nor_keeps_globals() -> None:
     wrong = []
-    for name, tree in TREES.items():
+    for name, tree in trees().items():
         for node in ast.walk(tree):
             called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id
             if called == "print" and not fnmatch(name, "cli*"):

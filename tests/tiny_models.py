@@ -2,9 +2,12 @@
 
 `write_tiny_model(folder)` makes a folder as the hub has it: config.json, preprocessor_config.json, the small tokenizer
 of the demo and random weights. `write_photos(folder, rows)` makes PNG photos and a JSONL file that names their colours.
+`write_tiny_recipe(folder)` makes both, and the recipe of a run of two steps.
 """
 
+import functools
 import json
+import tempfile
 from pathlib import Path
 
 import torch
@@ -23,6 +26,24 @@ PREPROCESSOR = {
     "num_crops": 1,
     "num_img_tokens": 144,
 }
+RECIPE = """
+model: {folder}/model
+data:
+  train: {folder}/photos/rows.jsonl
+  prompt: What colour?
+  answer: It is {{colour}}.
+  split:
+    validation: 6
+training:
+  samples_per_step: 2
+  micro_batch_size: 2
+  max_steps: 2
+evaluation:
+  max_new_tokens: 4
+report:
+  samples: 2
+output: {folder}/run
+"""
 COLOURS = {"red": (220, 30, 30), "green": (20, 160, 60), "blue": (30, 60, 220), "white": (250, 250, 250)}
 
 
@@ -67,10 +88,19 @@ def write_tiny_model(folder: Path, *, seed: int = 0, **changes) -> Path:
 
 def write_small_tokenizer(folder: Path) -> None:
     """Writes the demo's tokenizer without a chat template: the processor has its own."""
-    write_tokenizer(folder)
-    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
-    tokenizer.pop("chat_template", None)
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    for name, content in small_tokenizer().items():
+        (folder / name).write_bytes(content)
+
+
+@functools.cache
+def small_tokenizer() -> dict[str, bytes]:
+    """Its files, which take longer to make than the model: once."""
+    with tempfile.TemporaryDirectory() as place:
+        write_tokenizer(Path(place))
+        files = {path.name: path.read_bytes() for path in Path(place).iterdir()}
+    settings = json.loads(files["tokenizer_config.json"])
+    settings.pop("chat_template", None)
+    return {**files, "tokenizer_config.json": json.dumps(settings).encode()}
 
 
 def write_photos(folder: Path, rows: int) -> Path:
@@ -86,3 +116,11 @@ def write_photos(folder: Path, rows: int) -> Path:
     table = folder / "rows.jsonl"
     table.write_text("\n".join(lines) + "\n")
     return table
+
+
+def write_tiny_recipe(folder: Path) -> Path:
+    """Writes model, photos and recipe.yaml into a folder, which it gives back; the run goes into its folder `run`."""
+    write_tiny_model(folder / "model")
+    write_photos(folder / "photos", 24)
+    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
+    return folder

@@ -127,3 +127,14 @@ def holds_base(model: Any) -> bool:
     begun = [getattr(config, "init_lora_weights", True) for config in configs]
     own_biases = any(getattr(config, "bias", "none") != "none" for config in configs)
     return not own_biases and all(isinstance(way, bool) or way in _KEEP_THE_BASE for way in begun)
+
+
+def save_tuned(model: Any, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
+    """Writes what was tuned, or a given state of it, without PEFT's README.md, a form with every field left open."""
+    if has_adapter(model):
+        model.create_or_update_model_card = _no_card
+    model.save_pretrained(folder, state_dict=state_dict)
+
+
+def _no_card(folder: str) -> None:
+    """Writes none."""

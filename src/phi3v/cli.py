@@ -14,7 +14,8 @@
     phi3v demo                              all of it on the model and the products that come with the package
 
 TARGET is a run, an adapter, a model folder or a hub id. Every command takes `--json` (one object on standard output)
-and `--debug` (tracebacks). Nothing heavy is imported before a command needs it, so `--help` is quick.
+and `--debug` (tracebacks). Nothing heavy is imported before a command needs it, so `--help` is quick, and so is what is
+wrong with a recipe or a target.
 """
 
 from __future__ import annotations
@@ -92,13 +93,15 @@ def train(
     refuse_options(overrides)
     hint = "; the same command again goes on with the run"
     with session(debug or context.obj, as_json, on_interrupt=hint) as here:
+        from phi3v.recipe import Recipe
+
+        chosen = Recipe.load(recipe, overrides or [])  # its slips are told before seconds of imports
+
         from phi3v.cli_screen import Screen, show_run
         from phi3v.evaluation.report_run import NEEDED
-        from phi3v.recipe import Recipe
         from phi3v.run_folder import RunFolder
         from phi3v.training.train import train as train_run
 
-        chosen = Recipe.load(recipe, overrides or [])
         with Screen(here.screen) as screen:
             result = train_run(chosen, on_event=screen.on_event)
         run = RunFolder(result.folder)
@@ -141,6 +144,10 @@ def evaluate(
     """Answer held-out rows with a model and with its base or another model, and score both."""
     named = read_metrics(metrics)
     with session(debug or context.obj, as_json) as here:
+        from phi3v.targets import resolve_target
+
+        resolve_target(target)  # a target that is not there is told before seconds of imports
+
         from phi3v.cli_screen import Screen, show_evaluation
         from phi3v.evaluation.checks import ALL
         from phi3v.evaluation.run import evaluate as evaluate_target
@@ -189,6 +196,10 @@ def ask(
     if not images and Path(question).is_file():
         raise typer.BadParameter(f"{question} is a file; put the question after it, in quotes", param_hint="question")
     with session(debug or context.obj, as_json) as here:
+        from phi3v.targets import resolve_target
+
+        resolve_target(target)  # a target that is not there is told before seconds of imports
+
         from phi3v.generate import ask as ask_target
 
         def show(text: str) -> None:

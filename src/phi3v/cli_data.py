@@ -53,11 +53,12 @@ def check(
     refuse_options(overrides)
     part = _read_shard(shard, fetch)
     with session(debug or _debug(context), as_json) as here:
+        recipe = read_source(source, overrides or [])  # its slips are told before seconds of imports
+
         from phi3v.cli_data_screen import show_check
         from phi3v.cli_screen import Screen
         from phi3v.training.data_check import check_recipe
 
-        recipe = read_source(source, overrides or [])
         with Screen(here.screen) as screen:
             report = check_recipe(
                 recipe,
@@ -91,17 +92,19 @@ def show(
     """Write a page with some rows: each image and its crops, each token with its role, trained ones marked."""
     refuse_options(overrides)
     with session(debug or _debug(context), as_json) as here:
-        from phi3v.cli_data_screen import show_rows
-        from phi3v.cli_screen import Screen
         from phi3v.errors import ConfigError
-        from phi3v.training.data_show import show_recipe
-        from phi3v.whole_files import replace_file
 
         if out is not None and out.is_dir():
             raise ConfigError(f"--out {out} is a folder: name the page, {out / 'rows.html'} for instance")
         recipe = read_source(source, overrides or [])
         if recipe.model.name == STAND_IN:
             raise ConfigError(f"nothing says whose tokens to show {source} with: add model=NAME, a model folder or id")
+
+        from phi3v.cli_data_screen import show_rows
+        from phi3v.cli_screen import Screen
+        from phi3v.training.data_show import show_recipe
+        from phi3v.whole_files import replace_file
+
         with Screen(here.screen) as screen:
             found = show_recipe(recipe, rows=rows, decode=not quick, on_progress=screen.on_progress)
         page = None if text else out or Path(f"{Path(source).stem}-rows.html")

@@ -217,11 +217,11 @@ def _show_prices(console: Console, report: Report) -> None:
 
 def outlook_lines(report: Report) -> Iterator[str]:
     """Steps, arithmetic and time, and what they rest on."""
-    from phi3v.training.outlook import STATED_RATE
-
     found: dict[str, Any] | None = report.outlook
     if found is None:
         return
+    from phi3v.training.outlook import STATED_RATE
+
     samples = counted(found["samples_per_step"], "sample")
     if found["steps_per_epoch"] is None:
         yield f"steps: {found['steps']} of {samples} in all"

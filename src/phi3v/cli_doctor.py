@@ -28,11 +28,13 @@ def doctor(
     """Show on a real batch that a training will teach what its rows say; exit code 1 if something is wrong."""
     refuse_options(overrides)
     with session(debug or bool(context.obj), as_json) as here:
-        from phi3v.cli_screen import Screen
         from phi3v.recipe import Recipe
+
+        chosen = Recipe.load(recipe, overrides or [])  # its slips are told before seconds of imports
+
+        from phi3v.cli_screen import Screen
         from phi3v.training.doctor import examine
 
-        chosen = Recipe.load(recipe, overrides or [])
         with Screen(here.screen) as screen:
             found = examine(chosen, on_progress=screen.on_progress)
         show_diagnosis(here.screen, found)

@@ -37,11 +37,13 @@ def plan(
     refuse_options(overrides)
     size = read_size(image, rows)
     with session(debug or bool(context.obj), as_json) as here:
-        from phi3v.cli_screen import Screen
         from phi3v.recipe import Recipe
+
+        chosen = Recipe.load(recipe, overrides or [])  # its slips are told before seconds of imports
+
+        from phi3v.cli_screen import Screen
         from phi3v.training.memory_plan import plan_recipe
 
-        chosen = Recipe.load(recipe, overrides or [])
         with Screen(here.screen) as screen:
             found = plan_recipe(chosen, memory=memory, rows=rows, image=size, on_progress=screen.on_progress)
         show_plan(here.screen, found)

@@ -38,11 +38,13 @@ def profile(
     refuse_options(overrides)
     size = read_size(image, rows)
     with session(debug or bool(context.obj), as_json) as here:
-        from phi3v.cli_screen import Screen
         from phi3v.recipe import Recipe
+
+        chosen = Recipe.load(recipe, overrides or [])  # its slips are told before seconds of imports
+
+        from phi3v.cli_screen import Screen
         from phi3v.training.profile import profile as profile_recipe
 
-        chosen = Recipe.load(recipe, overrides or [])
         with Screen(here.screen) as screen:
             found = profile_recipe(chosen, steps=steps, rows=rows, image=size, trace=trace, on_event=screen.on_event)
         show_profile(here.screen, found)

@@ -9,9 +9,8 @@ torch or transformers; every mistake is a `ConfigError` of one line that names t
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from glob import glob
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -20,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from phi3v.errors import ConfigError
 from phi3v.recipe_data import DataSection, Section, shorthand
 from phi3v.recipe_errors import explain
+from phi3v.recipe_places import PLACES, is_there, map_places, meant
 from phi3v.recipe_report import EvaluationSection, ReportSection
 from phi3v.recipe_sweep import SweepSection
 from phi3v.recipe_vision import VisionSection
@@ -318,9 +318,9 @@ class Recipe(Section):
         "data": "rows.csv"} gives data.train "/home/me/rows.csv" and the model as it is.
         """
         values = self.model_dump()
-        for section, key in _PLACES:
-            values[section][key] = _map_places(
-                key, values[section][key], os.path.isdir if section == "model" else _there
+        for section, key in PLACES:
+            values[section][key] = map_places(
+                key, values[section][key], os.path.isdir if section == "model" else is_there
             )
         return type(self).from_dict({**values, "output": os.path.abspath(self.output)})
 
@@ -346,7 +346,7 @@ class Recipe(Section):
         Example: ["training.seed: 1 here, 2 there"].
         """
         mine, theirs = self.flat(), other.flat()
-        changed = [key for key in {**mine, **theirs} if _meant(key, mine) != _meant(key, theirs)]
+        changed = [key for key in {**mine, **theirs} if meant(key, mine) != meant(key, theirs)]
         return [
             f"{key}: {mine.get(key, 'nothing')!r} here, {theirs.get(key, 'nothing')!r} there"
             for key in changed
@@ -354,42 +354,7 @@ class Recipe(Section):
         ]
 
 
-_PLACES = (
-    ("model", "name"),
-    ("model", "adapter"),
-    ("data", "train"),
-    ("data", "validation"),
-    ("data", "image_root"),
-    ("data", "image_cache"),
-    ("vision", "cache_folder"),
-    ("evaluation", "keep"),
-)
-_PLACE_KEYS = {*(key for _, key in _PLACES), "source"}
 _SHORTHANDS = {"model": "name", "data": "train"}
-
-
-def _there(place: str) -> bool:
-    """Whether a file, a folder, or a file of a pattern such as shards/*.tar is here."""
-    return os.path.exists(place) or (place.endswith(".tar") and bool(glob(place, recursive=True)))
-
-
-def _map_places(key: str, value: Any, here: Callable[[str], bool]) -> Any:
-    """A place as an absolute path when it is here, in every set of a list.
-
-    Example, in /home/me: "rows.csv" -> "/home/me/rows.csv"; [{"source": "rows.csv", "weight": 2.0}] ->
-    [{"source": "/home/me/rows.csv", "weight": 2.0}].
-    """
-    if isinstance(value, list):
-        return [{name: _map_places(name, inner, here) for name, inner in one.items()} for one in value]
-    if key not in _PLACE_KEYS or not isinstance(value, str) or not here(value):
-        return value
-    return os.path.abspath(value)
-
-
-def _meant(key: str, values: dict[str, Any]) -> Any:
-    """The value to compare of a dotted key: places as absolute paths, "nothing" where there is no value."""
-    value = values.get(key, "nothing")
-    return _map_places(key.rpartition(".")[2], value, lambda place: True) if tuple(key.split(".")) in _PLACES else value
 
 
 def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -20,6 +20,7 @@ between; `metrics.jsonl` is appended line by line and a half last line is droppe
 become null. Errors are `ConfigError` (the folder cannot be used) and `CheckpointError` (a file is missing or broken).
 """
 
+import functools
 import json
 import math
 import os
@@ -328,6 +329,7 @@ class RunFolder:
         return rows
 
 
+@functools.cache
 def gather_versions() -> dict[str, str | None]:
     """Versions of Python, of the platform and of `VERSIONED_PACKAGES`; null for a package that is not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}

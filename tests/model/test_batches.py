@@ -7,6 +7,7 @@ from tiny_prompts import IMAGE, PAD, batch_of, image_tokens, prompt, without
 from torch.testing import assert_close
 
 TOLERANCE = 1e-4
+SIDES = ("left", "right")
 MIXES = {
     "none_one_two_images": [([17],), ([4, 9], [(1, 1)]), ([2, 5, 21], [(1, 2), (1, 1)])],
     "grids_of_all_shapes": [([3, 6], [(2, 1)]), ([1, 7], [(1, 1)]), ([5, 4], [(2, 2)])],
@@ -32,76 +33,78 @@ def assert_untouched(batch: dict, before: dict) -> None:
     assert all(torch.equal(batch[key], before[key]) for key in before)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("mix", MIXES)
-def test_forward_loss_and_gradients(model, mix, side):
-    rows = rows_of(model, mix)
-    assert_batch_is_its_rows(model, rows, batch_of(rows, side))
+def test_forward_loss_and_gradients(model, mix):
+    assert_batches_are_their_rows(model, rows_of(model, mix))
 
 
 @pytest.mark.parametrize("few", [False, True], ids=["all logits", "trained logits"])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_labels_that_are_all_ids_of_a_row(side, few):
+def test_labels_that_are_all_ids_of_a_row(few):
     """The first token of a row is predicted from nothing, whether padding stands before it or not."""
     model = tiny_model(image_token_id=IMAGE)
     rows = [prompt(0, [17], image_id=IMAGE), prompt(1, [4, 9], [(1, 1)], image_id=IMAGE)]
     for row in rows:
         row["labels"] = row["input_ids"].masked_fill(row["input_ids"] == IMAGE, -100)
-    batch = batch_of(rows, side)
-    assert_batch_is_its_rows(model, rows, batch, trained_logits_only=few)
+    assert_batches_are_their_rows(model, rows, trained_logits_only=few)
     with torch.no_grad():
         loss = sum(model(**row, num_items_in_batch=60).loss for row in rows)
-        assert_close(model(**batch, num_items_in_batch=60, trained_logits_only=few).loss, loss, rtol=0, atol=TOLERANCE)
+        for side in SIDES:
+            together = model(**batch_of(rows, side), num_items_in_batch=60, trained_logits_only=few)
+            assert_close(together.loss, loss, rtol=0, atol=TOLERANCE)
 
 
-def assert_batch_is_its_rows(model, rows: list[dict], batch: dict, **options) -> None:
-    """Logits (where all are asked for), loss and gradients of a batch are those of its rows alone."""
-    before = frozen_copy(batch)
-    model.zero_grad()
-    together = model(**batch, **options)
-    together.loss.backward()
-    assert_untouched(batch, before)
-    gradients = {key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None}
-
+def assert_batches_are_their_rows(model, rows: list[dict], **options) -> None:
+    """Logits (where all are asked for), loss and gradients of both batches are those of their rows alone."""
     model.zero_grad()
     tokens = [int((row["labels"][:, 1:] != -100).sum()) for row in rows]
-    loss = 0.0
-    for number, (row, count) in enumerate(zip(rows, tokens, strict=True)):
+    loss, logits = 0.0, []
+    for row, count in zip(rows, tokens, strict=True):
         alone = model(**row)
-        real = batch["attention_mask"][number].bool()
-        if not options.get("trained_logits_only"):
-            assert_close(together.logits[number][real], alone.logits[0], rtol=0, atol=TOLERANCE)
+        logits.append(alone.logits[0].detach())
         share = alone.loss * count / sum(tokens)
         share.backward()
         loss += share.item()
-    assert together.loss.item() == pytest.approx(loss, abs=1e-5)
-    for key, value in model.named_parameters():
-        assert (value.grad is None) == (key not in gradients), key
-        if value.grad is not None:
-            # The keys' biases of the tower have no gradient but rounding noise: the floor covers them.
-            limit = TOLERANCE * max(float(value.grad.abs().max()), 1e-3)
-            assert_close(gradients[key], value.grad, rtol=0, atol=limit, msg=lambda text, key=key: f"{key}: {text}")
+    gradients = {key: value.grad for key, value in model.named_parameters()}
+    for side in SIDES:
+        batch = batch_of(rows, side)
+        before = frozen_copy(batch)
+        model.zero_grad()
+        together = model(**batch, **options)
+        together.loss.backward()
+        assert_untouched(batch, before)
+        if not options.get("trained_logits_only"):
+            for number, alone in enumerate(logits):
+                real = batch["attention_mask"][number].bool()
+                assert_close(together.logits[number][real], alone, rtol=0, atol=TOLERANCE)
+        assert together.loss.item() == pytest.approx(loss, abs=1e-5)
+        for key, value in model.named_parameters():
+            expected = gradients[key]
+            assert (value.grad is None) == (expected is None), key
+            if expected is not None:
+                # The keys' biases of the tower have no gradient but rounding noise: the floor covers them.
+                limit = TOLERANCE * max(float(expected.abs().max()), 1e-3)
+                assert_close(value.grad, expected, rtol=0, atol=limit, msg=lambda text, at=(side, key): f"{at}: {text}")
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("mix", MIXES)
-def test_generate_keeps_the_callers_order(model, mix, side):
+def test_generate_keeps_the_callers_order(model, mix):
     rows = rows_of(model, mix)
-    batch = without(batch_of(rows, side), "labels")
-    before = frozen_copy(batch)
     options = {"max_new_tokens": 6, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
-    together = model.generate(**batch, **options)
-    assert_untouched(batch, before)
-    width = batch["input_ids"].shape[1]
-    for number, row in enumerate(rows):
-        alone = model.generate(**without(row, "labels"), **options)
-        length = row["input_ids"].shape[1]
-        assert torch.equal(together.sequences[number, width:], alone.sequences[0, length:])
-        assert torch.equal(together.sequences[number, width - length : width], row["input_ids"][0]), (
-            "prompts end up left-padded"
-        )
-        for step_together, step_alone in zip(together.scores, alone.scores, strict=True):
-            assert_close(step_together[number], step_alone[0], rtol=0, atol=TOLERANCE)
+    answers = [model.generate(**without(row, "labels"), **options) for row in rows]
+    for side in SIDES:
+        batch = without(batch_of(rows, side), "labels")
+        before = frozen_copy(batch)
+        together = model.generate(**batch, **options)
+        assert_untouched(batch, before)
+        width = batch["input_ids"].shape[1]
+        for number, (row, alone) in enumerate(zip(rows, answers, strict=True)):
+            length = row["input_ids"].shape[1]
+            assert torch.equal(together.sequences[number, width:], alone.sequences[0, length:])
+            assert torch.equal(together.sequences[number, width - length : width], row["input_ids"][0]), (
+                "prompts end up left-padded"
+            )
+            for step_together, step_alone in zip(together.scores, alone.scores, strict=True):
+                assert_close(step_together[number], step_alone[0], rtol=0, atol=TOLERANCE)
 
 
 def test_rows_that_end_early_are_padded_and_the_others_go_on():

@@ -1,4 +1,4 @@
-"""What tests of training share: a tiny model with photos, and a recipe for them."""
+"""What tests of training share: a tiny model with photos, and a recipe for them; loss curves are not drawn."""
 
 import json
 from collections.abc import Callable
@@ -9,8 +9,18 @@ import pytest
 from tiny_models import write_photos, write_tiny_model
 
 import phi3v
+from phi3v.evaluation import report
 
 MakeRecipe = Callable[..., phi3v.Recipe]
+
+
+@pytest.fixture(autouse=True)
+def no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run ends with two drawings by matplotlib, a fifth of its time here.
+
+    They are looked at in tests/evaluation/test_report.py, and in test_cli_process.py as those of a run.
+    """
+    monkeypatch.setattr(report, "_draw_curve", lambda *args, **options: b"<svg></svg>")
 
 
 @pytest.fixture(scope="module")

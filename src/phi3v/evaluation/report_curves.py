@@ -1,4 +1,7 @@
-"""Loss curves, drawn by matplotlib: the lines of metrics.jsonl in, SVG for a page or PNG out."""
+"""Loss curves, drawn by matplotlib: the lines of metrics.jsonl in, SVG for a page or PNG out.
+
+matplotlib is imported when a curve is drawn, so that a training begins without it.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,6 @@ import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 TRAIN_COLOUR, EVALUATION_COLOUR, AXIS_COLOUR = "#3b7dd8", "#d9822b", "#8a8f98"  # readable on white and on black
 RUN_COLOURS = (TRAIN_COLOUR, EVALUATION_COLOUR, "#2f9e6e", "#b455c8", "#c94f4f", "#0f97a6", "#9a8c2c", AXIS_COLOUR)
@@ -71,6 +71,9 @@ def _as_svg(lines: Sequence[Line]) -> str:
 
 def _draw(lines: Sequence[Line], form: str, **how: Any) -> bytes:
     """The file of a curve."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "phi3v", "font.family": "sans-serif", "font.size": 11}):
         figure = Figure(figsize=(5.6, 3.2), layout="constrained")
         axes = figure.add_subplot()

@@ -7,7 +7,7 @@ through by its own name, after a check that TrainingArguments has it. Nothing is
 import contextlib
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import fields
 from typing import Any
@@ -20,6 +20,7 @@ from phi3v.errors import ConfigError
 from phi3v.passthrough import check_names, first_line
 from phi3v.recipe import CHECKPOINTING, Recipe
 from phi3v.run_folder import RunFolder
+from phi3v.training.checkpointing import CHECKPOINTING_KWARGS
 from phi3v.training.sample_answers import scored_by
 
 _DECIDED_ELSEWHERE = {
@@ -42,7 +43,6 @@ _DECIDED_ELSEWHERE = {
 }
 _NOT_SHARDED = {"version": 1, "cpu_ram_efficient_loading": True}
 _CHOICES = {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}
-_KWARGS = tuple(f"{name}_kwargs" for name in CHECKPOINTING)
 _FLAG = re.compile(r"--(?=[a-z])")  # how transformers writes an option, as if it came from a command line
 _FIXED = {"remove_unused_columns", "label_names", "prediction_loss_only", "disable_tqdm", "do_train", "do_eval"}
 
@@ -141,7 +141,7 @@ def _today(options: dict[str, Any]) -> dict[str, Any]:
     Example: {"gradient_checkpointing": True} -> {"activation_checkpointing": True} where that field exists.
     """
     known = {field.name for field in fields(TrainingArguments)}
-    options = {name: value for name, value in options.items() if value is not None or name not in _KWARGS}
+    options = {name: value for name, value in options.items() if value is not None or name not in CHECKPOINTING_KWARGS}
     options = {name: value for name, value in options.items() if name not in CHECKPOINTING or value != "auto"}
     renamed = {name: name.replace("gradient_checkpointing", "activation_checkpointing") for name in options}
     return {renamed[name] if renamed[name] in known else name: value for name, value in options.items()}
@@ -158,7 +158,7 @@ def check_options(options: dict[str, Any]) -> None:
     for name, value in options.items():
         if name in _CHOICES:
             _check_choice(name, value)
-        if name in (*_KWARGS, "fsdp_config") and value is not None and not isinstance(value, dict):
+        if name in (*CHECKPOINTING_KWARGS, "fsdp_config") and value is not None and not isinstance(value, dict):
             raise ConfigError(f"training.{name} is {value!r}, allowed is a mapping, or null for our own")
     for name, value in _NOT_SHARDED.items():
         if (options.get("fsdp_config") or {}).get(name) == value:
@@ -193,23 +193,6 @@ def _check_best(recipe: Recipe, validated: bool) -> None:
             f"training.metric_for_best_model is {metric!r}, a score of answers, and evaluation.during_training is 0: "
             "set that to a number of held-out rows, or take eval_loss"
         )
-
-
-def checkpointing(options: Mapping[str, Any]) -> str | None:
-    """Under which of its two names `training` has activations computed twice; None where it does not.
-
-    Example: {"activation_checkpointing": True} -> "activation_checkpointing".
-    """
-    return next((name for name in CHECKPOINTING if options.get(name)), None)
-
-
-def checkpointing_kwargs(options: Mapping[str, Any]) -> dict[str, Any]:
-    """How they are, whichever name says so; checkpoints are not re-entrant unless that is asked for.
-
-    Example: {"gradient_checkpointing_kwargs": {"offload": True}} -> {"use_reentrant": False, "offload": True}.
-    """
-    given = {key: value for name in _KWARGS for key, value in (options.get(name) or {}).items()}
-    return {"use_reentrant": False, **given}
 
 
 def _check_choice(name: str, value: Any) -> None:

@@ -35,9 +35,7 @@ from phi3v.first_look import (
     survey_data,
     survey_options,
 )
-from phi3v.loading import load_config, load_processor
 from phi3v.recipe import Recipe
-from phi3v.training.outlook import outlook
 
 
 def check_recipe(
@@ -60,9 +58,8 @@ def check_recipe(
         on_progress: called as rows are looked at.
     Raises: DataError, CheckpointError: the set or the model's small files cannot be read at all.
     """
-    name, revision = recipe.model.name, recipe.model.revision
-    processor = load_processor(name, revision=revision, **recipe.image.processor_options) if model else None
-    config = load_config(name, revision=revision) if model else None
+    name = recipe.model.name
+    processor, config = _model_files(recipe) if model else (None, None)
     context = config.max_position_embeddings if config is not None else None
     limit = recipe.data.max_length if context is None else recipe.data.longest(context)
     part = _fetch_part(recipe, shard, on_progress) if fetch and shard != (0, 1) else None
@@ -106,6 +103,15 @@ def check_recipe(
     )
 
 
+def _model_files(recipe: Recipe) -> tuple[Any, Any]:
+    """Processor and config of the recipe's model; without a model, transformers is not imported."""
+    from phi3v.loading import load_config, load_processor
+
+    name, revision = recipe.model.name, recipe.model.revision
+    options = recipe.image.processor_options
+    return load_processor(name, revision=revision, **options), load_config(name, revision=revision)
+
+
 def _open(recipe: Recipe, **options: Any) -> tuple[FoundRows, str | None]:
     """The rows, and why they cannot be split, when that is what is wrong with them."""
     try:
@@ -133,4 +139,6 @@ def _limits(recipe: Recipe) -> dict[str, Any]:
 
 def _outlook(recipe: Recipe, train: Surveyed, config: Any, num_crops: int | None) -> dict[str, Any]:
     """Steps and time of the run as plain values."""
+    from phi3v.training.outlook import outlook
+
     return asdict(outlook(recipe, len(train.kept), train.facts, config, num_crops))

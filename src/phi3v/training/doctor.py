@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, set_seed
 
-from phi3v.adapters import has_adapter
+from phi3v.adapters import has_adapter, save_tuned
 from phi3v.data.encode import encode_prompt
 from phi3v.data.schema import Row
 from phi3v.errors import TrainingError
@@ -169,7 +169,7 @@ def _reload(recipe: Recipe, prepared: Prepared, batch: Any, processor: Any, fold
     nudge(weight for weight in model.parameters() if weight.requires_grad)
     if recipe.lora is None:
         model.float()
-    model.save_pretrained(folder)
+    save_tuned(model, Path(folder))
     processor.save_pretrained(folder)
     faults = saved_faults(model, Path(folder)) if has_adapter(model) else []
     wanted = logits_of(model, batch).cpu()
@@ -203,7 +203,7 @@ def check_base(model: Any, recipe: Recipe) -> None:
     faults = weight_faults(model, recipe.model.name, recipe.model.revision, every=_EVERY)
     if has_adapter(model):
         with tempfile.TemporaryDirectory(prefix="phi3v_first_") as folder:
-            model.save_pretrained(folder)
+            save_tuned(model, Path(folder))
             faults += saved_faults(model, Path(folder))
     if faults:
         raise TrainingError(f"{'; '.join(faults)}; copy the model's files again")

@@ -24,6 +24,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
 
+from phi3v.adapters import save_tuned
 from phi3v.errors import CheckpointError, Interrupted
 from phi3v.ranks import ALONE, Ranks
 from phi3v.targets import ADAPTER_WEIGHTS
@@ -182,8 +183,7 @@ class DurableTrainer(Trainer):
 
     def save_weights(self, folder: Path, state_dict: dict | None = None) -> None:
         """Writes the weights alone, without the pickled arguments; a given state instead of the model's."""
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's form with every field left open
+        save_tuned(self.accelerator.unwrap_model(self.model), folder, state_dict)
 
     def whole_weights(self, *, float32: bool = False) -> dict[str, Any] | None:
         """What `save_weights` takes of a model that is sharded, whole on the first rank, all ranks have to ask; None

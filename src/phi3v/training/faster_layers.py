@@ -17,7 +17,7 @@ from phi3v.kernels.lora_layer import FastLoraState
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.passthrough import check_names
 from phi3v.recipe import Recipe
-from phi3v.training.arguments import checkpointing_kwargs
+from phi3v.training.checkpointing import checkpointing_kwargs
 
 _LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 

@@ -14,7 +14,7 @@ import torch
 from phi3v.data.survey import RowFacts
 from phi3v.image_tokens import crop_grid, grid_tokens, num_image_tokens
 from phi3v.recipe import CHECKPOINTING, Recipe
-from phi3v.training.arguments import checkpointing
+from phi3v.training.checkpointing import checkpointing
 from phi3v.training.memory import Memory, Sample, count_memory, refuse_uncounted
 from phi3v.training.samples import planned_steps
 

@@ -16,7 +16,7 @@ import torch
 from phi3v.data.survey import RowFacts
 from phi3v.image_tokens import crop_grid
 from phi3v.recipe import Recipe
-from phi3v.training.arguments import checkpointing
+from phi3v.training.checkpointing import checkpointing
 from phi3v.training.samples import planned_steps
 
 STATED_RATE = 100e12

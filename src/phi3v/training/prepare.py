@@ -21,7 +21,7 @@ from phi3v.loading import load_base, rank_device, resolve_device, resolve_dtype
 from phi3v.ranks import Ranks
 from phi3v.recipe import Recipe
 from phi3v.targets import Target, resolve_target
-from phi3v.training.arguments import checkpointing, checkpointing_kwargs
+from phi3v.training.checkpointing import checkpointing, checkpointing_kwargs
 from phi3v.training.master_weights import same_in
 from phi3v.tuning import attach_lora, freeze, mark_trained, vision_choices
 

@@ -17,8 +17,8 @@ from phi3v.image_tokens import grid_tokens
 from phi3v.loading import load_config, resolve_device
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
-from phi3v.training.arguments import checkpointing
 from phi3v.training.callbacks import Watcher
+from phi3v.training.checkpointing import checkpointing
 from phi3v.training.device_time import check_trace
 from phi3v.training.floor import useful_operations, vision_operations
 from phi3v.training.memory_plan import adopt
