@@ -63,6 +63,7 @@ def test_commands_and_flags_are_frozen():
             *["target", "--data", "--out", "--prompt", "--rows", "--batch-size", "--max-new-tokens", "--device"],
             *["--json", "--debug"],
         ],
+        "sweep": ["recipe", "overrides", "--json", "--debug"],
         "compare": ["runs", "--out", "--json", "--debug"],
         "ask": ["target", "images_and_question", "--device", "--json", "--debug"],
         "plan": ["recipe", "overrides", "--memory", "--rows", "--image", "--json", "--debug"],
@@ -78,7 +79,7 @@ def test_commands_and_flags_are_frozen():
 @pytest.mark.parametrize(
     ("command", "usage"),
     [
-        *((name, "RECIPE [key=value ...] [OPTIONS]") for name in ("train", "profile", "doctor", "plan")),
+        *((name, "RECIPE [key=value ...] [OPTIONS]") for name in ("train", "sweep", "profile", "doctor", "plan")),
         ("evaluate", "TARGET [OPTIONS]"),
         ("predict", "TARGET [OPTIONS]"),
         ("compare", "RUN RUN ... [OPTIONS]"),

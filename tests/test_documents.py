@@ -157,3 +157,18 @@ def test_documents_name_files_of_the_package_that_exist() -> None:
     assert names
     lost = [name for name in names if not (ROOT / "src/phi3v" / name).exists() and not (ROOT / name).exists()]
     assert not lost, lost
+
+
+def test_nothing_is_left_for_later() -> None:
+    """A plan is an issue, not a note in the source."""
+    marks = ["TO" + "DO", "FIX" + "ME", "X" * 3, "HA" + "CK"]
+    folders = ("src", "tests", "examples", "scripts", "benchmarks")
+    programs = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    places = [*programs, *DOCUMENTS, *ROOT.glob("recipes/*")]
+    found = [
+        f"{path.relative_to(ROOT)}: {mark}"
+        for path in places
+        for mark in marks
+        if mark in path.read_text(encoding="utf-8")
+    ]
+    assert not found, found

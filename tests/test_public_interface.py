@@ -13,8 +13,11 @@ SIGNATURES = {
     "Recipe.from_dict": ["values", "overrides", "name"],
     "Recipe.with_overrides": ["self", "overrides"],
     "Recipe.to_yaml": ["self"],
-    "train": ["recipe", "on_event", "features"],
-    "evaluate": ["target", "data", "against", "metrics", "rows", "device", "on_progress", "features", "ranks"],
+    "train": ["recipe", "on_event", "features", "report"],
+    "evaluate": [
+        *["target", "data", "against", "metrics", "checks"],
+        *["rows", "device", "on_progress", "features", "ranks"],
+    ],
     "compare": ["runs", "out"],
     "predict": [
         "target",

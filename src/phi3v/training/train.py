@@ -1,8 +1,7 @@
 """`train(recipe)`: from a recipe to a run with tuned weights, in about ten calls in time order.
 
 In comes a `Recipe`, out comes a `RunResult`; all files go through `RunFolder`. The same call again goes on from the
-newest complete checkpoint, or says that the run is finished. It prints nothing: what there is to show goes to
-`on_event`.
+newest complete checkpoint, or says that the run is finished. What there is to show goes to `on_event`.
 """
 
 import contextlib
