@@ -15,6 +15,7 @@ SIGNATURES = {
     "Recipe.to_yaml": ["self"],
     "train": ["recipe", "on_event", "features"],
     "evaluate": ["target", "data", "against", "metrics", "rows", "device", "on_progress", "features", "ranks"],
+    "compare": ["runs", "out"],
     "predict": [
         "target",
         "data",
@@ -45,6 +46,7 @@ def test_public_names_are_frozen():
         "Recipe",
         "__version__",
         "ask",
+        "compare",
         "evaluate",
         "predict",
         "register",

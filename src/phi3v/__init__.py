@@ -1,6 +1,7 @@
 """phi3v: tune Microsoft's Phi-3-Vision and Phi-3.5-Vision to your own images.
 
-The public interface is `Recipe`, `train`, `evaluate`, `predict`, `ask`, `ChatModel`, `FeatureMemory` and `register`.
+The public interface is `Recipe`, `train`, `evaluate`, `compare`, `predict`, `ask`, `ChatModel`, `FeatureMemory` and
+`register`.
 Importing the package is light: a name is loaded when it is first used, so that `import phi3v` needs neither torch nor
 transformers.
 
@@ -18,6 +19,7 @@ TYPE_CHECKING = False  # typing's own takes longer than all of this, and Ctrl-C 
 if TYPE_CHECKING:
     from typing import Any
 
+    from phi3v.evaluation.compare import compare
     from phi3v.evaluation.predict import predict
     from phi3v.evaluation.run import evaluate
     from phi3v.features.store import FeatureMemory
@@ -27,13 +29,25 @@ if TYPE_CHECKING:
     from phi3v.training.train import train
 
 __version__ = "0.1.0"
-__all__ = ["ChatModel", "FeatureMemory", "Recipe", "__version__", "ask", "evaluate", "predict", "register", "train"]
+__all__ = [
+    "ChatModel",
+    "FeatureMemory",
+    "Recipe",
+    "__version__",
+    "ask",
+    "compare",
+    "evaluate",
+    "predict",
+    "register",
+    "train",
+]
 
 _HOME = {
     "ChatModel": "phi3v.generate",
     "FeatureMemory": "phi3v.features.store",
     "Recipe": "phi3v.recipe",
     "ask": "phi3v.generate",
+    "compare": "phi3v.evaluation.compare",
     "evaluate": "phi3v.evaluation.run",
     "predict": "phi3v.evaluation.predict",
     "register": "phi3v.model.register",

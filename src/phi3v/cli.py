@@ -3,12 +3,14 @@
     phi3v train RECIPE [key=value ...]      data -> LoRA -> training with evaluation -> adapter and report
     phi3v evaluate TARGET [--against ...]   scores on held-out rows, beside the base or another TARGET
     phi3v predict TARGET --data ... --out F answers for images without labels, as a file
+    phi3v compare RUN RUN ...               several evaluated runs on one page, each tested against the first
     phi3v ask TARGET IMAGE... "question"    the answer, streamed
     phi3v data check RECIPE|DATASET         what is in a data set, what is wrong with it, what it costs
     phi3v data show RECIPE                  some rows as the model sees them
     phi3v plan RECIPE [key=value ...]       memory, steps and time before anything is loaded
     phi3v doctor RECIPE [key=value ...]     whether a training would teach what its rows say
     phi3v profile RECIPE [key=value ...]    where time and memory of a training go
+    phi3v sweep RECIPE [key=value ...]      many trainings with other values, ranked; the best recipe
     phi3v demo                              all of it on the model and the products that come with the package
 
 TARGET is a run, an adapter, a model folder or a hub id. Every command takes `--json` (one object on standard output)
@@ -37,12 +39,14 @@ from phi3v.cli_command import (
     refuse_empty,
     refuse_options,
 )
+from phi3v.cli_compare import compare
 from phi3v.cli_data import data_app
 from phi3v.cli_doctor import doctor
 from phi3v.cli_plan import plan
 from phi3v.cli_predict import predict
 from phi3v.cli_profile import profile
 from phi3v.cli_session import session
+from phi3v.cli_sweep import sweep
 
 app = typer.Typer(
     name="phi3v",
@@ -157,6 +161,7 @@ def evaluate(
 
 
 app.command(cls=Command, short_help="Answer images without labels, into a file.")(predict)
+app.command(cls=Command, short_help="Put several evaluated runs on one page.")(compare)
 
 
 @app.command(cls=Command, short_help="Ask a question about images.")
@@ -218,6 +223,7 @@ def demo(
 
 app.command(cls=Command, short_help="Count what a training will take: memory, steps, time.")(plan)
 app.command(cls=Command, short_help="Show on a real batch that a training is right.")(doctor)
+app.command(cls=Command, short_help="Try a recipe with other values, and rank them.")(sweep)
 app.command(cls=Command, short_help="See where the time of a training goes.")(profile)
 
 

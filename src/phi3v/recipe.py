@@ -21,6 +21,7 @@ from phi3v.errors import ConfigError
 from phi3v.recipe_data import DataSection, Section, shorthand
 from phi3v.recipe_errors import explain
 from phi3v.recipe_report import EvaluationSection, ReportSection
+from phi3v.recipe_sweep import SweepSection
 from phi3v.recipe_vision import VisionSection
 from phi3v.recipe_yaml import apply_override, read_yaml, write_yaml
 
@@ -59,7 +60,7 @@ RUN_FILES = ("recipe.yaml", "versions.json")
 """The files that make a folder a run."""
 
 SETTINGS = tuple(
-    "evaluation report model.device data.image_cache data.allow_hosts vision.cache_gb vision.cache_folder "
+    "evaluation report sweep model.device data.image_cache data.allow_hosts vision.cache_gb vision.cache_folder "
     "training.fast_lora training.non_finite training.fsdp training.fsdp_config training.ddp_backend "
     "training.ddp_timeout".split()
 )
@@ -196,6 +197,7 @@ class Recipe(Section):
     training: TrainingSection = Field(default=TrainingSection(), description="How long and in which steps.")
     evaluation: EvaluationSection = Field(default=EvaluationSection(), description="How answers are scored.")
     report: ReportSection = Field(default=ReportSection(), description="Who is told.")
+    sweep: SweepSection | None = Field(default=None, description="What phi3v sweep tries.")
     output: str = Field(min_length=1, description="Folder of the run; runs/<recipe name> where nothing is said.")
 
     @model_validator(mode="after")
@@ -333,13 +335,17 @@ class Recipe(Section):
                 values[section] = given[section]
         return type(self).from_dict(values)
 
+    def flat(self) -> dict[str, Any]:
+        """Every value by its dotted key, {"training.seed": 0, ...}."""
+        return _flatten(self.model_dump())
+
     def differences(self, other: "Recipe", *, settings: bool = True) -> list[str]:
         """The dotted keys whose values differ, `output` aside (a run may be moved); without `SETTINGS` when False.
 
         A relative path is equal to the absolute one that it stands for here.
         Example: ["training.seed: 1 here, 2 there"].
         """
-        mine, theirs = _flatten(self.model_dump()), _flatten(other.model_dump())
+        mine, theirs = self.flat(), other.flat()
         changed = [key for key in {**mine, **theirs} if _meant(key, mine) != _meant(key, theirs)]
         return [
             f"{key}: {mine.get(key, 'nothing')!r} here, {theirs.get(key, 'nothing')!r} there"

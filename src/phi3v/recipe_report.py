@@ -74,4 +74,6 @@ class ReportSection(Section):
     run_name: str | None = Field(
         default=None, description="Name of the run at the tracker; null for the output folder's name."
     )
-    samples: int = Field(default=12, ge=0, description="Photos with their answers in report.html.")
+    samples: int = Field(
+        default=12, ge=0, description="Worst and best rows that report.html shows large; 0 for one without photos."
+    )

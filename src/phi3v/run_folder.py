@@ -10,7 +10,7 @@
     adapter/           the tuned adapter with the processor, or
     model/             the whole model, when all of it was tuned
     answers-*.jsonl    answers of an evaluation that is not done, tuned and base: what it goes on from
-    predictions.jsonl  one JSON object per evaluated row
+    predictions.jsonl  one JSON object per evaluated row; predictions.parquet is the same as a table
     evaluation.json    the scores
     report.html        the report; loss.png is its curve
     finished.json      there when the run has reached its end; holds its summary
@@ -33,7 +33,7 @@ from typing import Any, Literal
 from phi3v.errors import CheckpointError, ConfigError
 from phi3v.recipe import RUN_FILES, Recipe
 from phi3v.run_lock import LOCK_FILE, RunLock
-from phi3v.whole_files import replace_file, replace_folder
+from phi3v.whole_files import fill_file, replace_file, replace_folder
 
 RunState = Literal["new", "unfinished", "finished"]
 
@@ -61,6 +61,7 @@ class RunFolder:
         self.adapter = self.path / "adapter"
         self.model = self.path / "model"
         self.predictions = self.path / "predictions.jsonl"
+        self.prediction_table = self.path / "predictions.parquet"
         self.evaluation = self.path / "evaluation.json"
         self.report = self.path / "report.html"
         self.finished = self.path / "finished.json"
@@ -135,9 +136,9 @@ class RunFolder:
         """Writes the settings of a recipe into recipe.yaml; what others made goes first, in case this is cut off."""
         answered = any(line.startswith("evaluation.") for line in changed)
         reported = answered or any(line.startswith("report.") for line in changed)
-        for made, outdated in ((self.report, reported), (self.evaluation, answered), (self.predictions, answered)):
-            if outdated:
-                made.unlink(missing_ok=True)
+        answers = (self.evaluation, self.predictions, self.prediction_table)
+        for made in (*([self.report] if reported else []), *(answers if answered else [])):
+            made.unlink(missing_ok=True)
         self.write_recipe(self.read_recipe().with_settings(recipe))
 
     def _make_folder(self) -> None:
@@ -217,6 +218,13 @@ class RunFolder:
         """What `write_features` wrote. Raises: CheckpointError when the run keeps no features."""
         return self._read_json(self.features)
 
+    def read_conditions(self) -> dict[str, Any]:
+        """What the newest checkpoint was trained under: names of rows and base, device, versions; {} without."""
+        found = sorted(self.checkpoints.glob("checkpoint-*/manifest.json"), key=lambda file: file.stat().st_mtime)
+        manifest = self._read_json(found[-1]).get("manifest") if found else None
+        conditions = manifest.get("conditions") if isinstance(manifest, dict) else None
+        return conditions if isinstance(conditions, dict) else {}
+
     def append_metrics(self, values: dict[str, Any]) -> None:
         """Adds one line to metrics.jsonl and sees it onto the disk.
 
@@ -260,6 +268,10 @@ class RunFolder:
     def read_predictions(self) -> list[dict[str, Any]]:
         """What `write_predictions` wrote. Raises: CheckpointError when the run was not evaluated."""
         return self._read_lines(self.predictions)
+
+    def write_prediction_table(self, save: Callable[[Path], Any]) -> None:
+        """Puts predictions.parquet in place, which `save(file)` writes."""
+        fill_file(self.prediction_table, save)
 
     def write_evaluation(self, values: dict[str, Any]) -> None:
         """Writes evaluation.json."""

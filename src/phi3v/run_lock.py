@@ -24,10 +24,15 @@ class RunLock:
     by process 12 on this machine: ...".
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        """Name the folder, which has to be there when the lock is taken."""
-        self.file = Path(folder) / LOCK_FILE
+    def __init__(self, folder: str | Path, name: str = LOCK_FILE) -> None:
+        """Name the folder, which has to be there when the lock is taken, and the file."""
+        self.file = Path(folder) / name
         self._handle: Any = None
+
+    @property
+    def held(self) -> bool:
+        """Whether the lock is held; after `take` it is not where the file system has no locks."""
+        return self._handle is not None
 
     def take(self) -> None:
         """Takes the lock. Raises: ConfigError when another process holds it.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from phi3v.errors import CheckpointError
+from phi3v.errors import CheckpointError, ConfigError
 from phi3v.run_folder import RunFolder
 
 MODEL_TYPE = "phi3_v"
@@ -110,6 +110,18 @@ def _resolve_adapter(name: str, folder: Path, kind: Literal["run", "adapter"]) -
         )
     has_processor = (folder / "tokenizer_config.json").is_file()
     return Target(name, kind, base, config.get("revision"), folder, str(folder) if has_processor else base)
+
+
+def check_whole_model(name: str) -> None:
+    """Raises: ConfigError where `model.name` of a recipe is a run or an adapter; the line says how to go on from it."""
+    if not Path(name).is_dir() or (place := resolve_target(name)).kind == "model":
+        return
+    if place.adapter is None:
+        raise ConfigError(f"model.name {name} is a run that tuned the whole model: set model.name={place.base}")
+    raise ConfigError(
+        f"model.name {name} is {'a run under LoRA' if place.kind == 'run' else 'an adapter'} and no whole model: to go "
+        f"on from it set model.name={place.base} model.adapter={name}"
+    )
 
 
 def run_of(target: str | Path) -> RunFolder | None:

@@ -11,6 +11,7 @@ from PIL import Image
 from tiny_tokenizer import build_tokenizer
 
 from phi3v.data.encode import EncodedRows, encode, encode_prompt, label_answers
+from phi3v.data.encode_seen import encode_seen, file_name
 from phi3v.data.lengths import RowLength, row_lengths
 from phi3v.data.schema import ImagePart, ImageRef, Message, Row, TextPart
 from phi3v.errors import DataError, ImageError
@@ -229,3 +230,30 @@ def test_loader_workers_give_the_same_samples(processor: Phi3VProcessor) -> None
     loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=1)  # type: ignore[arg-type]
     for found, wanted in zip(loader, [data[0], data[1]], strict=True):
         assert set(found) == set(wanted) and all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("on_too_long", ["skip", "fewer_crops", "cut_text"])
+def test_what_was_seen_is_encoded_without_its_pixels(
+    processor: Phi3VProcessor, monkeypatch: pytest.MonkeyPatch, on_too_long: Any
+) -> None:
+    """The same tensors as `encode` gives, whole; no image is opened, and none whose size nobody knows is guessed at."""
+    long = row(("user", "what is this " * 1000), ANSWER, images=(photo(90, 30), photo(50, 50)))
+    rows = list(ROWS.values()) if on_too_long == "fewer_crops" else [*ROWS.values(), long]
+    sized = [replace(one, images=tuple(replace(image, size=_size(image)) for image in one.images)) for one in rows]
+    limit = {"skip": None, "fewer_crops": 1200, "cut_text": 2000}[on_too_long]
+    whole = EncodedRows(sized, processor, max_length=limit, on_too_long=on_too_long)
+    expected = [whole[place] for place in range(len(rows))]
+    monkeypatch.setattr("phi3v.data.encode.open_image", lambda *given, **named: pytest.fail("an image was opened"))
+    for place, wanted in enumerate(expected):
+        found = encode_seen(whole, place)
+        assert set(found) == set(wanted) - {"pixel_values"}
+        for name, tensor in found.items():
+            assert tensor.dtype == wanted[name].dtype and torch.equal(tensor, wanted[name]), (place, name)
+    lengths = [one["input_ids"].shape[0] for one in expected]
+    assert (max(lengths) > 3000) if limit is None else limit - 500 < max(lengths) <= limit
+    assert encode_seen(EncodedRows([ROWS["image"]], processor), 0) is None
+    assert file_name(sized[1].images[0]) == file_name(photo(40, 30)) != file_name(photo(40, 30, "blue"))
+
+
+def _size(image: ImageRef) -> tuple[int, int]:
+    return Image.open(io.BytesIO(image.data or b"")).size

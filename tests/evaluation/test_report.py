@@ -1,143 +1,71 @@
 """The report page: what it says, that nothing in it is markup by accident, and how a real browser takes it."""
 
+import json
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
+from report_content import CHROMIUM, HOSTILE, HOSTILE_GROUP, Page, browse, make_content
 
-from phi3v.evaluation.fields import AnswerTemplate
-from phi3v.evaluation.kinds import choose_scoring
-from phi3v.evaluation.metric_table import constant_scores, metric_table
-from phi3v.evaluation.metrics import score_answers
-from phi3v.evaluation.report import (
-    ReportContent,
-    Sample,
-    curve_points,
-    loss_curve_svg,
-    photo_uri,
-    render_report,
-)
-from phi3v.evaluation.row_scores import score_rows
-from phi3v.evaluation.shares import Share
+from phi3v.data.data_uri import photo_uri
+from phi3v.data.schema import ImageRef, Message, Row, TextPart
+from phi3v.evaluation import report_run
+from phi3v.evaluation.report import ReportContent, render_report
+from phi3v.evaluation.report_curves import curve_points, loss_curve_svg
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-TEMPLATE = AnswerTemplate("Product: {title}, Price: {price}")
-HOSTILE = "Product: <script>document.title='owned'</script><img src=x onerror=alert(1)>, Price: {{ 7*7 }} & \"quotes\""
 
 
-def make_content(rows: int = 12, base: bool = True) -> ReportContent:
-    """A report of a run that never was: `rows` products, base answers all wrong, the first tuned one hostile."""
-    expected = [f"Product: Wool Scarf number {i}, Price: {100 + i}" for i in range(rows)]
-    tuned = [HOSTILE, *expected[1:]]
-    wrong = ["a red square"] * rows
-    asked = ["What is shown?"] * rows
-    scoring = choose_scoring(expected, asked, TEMPLATE, numeric_fields=["price"])
-    columns = [
-        score_rows(scoring, expected, answers, asked, [loss * 3] * rows, [3] * rows)
-        for answers, loss in ((tuned, 0.012345), (wrong, 4.5))
-    ]
-    table = metric_table(columns[0], columns[1] if base else None, constant_scores(scoring, expected, asked))
-    evaluation = {
-        "target": "runs/test",
-        "base": "tiny/base" if base else None,
-        "against": "base" if base else None,
-        "rows": rows,
-        "created": "2026-01-02T03:04:05Z",
-        "kind": {"name": scoring.kind, "why": scoring.why},
-        "primary": scoring.metrics[0],
-        "metrics": table,
-        "notes": [],
-        "checks": {"overlap": {"verdict": "fail", "line": "2 of 12 rows <leaked>"}},
-        "scores": {
-            "base": score_answers(expected, wrong, TEMPLATE, ["price"], loss=4.5).to_dict() if base else None,
-            "tuned": score_answers(expected, tuned, TEMPLATE, ["price"], loss=0.012345).to_dict(),
-        },
-    }
-    samples = []
-    for i in range(min(rows, 6)):
-        photo = Image.new("RGB", (480, 640 if i % 2 else 300), (200 - 20 * i, 60 + 20 * i, 90))
-        ImageDraw.Draw(photo).ellipse((100, 60, 380, 260), fill=(250, 240, 200))
-        photos = [photo, photo.rotate(90)] if i == 2 else [photo]
-        samples.append(Sample(i, photos, "What is shown?", expected[i], wrong[i] if base else None, tuned[i]))
-    metrics = [{"step": s, "loss": 4.0 * 0.93**s, "learning_rate": 1e-4} for s in range(1, 101)]
-    metrics += [{"step": s, "eval_loss": 4.2 * 0.93**s} for s in range(20, 101, 20)]
-    return ReportContent(
-        title="a run <of> tests",
-        evaluation=evaluation,
-        metrics=metrics,
-        samples=samples,
-        trained=[
-            {"part": "language model (LoRA)", "parameters": 1234567, "trained": 34567, "share": 0.028},
-            {"part": "vision tower", "parameters": 765432, "trained": 0, "share": 0.0},
-        ],
-        recipe="model:\n  name: tiny/base\noutput: runs/test # <b>\n",
-        versions={"phi3v": "0.1.0", "torch": "2.13"},
-        times={"training": 75.0, "evaluation": 4.23},
-        controls={"image blanked": vars(Share.of(0, 12)), "image swapped": vars(Share.of(1, 12))},
-    )
-
-
-class Page(HTMLParser):
-    """Collects tags, attributes and text of a page."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.links: list[str] = []
-        self.text = ""
-        self._hidden = False
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self._hidden = tag == "style"
-        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "data")]
-
-    def handle_endtag(self, tag):
-        self._hidden = False
-
-    def handle_data(self, data):
-        if not self._hidden:
-            self.text += data
-
-
-def test_page_holds_scores_samples_recipe_and_times():
-    page = Page(render_report(make_content()))
+def test_page_holds_scores_rows_recipe_and_times():
+    html = render_report(make_content())
+    page = Page(html)
     for words in (
         "12 held-out rows",
+        "2026-01-02 03:04 UTC",
         "before (base)",
-        "91.7 %",
+        "83.3 %",
         "Exact match on rows that training never saw",
-        "12 rows, 95 % interval 64.6 % to 98.5 %",
-        "Difference +91.7 points",
-        "p < 0.001 (McNemar's test): 11 rows better, 0 worse, 1 the same",
+        "Better after tuning",
+        "+75.0 points",
+        "9 rows better, 0 worse, 3 the same",
+        "would come up about 4 times in 1,000 (McNemar's test, p\u00a0=\u00a00.0039)",
         "Scored as templated answers: 12 of 12 expected answers have the form",
         "field “price”",
         "“price”, mean absolute error",
+        "Exact match by category",
         "image blanked",
         "fail: 2 of 12 rows <leaked>.",
         "vision tower",
         "1,234,567",
         "1 min 15 s",
+        "3.2 GiB",
+        "9f2c77ab",
+        "1 row left out",
+        "column <title> is empty",
         "torch  2.13",
         "output: runs/test # <b>",
         "a run <of> tests",
         "loss per trained token",
-        "0.0123",
+        "Every row asks: “What is shown? <i>&”",
+        "6 of 12 rows have their photos here",
     ):
         assert words in page.text, words
-    assert page.tags.count("img") == 7 and page.tags.count("svg") == 1
-    assert page.text.count("✓ right") == 5 and page.text.count("✗ wrong") == 7
+    # the list is whole without a script, whose menus are hidden until it runs
+    assert html.count('<article class="row"') == 12 and '<form id="filter" hidden' in html
+    assert html.count('<article class="sample"') == 4
+    assert (
+        page.tags.count("svg") == 1 and page.tags.count("img") == 7 + 4
+    )  # 7 small ones; rows 0 and 4, and one of the best
+    assert "<mark>Cap</mark>" in html and '<mark class="lacks">Scarf</mark>' in html
 
 
 def test_nothing_of_a_stranger_becomes_markup():
     page = Page(render_report(make_content()))
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 1 and page.handlers == []
     assert HOSTILE in page.text  # tags, braces, ampersand and quotes arrive as the characters they are
+    assert HOSTILE_GROUP in page.text and "<s>0.jpg" in page.text
 
 
 def test_page_reaches_for_nothing_outside_itself():
@@ -146,14 +74,18 @@ def test_page_reaches_for_nothing_outside_itself():
     assert all(link.startswith(("data:", "#")) for link in page.links), page.links
     assert "@import" not in html and "url(http" not in html
     assert not re.findall(r'(?<!xmlns)(?<!xmlns:xlink)="https?://', html)
+    assert "default-src 'none'" in html
 
 
-def test_page_without_base_curve_samples_or_fields():
+def test_page_without_base_curve_photos_or_fields():
     content = make_content(base=False)
-    bare = ReportContent(title="bare", evaluation=content.evaluation)
+    bare = ReportContent(title="bare", evaluation=content.evaluation, predictions=content.predictions)
     page = Page(render_report(bare))
     assert "before" not in page.text and "this model" in page.text
     assert "svg" not in page.tags and "img" not in page.tags
+    old = {name: value for name, value in content.evaluation.items() if name != "categories"}
+    assert "by category" not in render_report(replace(bare, evaluation=old))
+    assert Page(render_report(ReportContent(title="no rows", evaluation=None))).tags.count("form") == 0
 
 
 def test_same_content_gives_the_same_page():
@@ -185,21 +117,23 @@ def test_photo_is_small_and_the_original_untouched():
     assert photo.size == (2000, 1000) and photo.mode == "RGBA"
 
 
-def browse(tmp_path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run headless Chromium once with a fresh profile, without any service that would reach for the network."""
-    quiet = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--enable-logging=stderr",
-    ]
-    quiet += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"]
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    return subprocess.run(
-        [CHROMIUM, *quiet, profile, *arguments], capture_output=True, text=True, timeout=120, check=True
-    )
+def test_photos_stop_at_their_limits_and_say_so(tmp_path, monkeypatch):
+    for i in range(6):
+        Image.effect_noise((300, 300), 90).save(tmp_path / f"{i}.png")
+    said = (Message("user", (TextPart("What?"),)), Message("assistant", (TextPart("It."),)))
+    rows = [Row(said, (ImageRef(f"{i}.png", root=str(tmp_path)),), {}, "a.csv", i) for i in range(6)]
+    (tmp_path / "1.png").unlink()
+    whole = report_run.gather_photos(rows, [3, 1], 10**6)
+    assert list(whole.large) == [3] and list(whole.small) == [3, 0, 2, 4, 5]
+    assert whole.note == "5 of 6 rows have their photos here; those of 1 could not be opened"
+    monkeypatch.setattr(report_run, "MOST_PHOTOS", 2)
+    few = report_run.gather_photos(rows, [3], 10**6)
+    assert list(few.small) == [3, 0] and few.note.startswith("2 of 6 rows have their photos here: a page holds those")
+    monkeypatch.setattr(report_run, "MOST_PHOTOS", 9)
+    monkeypatch.setattr(report_run, "PHOTO_BYTES", 200_000)
+    large = report_run.gather_photos(rows, range(6), 10**6)
+    taken = sum(len(photo) for kind in (large.large, large.small) for its in kind.values() for photo in its)
+    assert 0 < taken <= 200_000 and 0 < len(large.small) < 5 and " MB at most" in large.note
 
 
 @needs_browser
@@ -212,20 +146,64 @@ def test_browser_shows_the_page_without_console_errors(tmp_path):
     assert colours is not None and len(colours) > 500  # photos, text and curve are there
 
 
+PROBE = """<script>addEventListener('load', () => {
+  const form = document.getElementById('filter'), counts = {};
+  const count = () => {
+    form.dispatchEvent(new Event('input'));
+    const seen = [...document.querySelectorAll('#rows > .row')].filter(row => row.getClientRects().length).length;
+    return [seen, form.querySelector('output').textContent];
+  };
+  for (const menu of form.querySelectorAll('select'))
+    for (const option of [...menu.options].slice(1)) {
+      menu.value = option.value;
+      counts[option.value] = count();
+      menu.value = '';
+    }
+  form.elements.words.value = 'CAP number 4';
+  counts.words = count();
+  form.querySelectorAll('select')[0].value = 'right';
+  counts.none = count();
+  form.querySelectorAll('select')[0].value = form.elements.words.value = '';
+  counts.all = count();
+  parent.postMessage(JSON.stringify({
+    wide: document.documentElement.scrollWidth, title: document.title, counts, menus: getComputedStyle(form).display,
+    photos: [...document.querySelectorAll('.sample img')].filter(photo => photo.naturalWidth > 0).length,
+  }), '*');
+})</script></body>"""
+
+
 @needs_browser
-def test_page_fits_a_phone_and_every_photo_decodes(tmp_path):
-    probe = (
-        "<script>addEventListener('load', () => parent.postMessage(JSON.stringify({"
-        "wide: document.documentElement.scrollWidth,"
-        "photos: [...document.images].filter(i => i.naturalWidth > 0).length"
-        "}), '*'))</script></body>"
-    )
-    html = render_report(make_content()).replace("</body>", probe)
-    (tmp_path / "report.html").write_text(html, encoding="utf-8")
+def test_filters_of_300_rows_count_as_the_json_and_the_page_fits_a_phone(tmp_path: Path):
+    content = make_content(300)
+    html, evaluation = render_report(content), content.evaluation
+    page = tmp_path / "report.html"
+    page.write_text(html, encoding="utf-8")
+    shown = browse(tmp_path, "--dump-dom", page.as_uri())  # as it is: the policy lets its script run, and no other
+    assert "CONSOLE" not in shown.stderr and '<form id="filter" autocomplete' in shown.stdout
+    probed = re.sub(r"script-src '[^']+'", "script-src 'unsafe-inline'", html).replace("</body>", PROBE)
+    page.write_text(probed, encoding="utf-8")
     frame = (
         "<!doctype html><p id=out></p><script>onmessage = e => { out.textContent = e.data }</script>"
         "<iframe src=report.html width=360 height=800></iframe>"
     )
     (tmp_path / "phone.html").write_text(frame, encoding="utf-8")
-    dom = browse(tmp_path, "--virtual-time-budget=5000", "--dump-dom", (tmp_path / "phone.html").as_uri()).stdout
-    assert '{"wide":360,"photos":7}' in dom
+    seen = browse(tmp_path, "--virtual-time-budget=20000", "--dump-dom", (tmp_path / "phone.html").as_uri())
+    assert "CONSOLE" not in seen.stderr
+    found = json.loads(re.search(r'<p id="out">(.*?)</p>', seen.stdout)[1].replace("&lt;", "<").replace("&gt;", ">"))
+    assert found["wide"] == 360 and found["photos"] > 0 and found["menus"] == "flex"
+    assert found["title"] == "a run <of> tests · phi3v report"  # no text of a stranger ran
+    primary = evaluation["metrics"][evaluation["primary"]]
+    right = sum(one["right"] for one in content.predictions)
+    expected = {"right": right, "wrong": 300 - right, "all": 300, "words": 4 + 10, "none": 0}
+    expected |= {"won": primary["won"], "lost": primary["lost"], "same": primary["tied"]}
+    for at, field in enumerate(["title", "group", "price"]):
+        share = evaluation["metrics"][f"field_accuracy.{field}"]["tuned"]["value"]
+        expected[f"f{at}"] = round(300 * (1 - share))
+    [(name, values)] = evaluation["categories"].items()
+    assert name == "group" and list(values) == ["TOPS", HOSTILE_GROUP]
+    expected |= {"c0-0": values[HOSTILE_GROUP]["rows"], "c0-1": values["TOPS"]["rows"]}  # in the order of the rows
+    assert primary["won"] > 200 and primary["lost"] == 0 and primary["tied"] > 10
+    words = {name: [count, f"{count} of 300 rows"] for name, count in expected.items()}
+    assert {**found["counts"], "words": words["words"]} == words
+    hits = sum("cap" in one["tuned"].lower() and "number 4" in one["tuned"] for one in content.predictions)
+    assert found["counts"]["words"][0] >= hits > 0

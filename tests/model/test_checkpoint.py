@@ -62,7 +62,9 @@ def write_checkpoint(folder: Path, weights: dict[str, torch.Tensor], name: str =
     folder.mkdir(parents=True)
     fields = json.loads((FROZEN / "models" / name / "config.json").read_text())
     vision = json.loads((FROZEN / "models" / name / "vision_config.json").read_text())
-    flash = {"auto_map": AUTO_MAP, "_attn_implementation": "flash_attention_2", "torch_dtype": "bfloat16"}
+    flash = {"auto_map": AUTO_MAP, "torch_dtype": "bfloat16", "experts_implementation": "somebody/kernel"}
+    flash |= {"_attn_implementation": "flash_attention_2", "attn_implementation": "somebody/kernel"}
+    vision |= {"attn_implementation": "somebody/kernel"}
     (folder / "config.json").write_text(json.dumps({**fields, **flash, "vision_config": vision}))
     names = sorted(weights)
     weight_map = {key: SHARDS[position * 2 // len(names)] for position, key in enumerate(names)}
@@ -104,6 +106,18 @@ def test_loaded_weights_equal_the_files_and_remote_code_is_never_run(folder, wei
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert_equal_tensors(model.state_dict(), weights)
     assert model.dtype == torch.bfloat16 and model.config._attn_implementation == "sdpa"
+
+
+def test_an_attention_is_the_callers_choice_and_not_a_files(folder):
+    """The folder names flash attention and a kernel of the hub, for itself and for its tower."""
+    for loaded in (AutoConfig.from_pretrained(folder), Phi3VConfig.from_json_file(folder / "config.json")):
+        assert loaded._attn_implementation is None and loaded.vision_config._attn_implementation is None
+    chosen = AutoConfig.from_pretrained(folder, attn_implementation={"": "eager"})
+    assert (chosen._attn_implementation, chosen.vision_config._attn_implementation) == ("eager", None)
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        model = auto.from_pretrained(folder, attn_implementation="eager")
+        tower = model.model.vision_embed_tokens.img_processor.vision_model
+        assert model.config._attn_implementation == tower.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -347,51 +361,3 @@ def test_configs_survive_a_round_trip(tmp_path, name):
         assert getattr(again.vision_config, key) == expected, key
     assert again.rope_parameters == config.rope_parameters
     assert again.rope_parameters["rope_type"] == "longrope"
-
-
-def test_sliding_windows_that_bite_are_kept_and_those_that_do_not_are_set_aside():
-    fields = json.loads((FROZEN / "models" / "tiny_phi3v" / "config.json").read_text())
-    fields |= {"vision_config": {"hidden_size": 64, "num_attention_heads": 4}}
-    wide = Phi3VConfig.from_dict({**fields, "sliding_window": fields["max_position_embeddings"]})
-    narrow = Phi3VConfig.from_dict({**fields, "sliding_window": 16})
-    assert wide.sliding_window is None and wide.to_dict()["sliding_window"] == fields["max_position_embeddings"]
-    assert narrow.sliding_window == narrow.to_dict()["sliding_window"] == 16
-    wide.sliding_window = 16
-    assert wide.to_dict()["sliding_window"] == 16, "a window that was set after loading is saved"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"embd_layer": {"hd_transform_order": "glb_sub"}}, "embd_layer"),
-        ({"img_processor": {"image_dim_out": 99}}, "image_dim_out is 99"),
-        ({"img_processor": {"type_feature": "cls_patch"}}, "type_feature 'cls_patch'"),
-        ({"vision_config": {"image_size": 224}}, "image_size is 224 and patch_size 14, allowed are 336 and 14"),
-        ({"vision_config": {"patch_size": 16}}, "image_size is 336 and patch_size 16, allowed are 336 and 14"),
-    ],
-)
-def test_another_arrangement_is_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        golden_set().config("tiny_phi3v", **change)
-
-
-def test_yarn_scaling_is_the_originals():
-    """Microsoft's code knows a second scaling that no checkpoint uses: cos and sin times 0.1 ln(s) + 1."""
-    fields = json.loads((FROZEN / "models" / "tiny_phi3v" / "config.json").read_text())
-    config = golden_set().config("tiny_phi3v", rope_scaling={**fields["rope_scaling"], "type": "yarn"})
-    rotary = Phi3VForCausalLM(config).model.rotary_emb
-    assert rotary.attention_scaling == pytest.approx(1 + 0.1 * torch.log(torch.tensor(32.0)).item())
-    assert config.to_dict()["rope_scaling"]["type"] == "yarn"
-    assert Phi3VConfig.from_dict(config.to_dict()).rope_parameters == config.rope_parameters
-
-
-@pytest.mark.parametrize(
-    ("own", "kind"),
-    [({}, "su"), ({"factor": 32.0}, "su"), ({"factor": 8.0}, "longrope"), ({"attention_factor": 1.5}, "longrope")],
-)
-def test_rope_settings_are_saved_whole(own, kind):
-    fields = json.loads((FROZEN / "models" / "tiny_phi3v" / "config.json").read_text())
-    config = golden_set().config("tiny_phi3v", rope_scaling={**fields["rope_scaling"], **own})
-    more = {"factor": 32.0, **own} if kind == "longrope" else {}
-    assert config.to_dict()["rope_scaling"] == {**fields["rope_scaling"], **more, "type": kind}
-    assert Phi3VConfig.from_dict(config.to_dict()).rope_parameters == config.rope_parameters

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     pipeline,
 )
@@ -172,13 +173,29 @@ def test_an_adapted_model_generates_and_is_switched_off(model, processor, photos
         assert torch.equal(tuned.generate(**batch, **options), plain)
 
 
-def test_lora_with_gradient_checkpointing(model, processor, photos):
-    batch = training_batch(processor, photos)
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    tuned = get_peft_model(model, LoraConfig(**LORA)).train()
-    losses = steps_of(tuned, batch)
-    assert losses[-1] < losses[0]
+VISION_TOO = r".*(vision_model.*\.(q_proj|v_proj|fc1)|img_projection\.[02]|self_attn\.qkv_proj)$"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_lora_on_the_tower_the_plain_gradients_in_the_trainer(folder, photos, tmp_path, reentrant):
+    batch, seen = training_batch(AutoProcessor.from_pretrained(folder), photos), []
+
+    class Looking(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            seen.append({name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None})
+
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=VISION_TOO, init_lora_weights=False))
+        twice = {"gradient_checkpointing": checkpointing, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+        args = arguments(output_dir=str(tmp_path), max_steps=1, max_grad_norm=0.0, **twice)
+        Trainer(model, args, data_collator=lambda rows: batch, train_dataset=[0, 1], callbacks=[Looking()]).train()
+    plain, checkpointed = seen
+    assert plain.keys() == checkpointed.keys() and sum("vision_model" in name for name in plain) >= 2 * 2 * 3
+    for name, gradient in plain.items():
+        assert bool(gradient.any()), name
+        assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-6)
 
 
 def test_images_beside_embeddings_are_refused_and_not_dropped(model, processor, photos):
@@ -320,15 +337,16 @@ def test_sft_trainer(model, processor, photos, tmp_path, form, lora):
 
 
 @needs_trl
-def test_sft_trainer_on_all_tokens_and_rows_with_none_one_and_two_images(model, processor, photos, tmp_path):
-    """TRL's default trains every token; image tokens among the labels are left out by the model."""
+def test_sft_trainer_on_all_tokens_and_rows_with_none_one_and_two_images(folder, processor, photos, tmp_path):
+    """TRL's default trains every token; image tokens among the labels are left out by the model, here from a path."""
     from trl import SFTConfig, SFTTrainer
 
     rows = {"messages": [said("user", QUESTION) + said("assistant", "Red.")] * 4}
     images = [[photos[0]], [], [photos[1], photos[2]], [photos[3]]]
     made = Dataset.from_dict({"images": images, **rows}).cast_column("images", List(Image()))
     args = arguments(SFTConfig, output_dir=str(tmp_path), max_steps=4, max_length=None, per_device_train_batch_size=4)
-    trainer = SFTTrainer(model, args=args, train_dataset=made, processing_class=processor)
+    trainer = SFTTrainer(str(folder), args=args, train_dataset=made)
+    assert type(trainer.model) is Phi3VForCausalLM and type(trainer.processing_class) is Phi3VProcessor
     batch = next(iter(trainer.get_train_dataloader()))
     assert batch["pixel_values"].shape[0] == 4 and (batch["labels"] == processor.image_token_id).any()
     trainer.train()
@@ -337,7 +355,9 @@ def test_sft_trainer_on_all_tokens_and_rows_with_none_one_and_two_images(model, 
 
 
 @needs_trl
-def test_dpo_trainer(model, processor, photos, tmp_path):
+@pytest.mark.parametrize("way", ["lora", "whole", "path"])
+def test_dpo_trainer(folder, model, processor, photos, tmp_path, way):
+    """Without an adapter TRL loads the reference from the folder; a policy from it, and its processor, as well."""
     from trl import DPOConfig, DPOTrainer
 
     names = list(COLOURS)
@@ -346,18 +366,24 @@ def test_dpo_trainer(model, processor, photos, tmp_path):
         "chosen": [said("assistant", f"It is {name}.") for name in names],
         "rejected": [said("assistant", f"It is {name}.") for name in names[::-1]],
     }
-    args = arguments(DPOConfig, output_dir=str(tmp_path), max_steps=4, max_length=None)
+    args = arguments(DPOConfig, output_dir=str(tmp_path), max_steps=4 if way == "lora" else 1, max_length=None)
     trainer = DPOTrainer(
-        model,
+        str(folder) if way == "path" else model,
         args=args,
         train_dataset=photo_rows(photos, **columns),
-        processing_class=processor,
-        peft_config=LoraConfig(**LORA),
+        processing_class=None if way == "path" else processor,
+        peft_config=LoraConfig(**LORA) if way == "lora" else None,
     )
     trainer.train()
     losses = losses_of(trainer)
     assert losses[0] == pytest.approx(0.6931, abs=1e-3), "log 2: the policy starts as the reference"
-    assert losses[-1] < losses[0]
+    if way == "lora":
+        assert losses[-1] < losses[0]
+        return
+    policy, reference = trainer.model, trainer.ref_model
+    assert type(policy) is type(reference) is Phi3VForCausalLM
+    assert torch.equal(reference.lm_head.weight, Phi3VForCausalLM.from_pretrained(folder).lm_head.weight)
+    assert not torch.equal(policy.lm_head.weight, reference.lm_head.weight)
 
 
 def test_labels_that_repeat_the_image_tokens_do_not_teach_them(model, processor, photos):

@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from golden_models import tiny_model
-from tiny_prompts import IMAGE, prompt, without
+from tiny_prompts import IMAGE, batch_of, prompt, without
 from torch.testing import assert_close
 from transformers import DynamicCache
 
@@ -158,3 +158,28 @@ def test_image_tensors_without_images_are_no_images():
         assert torch.equal(model(**one, **none).logits, model(**one).logits)
         with pytest.raises(ValueError, match="blindly"):
             model(prompt(0, [3], [(1, 1)], image_id=IMAGE)["input_ids"], **none)
+
+
+@pytest.mark.parametrize(
+    ("side", "options"),
+    [("right", {}), ("left", {"num_beams": 2}), ("right", {"cache_implementation": "static"})],
+    ids=["greedy", "beams", "static"],
+)
+def test_embeddings_of_a_padded_batch_equal_its_ids_also_across_the_limit(rebuilt, side, options):
+    """Alone, as the whole prompt, and beside the ids; the first of both rows passes the limit at its fifth token."""
+    model = tiny_model("tiny_phi3v_long", original_max_position_embeddings=340, image_token_id=IMAGE)
+    rows = [prompt(0, [3, 20], [(1, 1)], image_id=IMAGE), prompt(1, [17])]
+    batch = without(batch_of(rows, side), "labels")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    with torch.no_grad():
+        embeddings = model.model.embed(**without(batch, "attention_mask"))
+    given, length = embeddings.clone(), ids.shape[1]
+    options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 500, **options}
+    expected = model.generate(**batch, **options)[:, length:]
+    crossed = rebuilt[:]
+    assert set(crossed) == ({0, 1} if "num_beams" in options else {0})
+    alone = model.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
+    assert torch.equal(alone, expected) and rebuilt == crossed * 2
+    beside = model.generate(input_ids=ids, inputs_embeds=embeddings, attention_mask=mask, **options)
+    assert torch.equal(beside[:, length:], expected) and rebuilt == crossed * 3
+    assert torch.equal(embeddings, given)

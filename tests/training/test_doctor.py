@@ -4,6 +4,7 @@ import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,10 @@ from phi3v.data.encode import EncodedRows
 from phi3v.errors import TrainingError
 from phi3v.first_look import open_data
 from phi3v.loading import load_base, load_processor
+from phi3v.model.vision_phi3_v import Phi3VVisionTransformer
 from phi3v.training import doctor
 from phi3v.training.batch_checks import Ids, batch_faults, sequences_of
+from phi3v.training.meter import Meter
 from phi3v.training.model_checks import gradient_faults, saved_faults, sight_faults, weight_faults
 from phi3v.tuning import attach_lora
 
@@ -242,3 +245,22 @@ def test_a_training_stops_before_its_first_step(make: MakeRecipe, world: Path, t
         patched.setattr(prepare, "attach_lora", on_the_tower)
         with pytest.raises(TrainingError, match="step 1: .*trained parts get no gradient|nothing trains"):
             phi3v.train(make("tower"))
+    with monkeypatch.context() as patched:  # re-entrant checkpoints below an input that asks for no gradient
+        patched.setattr(Phi3VVisionTransformer, "_input_embed_layer", "nowhere")
+        twice = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+        blind = make("blind", vision={"tower": "lora"}, training=twice)
+        with pytest.raises(TrainingError, match=r"^step 1: 12 of 20 trained parts get no gradient, .*vision_model"):
+            phi3v.train(blind)
+
+
+def test_parts_that_see_are_looked_at_in_the_first_step_with_pictures(world: Path, batch: Batch) -> None:
+    tuned = attach_lora(load_base(world / "model"), {"r": 4}, tower="lora")
+    backward(tuned, batch)
+    for name, weight in tuned.named_parameters():
+        weight.grad = None if "vision_model" in name else weight.grad
+    meter, given = Meter(), (SimpleNamespace(fp16=False), SimpleNamespace(global_step=6), None)
+    look = doctor.FirstStepCallback(meter)
+    for pictures in (0, 0, 1):
+        meter.add(3, 90, pictures)
+        with pytest.raises(TrainingError, match="^step 7: .*vision_model") if pictures else contextlib.nullcontext():
+            look.on_pre_optimizer_step(*given, model=tuned)

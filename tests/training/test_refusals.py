@@ -1,5 +1,6 @@
 """What a training refuses: one line, before the first step and before the run's folder is made."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 import phi3v
 from phi3v.errors import CheckpointError, ConfigError, DataError, DeviceError, MissingPackageError, TrainingError
+from phi3v.recipe import RUN_FILES
 from phi3v.training import train as training
 from phi3v.training.callbacks import TrainingEvent
 from phi3v.tuning import PartCount, TrainableReport
@@ -37,6 +39,10 @@ MakeRecipe = Callable[..., phi3v.Recipe]
         ({"fsdp_config": {"version": 1}}, "training.fsdp_config.version is 1: ranks share a model by FSDP2"),
         ({"fsdp": True}, "training.fsdp shares a model among several processes"),
         ({"weight_decay": "much"}, "training.weight_decay is 'much', allowed is a number"),
+        (
+            {"dataloader_num_workers": -1},
+            "^training.dataloader_num_workers is -1, allowed is a whole number, 0 or more$",
+        ),
         ({"logging_first_step": "no"}, "training.logging_first_step is 'no', allowed are true and false"),
         ({"gradient_checkpointing_kwargs": 1}, "training.gradient_checkpointing_kwargs is 1, allowed is a mapping"),
         ({"label_names": ["labels"]}, "training.label_names cannot be chosen"),
@@ -64,7 +70,21 @@ def test_options_of_training_are_checked(make: MakeRecipe, options: dict[str, An
 def refusals(world: Path) -> list[tuple[dict[str, Any], type[Exception], str]]:
     """Sections of recipes that are refused when options, rows or weights are looked at, and why."""
     (world / "empty.jsonl").write_text("")
+    done, base = world / "done", str(world / "model")
+    (done / "adapter").mkdir(parents=True, exist_ok=True)
+    for name in (*RUN_FILES, "adapter/adapter_config.json"):
+        (done / name).write_text(json.dumps({"base_model_name_or_path": base}))
     return [
+        (
+            {"model": {"name": str(done)}},
+            ConfigError,
+            f"is a run under LoRA .* go on from it set model.name={base} model.adapter={done}$",
+        ),
+        (
+            {"model": {"name": str(done / "adapter")}},
+            ConfigError,
+            f"is an adapter and .* model.adapter={done}/adapter$",
+        ),
         ({"lora": {"r": 0}}, ConfigError, "^lora.r is 0, allowed is a whole number, 1 or more"),
         ({"lora": {"lora_dropout": 7.0}}, ConfigError, "^lora: .*between 0 and 1"),
         ({"lora": {"target_modules": ["query"]}}, ConfigError, "hits no module"),
@@ -95,7 +115,7 @@ def refusals(world: Path) -> list[tuple[dict[str, Any], type[Exception], str]]:
     ]
 
 
-@pytest.mark.parametrize("number", range(14))
+@pytest.mark.parametrize("number", range(17))
 def test_what_is_refused_leaves_no_folder(make: MakeRecipe, world: Path, number: int) -> None:
     sections, error, words = refusals(world)[number]
     recipe = make(**sections)
@@ -136,6 +156,15 @@ def test_a_missing_tracker_names_its_command(make: MakeRecipe, monkeypatch: pyte
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match="pip install wandb"):
         phi3v.train(make(report={"to": "wandb"}))
+
+
+def test_a_tracker_without_an_account_is_one_line(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setattr(wandb, "login", lambda **options: False)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(ConfigError, match="run `wandb login`, or set WANDB_MODE=offline") as caught:
+        phi3v.train(make(report={"to": "wandb"}))
+    assert "\n" not in str(caught.value) and not Path(make().output).exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

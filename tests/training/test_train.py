@@ -164,11 +164,12 @@ def test_logits_are_computed_at_trained_positions_only(make: MakeRecipe, monkeyp
 def test_gradient_checkpointing_trains_and_changes_nothing(
     make: MakeRecipe, trained: MakeRecipe, reentrant: bool
 ) -> None:
-    plain = trained(training={"max_steps": 2})
+    vision: dict[str, Any] = {"vision": {"tower": "lora", "projector": "lora"}} if reentrant else {}
+    plain = trained(training={"max_steps": 2}, **vision)
     options: dict[str, Any] = {"max_steps": 2, "gradient_checkpointing": True}
     if reentrant:
         options["gradient_checkpointing_kwargs"] = {"use_reentrant": True}
-    checkpointed = make("checkpointed", training=options)
+    checkpointed = make("checkpointed", training=options, **vision)
     phi3v.train(checkpointed)
     assert moved(adapter(checkpointed))
     assert_same(adapter(checkpointed), adapter(plain), 1e-6)
@@ -286,8 +287,14 @@ def test_wandb_runs_offline(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -
     wandb = pytest.importorskip("wandb", reason="wandb is an optional package")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    recipe = make(training={"max_steps": 2}, report={"to": "wandb", "project": "photos", "run_name": "first"})
+    report = {"to": "wandb", "project": "photos", "run_name": "first"}
+    recipe = make(training={"max_steps": 2}, data={"split": {"validation": 0.2}}, report=report)
     phi3v.train(recipe)
     files = list((Path(recipe.output) / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(files) == 1 and files[0].stat().st_size > 0
+    assert len(files) == 2 and all(file.stat().st_size > 0 for file in files)  # the training, and the predictions
+    assert len({file.parent.name.rpartition("-")[2] for file in files}) == 1, "one run at W&B"
+    [table] = (Path(recipe.output) / "wandb").rglob("predictions_*.table.json")
+    told, rows = json.loads(table.read_text()), RunFolder(recipe.output).read_predictions()
+    assert told["columns"][:3] == ["row", "source", "images"] and "scores.tuned.exact_match" in told["columns"]
+    assert [line[told["columns"].index("tuned")] for line in told["data"]] == [row["tuned"] for row in rows]
     assert wandb.run is None

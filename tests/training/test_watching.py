@@ -12,19 +12,20 @@ from PIL import Image
 import phi3v
 from phi3v.run_folder import RunFolder
 from phi3v.training.callbacks import TrainingEvent
-from phi3v.training.meter import Meter, samples_and_tokens
+from phi3v.training.meter import Meter, contents
 
 MakeRecipe = Callable[..., phi3v.Recipe]
 
 
-def test_a_meter_counts_samples_and_tokens_without_padding() -> None:
+def test_a_meter_counts_samples_tokens_and_pictures_without_padding() -> None:
     meter = Meter()
     packed = {"input_ids": torch.zeros(1, 5), "cu_seqlens": torch.tensor([0, 3, 5])}
     padded = {"input_ids": torch.zeros(2, 4), "position_ids": torch.tensor([[0, 1, 2, 3], [0, 1, 1, 1]])}
-    meter.add(*samples_and_tokens([packed, padded]))
-    assert (meter.samples, meter.tokens) == (4, 5 + 4 + 2)
+    meter.add(*contents([packed, padded]))
+    meter.add(*contents([{"input_ids": torch.zeros(1, 3), "image_sizes": [[336, 336], [672, 336]]}]))
+    assert (meter.samples, meter.tokens, meter.pictures) == (4 + 1, 5 + 4 + 2 + 3, 2)
     rates = meter.rates()
-    assert rates["tokens_per_second"] / rates["samples_per_second"] == pytest.approx(11 / 4)
+    assert rates["tokens_per_second"] / rates["samples_per_second"] == pytest.approx(14 / 5)
     assert rates["memory_gib"] > 0.01
 
 
@@ -97,7 +98,7 @@ def is_png(path: Path) -> bool:
 
 def test_trackers_get_answers_with_their_photos(watched: dict[str, Any]) -> None:
     folder = watched["run"].path
-    tables = list((folder / "wandb").rglob("*.table.json"))
+    tables = list((folder / "wandb").rglob("answers_*.table.json"))
     assert len(tables) == 2
     table = json.loads(tables[0].read_text())
     assert table["columns"] == ["step", "images", "question", "expected", "answer"] and len(table["data"]) == 2

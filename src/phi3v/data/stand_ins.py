@@ -69,6 +69,10 @@ class StandIns(torch.utils.data.Dataset[Example]):
                 self._note(number, error)
         raise DataError("no row can be encoded")
 
+    def is_own(self, index: int) -> bool:
+        """Whether the sample of a row is its own, as far as this process has seen."""
+        return index % len(self) not in self._failed
+
     def _note(self, number: int, error: DataError) -> None:
         """Counts and tells of a failure. Raises: DataError when it is one too many."""
         if self.on_problem == "stop":

@@ -65,13 +65,13 @@ def write_table(out: Path, columns: Mapping[str, type], rows: Iterable[TableRow]
 
     Args:
         out: the file, whose ending says the format.
-        columns: name -> int, str or list (of texts); a value may also be None.
+        columns: name -> int, float, bool, str or list (of texts); a value may also be None.
         rows: the rows.
         made: what it was made of, see `made_of`.
     Raises: ConfigError where the file cannot be written.
     """
     try:
-        fill_file(out, lambda path: WRITERS[out.suffix.lower()](path, columns, map(_writable, rows)))
+        fill_file(out, lambda path: WRITERS[out.suffix.lower()](path, columns, map(writable, rows)))
         with open(out, "rb") as file:
             digest = file_digest(file, "sha256").hexdigest()
         replace_file(_note(out), to_json({**made, "sha256": digest}) + "\n")
@@ -79,7 +79,7 @@ def write_table(out: Path, columns: Mapping[str, type], rows: Iterable[TableRow]
         raise ConfigError(f"--out {out} cannot be written: {error.strerror or error}") from error
 
 
-def _writable(row: TableRow) -> TableRow:
+def writable(row: TableRow) -> TableRow:
     """A row whose texts are UTF-8; half a character of a file's name is written as its escape."""
     return {name: _utf8(value) for name, value in row.items()}
 
@@ -120,6 +120,7 @@ def _write_parquet(path: Path, columns: Mapping[str, type], rows: Iterable[Table
     from pyarrow import parquet
 
     types = {int: pyarrow.int64(), str: pyarrow.string(), list: pyarrow.list_(pyarrow.string())}
+    types |= {float: pyarrow.float64(), bool: pyarrow.bool_()}
     schema = pyarrow.schema([(name, types[kind]) for name, kind in columns.items()])
     with parquet.ParquetWriter(path, schema) as file:
         for some in _groups(rows):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
+from phi3v.data.data_uri import photo_uri
 from phi3v.data.images import open_image
 from phi3v.data.schema import Row
-from phi3v.errors import CheckpointError
-from phi3v.evaluation.report import ReportContent, Sample, loss_curve_png, render_report
-from phi3v.recipe import Recipe
+from phi3v.errors import CheckpointError, ImageError
+from phi3v.evaluation.report import Photos, ReportContent, render_report
+from phi3v.evaluation.report_curves import loss_curve_png
+from phi3v.evaluation.report_rows import choose_extremes
+from phi3v.fingerprints import name_rows
 from phi3v.run_folder import RunFolder
 from phi3v.whole_files import replace_file
 
@@ -17,6 +22,9 @@ NEEDED = (
     "target base against rows kind primary metrics scores majority notes problems seconds".split()  # in its own order
 )
 """What evaluation.json holds at least, for the report and for the screen."""
+PHOTO_BYTES = 4_000_000  # of all photos in a page, as they stand in it
+MOST_PHOTOS = 500  # rows of the list whose photos are opened: minutes at most for photos of a camera
+SMALL_SIDE = 112  # pixels of a photo in the list, about 3 kB
 
 
 def write_report(run: RunFolder, rows: Sequence[Row], controls: Mapping[str, Mapping[str, Any]] | None = None) -> None:
@@ -37,16 +45,22 @@ def write_report(run: RunFolder, rows: Sequence[Row], controls: Mapping[str, Map
             "again"
         )
     times = {"training": summary["seconds"]} if summary.get("seconds") else {}
-    name = f"Run {run.path.resolve().name}"
+    name, samples = f"Run {run.path.resolve().name}", recipe.report.samples
+    shown = chain(*choose_extremes(predictions, evaluation["primary"], samples)) if evaluation else ()
     content = ReportContent(
         title=f"{name}: tuned answers beside the base's" if evaluation and evaluation["base"] else name,
         evaluation=evaluation,
         metrics=run.read_metrics(),
-        samples=choose_samples(recipe, predictions, rows),
+        predictions=predictions,
+        samples=samples,
+        photos=gather_photos(rows, shown, recipe.image.max_pixels) if samples else Photos(),
         trained=trained_parts(summary.get("trainable", {})),
         recipe=run.recipe.read_text(encoding="utf-8"),
         versions=run.read_versions(),
         times=times | (evaluation["seconds"] if evaluation else {}),
+        memory_gib=summary.get("memory_gib"),
+        fingerprints=fingerprints(run, rows),
+        problems=left_out(run, evaluation),
         controls=controls or {},
     )
     if (curve := loss_curve_png(run.read_metrics())) is not None:
@@ -54,21 +68,58 @@ def write_report(run: RunFolder, rows: Sequence[Row], controls: Mapping[str, Map
     run.write_report(render_report(content))
 
 
-def choose_samples(recipe: Recipe, predictions: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> list[Sample]:
-    """The rows to show: `report.samples` of them, evenly spaced over all, so that nobody picked the good ones."""
-    count = min(recipe.report.samples, len(rows))
-    chosen = [position * len(rows) // count for position in range(count)]
-    return [
-        Sample(
-            index=rows[at].index,
-            photos=[open_image(image, max_pixels=recipe.image.max_pixels) for image in rows[at].images],
-            question=predictions[at]["question"],
-            expected=predictions[at]["expected"],
-            base=predictions[at]["base"],
-            tuned=predictions[at]["tuned"],
-        )
-        for at in chosen
-    ]
+def gather_photos(rows: Sequence[Row], shown: Iterable[int], max_pixels: int) -> Photos:
+    """Photos of the rows that are shown large, then small ones for the list, until 4 MB are full or 500 rows have them.
+
+    Args:
+        rows: all rows.
+        shown: positions of those that are shown large.
+        max_pixels: the largest image that is opened.
+    """
+    large: dict[int, list[str]] = {}
+    small: dict[int, list[str]] = {}
+    left, broken, full = PHOTO_BYTES, 0, False
+    first = list(shown)
+    for at in dict.fromkeys([*first, *range(len(rows))]):
+        if full or len(small) == MOST_PHOTOS:
+            break
+        try:
+            photos = [open_image(image, max_pixels=max_pixels) for image in rows[at].images]
+        except ImageError:
+            broken += 1
+            continue
+        its = [photo_uri(photo, SMALL_SIDE) for photo in photos]
+        ours = [photo_uri(photo) for photo in photos] if at in first else []
+        left -= sum(map(len, (*its, *ours)))
+        full = left < 0
+        if not full:
+            small[at] = its
+            large |= {at: ours} if ours else {}
+    note = f"{len(small)} of {len(rows)} rows have their photos here"
+    if len(small) + broken < len(rows):
+        note += f": a page holds those of {MOST_PHOTOS} rows, and {PHOTO_BYTES // 10**6} MB at most"
+    return Photos(large, small, note + (f"; those of {broken} could not be opened" if broken else ""))
+
+
+def fingerprints(run: RunFolder, rows: Sequence[Row]) -> dict[str, str]:
+    """Short names for what the figures depend on, where they are known: {"held-out rows": "9f2c...", ...}."""
+    conditions = run.read_conditions()
+    named = {
+        "held-out rows": name_rows(rows) if rows else None,
+        "training rows": conditions.get("rows"),
+        "weights of the base": conditions.get("base"),
+        "recipe.yaml": hashlib.sha256(run.recipe.read_bytes()).hexdigest()[:32],
+        "trained on": conditions.get("device"),
+        "computed in": conditions.get("dtype"),
+        "processes": conditions.get("ranks"),
+    }
+    return {name: str(value) for name, value in named.items() if value is not None}
+
+
+def left_out(run: RunFolder, evaluation: Mapping[str, Any] | None) -> list[str]:
+    """Rows that were left out of training and of the evaluation, a line each: "shop.csv, row 3: column is empty"."""
+    told = [f"{one.get('source')}, row {one.get('row')}: {one.get('message')}" for one in run.read_problems()]
+    return list(dict.fromkeys([*told, *(evaluation["problems"] if evaluation else [])]))
 
 
 def trained_parts(trainable: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from phi3v.data.address_guard import shorten
 from phi3v.data.schema import Row, RowProblem
 from phi3v.evaluation.answers import Answers
+from phi3v.evaluation.categories import break_down
 from phi3v.evaluation.fields import AnswerTemplate, majority_fields
 from phi3v.evaluation.kinds import Scoring, choose_scoring
 from phi3v.evaluation.metric_table import constant_scores, metric_table
@@ -53,6 +54,7 @@ class Evaluation:
         template: the answer template, which fields are named after.
         scoring: the kind of the answers, and the metrics for it.
         metrics: the figures of each metric, see `metric_table`.
+        categories: the primary metric for parts of the rows, see `categories.break_down`.
         tuned: scores of the target.
         base_scores: scores of the base; None without one.
         majority_answer: the most frequent expected answer.
@@ -72,6 +74,7 @@ class Evaluation:
     template: str | None
     scoring: Scoring
     metrics: dict[str, dict[str, Any]]
+    categories: dict[str, dict[str, dict[str, Any]]]
     tuned: Scores
     base_scores: Scores | None
     majority_answer: str
@@ -95,6 +98,7 @@ class Evaluation:
             "kind": {"name": self.scoring.kind, "why": self.scoring.why},
             "primary": self.scoring.metrics[0],
             "metrics": self.metrics,
+            "categories": self.categories,
             "notes": list(self.scoring.notes),
             "checks": self.checks,
             "scores": {
@@ -167,6 +171,8 @@ def build_evaluation(
 
     ours, theirs = columns(tuned), columns(beside.answers) if beside else None
     answer, share = majority_answer(expected)
+    theirs_said = beside.answers.texts if beside else None
+    predictions = prediction_rows(held_out.rows, tuned.texts, theirs_said, template, ours, theirs)
     return Evaluation(
         target=target,
         base=beside.name if beside else None,
@@ -175,6 +181,7 @@ def build_evaluation(
         template=recipe.data.answer,
         scoring=scoring,
         metrics=metric_table(ours, theirs, constant_scores(scoring, expected, questions)),
+        categories=break_down(predictions, scoring.metrics[0]),
         tuned=scores(tuned),
         base_scores=scores(beside.answers) if beside else None,
         majority_answer=answer,
@@ -183,9 +190,7 @@ def build_evaluation(
         problems=[str(problem) for problem in held_out.problems],
         seconds=seconds,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        predictions=prediction_rows(
-            held_out.rows, tuned.texts, beside.answers.texts if beside else None, template, ours, theirs
-        ),
+        predictions=predictions,
     )
 
 

@@ -326,10 +326,14 @@ def seeing(model: Any, store: FeatureStore | None) -> See:
 
 
 def write_evaluation(run: RunFolder, evaluation: Evaluation, held_out: HeldOut) -> None:
-    """Writes predictions.jsonl, evaluation.json and report.html of a run."""
+    """Writes predictions.jsonl, predictions.parquet, evaluation.json and report.html of a run."""
+    from phi3v.evaluation.answer_files import WRITERS, writable
+    from phi3v.evaluation.prediction_table import prediction_table
     from phi3v.evaluation.report_run import write_report
 
     run.write_predictions(evaluation.predictions)
+    columns, rows = prediction_table(evaluation.predictions)
+    run.write_prediction_table(lambda file: WRITERS[".parquet"](file, columns, map(writable, rows)))
     run.write_evaluation(evaluation.to_dict())
     write_report(run, held_out.rows)
 

@@ -18,6 +18,8 @@ class FeatureStore(ABC):
         limit_bytes: the bound.
         trouble: why something cannot be kept although there is room, None while all is well.
         ended: whether nothing more can be kept for that.
+        seen: image file, canvas and way of seeing -> name of its features, for runs that are given the same store: they
+            open no image again, see `training.feature_cache`. Stays in this process.
     """
 
     kind: Literal["memory", "disk"]
@@ -27,6 +29,7 @@ class FeatureStore(ABC):
         self.limit_bytes = limit_bytes
         self.trouble: str | None = None
         self.ended = False
+        self.seen: dict[tuple[str, tuple[int, int], str], str] = {}
         self._held: dict[str, int] = {}
 
     @property

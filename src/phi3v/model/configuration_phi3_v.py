@@ -2,12 +2,13 @@
 
 In memory the rope settings follow transformers 5 (`rope_parameters`, type `longrope`); on disk the configuration is the
 flat one of Microsoft's checkpoints (`rope_scaling` with type `su`, `rope_theta`, `original_max_position_embeddings`
-beside it), so that older readers keep their rope. What a file says about remote code (`auto_map`) or about an attention
-implementation is ignored.
+beside it), so that older readers keep their rope. Where the context is changed afterwards, rope follows as it would in
+an edited file. What a file says about remote code (`auto_map`) or about an attention implementation is ignored.
 """
 
 import copy
 import math
+import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -54,6 +55,20 @@ NOT_WRITTEN = {
     "problem_type",
     "return_dict",
 }
+
+# What a file cannot choose, the caller alone: remote code, and the kernels of attention and experts.
+NOT_THE_FILES = {
+    "auto_map",
+    "custom_pipelines",
+    "attn_implementation",
+    "_attn_implementation",
+    "_flash_attn_2_enabled",
+    "experts_implementation",
+    "_experts_implementation",
+}
+
+# The fields that say how long a context is.
+CONTEXT = ("max_position_embeddings", "original_max_position_embeddings")
 
 
 def grid_fault(image_size: Any, patch_size: Any) -> str | None:
@@ -107,8 +122,7 @@ class Phi3VConfig(Phi3Config):
     image_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        # Neither remote code nor an attention kernel is chosen by a file: both are the caller's decision.
-        for key in ("auto_map", "custom_pipelines", "_attn_implementation", "_flash_attn_2_enabled"):
+        for key in NOT_THE_FILES - {"attn_implementation", "experts_implementation"}:  # these the caller's as well
             kwargs.pop(key, None)
         self.embd_layer = {**HD_EMBEDDING, **(self.embd_layer or {})}
         if self.embd_layer != HD_EMBEDDING:
@@ -119,19 +133,60 @@ class Phi3VConfig(Phi3Config):
         self._set_vision_config()
         if self.image_token_id is None and self.vocab_size > PUBLISHED_IMAGE_TOKEN_ID:
             self.image_token_id = PUBLISHED_IMAGE_TOKEN_ID
-        # Microsoft's window covers the whole context. transformers would build sliding masks and caches for it, so it
-        # is set aside here and written back by `to_dict`.
-        self._file_sliding_window = kwargs.pop("_file_sliding_window", None)
-        window: int | None = getattr(self, "sliding_window")  # noqa: B009 -- a field of the class above, unseen by mypy
-        if window is not None and window >= self.max_position_embeddings:
-            self._file_sliding_window, self.sliding_window = window, None
+        self._set_window_aside(kwargs.pop("_file_sliding_window", None))
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """transformers' `from_dict`, by which a file is loaded; an attention is chosen in `kwargs` alone."""
+        return super().from_dict({key: it for key, it in config_dict.items() if key not in NOT_THE_FILES}, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike[str]) -> Any:
+        """transformers' `from_json_file`, by the same way."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
+
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """Classes of a repository's own code: never any. TRL asks each configuration for them."""
+        return {}
+
+    @auto_map.setter
+    def auto_map(self, value: Any) -> None:
+        """Whatever it is, it is neither kept nor written."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets a field; rope and window follow a change of the context as if the file had said so.
+
+        Example: 4096 of 131072 tokens scale by 32; `max_position_embeddings=8192` has them scale by 2.
+        """
+        rope = getattr(self, "rope_parameters", None) if name in CONTEXT and hasattr(self, "_post_init_done") else None
+        scaling = self._file_rope_scaling(rope) if rope and rope.get("rope_type") == "longrope" else None
+        super().__setattr__(name, value)
+        if rope and scaling:
+            derived = {"rope_type", "factor", "attention_factor"}
+            kept = {key: one for key, one in rope.items() if key not in derived}
+            self.convert_rope_params_to_dict(rope_scaling=kept | scaling)
+        if rope is not None:
+            self._set_window_aside(self._file_sliding_window)
+
+    def _set_window_aside(self, window: int | None) -> None:
+        """Puts a window that covers the whole context, as Microsoft's does, where transformers does not see it.
+
+        It would build sliding masks and caches for it; `to_dict` writes it back.
+        """
+        own: int | None = getattr(self, "sliding_window")  # noqa: B009 -- a field of the class above, unseen by mypy
+        window = window if own is None else own
+        covers = window is not None and window >= self.max_position_embeddings
+        self._file_sliding_window: int | None = window if covers else None
+        self.sliding_window: int | None = None if covers else window
 
     def _set_vision_config(self) -> None:
         vision = self.vision_config
         if vision is None or isinstance(vision, dict):
             try:
-                vision = CLIPVisionConfig(**{**CLIP_VIT_LARGE_336, **(vision or {})})
+                own = {key: value for key, value in (vision or {}).items() if key not in NOT_THE_FILES}
+                vision = CLIPVisionConfig(**{**CLIP_VIT_LARGE_336, **own})
             except (StrictDataclassError, TypeError, ValueError) as error:
                 raise ValueError(f"vision_config: {' '.join(str(error).split())}") from error
         if (fault := grid_fault(vision.image_size, vision.patch_size)) is not None:

@@ -55,13 +55,11 @@ class Phi3VGenerationMixin(GenerationMixin):
         input_ids, mask = inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("attention_mask")
         cache = kwargs.get("past_key_values")
         fresh = cache is None or int(cache.get_seq_length()) == 0
-        if input_ids is not None and mask is not None and mask.ndim == 2 and fresh:
-            order = move_padding_left(mask)
-            if order is not None:
-                kwargs["attention_mask"] = mask.gather(1, order)
-                input_ids = input_ids.gather(1, order)
-                if kwargs.get("position_ids") is not None:
-                    kwargs["position_ids"] = kwargs["position_ids"].gather(1, order)
+        if mask is not None and mask.ndim == 2 and fresh and (order := move_padding_left(mask)) is not None:
+            input_ids = None if input_ids is None else input_ids.gather(1, order)
+            for key in ("attention_mask", "position_ids", "inputs_embeds"):
+                if kwargs.get(key) is not None:
+                    kwargs[key] = kwargs[key].take_along_dim(order[..., None] if kwargs[key].ndim == 3 else order, 1)
         as_given = input_ids
         if input_ids is not None:
             input_ids = self._with_image_token(input_ids, kwargs)
@@ -131,7 +129,8 @@ class Phi3VGenerationMixin(GenerationMixin):
         call the first where an assistant drafts, or the first of a turn that brings images of its own.
         """
         if past_key_values is not None and not torch.compiler.is_compiling():
-            self._rebuild_long_rows(input_ids, next_sequence_length, past_key_values, attention_mask, kwargs)
+            given = kwargs | ({} if inputs_embeds is None else {"inputs_embeds": inputs_embeds})
+            self._rebuild_long_rows(input_ids, next_sequence_length, past_key_values, attention_mask, given)
             if next_sequence_length != 1:  # no image is one token; the length of a static cache is a look at the device
                 if int(past_key_values.get_seq_length()) == 0:
                     is_first_iteration = is_first_iteration or inputs_embeds is None
@@ -170,7 +169,7 @@ class Phi3VGenerationMixin(GenerationMixin):
 
         Up to the limit keys are rotated with the short factors, beyond it with the long ones; a cache that mixes both
         gives other logits than a full pass. Other rows keep their cache. `new` is the number of columns of `input_ids`
-        that come now (None: all).
+        that come now (None: all). Where the prompt came as `inputs_embeds`, ids may be those of the answer alone.
 
         Raises: ValueError if only new tokens were passed, so that the cached ones cannot be computed again.
         """
@@ -182,14 +181,19 @@ class Phi3VGenerationMixin(GenerationMixin):
         padding = [0] * input_ids.shape[0]
         if mask is not None and mask.ndim == 2:
             padding = (mask == 0).sum(-1).tolist()
+        prompt = kwargs.get("inputs_embeds")
+        answered = 0 if prompt is None else total - prompt.shape[1]  # columns behind the embeddings
         for row, pad in enumerate(padding):
             if past - pad <= limit < total - pad:
-                if width < total:
+                if width < total and (prompt is None or width != answered):
                     raise ValueError(
                         f"row {row} passes the original context of {limit} tokens with a cache whose token ids are not "
                         "known: pass the whole sequence as input_ids, the cached part included, and no "
                         "prefill_chunk_size"
                     )
+                if prompt is not None:
+                    answer = self.model.embed_tokens(input_ids[:, width - answered :])
+                    kwargs = kwargs | {"inputs_embeds": torch.cat([prompt, answer.to(prompt)], dim=1)}
                 fresh = self._full_pass(input_ids, row, pad, kwargs)
                 copy_row(fresh, cache, row, pad, past)
 
@@ -213,6 +217,10 @@ class Phi3VGenerationMixin(GenerationMixin):
         Raises: ValueError if images of the cached part were not given again.
         """
         images: dict[str, torch.Tensor] = {}
+        fresh = DynamicCache(config=self.config)
+        if (embeddings := kwargs.get("inputs_embeds")) is not None:
+            self.model(inputs_embeds=embeddings[row : row + 1, pad:], past_key_values=fresh, use_cache=True)
+            return fresh
         if bool(image_mask(input_ids[row], self.config.image_token_id).any()):
             counts = self._token_counts(kwargs)
             try:
@@ -225,7 +233,6 @@ class Phi3VGenerationMixin(GenerationMixin):
                 ) from error
             first = sum(rows[:row])
             images = pick_images(kwargs, counts, list(range(first, first + rows[row])))
-        fresh = DynamicCache(config=self.config)
         self.model(input_ids=input_ids[row : row + 1, pad:], past_key_values=fresh, use_cache=True, **images)
         return fresh
 

@@ -73,6 +73,7 @@ class Phi3VVisionTransformer(CLIPPreTrainedModel):
     config: CLIPVisionConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    _input_embed_layer = "patch_embedding"  # whose output asks for a gradient under re-entrant checkpoints, as CLIP's
 
     def __init__(self, config: CLIPVisionConfig, layer_idx: int):
         super().__init__(config)

@@ -228,6 +228,8 @@ def _check_plain(name: str, value: Any, default: Any) -> None:
     """
     if name in CHECKPOINTING and value == "auto":
         return  # chosen before it is used
+    if name == "dataloader_num_workers" and (not isinstance(value, int) or value < 0):
+        raise ConfigError(f"training.{name} is {value!r}, allowed is a whole number, 0 or more")
     if isinstance(default, bool):
         if value is not None and not isinstance(value, bool):
             raise ConfigError(f"training.{name} is {value!r}, allowed are true and false")

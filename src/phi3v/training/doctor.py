@@ -25,6 +25,7 @@ from phi3v.loading import load_processor, load_target, resolve_device
 from phi3v.recipe import Recipe
 from phi3v.training.batch_checks import Ids, batch_faults
 from phi3v.training.memory_plan import settle
+from phi3v.training.meter import Meter
 from phi3v.training.model_checks import (
     gradient_faults,
     logits_of,
@@ -209,19 +210,26 @@ def check_base(model: Any, recipe: Recipe) -> None:
 
 
 class FirstStepCallback(TrainerCallback):
-    """Looks at the gradients of the first step of a session, before the optimiser has seen them."""
+    """Looks at the gradients of a session's first step, and of its first one with pictures, before the optimiser does.
 
-    def __init__(self) -> None:
-        self._looked = False
+    Without pictures parts that see have no gradient.
+    """
+
+    def __init__(self, meter: Meter) -> None:
+        """`meter` knows how many pictures the step has, on all ranks."""
+        self._meter, self._looked, self._seen = meter, False, False
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """Raises: TrainingError where something that trains has no gradient; nothing was changed then."""
-        if self._looked or getattr(optimizer, "_is_overflow", False):  # a step that is left out has none
+        """Raises: TrainingError where something that trains has no gradient; the step changed nothing then."""
+        pictures = self._meter.pictures > 0
+        if self._seen or (self._looked and not pictures):
             return
-        self._looked = True
-        if faults := gradient_faults(model, pictures=False, finite=False, scaled=bool(args.fp16)):
+        if getattr(optimizer, "_is_overflow", False):  # a step that is left out has none
+            return
+        self._looked, self._seen = True, pictures
+        if faults := gradient_faults(model, pictures=pictures, finite=False, scaled=bool(args.fp16)):
             raise TrainingError(
-                f"step {state.global_step + 1}: {'; '.join(faults)}; nothing was changed, see phi3v doctor"
+                f"step {state.global_step + 1}: {'; '.join(faults)}; it changed nothing, see phi3v doctor"
             )

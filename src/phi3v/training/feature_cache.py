@@ -2,16 +2,22 @@
 
 In come samples as `data.encode` makes them, one after the other, and the features of a model; out come the same samples
 with `image_features` instead of pixels where the features are kept, and the count of what is and is not. Of a row all
-of whose images are kept no file is opened again. Knows nothing about the Trainer.
+of whose images are kept no file is opened again, by a later run with the same store neither. Knows nothing about the
+Trainer.
 """
 
+import contextlib
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
+from phi3v.data.encode import EncodedRows
+from phi3v.data.encode_seen import encode_seen, file_name
+from phi3v.errors import DataError
 from phi3v.features.collate import use_features
 from phi3v.features.store import FeatureStore
 from phi3v.features.vision import PIXELS, Example, VisionFeatures, image_name, images_of
@@ -192,9 +198,10 @@ class FeatureCache:
         misfits = 0
         for row, (example, names) in enumerate(self._looks(samples)):
             self._looked += 1
-            kept = self.features.keep(example, names)
-            for name, picture, there in zip(names, images_of(example), kept, strict=True):
-                self._sizes[name] = self.features.size_of(picture.size)
+            # of images that were seen before there are no pixels here, and their features are held
+            kept = self.features.keep(example, names) if images_of(example) else [True] * len(names)
+            for name, canvas, there in zip(names, _canvases(example), kept, strict=True):
+                self._sizes[name] = self.features.size_of(canvas)
                 misfits = 0 if there else misfits + 1
                 if there:
                     self._kept.add(name)
@@ -226,18 +233,69 @@ class FeatureCache:
         )
 
     def _looks(self, samples: Any) -> Iterator[tuple[Example, list[str]]]:
-        """Each sample with the names of its images."""
+        """Each sample with the names of its images, in order; without pixels where all of them were seen before."""
+        known = KnownRows(samples, self.features)
+        told = [known.find(row) for row in range(len(samples))]
+        opened = [row for row, found in enumerate(told) if found is None]
         loader = DataLoader(
-            _Named(samples, self.features.weights),
+            Subset(_Named(samples, self.features.weights), opened),
             batch_size=None,
-            num_workers=self._workers,
+            num_workers=self._workers if opened else 0,
             generator=torch.Generator(),  # the global one is the training's own: it decides about dropout
         )
-        return iter(loader)
+        waiting = iter(loader)
+        for row, found in enumerate(told):
+            if found is not None:
+                yield found[0].example(), found[1]
+                continue
+            example, names, own = next(waiting)
+            if own:
+                known.note(row, example, names)
+            yield example, names
 
 
-class _Named(Dataset[tuple[Example, list[str]]]):
-    """Samples with the names of their images' features, so that loader workers compute these too."""
+class KnownRows:
+    """What earlier runs with the same store saw of the images of some samples.
+
+    An image is known by its file, by the canvas it is drawn on, and by the weights and settings that see it.
+    """
+
+    def __init__(self, samples: Any, features: VisionFeatures) -> None:
+        """Name the samples; those that are no rows with a processor have no known images."""
+        self._encoded: Any = getattr(samples, "encoded", None)
+        self._store, self._way = features.store, ""
+        if isinstance(self._encoded, EncodedRows):
+            settings = self._encoded.processor.image_processor.to_dict()
+            told = sorted((name, str(value)) for name, value in settings.items() if name != "num_crops")
+            limits = (self._encoded.byte_crops, self._encoded.max_pixels)
+            self._way = hashlib.sha256(f"{features.weights} {limits} {told}".encode()).hexdigest()
+
+    def find(self, row: int) -> tuple[Packed, list[str]] | None:
+        """A sample without pixels and the names of its features, which are held; None where it has to be opened."""
+        if not self._way or not self._store.seen:
+            return None
+        try:
+            example = encode_seen(self._encoded, row)
+            names = [] if example is None else [self._store.seen.get(key, "") for key in self._keys(row, example)]
+        except (DataError, OSError):
+            return None  # said where the row is opened
+        whole = [name for name in names if name and self._store.hold(name)]
+        return None if example is None or len(whole) < len(names) else (Packed.of(example), whole)
+
+    def note(self, row: int, example: Example, names: list[str]) -> None:
+        """Remembers the images of a row that was opened."""
+        if self._way and names:
+            with contextlib.suppress(DataError, OSError):  # gone meanwhile
+                self._store.seen.update(zip(self._keys(row, example), names, strict=True))
+
+    def _keys(self, row: int, example: Example) -> list[tuple[str, tuple[int, int], str]]:
+        images = self._encoded.rows[row].images
+        return [(file_name(image), canvas, self._way) for image, canvas in zip(images, _canvases(example), strict=True)]
+
+
+class _Named(Dataset[tuple[Example, list[str], bool]]):
+    """Samples with the names of their images' features, so that loader workers compute these too, and whether a sample
+    is of its own row."""
 
     def __init__(self, samples: Any, weights: str) -> None:
         self._samples = samples
@@ -246,9 +304,15 @@ class _Named(Dataset[tuple[Example, list[str]]]):
     def __len__(self) -> int:
         return len(self._samples)
 
-    def __getitem__(self, index: int) -> tuple[Example, list[str]]:
+    def __getitem__(self, index: int) -> tuple[Example, list[str], bool]:
         example = self._samples[index]
-        return example, [image_name(self._weights, picture) for picture in images_of(example)]
+        own = not hasattr(self._samples, "is_own") or self._samples.is_own(index)
+        return example, [image_name(self._weights, picture) for picture in images_of(example)], own
+
+
+def _canvases(example: Example) -> list[tuple[int, int]]:
+    """Height and width of the canvas of each image."""
+    return [(height, width) for height, width in example["image_sizes"].tolist()] if "image_sizes" in example else []
 
 
 def _size(count: float) -> str:

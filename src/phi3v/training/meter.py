@@ -1,4 +1,4 @@
-"""How fast a training is and what it holds: samples and tokens that went through, seconds, bytes at most.
+"""How fast a training is and what it holds: samples, tokens and pictures of its steps, seconds, bytes at most.
 
 In come micro-batches as they are taken; out come rates. Knows no Trainer.
 """
@@ -22,11 +22,13 @@ class Meter:
     def begin(self) -> None:
         """Counts anew."""
         self.samples, self.tokens, self.began = 0, 0, time.monotonic()
+        self.pictures = 0  # of the step that is being done
 
-    def add(self, samples: int, tokens: int) -> None:
+    def add(self, samples: int, tokens: int, pictures: int = 0) -> None:
         """A step is about to go through the model."""
         self.samples += samples
         self.tokens += tokens
+        self.pictures = pictures
 
     def rates(self) -> dict[str, float]:
         """{"samples_per_second": 9.3, "tokens_per_second": 23800.0, "memory_gib": 30.0} so far."""
@@ -38,13 +40,14 @@ class Meter:
         }
 
 
-def samples_and_tokens(micro_batches: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
-    """What micro-batches hold; padding is no token.
+def contents(micro_batches: Sequence[Mapping[str, Any]]) -> tuple[int, int, int]:
+    """Samples, tokens and pictures that micro-batches hold; padding is no token.
 
-    Example: a pack of 3 and 2 tokens, and a padded batch of 4 and 2 tokens -> (4, 11).
+    Example: a pack of 3 and 2 tokens, and a padded batch of 4 and 2 tokens with one picture -> (4, 11, 1).
     """
-    samples, tokens = 0, 0
+    samples, tokens, pictures = 0, 0, 0
     for batch in micro_batches:
+        pictures += len(batch.get("image_sizes", ()))
         if batch.get("cu_seqlens") is not None:
             samples += len(batch["cu_seqlens"]) - 1
             tokens += batch["input_ids"].numel()
@@ -53,7 +56,7 @@ def samples_and_tokens(micro_batches: Sequence[Mapping[str, Any]]) -> tuple[int,
             positions = batch.get("position_ids")
             whole = batch["input_ids"].numel()
             tokens += whole if positions is None else int((positions.max(dim=1).values + 1).sum())
-    return samples, tokens
+    return samples, tokens, pictures
 
 
 def most_memory() -> int:

@@ -14,6 +14,7 @@ from phi3v.evaluation.kinds import check_metrics
 from phi3v.launch import Launch
 from phi3v.passthrough import first_line
 from phi3v.recipe import Recipe
+from phi3v.targets import check_whole_model
 from phi3v.training.arguments import check_options
 from phi3v.training.prepare import adapter_place
 from phi3v.training.trackers import check_trackers
@@ -28,7 +29,8 @@ def check_recipe_alone(recipe: Recipe) -> None:
     """Refuses a recipe whose options, fields or trackers cannot be.
 
     Raises:
-        ConfigError: an option of training or lora, or a name in evaluation.numeric_fields or evaluation.metrics.
+        ConfigError: an option of training or lora, a model that is a run or an adapter, a name in
+            evaluation.numeric_fields or evaluation.metrics, or no account at W&B.
         DataError: the answer template.
         MissingPackageError: a tracker or the package of a metric that is not installed.
     """
@@ -36,6 +38,7 @@ def check_recipe_alone(recipe: Recipe) -> None:
     check_options(recipe.training.options)
     if recipe.lora is not None:
         lora_config(recipe.lora)
+    check_whole_model(recipe.model.name)
     if recipe.model.adapter is not None:
         adapter_place(recipe.model.adapter)
     template = AnswerTemplate(recipe.data.answer)

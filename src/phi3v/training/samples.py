@@ -4,6 +4,7 @@ In come a recipe and its run; out come training and validation samples. What enc
 run's problems.jsonl, whichever process sees it.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -13,13 +14,14 @@ import torch
 
 from phi3v.data.collate import Collator, PackedCollator, StepCollator
 from phi3v.data.encode import EncodedRows, Example, encode
+from phi3v.data.encode_seen import encode_seen
 from phi3v.data.plan import MicroBatches, plan_steps
 from phi3v.data.reading import Reading
 from phi3v.data.schema import Row, RowProblem
 from phi3v.data.sources import LoadedData, StreamedData, stream_data
 from phi3v.data.stand_ins import StandIns
 from phi3v.data.streamed_examples import StreamedExamples
-from phi3v.errors import TrainingError
+from phi3v.errors import DataError, TrainingError
 from phi3v.features.collate import CollateFeatures
 from phi3v.features.store import FeatureStore
 from phi3v.features.vision import VisionFeatures, sees_alike_all_the_time
@@ -85,7 +87,7 @@ def make_samples(
     if isinstance(data, StreamedData):
         return _streamed(recipe, run, data, processor, longest, steps_done), held_out
     train = _stand_ins(recipe, run, data, data.train, processor, longest)
-    _refuse_empty(train[0])
+    _refuse_empty(_first(train))
     if store is None:
         return train, held_out
     if not sees_alike_all_the_time(model):
@@ -212,6 +214,14 @@ def _encode_options(recipe: Recipe, processor: Any, longest: int) -> dict[str, A
 def _encode(row: Row, *, processor: Any, options: dict[str, Any]) -> Example:
     """A row as a sample; a function of a module, so that loader workers can be given it."""
     return encode(row, processor, **options)
+
+
+def _first(samples: StandIns) -> Example:
+    """The first sample, without its pixels where that takes no opening."""
+    with contextlib.suppress(DataError):  # told when its turn comes
+        if (found := encode_seen(samples.encoded, 0)) is not None:
+            return found
+    return samples[0]
 
 
 def _refuse_empty(example: Example) -> None:

@@ -24,7 +24,7 @@ from phi3v.training.durable_trainer import DurableTrainer
 from phi3v.training.in_step import InStep
 from phi3v.training.loader_watch import WatchedWorkers
 from phi3v.training.master_weights import precise_state, shorten_weights, step_masters
-from phi3v.training.meter import Meter, samples_and_tokens
+from phi3v.training.meter import Meter, contents
 from phi3v.training.part_rates import set_part_rates
 from phi3v.training.sampling import EvenSamples, WholeSteps, epoch_order
 from phi3v.training.shards import keep_sums_precise, shard_on_cpus, whole_number
@@ -69,7 +69,7 @@ class StepTrainer(DurableTrainer):
             non_finite: what happens to a step whose loss or gradient is no number; None stops.
             part_rates: learning rates by part of the model, see `part_rates`.
             answer: called with the model and the step at each validation; its scores are validation metrics.
-            meter: told of each step's samples and tokens.
+            meter: told of each step's samples, tokens and pictures.
             **arguments: the Trainer's own; its `data_collator` makes validation batches.
         """
         super().__init__(**arguments)
@@ -178,9 +178,7 @@ class StepTrainer(DurableTrainer):
         micro_batches = [micro_batch for step in steps for micro_batch in step]
         trained = sum(len(one["trained_positions"]) for one in micro_batches)
         size = sum(one["input_ids"].numel() for one in micro_batches)
-        trained, self._size, *seen = (
-            int(it) for it in self.ranks.totals([trained, size, *samples_and_tokens(micro_batches)])
-        )
+        trained, self._size, *seen = (int(it) for it in self.ranks.totals([trained, size, *contents(micro_batches)]))
         with self.ranks.together():
             if micro_batches and not trained:
                 step = self.state.global_step + 1

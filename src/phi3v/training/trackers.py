@@ -4,6 +4,7 @@ Both packages are optional; a recipe that names a missing one gets a single line
 """
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback
 
-from phi3v.errors import MissingPackageError
+from phi3v.errors import ConfigError, MissingPackageError
+from phi3v.evaluation.prediction_table import prediction_table
+from phi3v.run_folder import RunFolder, to_json
 from phi3v.training.sample_answers import SampleAnswer
 
 
@@ -29,6 +32,7 @@ def tracker_callbacks(
 
     Raises:
         MissingPackageError: a tracker is not installed.
+        ConfigError: W&B knows no account.
     """
     makers: dict[str, Callable[[], TrainerCallback]] = {
         "wandb": lambda: _wandb(folder, project, run_name, config),
@@ -39,10 +43,24 @@ def tracker_callbacks(
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Raises: MissingPackageError when a tracker is not installed."""
+    """Raises: MissingPackageError when a tracker is not installed, ConfigError when W&B knows no account."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise MissingPackageError(f"report.to names {name}, which is not installed: pip install {name}")
+        if name == "wandb":
+            _check_account()
+
+
+def _check_account() -> None:
+    """Raises: ConfigError when a run at W&B would ask for a key; nobody is asked, here or there."""
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode  # a setup from before keeps the mode of then
+    if mode == "online" and not wandb.login(prompt=False, verify=False):
+        raise ConfigError(
+            "report.to names wandb, which knows no account here: run `wandb login`, or set WANDB_MODE=offline to keep "
+            "what it logs in the run's folder"
+        )
 
 
 def _wandb(folder: Path, project: str | None, run_name: str, config: dict[str, Any]) -> TrainerCallback:
@@ -68,6 +86,36 @@ def _wandb(folder: Path, project: str | None, run_name: str, config: dict[str, A
             wandb.log({"answers": table, "train/global_step": step})
 
     return ClosingWandbCallback()
+
+
+def log_predictions(run: RunFolder) -> None:
+    """Adds predictions as a table, and the scores, to a run's own run at W&B, where its recipe names that.
+
+    Photos are not in the table: those of a few rows are in report.html, which lies beside it.
+    """
+    recipe = run.read_recipe()
+    if "wandb" not in recipe.report.to or not run.evaluation.is_file():
+        return
+    check_trackers(["wandb"])
+    import wandb
+
+    columns, rows = prediction_table(run.read_predictions())
+    cells = [[to_json(value) if isinstance(value, list) else value for value in row.values()] for row in rows]
+    metrics = run.read_evaluation(needed=["metrics"])["metrics"]
+    scores = {f"{side}/{name}": one[side]["value"] for name, one in metrics.items() for side in _SIDES if one[side]}
+    name, number = recipe.report.run_name or run.path.name, _wandb_id(run.path)
+    with wandb.init(name=name, id=number, resume="allow", project=recipe.report.project, dir=str(run.path)) as opened:
+        opened.log({"predictions": wandb.Table(columns=list(columns), data=cells)})
+        opened.summary.update({name: value for name, value in scores.items() if value is not None})
+
+
+_SIDES = ("tuned", "base")
+
+
+def _wandb_id(folder: Path) -> str | None:
+    """The id of the run's newest W&B run, by its folder: wandb/offline-run-20261126_063000-k3j9x2ab -> "k3j9x2ab"."""
+    found = sorted((folder / "wandb").glob("*run-*-*"), key=lambda path: path.stat().st_mtime)
+    return found[-1].name.rpartition("-")[2] if found else None
 
 
 def side_by_side(photos: Sequence[Any]) -> Any:

@@ -38,7 +38,7 @@ from phi3v.training.disk_space import warn_of_space
 from phi3v.training.doctor import check_base, check_first_batch
 from phi3v.training.faster_layers import check_faster_layers, step_line, use_faster_layers
 from phi3v.training.memory_plan import adopt, settle
-from phi3v.training.meter import Meter
+from phi3v.training.meter import Meter, most_memory
 from phi3v.training.preflight import check_recipe_alone, check_upload
 from phi3v.training.prepare import Prepared, join_ranks, prepare_model, training_device
 from phi3v.training.run_faults import one_line_faults
@@ -46,6 +46,7 @@ from phi3v.training.samples import make_collators, make_samples, read_data
 from phi3v.training.step_faults import NonFinite, name_rows
 from phi3v.training.step_trainer import StepTrainer
 from phi3v.training.stop_signals import StopSignals
+from phi3v.training.trackers import log_predictions
 from phi3v.training.watching import kept_event, run_callbacks, run_trackers, sample_answers
 from phi3v.tuning import TrainableReport, trainable_report
 
@@ -87,7 +88,11 @@ class RunResult:
 
 
 def train(
-    recipe: Recipe | str | Path, *, on_event: Watcher | None = None, features: FeatureStore | None = None
+    recipe: Recipe | str | Path,
+    *,
+    on_event: Watcher | None = None,
+    features: FeatureStore | None = None,
+    report: bool = True,
 ) -> RunResult:
     """Tunes a model as the recipe says.
 
@@ -100,6 +105,7 @@ def train(
         on_event: called with a `TrainingEvent` at the start, after each step, and when losses are known.
         features: where the features of frozen vision parts are kept if the recipe keeps them (vision.cache), for
             several runs in this process to share; None opens what the recipe names.
+        report: False answers no held-out rows at the end and writes no report; the same call with True does it later.
 
     Returns:
         What was done; the tuned weights are in `adapter/` of the run, or in `model/` when the whole model was tuned.
@@ -127,9 +133,9 @@ def train(
         else:
             ranks.alone(lambda: check_upload(recipe))
             result = _tune(recipe, run, watch, store, ranks, signals=signals)
-            ranks.alone(lambda: run.mark_finished(result.to_dict()))
+            ranks.alone(lambda: run.mark_finished({**result.to_dict(), "memory_gib": most_memory() / 2**30}))
         ranks.leave()
-        if ranks.first:
+        if ranks.first and report:
             _report(run, result, watch, store)
     return result
 
@@ -153,7 +159,7 @@ def _report(run: RunFolder, result: RunResult, watch: Watcher, store: FeatureSto
     elif run.evaluation.is_file() and run.predictions.is_file():
         write_report(run, held_out_rows(resolve_target(run.path), None, None).rows)
     else:
-        _release_memory()
+        release_memory()
         evaluate(
             run.path,
             against=run.read_recipe().evaluation.against,
@@ -161,6 +167,7 @@ def _report(run: RunFolder, result: RunResult, watch: Watcher, store: FeatureSto
             features=store,
             ranks=ALONE,
         )
+    log_predictions(run)
 
 
 def train_watched(
@@ -362,7 +369,7 @@ def _usable_data(recipe: Recipe, processor: Any, watch: Watcher) -> LoadedData |
     return data
 
 
-def _release_memory() -> None:
+def release_memory() -> None:
     """Gives back what the training held, before the evaluation loads the tuned model from its folder."""
     gc.collect()
     if torch.cuda.is_available():

@@ -42,7 +42,7 @@ def run_callbacks(
     """What watches the run; metrics are written before the check for non-finite numbers stops it."""
     patience = recipe.training.early_stopping
     return [
-        FirstStepCallback(),
+        FirstStepCallback(meter),
         LastStepCallback(),
         *([MetricsCallback(run)] if ranks.first else []),
         NonFiniteCallback(),

@@ -1,0 +1,70 @@
+"""`phi3v compare`: several evaluated runs on one page. Parses, calls one function of the library, prints.
+
+phi3v compare RUN RUN ... --out compare.html     scores, tests against the first run, curves, what differs
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from phi3v.cli_command import AsJson, Debug, read_path
+from phi3v.cli_session import session
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from phi3v.evaluation.compare import Comparison
+
+
+def compare(
+    context: typer.Context,
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN ...", help="Evaluated runs, two or more.", parser=read_path)
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page that is written.", parser=read_path)] = Path(
+        "compare.html"
+    ),
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Put several runs on one page: their scores, each tested against the first, and what differs in their recipes."""
+    with session(debug or bool(context.obj), as_json) as here:
+        from phi3v.evaluation.compare import compare as compare_runs
+
+        found = compare_runs(runs, out)
+        show_comparison(here.screen, found)
+        here.result(found.to_dict())
+
+
+def show_comparison(console: Console, found: Comparison) -> None:
+    """The primary metric of each run, and its test against the first."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from phi3v.cli_screen import align
+    from phi3v.evaluation.figures import counted, ends, figure, gain, p_value
+
+    label = found.runs[0]["metrics"][found.primary]["label"]
+    table = Table("", label, "95 % interval", "difference", "p", "won", "lost", box=None)
+    for run in found.runs:
+        one, gap = run["metrics"].get(found.primary), run["beside_first"].get(found.primary)
+        value = [figure(one["value"], one["unit"]), ends(one, one["unit"])] if one else ["–", "–"]
+        beside = ["–"] * 4
+        if gap:
+            beside = [
+                gain(gap["difference"]["value"], gap["unit"]),
+                p_value(gap["p"]),
+                str(gap["won"]),
+                str(gap["lost"]),
+            ]
+        table.add_row(Text(run["name"]), *value, *beside)
+    align(table)
+    console.print(table)
+    for run in found.runs:
+        if run["why_not"]:
+            console.print(f"{run['name']}: {run['why_not']}", markup=False, soft_wrap=True)
+    rows, keys = counted(len(found.disagreements), "row"), counted(len(found.recipes), "setting")
+    console.print(f"{found.out}: {rows} they disagree on, {keys} that differ", markup=False, soft_wrap=True)

@@ -1,0 +1,115 @@
+"""`phi3v sweep`: many trainings of one recipe, and the best of them. Parses, calls one function, prints.
+
+phi3v sweep RECIPE [key=value ...]     what to try stands in the recipe's section `sweep`
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from phi3v.cli_command import AsJson, Debug, Overrides, RecipeFile, refuse_options
+from phi3v.cli_session import printable, session
+from phi3v.errors import MissingPackageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from phi3v.sweep.run import SweepResult, TrialNews
+
+
+def sweep(
+    context: typer.Context,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Try a recipe with other values and rank what comes of it; the same command again goes on."""
+    refuse_options(overrides)
+    hint = "; the same command again goes on with the sweep"
+    with session(debug or bool(context.obj), as_json, on_interrupt=hint) as here:
+        if find_spec("optuna") is None:
+            raise MissingPackageError('a sweep needs Optuna: pip install "phi3v[sweep]"')
+        from phi3v.cli_screen import Screen
+        from phi3v.recipe import Recipe
+        from phi3v.sweep.run import sweep as sweep_recipe
+
+        chosen = Recipe.load(recipe, overrides or [])
+        with Screen(here.screen) as screen:
+
+            def tell(news: TrialNews) -> None:
+                if news.state == "running":
+                    screen.say(trial_line(news))
+                else:
+                    here.screen.print(trial_line(news), markup=False, soft_wrap=True)
+                    screen.on_progress("trials", news.ended, max(news.total, news.ended))
+
+            def watch(event: Any) -> None:
+                if event.kind in ("step", "metrics", "features", "look", "answers"):
+                    screen.on_event(event)
+
+            result = sweep_recipe(chosen, on_trial=tell, on_event=watch)
+        show_sweep(here.screen, result)
+        here.result(result.to_dict())
+
+
+def trial_line(news: TrialNews) -> str:
+    """A trial's news in one line.
+
+    Example: "trial 7: complete, 0.4312 in 41 s; 8 of 20 done, best 0.4188 (trial 3)".
+    """
+    from phi3v.evaluation.figures import duration, short_number
+
+    values = ", ".join(f"{key}={short(value)}" for key, value in news.values.items())
+    if news.state == "running":
+        return printable(f"trial {news.number}: {'goes on' if news.resumed else 'begins'} with {values}")
+    told = {
+        "complete": f"complete, {short_number(news.value)} in {duration(news.seconds)}"
+        if news.value is not None
+        else "",
+        "pruned": f"pruned after {duration(news.seconds)}",
+        "failed": f"failed: {news.error}",
+    }[news.state]
+    best = "" if news.best is None else f", best {short_number(news.best[1])} (trial {news.best[0]})"
+    return printable(f"trial {news.number}: {told}; {news.ended} of {max(news.total, news.ended)} done{best}")
+
+
+def short(value: Any) -> str:
+    """A value as a line shows it: 0.00012345 -> "0.0001234", ["qkv_proj", "o_proj"] -> "qkv_proj+o_proj"."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def show_sweep(console: Console, result: SweepResult) -> None:
+    """The ranking's first ten, and where things lie."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from phi3v.evaluation.figures import counted, short_number
+
+    ranking = result.ranking
+    keys = list(ranking["search"])
+    table = Table("", "trial", ranking["metric"], title_justify="left", box=None, title="the best trials")
+    for key in keys:
+        table.add_column(Text(key.rpartition(".")[2]))
+    for line in [line for line in ranking["trials"] if line["state"] == "complete"][:10]:
+        cells = [Text(short(line["values"].get(key))) for key in keys]
+        table.add_row(str(line["rank"]), str(line["trial"]), short_number(line["value"]), *cells)
+    console.print(table)
+    states = ", ".join(f"{count} {name}" for name, count in ranking["states"].items())
+    told = {
+        "finished": "was finished before; ask for more with sweep.trials to go on",
+        "complete": "is finished",
+        "stopped": "is not finished: the same command goes on",
+    }[result.status]
+    console.print(
+        f"sweep {result.folder} {told}: {counted(len(ranking['trials']), 'trial')} ({states})",
+        markup=False,
+        soft_wrap=True,
+    )
+    if result.best_recipe is not None:
+        console.print(f"best recipe: {result.best_recipe}", markup=False, soft_wrap=True)

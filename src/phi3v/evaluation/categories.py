@@ -1,0 +1,100 @@
+"""Parts of the rows by what they are: categories chosen by themselves, with the scores of each. Dicts in, dicts out.
+
+A category is a value that few rows have to themselves: of a field of the answer (a template's, or of a JSON object's
+first level), of the whole expected answer, of the question, or the name of the source.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+
+from phi3v.evaluation.intervals import estimate
+from phi3v.evaluation.row_scores import Column
+
+MOST_VALUES = 12
+FEWEST_ROWS = 5  # a value on average
+MOST_CATEGORIES = 3
+NO_VALUE = "(none)"
+
+
+def choose_categories(predictions: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Name of each category -> its value in every row; at most three categories, those of the answer first.
+
+    A category has 2 to 12 values, five rows or more a value on average, and a value in 95 % of the rows.
+    Example: 20 rows that expect "Product: ..., Group: TOPS" or "..., Group: SHOES" -> {"group": ["TOPS", ...]}.
+    """
+    rows = [_values(prediction) for prediction in predictions]
+    found: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(name, NO_VALUE) for row in rows]
+        counts = Counter(values)
+        few = 2 <= len(counts) <= MOST_VALUES and len(rows) >= FEWEST_ROWS * len(counts)
+        if few and counts[NO_VALUE] <= len(rows) / 20 and _parts(values) not in map(_parts, found.values()):
+            found[name] = values
+    return dict(list(found.items())[:MOST_CATEGORIES])
+
+
+def break_down(predictions: Sequence[Mapping[str, Any]], metric: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """The scores of each category's values, the most frequent value first.
+
+    Args:
+        predictions: see `result.prediction_rows`.
+        metric: the score that is broken down, one where more is better.
+    Example: {"group": {"TOPS": {"rows": 30, "tuned": {"value": 0.9, "low": ..., "high": ..., ...}, "base": None,
+    "won": None, "lost": None}}}.
+    """
+    return {
+        name: {value: _scores(predictions, values, value, metric) for value, _ in Counter(values).most_common()}
+        for name, values in choose_categories(predictions).items()
+    }
+
+
+def _scores(predictions: Sequence[Mapping[str, Any]], values: Sequence[str], value: str, metric: str) -> dict[str, Any]:
+    """The figures of the rows that have a value."""
+    chosen = [one["scores"] for one, its in zip(predictions, values, strict=True) if its == value]
+    sides = [side for side in ("tuned", "base") if chosen[0][side] is not None]
+    columns = {
+        side: Column(metric, None, np.array([scores[side].get(metric) for scores in chosen], np.float64))
+        for side in sides
+    }
+    means = dict(zip(sides, estimate(list(columns.values()))[0], strict=True))
+    gain = columns["tuned"].values - columns["base"].values if "base" in columns else None
+    return {
+        "rows": len(chosen),
+        "tuned": means["tuned"].to_dict(),
+        "base": means["base"].to_dict() if gain is not None else None,
+        "won": int((gain > 0).sum()) if gain is not None else None,
+        "lost": int((gain < 0).sum()) if gain is not None else None,
+    }
+
+
+def _parts(values: Sequence[str]) -> list[int]:
+    """Which rows belong together, names aside: ["b", "a", "b"] -> [0, 1, 0]."""
+    seen: dict[str, int] = {}
+    return [seen.setdefault(value, len(seen)) for value in values]
+
+
+def _values(prediction: Mapping[str, Any]) -> dict[str, str]:
+    """What could be a category of a row, by name."""
+    expected = prediction["expected"].strip()
+    found = {name: one["expected"] for name, one in prediction["fields"].items() if one["expected"] is not None}
+    if not prediction["fields"]:
+        found = _first_level(expected) or {"answer": expected}
+    return found | {"question": prediction["question"].strip(), "source": PurePath(prediction["source"]).name}
+
+
+def _first_level(text: str) -> dict[str, str]:
+    """'{"kind": "scarf", "sizes": [1]}' -> {"kind": "scarf"}; {} for anything but a JSON object."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(values, dict):
+        return {}
+    return {name: str(value) for name, value in values.items() if isinstance(value, str | int | float | bool)}

@@ -1,0 +1,206 @@
+"""Several evaluated runs side by side: their folders in, a `Comparison` and its page out. Loads no model.
+
+Runs are compared by what their evaluations wrote. The first run is the one that the others are tested against, row by
+row, where they were evaluated on the same rows: same file, same number, same expected answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+
+from phi3v.errors import CheckpointError, ConfigError
+from phi3v.evaluation.figures import counted
+from phi3v.evaluation.intervals import estimate
+from phi3v.evaluation.paired import paired_test
+from phi3v.evaluation.row_scores import Column
+from phi3v.run_folder import RunFolder
+from phi3v.whole_files import replace_file
+
+RowName = tuple[str, int, str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison found.
+
+    Attributes:
+        primary: the metric that stands for the whole, that of the first run.
+        runs: one dict per run: "name", "folder", "rows", "metrics" (name -> "label", "unit", "better" and the tuned
+            answers' "value", "low", "high", "rows"), "beside_first" (name -> "difference", "p", "test", "won", "lost",
+            "tied" against the first run) and "why_not", which says why there is none.
+        recipes: dotted key -> its value in each run, for keys that differ; versions are below `versions.`.
+        disagreements: rows that not all runs with the first one's rows got right, or not all wrong: "row", "source",
+            "question", "expected", and for each of these runs, by name, "answers" and "right".
+        metrics: the lines of each run's metrics.jsonl.
+        out: the page; None where none was written.
+    """
+
+    primary: str
+    runs: list[dict[str, Any]]
+    recipes: dict[str, list[Any]]
+    disagreements: list[dict[str, Any]]
+    metrics: list[list[dict[str, Any]]] = field(repr=False)
+    out: Path | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the curves, as plain values for JSON."""
+        return {
+            "primary": self.primary,
+            "runs": self.runs,
+            "recipes": self.recipes,
+            "disagreements": self.disagreements,
+            "out": None if self.out is None else str(self.out),
+        }
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run's files, read: `rows` is its predictions by what each row is."""
+
+    name: str
+    folder: RunFolder
+    evaluation: Mapping[str, Any]
+    rows: Mapping[RowName, Mapping[str, Any]]
+
+
+def compare(runs: Sequence[str | Path], out: str | Path | None = None) -> Comparison:
+    """Puts runs side by side, and each beside the first.
+
+    Args:
+        runs: folders of evaluated runs, two or more.
+        out: an HTML file to write; None for none.
+
+    Raises:
+        ConfigError: fewer than two runs, or `out` cannot be written or holds something else.
+        CheckpointError: one is no run, or was not evaluated.
+    """
+    if len({Path(run).resolve() for run in runs}) < max(2, len(runs)):
+        raise ConfigError("compare takes two runs or more, each once: phi3v compare runs/one runs/other")
+    page = None if out is None else _checked(Path(out))
+    read = [_read(Path(run), name) for run, name in zip(runs, _names(runs), strict=True)]
+    first, primary = read[0], str(read[0].evaluation["primary"])
+    same = [run for run in read if run.rows.keys() == first.rows.keys()]
+    found = Comparison(
+        primary=primary,
+        runs=[_facts(run, first) for run in read],
+        recipes=differing([_settings(run.folder) for run in read]),
+        disagreements=_disagreements(same),
+        metrics=[run.folder.read_metrics() for run in read],
+        out=page,
+    )
+    if page is not None:
+        from phi3v.evaluation.compare_page import render_comparison
+
+        try:
+            replace_file(page, render_comparison(found.to_dict(), found.metrics))
+        except OSError as error:
+            raise ConfigError(f"--out {page} cannot be written: {error.strerror or error}") from error
+    return found
+
+
+def _checked(out: Path) -> Path:
+    """A file that may be written. Raises: ConfigError for a folder, one in no folder, and what is no such page."""
+    if out.is_dir() or not out.parent.is_dir():
+        why = "is a folder" if out.is_dir() else f"lies in {out.parent}, which is no folder"
+        raise ConfigError(f"--out {out} {why}: name a file in a folder that is there")
+    from phi3v.evaluation.compare_page import PAGE_MARK
+
+    if out.exists() and PAGE_MARK.encode() not in out.read_bytes():
+        raise ConfigError(f"--out {out} is there and is no page of phi3v compare: name another file, or remove it")
+    return out
+
+
+def _names(runs: Sequence[str | Path]) -> list[str]:
+    """Folder names, or whole paths where two have the same: ["a/one", "b/two"] -> ["one", "two"]."""
+    short = [Path(run).resolve().name for run in runs]
+    return short if len(set(short)) == len(runs) else [str(Path(run).resolve()) for run in runs]
+
+
+def _read(path: Path, name: str) -> _Run:
+    """A run's evaluation and predictions."""
+    run = RunFolder(path)
+    run.read_recipe()
+    if not run.evaluation.is_file():
+        raise CheckpointError(f"run {path} was not evaluated: phi3v evaluate {path}")
+    evaluation, predictions = run.read_evaluation(needed=["metrics", "primary", "rows"]), run.read_predictions()
+    if any("scores" not in one for one in predictions):
+        raise CheckpointError(f"{run.predictions} has no scores of its rows: phi3v evaluate {path} writes it anew")
+    rows = {(PurePath(one["source"]).name, one["row"], one["expected"]): one for one in predictions}
+    return _Run(name, run, evaluation, rows)
+
+
+def _facts(run: _Run, first: _Run) -> dict[str, Any]:
+    """A run's entry in `Comparison.runs`."""
+    told = "label unit better".split()
+    metrics = {
+        name: {key: one[key] for key in told} | {key: one["tuned"][key] for key in ("value", "low", "high", "rows")}
+        for name, one in run.evaluation["metrics"].items()
+    }
+    shared = len(run.rows.keys() & first.rows.keys())
+    why_not = None
+    if run.rows.keys() != first.rows.keys():
+        why_not = (
+            f"evaluated on other rows than {first.name}: {shared} of its {counted(len(run.rows), 'row')} are among "
+            f"{first.name}'s {len(first.rows)}, so there is no test"
+        )
+    return {
+        "name": run.name,
+        "folder": str(run.folder.path),
+        "rows": run.evaluation["rows"],
+        "metrics": metrics,
+        "beside_first": {} if why_not or run is first else _beside(run, first),
+        "why_not": why_not,
+    }
+
+
+def _beside(run: _Run, first: _Run) -> dict[str, dict[str, Any]]:
+    """The paired tests of a run against the first one, by metric; the loss is left out, whose rows have weights that
+    predictions do not hold."""
+    told = {name: one for name, one in first.evaluation["metrics"].items() if name in run.evaluation["metrics"]}
+    names = [name for name, one in told.items() if one["metric"] != "loss"]
+
+    def column(its: _Run, name: str) -> Column:
+        values = [its.rows[row]["scores"]["tuned"].get(name) for row in first.rows]
+        return Column(told[name]["metric"], told[name]["field"], np.array(values, np.float64))
+
+    pairs = [(column(run, name), column(first, name)) for name in names]
+    gaps = estimate([], pairs)[1]
+    return {
+        name: {
+            **{key: told[name][key] for key in ("label", "unit", "better")},
+            "difference": gap.to_dict(),
+            **vars(paired_test(*pair)),
+        }
+        for name, pair, gap in zip(names, pairs, gaps, strict=True)
+    }
+
+
+def _settings(run: RunFolder) -> dict[str, Any]:
+    """A run's recipe and versions, flat."""
+    versions = {f"versions.{name}": version for name, version in run.read_versions().items()}
+    return {name: value for name, value in run.read_recipe().flat().items() if name != "output"} | versions
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The keys whose values are not the same in all: [{"a": 1, "b": 2}, {"a": 1, "b": 3}] -> {"b": [2, 3]}."""
+    found = {
+        name: [one.get(name) for one in settings] for name in dict.fromkeys(name for one in settings for name in one)
+    }
+    return {name: values for name, values in found.items() if any(value != values[0] for value in values)}
+
+
+def _disagreements(runs: Sequence[_Run]) -> list[dict[str, Any]]:
+    """Rows that some of the runs got right and others did not."""
+    found = []
+    for row, one in runs[0].rows.items():
+        right = {run.name: bool(run.rows[row]["right"]) for run in runs}
+        if len(set(right.values())) == 2:
+            answers = {run.name: run.rows[row]["tuned"] for run in runs}
+            named = {key: one[key] for key in ("row", "source", "images", "question", "expected")}
+            found.append({**named, "answers": answers, "right": right})
+    return found

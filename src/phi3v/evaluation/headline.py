@@ -1,0 +1,53 @@
+"""What a comparison found, said in words: a figure of evaluation.json in, sentences out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from phi3v.evaluation.figures import counted, gain, gain_ends, p_value
+
+CHANCE = 0.05
+"""The p value from which on a difference is called chance."""
+
+
+def verdict(figure: Mapping[str, Any]) -> str:
+    """ "better", "worse" or "no clear difference": which of them the paired test stands for.
+
+    Example: difference 0.9, p 0.0001 -> "better"; difference 0.9, p 0.2 -> "no clear difference".
+    """
+    if figure["difference"] is None or figure["difference"]["value"] is None or figure["p"] is None:
+        return "no clear difference"
+    rise = figure["difference"]["value"] * (1 if figure["better"] == "higher" else -1)
+    return "no clear difference" if figure["p"] >= CHANCE or not rise else "better" if rise > 0 else "worse"
+
+
+def in_words(figure: Mapping[str, Any]) -> str:
+    """A difference with its interval, its test and its rows as sentences.
+
+    Example: "+95.5 points (95 % interval +91.2 to +97.6): 191 rows better, 0 worse, 9 the same. If neither were better,
+    a difference as large as this would come up less than once in 1,000 times (McNemar's test, p < 0.001)."
+    """
+    points = " points" if figure["unit"] == "share" else ""
+    rows = f"{counted(figure['won'], 'row')} better, {figure['lost']} worse, {figure['tied']} the same"
+    if figure["p"] is None:
+        return f"No row has this score on both sides: {rows}."
+    name = "McNemar's test" if figure["test"] == "mcnemar" else "sign-flip test"
+    p = p_value(figure["p"])
+    p = f"p\u00a0{p if p.startswith('<') else '= ' + p}".replace(" ", "\u00a0")  # not broken between two lines
+    return (
+        f"{gain(figure['difference']['value'], figure['unit'])}{points} (95 % interval "
+        f"{gain_ends(figure['difference'], figure['unit'])}): {rows}. If neither were better, a difference as large as "
+        f"this would come up {how_often(figure['p'])} ({name}, {p})."
+    )
+
+
+def how_often(p: float) -> str:
+    """A p value as a count: 1e-9 -> "less than once in 1,000 times", 0.0042 -> "about 4 times in 1,000", 0.3 -> "about
+    30 times in 100", 1.0 -> "every time"."""
+    if p < 0.001:
+        return "less than once in 1,000 times"
+    if p >= 0.995:
+        return "every time"
+    many, of = (round(100 * p), "100") if p >= 0.0095 else (round(1000 * p), "1,000")
+    return f"about {'once' if many == 1 else f'{many} times'} in {of}"

@@ -1,0 +1,131 @@
+"""One trial: a training with a trial's values, ended early where it is worse than others, and its score.
+
+In come a recipe and who is asked at each validation; out comes an `Outcome`. The run is what `phi3v train` makes, so a
+trial that was killed goes on from its checkpoint. Knows nothing of Optuna.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from phi3v.errors import ConfigError, DataError, TrainingError
+from phi3v.features.store import FeatureStore
+from phi3v.recipe import Recipe
+from phi3v.recipe_sweep import SweepSection
+from phi3v.run_folder import RunFolder
+from phi3v.sweep.space import with_values
+from phi3v.training.callbacks import TrainingEvent, Watcher
+from phi3v.training.train import release_memory, train
+
+State = Literal["complete", "pruned", "failed"]
+Judge = Callable[[int, float], bool]
+"""Told of a validation, counted from 1, and its score; says whether the trial ends here."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial ended.
+
+    Attributes:
+        state: complete with a value; pruned at a validation; failed with an error's line.
+        value: the sweep's metric on held-out rows; None unless complete.
+        steps: optimiser steps of the run.
+        seconds: time of this call.
+        error: why it failed, None where it did not.
+    """
+
+    state: State
+    value: float | None
+    steps: int
+    seconds: float
+    error: str | None = None
+
+
+class _Pruned(Exception):
+    """A trial is to end at a validation."""
+
+
+def trial_recipe(recipe: Recipe, values: dict[str, Any], output: str) -> Recipe:
+    """The recipe of a trial.
+
+    It answers held-out rows only where that is the sweep's metric, and by the tuned model alone. Features of frozen
+    vision parts are kept in memory, so that the trials of a process share them, unless the recipe says how.
+    """
+    sweep = recipe.sweep or SweepSection()
+    trial = with_values(recipe, {**values, "output": output, "evaluation.against": None})
+    changes: dict[str, Any] = {}
+    if sweep.metric != "eval_loss" and sweep.metric not in (trial.evaluation.metrics or []):
+        changes["evaluation.metrics"] = [sweep.metric, *(trial.evaluation.metrics or [])]
+    if trial.vision.cache is None and trial.vision.frozen and not trial.data.streaming:
+        changes["vision.cache"] = "memory"
+    return with_values(trial, changes) if changes else trial
+
+
+def run_trial(recipe: Recipe, sweep: SweepSection, judge: Judge, watch: Watcher, store: FeatureStore | None) -> Outcome:
+    """Trains a trial, or goes on with it.
+
+    Args:
+        recipe: of the trial.
+        sweep: what is made best.
+        judge: asked at each validation.
+        watch: told of the training.
+        store: features that all trials share.
+    Raises: Interrupted, and errors that would end any trial: a device or a package that is missing, a full disk.
+    """
+    run, began = RunFolder(recipe.output), time.monotonic()
+
+    def look(event: TrainingEvent) -> None:
+        watch(event)
+        if event.kind == "metrics" and "eval_loss" in event.metrics:
+            count = sum("eval_loss" in line for line in run.read_metrics())
+            if event.step < event.total and judge(count, _score(event.metrics, sweep.metric)):
+                raise _Pruned
+
+    def outcome(state: State, value: float | None, error: str | None = None) -> Outcome:
+        steps = max((line.get("step", 0) for line in run.read_metrics()), default=0)
+        return Outcome(state, value, steps, time.monotonic() - began, error)
+
+    try:
+        train(recipe, on_event=look, features=store, report=sweep.metric != "eval_loss")
+        return outcome("complete", _value(run, recipe, sweep.metric))
+    except _Pruned:
+        return outcome("pruned", None)
+    except (ConfigError, DataError, TrainingError) as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        return outcome("failed", None, str(error))
+    finally:
+        release_memory()
+
+
+def _score(metrics: dict[str, float], metric: str) -> float:
+    """What a validation says of a trial, in the metric's direction.
+
+    That is the metric itself where held-out rows are answered at each validation (`evaluation.during_training`), else
+    the held-out loss, below zero for a metric that is to grow.
+    Example: {"eval_loss": 0.5} is 0.5 for eval_loss, -0.5 for exact_match; with "eval_exact_match": 0.25 it is 0.25.
+    """
+    if metric == "eval_loss":
+        return metrics["eval_loss"]
+    return metrics.get(f"eval_{metric}", -metrics["eval_loss"])
+
+
+def _value(run: RunFolder, recipe: Recipe, metric: str) -> float:
+    """The score of a finished run: of the weights that it kept, the last ones or, where it says so, the best.
+
+    Raises: TrainingError when the run has none.
+    """
+    if metric != "eval_loss":
+        found = run.read_evaluation()["metrics"].get(metric) if run.evaluation.is_file() else None
+        if found is None:
+            raise TrainingError(f"the run has no {metric}: it holds out no rows, or their answers have no such score")
+        return float(found["tuned"]["value"])
+    losses = [line["eval_loss"] for line in run.read_metrics() if line.get("eval_loss") is not None]
+    if not losses:
+        raise TrainingError(
+            "the run has no held-out loss: hold out rows (data.split, data.validation), and leave "
+            "training.eval_strategy as it is"
+        )
+    best = recipe.training.early_stopping is not None or recipe.training.options.get("load_best_model_at_end")
+    return float(min(losses) if best else losses[-1])

@@ -1,0 +1,117 @@
+"""Runs side by side: tests on the same rows, words where the rows are not the same, what differs, the page."""
+
+import json
+import re
+
+import pytest
+from report_content import CHROMIUM, HOSTILE, Page, browse, make_predictions
+from typer.testing import CliRunner
+
+import phi3v
+from phi3v.cli import app
+from phi3v.errors import CheckpointError, ConfigError
+from phi3v.evaluation.compare import differing
+from phi3v.recipe import Recipe
+from phi3v.run_folder import RunFolder
+
+
+def make_run(folder, rows: int = 20, base_side: bool = False, **settings) -> RunFolder:
+    """A run as an evaluation leaves it; with `base_side` the answers are those of the untuned model."""
+    predictions, evaluation = make_predictions(rows)
+    if base_side:
+        for one in predictions:
+            one["tuned"], one["scores"]["tuned"] = one["base"], one["scores"]["base"]
+            one["right"] = one["tuned"] == one["expected"]
+        evaluation["metrics"] = {name: {**one, "tuned": one["base"]} for name, one in evaluation["metrics"].items()}
+    run = RunFolder(folder)
+    values = {"model": "tiny/base", "data": "shop.csv", "output": str(folder), "training": settings}
+    folder.mkdir()
+    run.write_recipe(Recipe.from_dict(values))
+    run.write_versions({"torch": "2.13"})
+    for step in range(1, 6):
+        run.append_metrics({"step": step, "loss": 5.0 / step, "eval_loss": 4.0 / step})
+    run.write_predictions(predictions)
+    run.write_evaluation(evaluation)
+    return run
+
+
+def test_runs_on_the_same_rows_are_tested_against_the_first(tmp_path):
+    for name, how in (("one", {"learning_rate": 1e-4}), ("two", {"learning_rate": 2e-4, "base_side": True})):
+        make_run(tmp_path / name, **how)
+    found = phi3v.compare([tmp_path / "one", tmp_path / "two"], tmp_path / "compare.html")
+    first, second = found.runs
+    assert first["beside_first"] == {} and second["why_not"] is None
+    gap = second["beside_first"]["exact_match"]
+    # of 20 rows the tuned answers miss 0, 4 and 14, the base has row 2 alone: 16 are lost, none is won
+    assert (gap["won"], gap["lost"], gap["tied"]) == (0, 16, 4) and gap["p"] == pytest.approx(2 * 0.5**16)
+    assert gap["difference"]["value"] == pytest.approx(-0.8) and "loss" not in second["beside_first"]
+    assert first["metrics"]["exact_match"]["value"] == pytest.approx(0.85)
+    assert found.recipes == {"training.learning_rate": [1e-4, 2e-4]}
+    rights = [one["right"] for one in found.disagreements]
+    assert rights == [{"one": True, "two": False}] * 16
+    html = (tmp_path / "compare.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert "Worse than one." in page.text and "16 rows they" not in page.text and html.count('class="row"') == 16
+    assert page.tags.count("svg") == 1 and page.tags.count("script") == 1 and page.handlers == []
+    assert all(link.startswith(("data:", "#")) for link in page.links)
+    phi3v.compare([tmp_path / "two", tmp_path / "one"], tmp_path / "compare.html")  # its own page may be replaced
+    if CHROMIUM:
+        shown = browse(tmp_path, "--dump-dom", (tmp_path / "compare.html").as_uri())
+        assert "CONSOLE" not in shown.stderr and "16 of 16 rows" in shown.stdout and 'hidden=""' not in shown.stdout
+
+
+def test_other_rows_are_said_and_not_tested(tmp_path):
+    make_run(tmp_path / "one")
+    make_run(tmp_path / "few", rows=15)
+    found = phi3v.compare([tmp_path / "one", tmp_path / "few"])
+    assert found.runs[1]["beside_first"] == {} and found.out is None and found.disagreements == []
+    assert found.runs[1]["why_not"] == (
+        "evaluated on other rows than one: 15 of its 15 rows are among one's 20, so there is no test"
+    )
+
+
+def test_a_moved_set_has_the_same_rows(tmp_path):
+    make_run(tmp_path / "one")
+    other = make_run(tmp_path / "two")
+    other.write_predictions({**one, "source": "/elsewhere/a.csv"} for one in other.read_predictions())
+    [_, second] = phi3v.compare([tmp_path / "one", tmp_path / "two"]).runs
+    assert second["why_not"] is None and second["beside_first"]["exact_match"]["p"] == 1.0
+
+
+def test_what_cannot_be_compared_is_one_line(tmp_path):
+    one = make_run(tmp_path / "one")
+    with pytest.raises(ConfigError, match="two runs or more, each once"):
+        phi3v.compare([one.path, one.path])
+    with pytest.raises(CheckpointError, match="is no run"):
+        phi3v.compare([one.path, tmp_path])
+    two = make_run(tmp_path / "two")
+    (tmp_path / "mine.html").write_text("my own page")
+    for out, words in (
+        (tmp_path / "mine.html", "is no page of phi3v compare"),
+        (tmp_path / "no" / "x", "is no folder"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            phi3v.compare([one.path, two.path], out)
+    two.write_predictions({"row": line["row"]} for line in two.read_predictions())
+    with pytest.raises(CheckpointError, match="has no scores of its rows: phi3v evaluate"):
+        phi3v.compare([one.path, two.path])
+    two.evaluation.unlink()
+    with pytest.raises(CheckpointError, match="was not evaluated: phi3v evaluate"):
+        phi3v.compare([one.path, two.path])
+
+
+def test_compare_on_the_command_line(tmp_path):
+    make_run(tmp_path / "one")
+    make_run(tmp_path / "two", base_side=True)
+    words = ["compare", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "c.html")]
+    done = CliRunner().invoke(app, [*words, "--json"])
+    result = json.loads(done.stdout)
+    assert done.exit_code == 0 and result["primary"] == "exact_match" and len(result["disagreements"]) == 16
+    shown = CliRunner().invoke(app, words)
+    assert re.search(r"two +5\.0 %.* -80\.0 +< 0\.001 +0 +16", shown.output), shown.output
+    assert "16 rows they disagree on, 0 settings that differ" in shown.output
+    assert HOSTILE not in shown.output
+
+
+def test_keys_that_differ():
+    assert differing([{"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}]) == {"b": [2, 3], "c": [None, 4]}

@@ -1,0 +1,197 @@
+"""Sweeps on a tiny model: what is tried, what is shared, and that a killed sweep ends as an undisturbed one."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import phi3v
+from phi3v.cli import app
+from phi3v.data import encode as encode_module
+from phi3v.errors import ConfigError, Interrupted, TrainingError
+from phi3v.recipe import Recipe
+from phi3v.run_folder import RunFolder
+from phi3v.training.callbacks import TrainingEvent
+
+pytest.importorskip("optuna", reason="sweeps need Optuna")
+
+from phi3v.sweep.run import SweepResult, TrialNews, sweep
+from phi3v.sweep.space import default_space, search_space, with_values
+
+MakeRecipe = Callable[..., phi3v.Recipe]
+SEARCH = {"training.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}, "lora.r": [2, 4]}
+QUICK = {"epochs": 2, "micro_batch_size": 4}
+
+
+@pytest.fixture
+def make_sweep(make: MakeRecipe) -> MakeRecipe:
+    """Makes a recipe of a sweep of two steps a trial; keywords are of its section `sweep`."""
+
+    def made(name: str, training: dict[str, Any] | None = None, **settings: Any) -> phi3v.Recipe:
+        section = {"search": SEARCH, "trials": 3, "pruner": None, **settings}
+        rows = {"split": {"validation": 4}}
+        return make(name, data=rows, training={**QUICK, **(training or {})}, sweep=section)
+
+    return made
+
+
+def plain(result: SweepResult) -> list[dict[str, Any]]:
+    """What a sweep found, without times and places."""
+    return [{key: line[key] for key in line if key not in ("seconds", "folder")} for line in result.ranking["trials"]]
+
+
+def test_a_sweep_ranks_its_trials_and_a_killed_one_ends_as_an_undisturbed_one(make_sweep: MakeRecipe) -> None:
+    """Killed between two trials, in a trial's second epoch, and while a trial's values are stored."""
+    news: list[TrialNews] = []
+    recipe = make_sweep("whole")
+    whole = sweep(recipe, on_trial=news.append)
+    assert whole.status == "complete" and whole.ranking["states"] == {"complete": 3}
+    assert [one.state for one in news] == ["running", "complete"] * 3
+    values = [line["value"] for line in whole.ranking["trials"]]
+    assert values == sorted(values) and len(set(values)) == 3
+    best = whole.ranking["trials"][0]
+    run = RunFolder(best["folder"])
+    assert best["value"] == [line["eval_loss"] for line in run.read_metrics() if "eval_loss" in line][-1]
+    assert best["validations"].keys() == {"1"} and not run.checkpoints.exists()  # the last one decides nothing
+    written = Recipe.load(whole.best_recipe)
+    assert (written.training.learning_rate, written.lora["r"]) == tuple(best["values"].values())
+    assert (
+        written.sweep is None
+        and written.evaluation == recipe.evaluation
+        and Path(written.output) == run.path.absolute()
+    )
+    assert {plot.stem for plot in whole.plots} >= {"history", "slice", "curves"}
+    assert sweep(recipe).status == "finished"
+
+    killed = make_sweep("killed")
+
+    def stop_at(step: int) -> Callable[[TrainingEvent], None]:
+        def watch(event: TrainingEvent) -> None:
+            if event.kind == "step" and event.step == step:
+                raise Interrupted(15)
+
+        return watch
+
+    first: list[TrialNews] = []
+
+    def stop_between(one: TrialNews) -> None:
+        first.append(one)
+        if one.state == "complete":
+            raise Interrupted(2)
+
+    with pytest.raises(Interrupted):
+        sweep(killed, on_trial=stop_between)
+    with pytest.raises(Interrupted):
+        sweep(killed, on_event=stop_at(4))
+    again: list[TrialNews] = []
+    ended = sweep(killed, on_trial=again.append)
+    assert (again[0].number, again[0].state, again[0].resumed) == (1, "running", True)
+    assert plain(ended) == plain(whole)
+    more = sweep(make_sweep("killed", trials=4))
+    assert more.status == "complete" and [line for line in plain(more) if line["trial"] < 3]
+    with pytest.raises(ConfigError, match=r"holds a sweep of another recipe \(training.epochs"):
+        sweep(make_sweep("killed", training={"epochs": 3}))
+
+
+def test_what_is_worse_is_pruned_and_what_cannot_be_fails(make_sweep: MakeRecipe) -> None:
+    """A threshold that no tiny model passes prunes at the first validation; samples of a step that micro-batches do not
+    divide are a failed trial with its line, and so is what a training refuses."""
+    pruner = {"name": "ThresholdPruner", "upper": 0.01}
+    search = {"training.samples_per_step": [3, 4], "training.optim": ["adamw_torch", "nothing"]}
+    result = sweep(make_sweep("grid", search=search, trials=9, pruner=pruner, sampler="GridSampler"))
+    lines = {tuple(line["values"].values()): line for line in result.ranking["trials"]}
+    assert result.status == "complete" and len(result.ranking["trials"]) == len(lines) == 4  # the grid was all tried
+    assert result.ranking["states"] == {"pruned": 1, "failed": 3} and result.best_recipe is None
+    pruned = lines[4, "adamw_torch"]
+    run = RunFolder(pruned["folder"])
+    assert (pruned["steps"], list(pruned["validations"]), pruned["value"]) == (2, ["1"], None)
+    assert run.state() == "unfinished" and not run.checkpoints.exists() and not run.has_weights()
+    assert [line["eval_loss"] for line in run.read_metrics() if "eval_loss" in line] == [pruned["validations"]["1"]]
+    assert "no multiple of training.micro_batch_size" in lines[3, "adamw_torch"]["error"]
+    assert "training.optim is 'nothing'" in lines[4, "nothing"]["error"]
+
+
+def test_spaces_and_slips(make_sweep: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_sweep("slips", search=None)
+    space = default_space(recipe)
+    assert list(space) == [
+        "training.learning_rate",
+        "training.samples_per_step",
+        "lora.r",
+        "lora.target_modules",
+        "training.epochs",
+        "image.num_crops",
+    ]
+    assert search_space(recipe) == space
+    together = {"size": {"lora.r": 8, "lora.lora_alpha": 16}, "lora.target_modules": ["o_proj"]}
+    assert with_values(recipe, together).lora | {} == {
+        **recipe.lora,
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": ["o_proj"],
+    }
+    nested = recipe.with_overrides(["sweep.search={lora: {r: [2, 4]}, training.seed: {low: 0, high: 3}}"])
+    assert list(nested.sweep.search) == ["lora.r", "training.seed"] and nested.sweep.search["training.seed"].whole
+    for override, line in (
+        ("sweep.search={training.learning_rat: [1]}", "sweep.search.training.learning_rat: "),
+        ("sweep.search={output: [a, b]}", "cannot be searched"),
+        ("sweep.sampler=TPE", "sweep.sampler is 'TPE', Optuna has BruteForceSampler"),
+        ("sweep.pruner={name: MedianPruner, n_startup: 1}", "did you mean n_startup_trials"),
+        ("sweep.storage=nothing://x", "sweep.storage nothing://x cannot be opened"),
+        ("data.split=null", "held-out rows"),
+    ):
+        with pytest.raises(ConfigError, match=line):
+            sweep(make_sweep("slips").with_overrides([override]))
+    failing = make_sweep("failing", search={"vision.tower": ["lora"], "lora": [None]}, trials=2)
+    with pytest.raises(TrainingError, match=r"all 2 trials failed, the last one so: vision.tower asks for LoRA"):
+        sweep(failing)
+
+
+def test_trials_open_no_image_again(make_sweep: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first trial opens each image once; the second one, of other values and another answer, none at all."""
+    opened: list[Any] = []
+    original = encode_module.open_image
+    monkeypatch.setattr(
+        encode_module, "open_image", lambda image, **how: opened.append(image) or original(image, **how)
+    )
+    news: list[tuple[int, int]] = []
+    recipe = make_sweep("shared", search={"lora.r": [2, 4], "data.answer": ["{colour}", "It is {colour}."]}, trials=2)
+    sweep(recipe, on_trial=lambda one: news.append((one.number, len(opened))))
+    assert news == [(0, 0), (0, 10), (1, 10), (1, 10)]
+    trial = Recipe.load(RunFolder(Path(recipe.output) / "trials" / "0001").recipe)
+    assert trial.vision.cache == "memory"
+    alone = trial.with_overrides([f"output={Path(recipe.output).parent / 'alone'}"])
+    phi3v.train(alone, report=False)
+    losses = [
+        [{name: line[name] for name in ("step", "loss", "eval_loss") if name in line} for line in run.read_metrics()]
+        for run in (RunFolder(alone.output), RunFolder(trial.output))
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_the_command_shows_a_line_a_trial_and_says_what_is_missing(
+    make_sweep: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_sweep("command", search={"lora.r": [2, 3]}, trials=2, metric="similarity", sampler="GridSampler")
+    file = Path(recipe.output).with_suffix(".yaml")
+    file.write_text(recipe.to_yaml(), encoding="utf-8")
+    said = CliRunner().invoke(app, ["sweep", str(file)])
+    assert said.exit_code == 0, said.output
+    for line in (
+        "trial 0: begins with lora.r=",
+        "trial 1: complete, ",
+        "; 2 of 2 done, best ",
+        "is finished: 2 trials",
+    ):
+        assert line in said.output
+    ranking = json.loads((Path(recipe.output) / "ranking.json").read_text(encoding="utf-8"))
+    scores = [line["value"] for line in ranking["trials"]]
+    assert ranking["better"] == "higher" and scores == sorted(scores, reverse=True)
+    told = RunFolder(ranking["trials"][0]["folder"]).read_evaluation()
+    assert told["metrics"]["similarity"]["tuned"]["value"] == scores[0] and told["base"] is None
+    monkeypatch.setattr("phi3v.cli_sweep.find_spec", lambda name: None)
+    said = CliRunner().invoke(app, ["sweep", str(file)])
+    assert said.exit_code == 1 and 'a sweep needs Optuna: pip install "phi3v[sweep]"' in said.output
