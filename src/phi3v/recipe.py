@@ -354,15 +354,12 @@ class Recipe(Section):
         ]
 
 
-_PLACES = (
-    ("model", "name"),
-    ("model", "adapter"),
-    ("data", "train"),
-    ("data", "validation"),
-    ("data", "image_root"),
-    ("data", "image_cache"),
-    ("vision", "cache_folder"),
-    ("evaluation", "keep"),
+_PLACES = tuple(
+    tuple(name.split("."))
+    for name in (
+        "model.name model.adapter data.train data.validation data.image_root data.image_cache vision.cache_folder "
+        "evaluation.keep"
+    ).split()
 )
 _PLACE_KEYS = {*(key for _, key in _PLACES), "source"}
 _SHORTHANDS = {"model": "name", "data": "train"}
