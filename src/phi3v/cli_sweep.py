@@ -104,7 +104,7 @@ def show_sweep(console: Console, result: SweepResult) -> None:
     told = {
         "finished": "was finished before; ask for more with sweep.trials to go on",
         "complete": "is finished",
-        "stopped": "is not finished: the same command goes on",
+        "stopped": "is not finished yet, the time is up or other processes are at it; the same command goes on",
     }[result.status]
     console.print(
         f"sweep {result.folder} {told}: {counted(len(ranking['trials']), 'trial')} ({states})",

@@ -21,7 +21,7 @@ pytest.importorskip("optuna", reason="sweeps need Optuna")
 def test_workers_share_a_sweep_and_one_that_is_killed_is_replaced(make: Callable[..., phi3v.Recipe]) -> None:
     """Two workers on a journal file; SIGKILL takes one call away in its first trial, SIGTERM the next one."""
     search = {"training.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}
-    training = {"epochs": 30, "micro_batch_size": 4, "save_steps": 5}
+    training = {"epochs": 15, "micro_batch_size": 4, "save_steps": 5}
     recipe = make("shared", data={"split": {"validation": 4}}, training=training, sweep={"search": search, "trials": 4})
     file, folder = Path(recipe.output).with_suffix(".yaml"), Path(recipe.output)
     journal = folder.parent / "journal"
