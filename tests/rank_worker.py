@@ -47,6 +47,7 @@ def no_memory() -> None:
 
 PLAYS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "stop": lambda patch: at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+    "stop at 2": lambda patch: at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM)),
     "oom": lambda patch: at_step(patch, 2, no_memory),
     "nan": lambda patch: at_step(patch, 2, lambda: float("nan")),
 }

@@ -1,7 +1,9 @@
-"""Slips in a command line: exit code 2 and a line that says what, before anything heavy is imported."""
+"""Before a command has begun: slips in its line are exit code 2 and a line that says what, Ctrl-C is 130 and a line."""
 
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
 
@@ -84,3 +86,36 @@ def test_a_current_folder_that_was_deleted_is_one_line(tmp_path, monkeypatch, ca
         raise AssertionError
     line = "phi3v: the current folder was deleted: change to another one (cd) and run it again\n"
     assert capsys.readouterr().err == line
+
+
+EARLY = """
+import os, signal, sys
+module = sys.argv.pop(1)
+class Send:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Send())
+from phi3v.__main__ import main
+main()
+"""
+"""Gets Ctrl-C while a module is imported."""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+@pytest.mark.parametrize("module", ["typer", "huggingface_hub"])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_ctrl_c_before_a_command_has_begun_is_one_line(tmp_path, module, ignored):
+    """While the command line is imported, and the first library before a command looks after itself. Where the
+    signal is ignored, as behind nohup, the command goes on to its own end.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY, module, "train", "nowhere.yaml", "--json"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL),
+    )
+    code, line = (1, "nowhere.yaml cannot be read") if ignored else (130, "interrupted")
+    assert done.returncode == code and line in json.loads(done.stdout)["error"]
+    assert done.stderr.startswith("phi3v: ") and done.stderr.count("\n") == 1

@@ -193,6 +193,61 @@ def test_lora_targets_that_miss_the_language_model_name_the_real_ones(
     assert "qkv_proj, o_proj, gate_up_proj, down_proj" in one_line(error)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        *(
+            ({"init_lora_weights": way}, f"lora.init_lora_weights is '{way}', which needs a pass over the rows before")
+            for way in ("eva", "EVA", "lora_ga", "corda")
+        ),
+        ({"use_qalora": True}, "lora.use_qalora is for bases in GPTQ's format, .*: take it out"),
+        ({"layer_replication": [[0, 2], [0, 2]]}, "lora.layer_replication makes a model that answers otherwise"),
+        ({"megatron_config": {"a": 1}}, "lora.megatron_config is for Megatron-LM's parallel layers"),
+        ({"runtime_config": {"ephemeral_gpu_offload": True}}, "lora.runtime_config is for one that calls peft himself"),
+        ({"rank_pattern": ["o_proj"]}, r"lora.rank_pattern is \['o_proj'\], allowed is a mapping .*, {o_proj: 8}"),
+        ({"rank_pattern": {"o_proj": 0}}, "lora.rank_pattern: that of 'o_proj' is 0, allowed is a whole number"),
+    ],
+)
+def test_what_would_do_nothing_is_refused_before_anything_is_loaded(options: dict, expected: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{expected}") as error:
+        tuning.lora_config(options)
+    one_line(error)
+    tuning.lora_config({"use_qalora": False, "megatron_config": None, "init_lora_weights": "olora"})
+
+
+def test_what_fits_no_module_is_refused(model_folder: Path) -> None:
+    base, first = loading.load_base(model_folder), "layers.0.self_attn.o_proj"
+    for options, expected in (
+        (
+            {"alpha_pattern": {"o_proj": 1, "q_proj": 8}},
+            "alpha_pattern: 'q_proj' fits no module; LoRA is on down_proj, ",
+        ),
+        (
+            {"rank_pattern": {"o_proj": 2, first: 8}},
+            f"rank_pattern: '{first}' fits no module that an entry before it le",
+        ),
+        (
+            {"rank_pattern": {"layers.1.mlp": 2}, "layers_to_transform": 0},
+            "rank_pattern: 'layers.1.mlp' fits no module;",
+        ),
+        (
+            {"layers_to_transform": [0, 2]},
+            "layers_to_transform: 2 is no layer of the language model, which has 2: from 0",
+        ),
+        ({"layers_to_transform": ["last"]}, "layers_to_transform: 'last' is no layer of the language model"),
+        ({"layers_to_transform": [0], "layers_pattern": "block"}, "layers_pattern: 'block' is no list of layers; take"),
+    ):
+        with pytest.raises(ConfigError, match=f"^lora.{expected}") as error:
+            tuning.attach_lora(base, options)
+        one_line(error)
+    fitting = {"r": 4, "rank_pattern": {"fc1": 3, "layers.0.mlp.*": 2}, "layers_to_transform": 0}
+    tuned = tuning.attach_lora(base, fitting, tower="lora")
+    ranks = {name: len(weight) for name, weight in tuned.named_parameters() if "lora_A" in name}
+    assert {rank for name, rank in ranks.items() if "layers.0.mlp" in name and "vision" not in name} == {2}
+    assert {rank for name, rank in ranks.items() if "fc1" in name} == {3}
+    assert {rank for name, rank in ranks.items() if "self_attn" in name} == {4}
+
+
 def test_an_unknown_lora_option_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="lora.lora_alfa is no option: did you mean lora_alpha"):
         tuning.lora_config({"lora_alfa": 4})

@@ -134,6 +134,11 @@ def test_an_adapter_without_weights_is_refused_before_its_base_is_read(model_fol
         ("no such model\nTry again later", "no such model"),
         ("Validation error for field 'r':\n    TypeError: 'r' expected int", "'r' expected int"),
         ("Only a heading:", "Only a heading:"),
+        (
+            "both should match, but found\n- save: epoch\n- eval: no",
+            "both should match, but found save: epoch, eval: no",
+        ),
+        ("not found\nPlease see:\n- the name", "not found"),
         ("ValueError: kept where it is the first line", "ValueError: kept where it is the first line"),
         ("", "RuntimeError"),
     ],

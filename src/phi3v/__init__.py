@@ -14,9 +14,11 @@ Example:
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # typing's own takes longer than all of this, and Ctrl-C meanwhile would show a traceback
 if TYPE_CHECKING:
+    from typing import Any
+
     from phi3v.evaluation.compare import compare
     from phi3v.evaluation.predict import predict
     from phi3v.evaluation.run import evaluate
@@ -53,7 +55,7 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     """Load a public name when it is first used."""
     if name not in _HOME:
         raise AttributeError(f"module 'phi3v' has no attribute {name!r}; it offers {', '.join(__all__)}")

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from phi3v.errors import CheckpointError
+from phi3v.model.vision_phi3_v import unread_parts
 from phi3v.passthrough import first_line
 from phi3v.targets import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Target, read_json, tensor_shapes
 
@@ -53,6 +54,8 @@ def starts_at_random(way: Any) -> bool:
 def load_adapter(model: PreTrainedModel, place: Target, *, trainable: bool = False, on_meta: bool = False) -> Any:
     """Puts the adapter of `place` on its base and checks that every tensor of the file found its place.
 
+    The file may lack tensors of the tower that no output depends on: Microsoft's own script trains without them.
+
     On the meta device the adapter is made as its configuration says, and nothing is read into it.
 
     Returns:
@@ -73,8 +76,9 @@ def load_adapter(model: PreTrainedModel, place: Target, *, trainable: bool = Fal
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise CheckpointError(f"adapter {place.adapter} does not fit {place.base}: {first_line(error)}") from error
     wanted = {name: tuple(tensor.shape) for name, tensor in adapter_state(tuned).items()}
-    if wanted != stored:
-        name = min(name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name))
+    wrong = {name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name)}
+    unread = unread_parts(tuned)
+    if name := min((name for name in wrong if name in stored or not name.startswith(unread)), default=""):
         raise CheckpointError(
             f"adapter {place.adapter} does not fit {place.base}: {name} is {stored.get(name, 'missing')} in the file "
             f"and {wanted.get(name, 'unknown')} in the model; tune again or name the right base"

@@ -81,6 +81,8 @@ def session(debug: bool = False, as_json: bool = False, *, on_interrupt: str = "
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _terminated) if main else None
     try:
+        if main and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # until here it was `__main__`'s
         _stand_somewhere()
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             yield here

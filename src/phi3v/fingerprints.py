@@ -27,6 +27,14 @@ def name_rows(rows: Iterable[Row], beside: Sequence[Any] = (), *, stamps: bool =
     return digest.hexdigest()[:32]
 
 
+def name_photos(rows: Iterable[Row]) -> str:
+    """A name for what the first look saw of the photos' files, in the order of the rows; none of them is read again."""
+    photos = hashlib.sha256()
+    for row in rows:
+        photos.update(repr([one.fingerprint for one in row.images]).encode())
+    return photos.hexdigest()[:32]
+
+
 def _stamp(image: ImageRef) -> tuple[Any, ...]:
     """Size and time of an image's file; () where it has none."""
     try:

@@ -7,6 +7,7 @@ to be caught where the library's own list of names is known. Also what the hub's
 import difflib
 import re
 from collections.abc import Iterable
+from itertools import takewhile
 
 from phi3v.errors import ConfigError
 
@@ -32,13 +33,18 @@ def check_names(section: str, given: Iterable[str], known: Iterable[str]) -> Non
 def first_line(error: BaseException) -> str:
     """The first line of a library's message that says something; the class name where there is none.
 
-    Headings, which end in a colon, are passed over, and so is the class name in front of what follows them.
+    Headings, which end in a colon, are passed over, and so is the class name in front of what follows them. A list
+    right behind the line belongs to it.
     Example: `OSError("no such model\\nTry again later")` -> "no such model"; `ValueError("Validation error for field
-    'r':\\n    TypeError: Field 'r' expected int, got str")` -> "Field 'r' expected int, got str".
+    'r':\\n    TypeError: Field 'r' expected int, got str")` -> "Field 'r' expected int, got str";
+    `ValueError("they should match, but found\\n- save: epoch\\n- eval: no")` -> "they should match, but found save:
+    epoch, eval: no".
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     place = next((number for number, line in enumerate(lines) if not line.endswith(":")), 0)
-    return _CLASS_NAME.sub("", lines[place]) if place else lines[0]
+    listed = [line.removeprefix("- ") for line in takewhile(lambda line: line.startswith("- "), lines[place + 1 :])]
+    line = _CLASS_NAME.sub("", lines[place]) if place else lines[0]
+    return f"{line} {', '.join(listed)}" if listed and not line.startswith("- ") else line
 
 
 def connection_fault(error: BaseException) -> str | None:

@@ -6,7 +6,8 @@ refused in one line. Knows nothing about recipes, data or the Trainer.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -16,13 +17,29 @@ from transformers import PreTrainedModel
 
 from phi3v.adapters import starts_at_random
 from phi3v.errors import ConfigError
-from phi3v.model.vision_phi3_v import Phi3VVisionTransformer
+from phi3v.model.vision_phi3_v import unread_parts
 from phi3v.passthrough import check_names, first_line
 
 LORA_PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 Choice = Literal["frozen", "lora", "train"]
 Part = Literal["language model", "projector", "vision tower"]
 _VISION = "vision_embed_tokens"
+_NO_SERVICE = {
+    "alora_invocation_tokens": "needs the places of these tokens in each batch, which nobody looks for here",
+    "arrow_config": "chooses among adapters that are trained already",
+    "corda_config": "belongs to an init_lora_weights that is refused",
+    "eva_config": "belongs to an init_lora_weights that is refused",
+    "fan_in_fan_out": "is for layers that keep their weights the other way round, and this model has none",
+    "inference_mode": "trains nothing",
+    "layer_replication": "makes a model that answers otherwise when it is loaded again",
+    "lora_ga_config": "belongs to an init_lora_weights that is refused",
+    "megatron_config": "is for Megatron-LM's parallel layers, and this model has none",
+    "runtime_config": "is for one that calls peft himself",
+    "use_qalora": "is for bases in GPTQ's format, which are not trained here; QLoRA is quantization.load_in_4bit",
+}
+"""Options of peft.LoraConfig that would do nothing here, or harm, and why."""
+_AFTER_A_PASS = ("corda", "eva", "lora_ga")
+"""Ways of `init_lora_weights` that look at rows before LoRA is there; peft begins plainly where nobody has."""
 _TOWER_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
@@ -101,10 +118,12 @@ def attach_lora(
 
     config = lora_config(options, tower=tower, projector=projector)
     _name_modules(model, config, options.get("modules_to_save") or [])
+    _refuse_wrong_layers(model, config)
     _refuse_wrong_targets(model, config)
     if vision := _vision_targets(model, tower, projector):
         config.target_modules = {*_hits(model, config), *vision}
         config.layers_to_transform = config.layers_pattern = None  # those names say it now
+    _refuse_idle_patterns(config, _hits(model, config))
     base = model.config.name_or_path
     config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
     config.revision = revision
@@ -167,9 +186,16 @@ def lora_config(options: Mapping[str, Any], *, tower: Choice = "frozen", project
     from peft import LoraConfig
 
     check_names("lora", options, [field.name for field in fields(LoraConfig)])
-    rank = options.get("r", 1)
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ConfigError(f"lora.r is {rank!r}, allowed is a whole number, 1 or more; lora: null tunes without LoRA")
+    for name, reason in _NO_SERVICE.items():
+        if options.get(name):
+            raise ConfigError(f"lora.{name} {reason}: take it out")
+    for name, rank in {"r": options.get("r", 1), **_pattern(options, "rank_pattern")}.items():
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            where = "lora.r" if name == "r" else f"lora.rank_pattern: that of {name!r}"
+            raise ConfigError(
+                f"{where} is {rank!r}, allowed is a whole number, 1 or more; lora: null tunes without LoRA"
+            )
+    _pattern(options, "alpha_pattern")
     if (bias := options.get("bias", "none")) != "none":
         raise ConfigError(
             f"lora.bias is {bias!r}, and the language model has no bias: all would train those of the vision part; "
@@ -179,6 +205,11 @@ def lora_config(options: Mapping[str, Any], *, tower: Choice = "frozen", project
         raise ConfigError(
             f"lora.init_lora_weights is {begun!r}: its random decomposition of the base comes out otherwise when the "
             "run is loaded again; use pissa, which does not"
+        )
+    if str(begun).lower() in _AFTER_A_PASS:
+        raise ConfigError(
+            f"lora.init_lora_weights is {begun!r}, which needs a pass over the rows before LoRA is there, and none is "
+            "made here: use pissa, olora or orthogonal, or take it out"
         )
     values = {"task_type": "CAUSAL_LM", "target_modules": list(LORA_PROJECTIONS), **options}
     if values["target_modules"] == "all-linear":  # PEFT's own reading of it would hit the tower too
@@ -193,6 +224,48 @@ def lora_config(options: Mapping[str, Any], *, tower: Choice = "frozen", project
         return LoraConfig(**values)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"lora: {first_line(error)}") from error
+
+
+def _pattern(options: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A mapping of ends of names to values, {"o_proj": 8} for instance."""
+    if not isinstance(pattern := options.get(name) or {}, Mapping):
+        raise ConfigError(f"lora.{name} is {pattern!r}, allowed is a mapping of names of modules, {{o_proj: 8}}")
+    return dict(pattern)
+
+
+def _refuse_idle_patterns(config: Any, names: Iterable[str]) -> None:
+    """Refuses an entry of rank_pattern or alpha_pattern that no module with LoRA takes: the first one that fits counts.
+
+    Example: ["qkv_proj", "layers.0.self_attn.qkv_proj"] -> the second one is for nothing.
+    """
+    from peft.utils.other import get_pattern_key
+
+    if config.target_parameters:
+        return  # which of them PEFT finds is known to PEFT alone
+    places = list(names)
+    for option in ("rank_pattern", "alpha_pattern"):
+        keys = list(getattr(config, option))
+        taken = {get_pattern_key(keys, name) for name in places}
+        if key := next((key for key in keys if key not in taken), None):
+            alone = {get_pattern_key([key], name) for name in places}
+            left = " that an entry before it leaves" if key in alone else ""
+            ends = ", ".join(sorted({name.rpartition(".")[2] for name in places}))
+            raise ConfigError(f"lora.{option}: {key!r} fits no module{left}; LoRA is on {ends}")
+
+
+def _refuse_wrong_layers(model: Any, config: Any) -> None:
+    """Refuses numbers of layers that the language model does not have, and another name for its list of layers."""
+    wanted, count = config.layers_to_transform, model.config.num_hidden_layers
+    for layer in wanted if isinstance(wanted, list | tuple) else [] if wanted is None else [wanted]:
+        if isinstance(layer, bool) or layer not in range(count):
+            raise ConfigError(
+                f"lora.layers_to_transform: {layer!r} is no layer of the language model, which has {count}: from 0 to "
+                f"{count - 1}"
+            )
+    patterns = config.layers_pattern or []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if not any(re.match(rf"(?:.*\.)?{pattern}\.\d+\.", name) for name, _ in model.named_modules()):
+            raise ConfigError(f"lora.layers_pattern: {pattern!r} is no list of layers; take it out, or write layers")
 
 
 def _refuse_wrong_targets(model: nn.Module, config: Any) -> None:
@@ -275,10 +348,6 @@ def part_of(name: str) -> Literal["language model", "projector", "vision tower"]
 
 
 def _unread_weights(model: nn.Module) -> set[str]:
-    """Names of the tower's weights that no output depends on: the layers behind the one read, and post_layernorm."""
-    unread: list[str] = []
-    for prefix, module in model.named_modules():
-        if isinstance(module, Phi3VVisionTransformer):
-            behind = range(module.layers_read, len(module.encoder.layers))
-            unread += [f"{prefix}.post_layernorm.", *(f"{prefix}.encoder.layers.{index}." for index in behind)]
-    return {name for name, _ in model.named_parameters() if name.startswith(tuple(unread))}
+    """Names of the tower's weights that no output depends on, see `unread_parts`."""
+    unread = unread_parts(model)
+    return {name for name, _ in model.named_parameters() if name.startswith(unread)}

@@ -1,4 +1,4 @@
-"""The tensors of a model folder or hub id as they lie in its files, read one at a time.
+"""The tensors of a model folder or hub id as they lie in its files, read one at a time; and where any file of it lies.
 
 In comes a name, out come tensors by the names that the model has for them. What belongs where is checked by
 `loading`; this is for who compares what is in memory with what is on disk.
@@ -21,12 +21,12 @@ def weight_files(name: str | Path, revision: str | None = None) -> dict[str, Pat
 
     Raises: CheckpointError where there are no safetensors.
     """
-    index = _find(name, MODEL_INDEX, revision)
+    index = find_file(name, MODEL_INDEX, revision)
     if index is not None:
         placed = read_json(index)["weight_map"]
-        shards = {shard: _find(name, shard, revision) for shard in set(placed.values())}
+        shards = {shard: find_file(name, shard, revision) for shard in set(placed.values())}
         return {tensor: path for tensor, shard in placed.items() if (path := shards[shard]) is not None}
-    single = _find(name, MODEL_WEIGHTS, revision)
+    single = find_file(name, MODEL_WEIGHTS, revision)
     if single is None:
         raise CheckpointError(f"{name} has neither {MODEL_INDEX} nor {MODEL_WEIGHTS}")
     with safe_open(single, framework="pt") as file:
@@ -41,7 +41,7 @@ def read_weights(places: dict[str, Path]) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def _find(name: str | Path, file: str, revision: str | None) -> Path | None:
+def find_file(name: str | Path, file: str, revision: str | None) -> Path | None:
     """A file of a folder, or of a hub id that was downloaded; None where there is none."""
     if Path(name).is_dir():
         return Path(name) / file if (Path(name) / file).is_file() else None

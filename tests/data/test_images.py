@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from phi3v.data.images import image_size, open_image, resolve_path
+from phi3v.data.images import image_size, look_at, open_image, resolve_path
 from phi3v.data.schema import ImageRef
 from phi3v.errors import ImageError
 
@@ -39,6 +39,21 @@ def pixels(image: Image.Image) -> list:
 def test_lossless_formats_give_the_pixels(kind: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
     assert pixels(open_image(encoded(picture(), kind, **options))) == pixels(picture())
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+@pytest.mark.parametrize("digest", [False, True])
+def test_a_look_at_a_file_tells_it_from_one_that_was_touched_up(kind: str, digest: bool) -> None:
+    """Of 200x200 pixels of noise a small square in the middle, far from both ends of the file, is inverted."""
+    values = np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)
+    other = values.copy()
+    other[90:110, 90:110] ^= 255
+    options = {"quality": 75} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
+    files = [encoded(Image.fromarray(pixels), kind, **options) for pixels in (values, values.copy(), other)]
+    looks = [look_at(ImageRef(data=file), digest=digest) for file in files]
+    assert looks[0] == looks[1]
+    assert looks[0].fingerprint != looks[2].fingerprint
+    assert [bool(look.digest) for look in looks] == [digest] * 3
 
 
 @pytest.mark.parametrize("kind", ["PPM", "ICO", "TGA", "PCX", "JPEG2000"])

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from phi3v.data.collate import Collator
 from phi3v.data.encode import encode, encode_prompt
 from phi3v.data.schema import ImagePart, ImageRef, Message, Row, TextPart
+from phi3v.evaluation import answers
 from phi3v.evaluation.answers import RecentImages, answer_rows
 from phi3v.evaluation.engine import Engine, _adapter_reason, losses_of, settings_reason
 from phi3v.evaluation.running_cache import RoomyLayer, joined_rows, padding_mask
@@ -226,6 +227,28 @@ def test_an_image_goes_through_the_tower_once(
     for place in (0, 0, 1, 0):
         two.complete(rows[place], encode_prompt(rows[place], chat.processor))
     assert two.computed == 3, "a memory that is full forgets what came first"
+
+
+def test_few_examples_are_in_memory_however_many_rows_there_are(
+    chat: ChatModel, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, most, answered = 0, 0, 0
+    original = answers._Window._encoded
+
+    def encoded(self: Any, at: int) -> Any:
+        nonlocal made, most
+        made += 1
+        most = max(most, made - answered)
+        return original(self, at)
+
+    def count(done: int) -> None:
+        nonlocal answered
+        answered = done
+
+    monkeypatch.setattr(answers._Window, "_encoded", encoded)
+    text = [rows[4]] * 60
+    answer_rows(chat.model, chat.processor, text, batch_size=2, max_new_tokens=1, expected=False, on_row=count)
+    assert made == 60 and most <= 2 + 2 + 3, "a batch, as many that wait, and those that are on their way"
 
 
 def test_examples_of_joined_rows_and_masks() -> None:

@@ -110,7 +110,9 @@ def test_an_evaluation_of_something_else_is_named(copy: MakeCopy) -> None:
     run.write_evaluation({})
     run.write_predictions([])
     row = Row(messages=(), images=(), fields={}, source="rows.jsonl", index=0)
-    with pytest.raises(CheckpointError, match="evaluation.json cannot be read: it lacks base; remove it and let it be"):
+    with pytest.raises(
+        CheckpointError, match="evaluation.json cannot be read: it lacks against; remove it and let it be"
+    ):
         write_report(run, [row])
     run.write_evaluation(dict.fromkeys(NEEDED))
     with pytest.raises(CheckpointError, match="predictions.jsonl holds 0 of 1 answered rows; remove it and let it be"):

@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import random
+import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -263,6 +264,47 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert left(2, 40) == [30, 40] and left(1, 40) == [40]
     assert left(2, 40, best=10) == [10, 40] and left(1, 40, best=10) == [10, 40]
     assert left(2, 30) == [20, 30], "40 was broken: the run went on before it"
+
+
+def keeping_best(folder: Path, bests: dict[int, int]) -> dict[int, Path]:
+    """Checkpoints of steps that name the best one so far: {5: 5, 10: 5} are two, and the first is the best of both."""
+    return {
+        step: save_checkpoint(folder, step, fill, {"conditions": {}, "best": f"checkpoint-{best}"})
+        for step, best in bests.items()
+    }
+
+
+def test_a_checkpoint_without_the_best_weights_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A run from it would end with them. Of the best one the weights alone are needed."""
+    paths = keeping_best(tmp_path, {5: 5, 10: 10, 15: 10})
+    SPOILS["absent"](paths[10] / "optimizer.json")
+    assert newest_checkpoint(tmp_path) == paths[15] and not caplog.records
+    flip(paths[10] / "adapter_model.safetensors")
+    assert newest_checkpoint(tmp_path) == paths[5]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == (
+        f"{paths[10] / 'adapter_model.safetensors'} is damaged (the best weights up to checkpoint-15) (and 1 more); "
+        "going on from checkpoint-5"
+    )
+    shutil.rmtree(paths[5])
+    shutil.rmtree(paths[10])
+    with pytest.raises(CheckpointError) as error:
+        newest_checkpoint(tmp_path)
+    assert str(error.value) == (
+        f"{paths[10] / 'manifest.json'} is missing (the best weights up to checkpoint-15), and no older checkpoint is "
+        f"whole: copy the file again, or remove {tmp_path} to train from the start"
+    )
+
+
+def test_rotation_keeps_an_older_checkpoint_with_its_best_or_not_at_all(tmp_path: Path) -> None:
+    """Where the newest one is the best as well, and damaged later, a run goes on from one that is complete."""
+    for limit, left in ((2, [10, 40]), (3, [10, 30, 40]), (4, [10, 20, 30, 40])):
+        folder = tmp_path / str(limit)
+        paths = keeping_best(folder, {10: 10, 20: 10, 30: 10, 40: 40})
+        rotate(folder, paths[40], limit, paths[40])
+        assert [int(path.name[11:]) for path in all_checkpoints(folder)] == left
+        flip(paths[40] / FILES[0])
+        assert newest_checkpoint(folder) == paths[left[-2]]
 
 
 def test_leftovers_of_a_save_go_with_the_next_one(tmp_path: Path) -> None:

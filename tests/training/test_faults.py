@@ -1,6 +1,7 @@
 """Runs that go wrong: numbers that are none, memory, disks, loader workers that are gone, a second run, other data."""
 
 import errno
+import json
 import math
 import os
 import signal
@@ -11,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
-from tiny_models import write_tiny_model
+from tiny_models import write_photos, write_tiny_model
 
 import phi3v
 from phi3v.errors import ConfigError, TrainingError
@@ -331,3 +333,48 @@ def test_other_rows_or_another_base_are_refused_and_other_versions_listed(
     monkeypatch.setattr("phi3v.training.conditions.gather_versions", lambda: {"torch": "9.9"})
     assert phi3v.train(recipe).resumed_from == 2
     assert "going on from checkpoint-2 with torch 9.9 (" in caplog.text
+
+
+def test_other_photos_held_out_rows_or_files_of_the_base_are_refused(make: MakeRecipe, tmp_path: Path) -> None:
+    model, photos = write_tiny_model(tmp_path / "model"), tmp_path / "photos"
+    lines = write_photos(photos, 8).read_text().splitlines(keepends=True)
+    train, held_out = photos / "train.jsonl", photos / "held_out.jsonl"
+    train.write_text("".join(lines[:6]))
+    held_out.write_text("".join(lines[6:]))
+    recipe = make(
+        model=str(model),
+        data={"train": str(train), "validation": str(held_out)},
+        training={**STEPS, "max_steps": 3, "eval_strategy": "no"},
+        evaluation={"against": None},
+    )
+
+    def stop(event: TrainingEvent) -> None:
+        if (event.kind, event.step) == ("step", 3):
+            raise KeyboardInterrupt
+
+    def invert(photo: Path) -> None:
+        ImageOps.invert(Image.open(photo)).save(photo)
+
+    def set_value(key: str, value: Any, **options: Any) -> Callable[[Path], Any]:
+        return lambda file: file.write_text(json.dumps({**json.loads(file.read_text()), key: value}, **options))
+
+    with pytest.raises(KeyboardInterrupt):
+        phi3v.train(recipe, on_event=stop)
+    for file, change, words in (
+        (photos / "3.png", invert, "the photos of the training rows"),
+        (photos / "7.png", invert, "the validation rows or their photos"),
+        (held_out, lambda file: file.write_text(lines[6]), "the validation rows or their photos"),
+        (held_out, lambda file: file.write_text("".join(lines[:5:-1])), "the validation rows or their photos"),
+        (model / "config.json", set_value("rms_norm_eps", 0.1), "the values in config.json of the base model"),
+        (model / "preprocessor_config.json", set_value("image_mean", [0.1] * 3), "the values in preprocessor_config.j"),
+        (model / "preprocessor_config.json", set_value("num_crops", 4), "the values in preprocessor_config.json of"),
+        (model / "tokenizer_config.json", set_value("add_bos_token", False), "the values in tokenizer_config.json of"),
+    ):
+        before = file.read_bytes()
+        change(file)
+        with pytest.raises(ConfigError, match=f"^{words}.* are not those that checkpoint-2 was trained with: put them"):
+            phi3v.train(recipe)
+        file.write_bytes(before)
+        os.utime(file, (1, 1))  # when a file was written says nothing: a set may be copied
+    set_value("transformers_version", "9.9", indent=7, sort_keys=True)(model / "config.json")
+    assert phi3v.train(recipe).resumed_from == 2

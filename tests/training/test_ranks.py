@@ -124,14 +124,12 @@ def jobs_of(world: Path) -> dict[str, dict[str, Any]]:
 def more_jobs_of(world: Path) -> dict[str, dict[str, Any]]:
     """What they train beside that in the slow tests."""
     hard = {**DROPOUT, "training": {"logging_steps": 3}}
+    best = {"load_best_model_at_end": True, "greater_is_better": True}
     stream = {"train": str(world / "rows.json"), "streaming": True, "validation": str(world / "held_out.json")}
     return {
         "one_then_fsdp": {"recipe": values(world, cut_back(world, "one", "one_then_fsdp"), fsdp=True)},
-        "fsdp_best": {
-            "recipe": values(
-                world, "fsdp_best", fsdp=True, training={"load_best_model_at_end": True, "greater_is_better": True}
-            )
-        },
+        "fsdp_best": {"recipe": values(world, "fsdp_best", fsdp=True, training=best), "play": "stop at 2"},
+        "fsdp_best_gone_on": {"recipe": values(world, "fsdp_best", fsdp=True, training=best)},
         "fsdp_hard": {"recipe": values(world, "fsdp_hard", fsdp=True, held_out=False, **hard)},
         "fsdp_stopped": {
             "recipe": values(world, "fsdp_stopped", fsdp=True, held_out=False, **hard),
@@ -320,8 +318,9 @@ def test_a_signal_to_one_rank_stops_all_and_they_go_on_bit_for_bit(
 
 @pytest.mark.slow
 def test_the_best_weights_are_put_back_into_a_sharded_model(world: Path, more: dict[str, list[dict[str, Any]]]) -> None:
-    """By the largest loss the best are those of step 2, which the last ones are not."""
-    assert [told["status"] for told in more["fsdp_best"]] == ["trained", "trained"]
+    """By the largest loss the best are those of step 2, which the last ones are not; the run goes on from them too."""
+    assert [told["error"] for told in more["fsdp_best"]] == ["Interrupted: 15", "Interrupted: 15"]
+    assert [told["status"] for told in more["fsdp_best_gone_on"]] == ["resumed", "resumed"]
     saved = [load_file(world / "fsdp" / "checkpoints" / f"checkpoint-{step}" / ADAPTER_WEIGHTS) for step in (2, 4)]
     found = weights(world, "fsdp_best")
     assert all(torch.equal(found[name], tensor) for name, tensor in saved[0].items())

@@ -23,7 +23,16 @@ MakeRecipe = Callable[..., phi3v.Recipe]
         ({"fp16": True}, "training.fp16 is decided by model.dtype"),
         ({"optim": "adamw_foo"}, "^training.optim is 'adamw_foo', which is no choice: did you mean adamw_torch[?]$"),
         ({"lr_scheduler_type": "cosin"}, "training.lr_scheduler_type is 'cosin', .*: did you mean cosine?"),
-        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 1}}, "training: .*cycles"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 1}}, "^training.lr_scheduler_ty.*cycles"),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay"},
+            "^training.lr_scheduler_type=warmup_stable_decay with lr_scheduler_kwargs={}: .*'num_decay_steps'$",
+        ),
+        (
+            {"load_best_model_at_end": True, "save_strategy": "no"},
+            "^training.load_best_model_at_end requires .* but found Evaluation strategy: .*, Save strategy: .*$",
+        ),
+        ({"optim": "adamw_torch_npu_fused"}, "^training.optim=adamw_torch_npu_fused: .*torch_npu"),
         ({"device_map": "auto"}, "training.device_map is decided by torchrun, a process for each GPU"),
         ({"fsdp_config": {"version": 1}}, "training.fsdp_config.version is 1: ranks share a model by FSDP2"),
         ({"fsdp": True}, "training.fsdp shares a model among several processes"),
@@ -31,6 +40,14 @@ MakeRecipe = Callable[..., phi3v.Recipe]
         ({"logging_first_step": "no"}, "training.logging_first_step is 'no', allowed are true and false"),
         ({"gradient_checkpointing_kwargs": 1}, "training.gradient_checkpointing_kwargs is 1, allowed is a mapping"),
         ({"label_names": ["labels"]}, "training.label_names cannot be chosen"),
+        (
+            {"load_best_model_at_end": True, "metric_for_best_model": "exact_match"},
+            "^training.metric_for_best_model is 'exact_match', .* evaluation.during_training is 0: set",
+        ),
+        (
+            {"early_stopping": 2, "metric_for_best_model": "eval_f1"},
+            "^training.metric_for_best_model is 'eval_f1', allowed are eval_loss and, .* exact_match and similarity$",
+        ),
         (
             {"train_sampling_strategy": "group_by_length"},
             "^training.train_sampling_strategy is decided by training.seed",
@@ -40,7 +57,7 @@ MakeRecipe = Callable[..., phi3v.Recipe]
 def test_options_of_training_are_checked(make: MakeRecipe, options: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected) as error:
         phi3v.train(make(training=options))
-    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+    assert "\n" not in str(error.value) and len(str(error.value)) < 220
     assert not Path(make().output).exists()
 
 
@@ -63,16 +80,22 @@ def refusals(world: Path) -> list[tuple[dict[str, Any], type[Exception], str]]:
             "^lora.modules_to_save is 'lm_head', allowed is a list",
         ),
         ({"lora": {"init_lora_weights": "pissa_niter_4"}}, ConfigError, "^lora.init_lora_weights .* use pissa, which"),
+        ({"lora": {"layers_to_transform": [1, 7]}}, ConfigError, "^lora.layers_to_transform: 7 is no .* from 0 to 1$"),
         ({"data": {"train": str(world / "nothing.csv")}}, DataError, "nothing.csv"),
         ({"data": {"answer": "{shade}"}}, DataError, "column 'shade'"),
         ({"data": {"max_length": 5}}, DataError, "too_long|longest|tokens"),
+        (
+            {"training": {"load_best_model_at_end": True}},
+            ConfigError,
+            "^training.load_best_model_at_end needs held-out rows: set data.split or data.validation$",
+        ),
         ({"evaluation": {"numeric_fields": ["foo"]}}, ConfigError, "evaluation.numeric_fields names 'foo'"),
         ({"model": {"name": str(world / "nowhere")}}, CheckpointError, "nowhere"),
         ({"model": {"name": str(world / "model"), "device": "gpu"}}, ConfigError, "model.device 'gpu'"),
     ]
 
 
-@pytest.mark.parametrize("number", range(12))
+@pytest.mark.parametrize("number", range(14))
 def test_what_is_refused_leaves_no_folder(make: MakeRecipe, world: Path, number: int) -> None:
     sections, error, words = refusals(world)[number]
     recipe = make(**sections)

@@ -2,6 +2,8 @@
 
 import inspect
 import os
+import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -9,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from run_ends import HARD, assert_same_end, end_of
+from safetensors.torch import load_file
 from transformers import Trainer
 
 import phi3v
-from phi3v.errors import Interrupted
+from phi3v.errors import CheckpointError, Interrupted
 from phi3v.run_folder import RunFolder
+from phi3v.targets import ADAPTER_WEIGHTS
 from phi3v.training import checkpoints, durable_trainer
+from phi3v.training.callbacks import ProgressCallback, TrainingEvent
 from phi3v.training.checkpoints import newest_checkpoint
 from phi3v.training.step_trainer import StepTrainer
 from phi3v.training.stop_signals import StopSignals
@@ -84,6 +90,30 @@ def at_save(patch: pytest.MonkeyPatch, step: int, number: int) -> None:
     patch.setattr(checkpoints, "publish", spy)
 
 
+def at_score(patch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    """Sends a signal while the line of the evaluation behind a step is logged."""
+    original = RunFolder.append_metrics
+
+    def spy(self: Any, values: dict[str, Any]) -> None:
+        original(self, values)
+        if "eval_loss" in values and values["step"] == step:
+            send(number)
+
+    patch.setattr(RunFolder, "append_metrics", spy)
+
+
+def at_end(patch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    """Sends a signal when all steps are done, of which `step` is the last, and no weights are written yet."""
+    original = ProgressCallback.on_train_end
+
+    def spy(self: Any, args: Any, state: Any, *arguments: Any, **named: Any) -> None:
+        assert state.global_step == step
+        send(number)
+        original(self, args, state, *arguments, **named)
+
+    patch.setattr(ProgressCallback, "on_train_end", spy)
+
+
 STOPS: list[tuple[Callable[..., None], int, int, int]] = [
     (at_micro_batch, 2, signal.SIGTERM, 1),
     (at_evaluation, 2, signal.SIGINT, 2),
@@ -109,6 +139,85 @@ def test_a_run_that_is_stopped_anywhere_ends_as_an_undisturbed_one(
     assert phi3v.train(recipe).resumed_from == 6
     assert_same_end(end_of(recipe.output), undisturbed)
     assert not caplog.records
+
+
+LOSSES = {1: 5.0, 2: 3.0, 3: 2.0, 4: 4.0, 5: 5.0, 6: 6.0}
+"""Pretended validation losses by step: with a patience of 3 a run of eight steps ends at step 6, and of
+checkpoints at every second step that of step 2 is the best."""
+PATIENT: dict[str, Any] = {
+    **HARD,
+    "evaluation": {"rows": 1, "max_new_tokens": 2, "against": None},
+    "training": {**HARD["training"], "epochs": 4, "eval_steps": 1, "early_stopping": 3},
+}
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation losses are those of `LOSSES`."""
+    original = StepTrainer.evaluation_loop
+
+    def loop(self: Any, *arguments: Any, **named: Any) -> Any:
+        output = original(self, *arguments, **named)
+        output.metrics["eval_loss"] = LOSSES[self.state.global_step]
+        return output
+
+    monkeypatch.setattr(StepTrainer, "evaluation_loop", loop)
+
+
+@pytest.mark.usefixtures("pretended")
+def test_an_early_stop_is_the_same_one_however_often_a_run_is_stopped(make: MakeRecipe) -> None:
+    """Patience is counted across stops, and what has ended early stays ended until its weights are written. They are
+    those of the best checkpoint that an undisturbed run has too, wherever the run's folder lies by then.
+    """
+    undisturbed, recipe, moved, copy = (make(name, **PATIENT) for name in ("patient", "stopped", "moved", "copy"))
+    assert phi3v.train(undisturbed).steps == 6
+
+    def stop(run: phi3v.Recipe, place: Callable[..., None], step: int, saved: int) -> None:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+            place(patch, step, signal.SIGTERM)
+            phi3v.train(run)
+        newest = newest_checkpoint(RunFolder(run.output).checkpoints)
+        assert newest is not None and newest.name == f"checkpoint-{saved}", (place, step)
+
+    stop(recipe, at_evaluation, 2, 2)
+    stop(recipe, at_score, 3, 3)
+    stop(recipe, at_update, 5, 5)
+    shutil.copytree(recipe.output, copy.output)
+    shutil.move(recipe.output, moved.output)
+    stop(moved, at_end, 6, 6)
+    stop(copy, at_evaluation, 6, 6)
+    for run in (moved, copy):
+        result = phi3v.train(run)
+        assert (result.resumed_from, result.steps) == (6, 6)
+        assert_same_end(end_of(run.output), end_of(undisturbed.output))
+    best = load_file(RunFolder(moved.output).checkpoints / "checkpoint-2" / ADAPTER_WEIGHTS)
+    ended = load_file(RunFolder(moved.output).adapter / ADAPTER_WEIGHTS)
+    assert all(torch.equal(ended[name], weight) for name, weight in best.items())
+
+
+@pytest.mark.usefixtures("pretended")
+def test_best_weights_that_are_damaged_are_seen_before_a_step_is_done(make: MakeRecipe) -> None:
+    """And what the line says to do leads to the end of the undisturbed run."""
+    recipe, told = make("patient", **PATIENT), []
+    checkpoints = RunFolder(recipe.output).checkpoints
+    file = checkpoints / "checkpoint-2" / ADAPTER_WEIGHTS
+
+    def damage(event: TrainingEvent) -> None:
+        if event.kind == "step" and event.step == 6:
+            file.write_bytes(bytes(file.stat().st_size))
+
+    line = f"{file} is damaged (the best weights {{}}): copy the file again, or remove {checkpoints} to train from the"
+    with pytest.raises(CheckpointError, match=re.escape(line.format("of this run"))):
+        phi3v.train(recipe, on_event=damage)
+    line = line.format("up to checkpoint-6").replace(": copy", ", and no older checkpoint is whole: copy")
+    with pytest.raises(CheckpointError, match=re.escape(line)):
+        phi3v.train(recipe, on_event=lambda event: told.append(event.kind))
+    assert told == []
+    shutil.rmtree(checkpoints)
+    assert phi3v.train(recipe).resumed_from is None
+    best, ended = load_file(file), load_file(RunFolder(recipe.output).adapter / ADAPTER_WEIGHTS)
+    assert all(torch.equal(ended[name], weight) for name, weight in best.items())
+    assert [line["step"] for line in RunFolder(recipe.output).read_metrics() if "eval_loss" in line] == [*range(1, 7)]
 
 
 @pytest.mark.slow

@@ -215,6 +215,36 @@ def test_adapters_of_other_tools_load_and_go_on(make: MakeRecipe, world: Path, t
     assert weights_of(recipe).keys() == stored.keys()
 
 
+def test_adapters_that_lack_what_nobody_reads_load_and_go_on(make: MakeRecipe, world: Path, tmp_path: Path) -> None:
+    """Microsoft's docvqa script takes the last layer out of the tower before it puts LoRA there."""
+    folder = foreign_adapter(world, tmp_path / "foreign")
+    batch = {
+        "input_ids": torch.tensor([[1, *[754] * 313, 20, 21]]),
+        "pixel_values": torch.randn(1, 2, 3, 336, 336),
+        "image_sizes": torch.tensor([[336, 336]]),
+    }
+    whole = loading.load_target(folder, device="cpu").model(**batch).logits
+    file = folder / "adapter_model.safetensors"
+    stored = load_file(file)
+    last = {name for name in stored if "img_processor" in name and ".layers.2." in name}
+    assert len(last) == 2 * 6
+    read = {name: weight for name, weight in stored.items() if name not in last}
+    save_file(read, file)
+    found = loading.load_target(folder, device="cpu")
+    torch.testing.assert_close(found.model(**batch).logits, whole, rtol=0, atol=0)
+    recipe = make(
+        model={"name": str(world / "model"), "adapter": str(folder)},
+        vision={"tower": "lora", "projector": "lora"},
+        training=STEP,
+    )
+    trained = phi3v.train(recipe).trainable["vision tower"]["trainable"]
+    assert trained == sum(weight.numel() for name, weight in read.items() if "img_processor" in name)
+    for name in (min(read), next(name for name in read if "layers.1.mlp.fc1" in name)):
+        save_file({other: weight for other, weight in read.items() if other != name}, file)
+        with pytest.raises(CheckpointError, match=f"does not fit .*: {name} is missing in the file"):
+            loading.load_target(folder, device="cpu")
+
+
 OPTIMISERS = ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "rmsprop", "adagrad", "nadam", "lion_8bit"]
 
 

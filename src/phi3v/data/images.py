@@ -32,6 +32,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 from PIL import Image
@@ -55,6 +56,7 @@ WEB_ADDRESS = re.compile(r"(https?|ftp|s3|gs|hf):/", re.IGNORECASE)
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _ORIENTATION_TAG = 0x0112
 _READ_WHOLE = 2**20  # bytes of a file that are hashed in one piece
+_END = 1024  # bytes at each end of a file that are looked at; reading 12 takes as long
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -117,10 +119,13 @@ class ImageLook:
 
     Attributes:
         size: width and height of the upright image.
+        fingerprint: 64 bits that stand for the file: for all of it where it was hashed or decoded, else for its length
+            and the KiB at each of its ends, where a PNG has check sums of its pixels.
         digest: the SHA-256 of the whole file in hexadecimal digits; "" where nobody asked for it.
     """
 
     size: tuple[int, int]
+    fingerprint: int
     digest: str = ""
 
 
@@ -139,10 +144,13 @@ def look_at(image: ImageRef, *, max_pixels: int = MAX_PIXELS, digest: bool = Fal
     """
     with _opened(image, max_pixels) as (opened, file):
         orientation = _orientation(opened, file)
-        look = ImageLook(_upright_size(opened, orientation), _digest(file) if digest else "")
-        if _may_be_cut_off(file):
+        head, tail, length = _ends(file)
+        whole = _digest(file) if digest else ""
+        if _may_be_cut_off(head, tail, length):
             _decode(opened, file, orientation)
-        return look
+            whole = whole or _digest(file)
+        fingerprint = int(whole[:16], 16) if whole else crc32(head, length) << 32 | crc32(tail, length)
+        return ImageLook(_upright_size(opened, orientation), fingerprint, whole if digest else "")
 
 
 def begins_as_image(head: bytes) -> bool:
@@ -274,16 +282,20 @@ def _path_of(descriptor: int) -> str | None:
         return None
 
 
-def _may_be_cut_off(file: MeteredBytes | MeteredFile) -> bool:
-    """Whether a file does not end as a whole JPEG, PNG, GIF or WebP does, or its format has no end that tells."""
+def _ends(file: MeteredBytes | MeteredFile) -> tuple[bytes, bytes, int]:
+    """The first and the last KiB of a file, and its length; b"abc" -> (b"abc", b"abc", 3)."""
     file.seek(0)
-    head, size = file.read(12), file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - 12))
-    tail = file.read(12)
+    head, length = file.read(_END), file.seek(0, os.SEEK_END)
+    file.seek(max(0, length - _END))
+    return head, file.read(_END), length
+
+
+def _may_be_cut_off(head: bytes, tail: bytes, size: int) -> bool:
+    """Whether a file does not end as a whole JPEG, PNG, GIF or WebP does, or its format has no end that tells."""
     if head.startswith(b"\xff\xd8"):
         return not tail.endswith(b"\xff\xd9")
     if head.startswith(b"\x89PNG"):
-        return tail != b"\0\0\0\0IEND\xaeB`\x82"
+        return not tail.endswith(b"\0\0\0\0IEND\xaeB`\x82")
     if head.startswith(b"GIF8"):
         return not tail.endswith(b";")
     return head[:4] != b"RIFF" or int.from_bytes(head[4:8], "little") + 8 > size

@@ -84,7 +84,7 @@ class RecordSet:
         return replace(row, source=source, index=number)
 
     def row(self, number: int) -> Row:
-        """The row of a record, its images with the sizes that are known. Raises: UnusableRecord."""
+        """The row of a record, its images with what is known of them. Raises: UnusableRecord."""
         return self._made(self.table[number], number)
 
     def rows(self, numbers: Sequence[int]) -> Iterator[Row]:
@@ -92,10 +92,11 @@ class RecordSet:
         return map(self._made, self.table.__getitems__(list(numbers)), numbers)
 
     def _made(self, record: dict[str, Any], number: int) -> Row:
-        row, sizes = self.made(record, number), self.sizes.of(number)
-        if not sizes or len(sizes) != len(row.images):
+        row, seen = self.made(record, number), self.sizes.of(number)
+        if not seen or len(seen) != len(row.images):
             return row
-        images = (replace(image, size=size) for image, size in zip(row.images, sizes, strict=True))
+        both = zip(row.images, seen, strict=True)
+        images = (replace(image, size=size, fingerprint=fingerprint) for image, (size, fingerprint) in both)
         return replace(row, images=tuple(images))
 
     def waiting_for_downloads(self) -> "RecordSet":
@@ -267,8 +268,8 @@ def look_again(look: FirstLook, failures: Mapping[str, FetchFailure]) -> FirstLo
 
 
 def _keep_sizes(sizes: KnownSizes, number: int, looks: Looks) -> None:
-    """Keeps the sizes of a record all of whose images were looked at."""
-    found = [look.size for look in looks if look is not None]
+    """Keeps what was seen of a record all of whose images were looked at."""
+    found = [(look.size, look.fingerprint) for look in looks if look is not None]
     if found and len(found) == len(looks):
         sizes.add(number, found)
 

@@ -23,6 +23,8 @@ class ImageRef:
         confined: True refuses a path that leads out of `root`.
         url: the web address that the file was downloaded from; `path` is then the file in the image cache, None while
             it is not there.
+        size: width and height of the upright image, where it was looked at.
+        fingerprint: of the file, where it was looked at, see `images.ImageLook`.
     """
 
     path: str | None = None
@@ -31,6 +33,7 @@ class ImageRef:
     confined: bool = False
     url: str | None = None
     size: tuple[int, int] | None = field(default=None, compare=False, repr=False)
+    fingerprint: int | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,8 @@ class Engine:
         self.reason = _adapter_reason(model) or settings_reason(base.generation_config)
         unwanted = list(base.generation_config.suppress_tokens or [])
         image = self._config.image_token_id
-        self._suppressed = [*unwanted, image] if image is not None else unwanted
+        named = [*unwanted, image] if image is not None else unwanted
+        self._suppressed = torch.tensor(named, dtype=torch.long, device=model.device)
         self._stops = set(chat.processor.stop_token_ids)
         self._collate = CollateFeatures(Collator(chat.processor.tokenizer.pad_token_id))
         self._least_room = max(1, batch_size // 4)
@@ -235,10 +236,7 @@ class Engine:
 
     def _chosen(self, logits: torch.Tensor) -> list[int]:
         """The likeliest tokens of logits `[R, V]` that may be answered."""
-        scores = logits.float()
-        if self._suppressed:
-            scores = scores.index_fill(1, torch.tensor(self._suppressed, device=scores.device), -math.inf)
-        return scores.argmax(-1).tolist()
+        return logits.float().index_fill(1, self._suppressed, -math.inf).argmax(-1).tolist()
 
     def _by_generate(self, group: Sequence[tuple[int, Mapping[str, Any]]]) -> Iterator[tuple[int, Answered]]:
         """One batch through the model's own `generate`, and once more for the loss where there is one to have."""

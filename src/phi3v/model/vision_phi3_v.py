@@ -94,6 +94,21 @@ class Phi3VVisionTransformer(CLIPPreTrainedModel):
         return hidden_states[:, 1:]
 
 
+def unread_parts(model: nn.Module) -> tuple[str, ...]:
+    """How names begin of the tower's weights that no output depends on: post_layernorm, and the layers behind the one
+    that is read.
+
+    Example: of a base whose tower has three layers and is read behind the second, below "model.vision_embed_tokens.":
+    ("img_processor.vision_model.post_layernorm.", "img_processor.vision_model.encoder.layers.2.").
+    """
+    unread: list[str] = []
+    for prefix, module in model.named_modules():
+        if isinstance(module, Phi3VVisionTransformer):
+            behind = range(module.layers_read, len(module.encoder.layers))
+            unread += [f"{prefix}.post_layernorm.", *(f"{prefix}.encoder.layers.{index}." for index in behind)]
+    return tuple(unread)
+
+
 class Phi3VImageProcessorTower(nn.Module):
     """Holder that gives the tower its path in the checkpoints, `img_processor.vision_model`."""
 

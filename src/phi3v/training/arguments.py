@@ -6,6 +6,7 @@ through by its own name, after a check that TrainingArguments has it. Nothing is
 
 import contextlib
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import fields
@@ -19,6 +20,7 @@ from phi3v.errors import ConfigError
 from phi3v.passthrough import check_names, first_line
 from phi3v.recipe import CHECKPOINTING, Recipe
 from phi3v.run_folder import RunFolder
+from phi3v.training.sample_answers import scored_by
 
 _DECIDED_ELSEWHERE = {
     "bf16": "model.dtype",
@@ -41,6 +43,7 @@ _DECIDED_ELSEWHERE = {
 _NOT_SHARDED = {"version": 1, "cpu_ram_efficient_loading": True}
 _CHOICES = {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}
 _KWARGS = tuple(f"{name}_kwargs" for name in CHECKPOINTING)
+_FLAG = re.compile(r"--(?=[a-z])")  # how transformers writes an option, as if it came from a command line
 _FIXED = {"remove_unused_columns", "label_names", "prediction_loss_only", "disable_tqdm", "do_train", "do_eval"}
 
 
@@ -69,8 +72,7 @@ def training_arguments(
     training = recipe.training
     check_options(training.options)
     options = _today(deepcopy(training.options))  # TrainingArguments fills up what it is given
-    if training.early_stopping is not None and not validated:
-        raise ConfigError("training.early_stopping needs held-out rows: set data.split or data.validation")
+    _check_best(recipe, validated)
     transfer = {"non_blocking": device.type == "cuda"}  # from pinned memory, while the device computes
     transfer |= {"dispatch_batches": False} if recipe.data.streaming else {}
     defaults: dict[str, Any] = {
@@ -107,6 +109,7 @@ def training_arguments(
     }
     with library_errors():
         arguments = TrainingArguments(**{**defaults, **options, **computed})
+    _check_schedule(arguments)
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs in one process would be torch's DataParallel
     return arguments
 
@@ -168,6 +171,30 @@ def check_options(options: dict[str, Any]) -> None:
             _check_plain(option.name, options[option.name], option.default)
 
 
+def _check_best(recipe: Recipe, validated: bool) -> None:
+    """Refuses a choice of the best weights by what no validation of this run gives."""
+    options = recipe.training.options
+    metric = options.get("metric_for_best_model")
+    wishes = {
+        "early_stopping": recipe.training.early_stopping,
+        "load_best_model_at_end": options.get("load_best_model_at_end"),
+        "metric_for_best_model": metric,
+        "save_strategy: best": options.get("save_strategy") == "best",
+    }
+    if not validated and any(wishes.values()):
+        name = next(name for name, wished in wishes.items() if wished)
+        raise ConfigError(f"training.{name} needs held-out rows: set data.split or data.validation")
+    score, scores = str(metric or "loss").removeprefix("eval_"), scored_by(recipe)
+    if score not in ("loss", *scores):
+        allowed = f"eval_loss and, with evaluation.during_training, {' and '.join(scores)}"
+        raise ConfigError(f"training.metric_for_best_model is {metric!r}, allowed are {allowed}")
+    if score in scores and not recipe.evaluation.during_training:
+        raise ConfigError(
+            f"training.metric_for_best_model is {metric!r}, a score of answers, and evaluation.during_training is 0: "
+            "set that to a number of held-out rows, or take eval_loss"
+        )
+
+
 def checkpointing(options: Mapping[str, Any]) -> str | None:
     """Under which of its two names `training` has activations computed twice; None where it does not.
 
@@ -209,7 +236,7 @@ def _check_plain(name: str, value: Any, default: Any) -> None:
 
 
 def check_optimiser(arguments: TrainingArguments, model: Any) -> None:
-    """Refuses an optimiser or a schedule that cannot be made here, before a training is set up for it.
+    """Refuses an optimiser that cannot be made here, before a training is set up for it.
 
     Args:
         arguments: what `training_arguments` gave.
@@ -218,22 +245,33 @@ def check_optimiser(arguments: TrainingArguments, model: Any) -> None:
     Raises:
         ConfigError: a package is not installed, or an argument of theirs is wrong.
     """
-    with library_errors():
+    with library_errors(f"training.optim={OptimizerNames(arguments.optim).value}"):
         Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+
+
+def _check_schedule(arguments: TrainingArguments) -> None:
+    """Refuses a schedule whose arguments are wrong or missing."""
+    kwargs = dict(arguments.lr_scheduler_kwargs or {})
+    name = SchedulerType(arguments.lr_scheduler_type).value
+    with library_errors(f"training.lr_scheduler_type={name} with lr_scheduler_kwargs={kwargs}"):
         idle = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=arguments.learning_rate)
         get_scheduler(
             arguments.lr_scheduler_type,
             optimizer=idle,
             num_warmup_steps=1,
             num_training_steps=2,
-            scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
+            scheduler_specific_kwargs=kwargs,
         )
 
 
 @contextlib.contextmanager
-def library_errors() -> Iterator[None]:
-    """Turns what transformers says of options into one line that names the section."""
+def library_errors(where: str = "training") -> Iterator[None]:
+    """Turns what transformers says of options into one line that names the section, or the keys that it is about.
+
+    Example: "--tf32 requires Ampere" -> "training.tf32 requires Ampere".
+    """
     try:
         yield
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise ConfigError(f"training: {first_line(error)}") from error
+        line = _FLAG.sub("training.", first_line(error))
+        raise ConfigError(line if line.startswith("training.") else f"{where}: {line}") from error

@@ -6,7 +6,8 @@
       rank-0.safetensors, rank-0.json                  what each process has for itself: random states, running sums
       trainer_state.json                               steps done, what was logged
       manifest.json                                    written last: step, conditions, size and SHA-256 of each file,
-                                                       and of itself
+                                                       and of itself; the name of the checkpoint with the best weights
+                                                       where the run ends with those
 
 A checkpoint is filled in `.checkpoint-50.tmp` beside it; its files, the manifest and the folder are seen onto the disk
 before one rename makes it a checkpoint. Several ranks fill one folder with files of names of their own: the first one
@@ -32,6 +33,8 @@ STATE = "trainer_state.json"
 FORMAT = 1
 _PLAIN = {".safetensors", ".json", ".jinja", ".txt"}
 """What files of a checkpoint may end in."""
+_WEIGHTS = ("adapter_", "model")
+"""What the names of a checkpoint's weights, and of what belongs to them, begin with."""
 _log = logging.getLogger(__name__)
 
 
@@ -94,7 +97,8 @@ def publish(staging: Path, facts: dict[str, Any]) -> Path:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are what its manifest says; None where there is none at all.
+    """The newest checkpoint whose files are what its manifest says, with the best weights where it names them; None
+    where there is none at all.
 
     Example: of `checkpoint-50` and `checkpoint-100`, in which one bit is another, it is `checkpoint-50`, with a warning
     that names the file.
@@ -104,7 +108,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """
     faults: list[str] = []
     for path in reversed(all_checkpoints(folder)):
-        fault = find_fault(path)
+        fault = find_fault(path) or _fault_of_best(path)
         if fault is None:
             if faults:
                 more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
@@ -130,8 +134,9 @@ def checkpoint_step(path: Path) -> int:
     return int(path.name.removeprefix("checkpoint-"))
 
 
-def find_fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, as half a line that begins with the file; None for a whole one.
+def find_fault(path: Path, *, weights: bool = False) -> str | None:
+    """What is wrong with a checkpoint, or with its `weights` alone, as half a line that begins with the file; None for
+    a whole one.
 
     Every byte is read. Example: "runs/shop/checkpoints/checkpoint-50/optimizer.safetensors is damaged".
     """
@@ -141,6 +146,8 @@ def find_fault(path: Path) -> str | None:
         return str(error)
     for name, facts in manifest["files"].items():
         file = path / name
+        if weights and not name.startswith(_WEIGHTS):
+            continue
         try:
             if not file.is_file():
                 return f"{file} is missing"
@@ -151,6 +158,21 @@ def find_fault(path: Path) -> str | None:
         except OSError as error:
             return f"{file} cannot be read ({error.strerror or error})"
     return None
+
+
+def _fault_of_best(path: Path) -> str | None:
+    """What is wrong with the best weights up to a checkpoint, which a run from there may end with."""
+    best = _best_of(path)
+    fault = find_fault(path.with_name(best), weights=True) if best else None
+    return f"{fault} (the best weights up to {path.name})" if fault else None
+
+
+def _best_of(path: Path) -> str | None:
+    """The checkpoint with the best weights up to one, by its name; None where none is named, or nothing can be read."""
+    try:
+        return read_manifest(path).get("best")
+    except CheckpointError:
+        return None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -179,16 +201,18 @@ def logged_lines(path: Path) -> int:
 def rotate(folder: Path, newest: Path, limit: int | None, best: Path | None) -> None:
     """Removes checkpoints beyond `limit`: the oldest first, those behind `newest` among them, which were broken.
 
-    `newest` was just written and is whole, so one whole checkpoint is there at any moment. Example: limit 2 and best
-    `checkpoint-10` keep of 10, 20, 30 and 40 (the newest) 10 and 40.
+    `newest` was just written and is whole, so one whole checkpoint is there at any moment. An older one stays with what
+    it names as the best, or not at all. Example: limit 2 and best `checkpoint-10` keep of 10, 20, 30 and 40 (the
+    newest) 10 and 40.
     """
     if not limit or limit < 0:
         return
     kept = {newest.name, *([best.name] if best is not None else [])}
     older = [path for path in all_checkpoints(folder) if checkpoint_step(path) < checkpoint_step(newest)]
     for path in reversed(older):
-        if len(kept) < limit:
-            kept.add(path.name)
+        more = kept | {path.name, _best_of(path) or path.name}
+        if len(more) <= limit:
+            kept = more
     for path in all_checkpoints(folder):
         if path.name not in kept:
             _remove(path)

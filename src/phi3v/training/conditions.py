@@ -1,40 +1,63 @@
-"""What a run was trained under so far: its rows, its base, and what it ran on.
+"""What a run was trained under so far: its rows and photos, its base, and what it ran on.
 
 In come rows and a model, out come short names for them that a checkpoint keeps; a run that goes on compares them. Other
-rows or another base are refused: steps done would no longer be steps of this run. Other versions and devices compute a
-little differently and are listed. The recipe itself is compared in `run_folder`.
+rows, photos or another base are refused: steps done would no longer be steps of this run. Other versions and devices
+compute a little differently and are listed. The recipe itself is compared in `run_folder`.
 """
 
+import hashlib
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from phi3v.checkpoint_files import PROCESSOR_FILES
 from phi3v.data.sources import LoadedData, StreamedData
 from phi3v.errors import ConfigError
-from phi3v.fingerprints import name_rows
+from phi3v.fingerprints import name_photos, name_rows
+from phi3v.recipe import ModelSection
 from phi3v.run_folder import gather_versions
+from phi3v.targets import read_json
 from phi3v.training.checkpoints import read_manifest
+from phi3v.weight_files import find_file
 
-_REFUSED = {"rows": "the training rows", "base": "the weights of the base model"}
+_BASE_FILES = ("config.json", *PROCESSOR_FILES)
+_REFUSED = {
+    "rows": "the training rows",
+    "photos": "the photos of the training rows",
+    "held_out": "the validation rows or their photos",
+    "base": "the weights of the base model",
+    **{file: f"the values in {file} of the base model" for file in _BASE_FILES},
+}
+_NOTES = ("_name_or_path", "auto_map", "transformers_version")
+"""Values of such files that change nothing."""
 _log = logging.getLogger(__name__)
 
 
-def conditions_of(data: LoadedData | StreamedData, base: str, device: torch.device, dtype: torch.dtype) -> dict:
+def conditions_of(
+    data: LoadedData | StreamedData, model: ModelSection, base: str, device: torch.device, dtype: torch.dtype
+) -> dict:
     """What a checkpoint keeps, by name.
 
     Args:
-        data: the run's rows; those of a stream are not known.
+        data: the run's rows; training rows of a stream are not known.
+        model: whose name and revision, for the small files of the base.
         base: what `name_weights` gave for the model as it was loaded.
         device: what trains.
         dtype: what it computes in.
-    Example: {"rows": "9f2c...", "base": "77ab...", "device": "cpu", "dtype": "float32", "torch": "2.13.0+cpu", ...}.
+    Example: {"config.json": "1c9b...", ..., "base": "77ab...", "rows": "9f2c...", "photos": "08d1...",
+    "held_out": "5e00...", "device": "cpu", "dtype": "float32", "torch": "2.13.0+cpu", ...}.
     """
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    train, held_out = data.train if isinstance(data, LoadedData) else None, data.validation or []
     return {
-        "rows": name_rows(data.train, getattr(data, "lengths", [])) if isinstance(data, LoadedData) else None,
+        **name_files(model.name, model.revision),  # first, as rows have other lengths under other values
         "base": base,
+        "rows": None if train is None else name_rows(train, getattr(data, "lengths", [])),
+        "photos": None if train is None else name_photos(train),
+        "held_out": name_rows(held_out) + name_photos(held_out),
         "device": where,
         "dtype": str(dtype).removeprefix("torch."),
         **{name: version for name, version in gather_versions().items() if name != "platform"},
@@ -60,7 +83,7 @@ def facts_of(checkpoint: Path | None, now: dict[str, Any], ranks: int = 1) -> di
 def compare(then: dict[str, Any], now: dict[str, Any], where: str) -> None:
     """Compares the conditions of a checkpoint with those of today; what differs is one warning.
 
-    Raises: ConfigError for other rows or another base.
+    Raises: ConfigError for other rows, photos or another base.
     """
     changed = [name for name in now if name in then and then[name] != now[name]]
     for name in changed:
@@ -74,3 +97,15 @@ def compare(then: dict[str, Any], now: dict[str, Any], where: str) -> None:
         _log.warning(
             "going on from %s with %s: the run will not end bit for bit as one without the change", where, told
         )
+
+
+def name_files(base: str, revision: str | None) -> dict[str, str | None]:
+    """Names for what stands in a base's small files, however it is written there: {"config.json": "1c9b...", ...}."""
+    places = {file: find_file(base, file, revision) for file in _BASE_FILES}
+    return {file: None if place is None else _name_values(read_json(place)) for file, place in places.items()}
+
+
+def _name_values(values: dict[str, Any]) -> str:
+    """A name for the values of a file, notes aside."""
+    told = {key: value for key, value in values.items() if key not in _NOTES}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]

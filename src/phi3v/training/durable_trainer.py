@@ -13,7 +13,7 @@ Tested with transformers 5.23.0. The methods without a public name that are repl
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from transformers.trainer_utils import IntervalStrategy
 from phi3v.errors import CheckpointError, Interrupted
 from phi3v.ranks import ALONE, Ranks
 from phi3v.targets import ADAPTER_WEIGHTS
-from phi3v.training.checkpoints import STATE, checkpoint_step, find_fault, rotate, save_checkpoint
+from phi3v.training.checkpoints import STATE, checkpoint_step, find_fault, read_manifest, rotate, save_checkpoint
 from phi3v.training.shards import is_sharded, load_shards, sharded_as, whole, whole_weights
 from phi3v.training.state_files import random_states, read_state, set_random_states, write_state
 from phi3v.training.stop_signals import StopSignals
@@ -120,30 +120,36 @@ class DurableTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint of the step that was just done."""
         self.remember()
+        self._note_best()
         if not self._is_saved():
             self._write()
-        self._note_best()
 
     def _write(self) -> None:
         """Writes the checkpoint of the last whole step and removes those that are too many."""
         assert self.optimizer is not None
         self.store_flos()
-        self._note_best(this=True)
         folder = Path(self.args.output_dir)
         weights, optimizer = self.whole_weights(), whole(self.optimizer.state_dict())
         fill = partial(self._fill, weights=weights, optimizer=optimizer)
-        self.saved = saved = save_checkpoint(folder, self.state.global_step, fill, self.facts, self.ranks)
+        best = Path(self.state.best_model_checkpoint) if self.state.best_model_checkpoint else None
+        facts = {**self.facts, "best": best.name} if best and self.args.load_best_model_at_end else self.facts
+        self.saved = saved = save_checkpoint(folder, self.state.global_step, fill, facts, self.ranks)
         if self.args.push_to_hub and self.ranks.first:
             self._push_from_checkpoint(str(self.saved))
-        best = self.state.best_model_checkpoint
-        self.ranks.alone(lambda: rotate(folder, saved, self.args.save_total_limit, Path(best) if best else None))
+        self.ranks.alone(lambda: rotate(folder, saved, self.args.save_total_limit, best))
 
-    def _note_best(self, this: bool = False) -> None:
-        """Notes the checkpoint of the best step, `this` one included which is about to be written."""
+    def _note_best(self) -> None:
+        """Notes the best step's checkpoint, which is the one that is due now where it is to be loaded at the end. One
+        that is there because the run was stopped never is: an undisturbed run would not have it.
+        """
         step = self.state.best_global_step
-        best = Path(self.args.output_dir) / f"checkpoint-{step}"
-        if step and (best.is_dir() or (this and step == self.state.global_step)):
-            self.state.best_model_checkpoint = str(best)
+        best = self._path_of(f"checkpoint-{step}")
+        if step and (step == self.state.global_step or (not self.args.load_best_model_at_end and Path(best).is_dir())):
+            self.state.best_model_checkpoint = best
+
+    def _path_of(self, checkpoint: str) -> str:
+        """Where a checkpoint of this run lies, by its name."""
+        return str(Path(self.args.output_dir) / checkpoint)
 
     def _fill(self, folder: Path, weights: dict | None, optimizer: Any) -> None:
         """Writes the files of a checkpoint, the manifest aside: all of the first rank, of others what is theirs."""
@@ -167,7 +173,8 @@ class DurableTrainer(Trainer):
                 held.append(one.state())
             else:
                 self.state.stateful_callbacks[type(one).__name__] = one.state()
-        self.state.save_to_json(str(folder / STATE))
+        state = replace(self.state, best_model_checkpoint=None)  # a path, in a run that may be moved: see the manifest
+        state.save_to_json(str(folder / STATE))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """What the Trainer calls to save weights."""
@@ -207,7 +214,7 @@ class DurableTrainer(Trainer):
         """The weights of a checkpoint, from safetensors alone."""
         folder = Path(resume_from_checkpoint)
         if is_sharded(self.model):
-            if folder != self._resumed:  # which was loaded before they were sharded
+            if model is None:  # else the Trainer's call behind its sharding, before which `train` has loaded it
                 load_shards(self.model, folder)
             return
         if (folder / ADAPTER_WEIGHTS).is_file():
@@ -225,9 +232,10 @@ class DurableTrainer(Trainer):
     def _load_best_model(self) -> None:
         """The weights of the best checkpoint, at the end of a training."""
         best = Path(self.state.best_model_checkpoint or "")
-        fault = find_fault(best)
+        fault = find_fault(best, weights=True)
         if fault is not None:
-            raise CheckpointError(f"{fault}, of the best checkpoint: set training.load_best_model_at_end to false")
+            way_out = f"copy the file again, or remove {best.parent} to train from the start"
+            raise CheckpointError(f"{fault} (the best weights of this run): {way_out}")
         self._load_from_checkpoint(str(best))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -254,33 +262,59 @@ class DurableTrainer(Trainer):
         return read_state(checkpoint, name) if (checkpoint / f"{name}.json").is_file() else None
 
     def begin(self) -> None:
-        """Before the first step: goes on with the sums of the loss, and makes up for an evaluation that was cut off."""
+        """Before the first step: goes on with the sums of the loss and with what callbacks had counted and decided, and
+        makes up for an evaluation that was cut off.
+        """
         if self._resumed is None:
             return
+        self._take_up_callbacks()
+        if best := read_manifest(self._resumed).get("best"):
+            self.state.best_model_checkpoint = self._path_of(best)
         kept = self._own_state(self._resumed) or read_state(self._resumed, "rank-0")  # sums are the same on all ranks
         self._tr_loss += kept["loss"].to(self._tr_loss.device)
         self._globalstep_last_logged, self._total_loss_scalar = kept["logged"], kept["total_loss"]
         if self._owes_evaluation():
             self.control.should_evaluate = True
+            self.control.should_save = self._is_due(self.args.save_strategy, self.state.save_steps)
             nothing = dict.fromkeys(("grad_norm", "trial", "ignore_keys_for_eval"))
             self._maybe_log_save_evaluate(
                 self._tr_loss, model=self.model, epoch=self.state.epoch, start_time=0.0, **nothing
             )
+
+    def _take_up_callbacks(self) -> None:
+        """What callbacks had counted, early stopping its validations without a better score, and whether one of them
+        has ended the run; what the Trainer itself can restore would also save and log again.
+        """
+        held = self.state.stateful_callbacks
+        for one in self.callback_handler.callbacks:
+            if isinstance(one, ExportableState) and isinstance(state := held.get(type(one).__name__), dict):
+                vars(one).update(state["attributes"])
+        control = held.get(type(self.control).__name__, {}).get("args", {})
+        self.control.should_training_stop = control.get("should_training_stop", False)
 
     def _owes_evaluation(self) -> bool:
         """Whether the step of the checkpoint is one that is evaluated after, and was not."""
         state, args = self.state, self.args
         if any("eval_loss" in line for line in state.log_history if line["step"] == state.global_step):
             return False
-        if args.eval_strategy == IntervalStrategy.STEPS:
-            due = state.global_step % state.eval_steps == 0 or state.global_step >= state.max_steps
-            return due and state.global_step >= args.eval_delay
-        ended = state.epoch == int(state.epoch) or state.global_step >= state.max_steps
-        return args.eval_strategy == IntervalStrategy.EPOCH and ended and state.epoch >= args.eval_delay
+        done = state.global_step if args.eval_strategy == IntervalStrategy.STEPS else state.epoch
+        return self._is_due(args.eval_strategy, state.eval_steps) and done >= args.eval_delay
+
+    def _is_due(self, strategy: str, every: int) -> bool:
+        """Whether something that is done at "steps" or behind an "epoch" is so at this step; at the last one both are.
+
+        Example: steps of 2 -> at steps 2 and 4, and at step 5 of 5.
+        """
+        state = self.state
+        at_steps = every > 0 and state.global_step % every == 0
+        whole = at_steps if strategy == "steps" else state.epoch == int(state.epoch)
+        return strategy in ("steps", "epoch") and (whole or state.global_step >= state.max_steps)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """One epoch; nothing where all steps are done, of which the Trainer would do one more in a begun epoch."""
-        if self.state.global_step >= self.state.max_steps:
+        """One epoch; nothing where all steps are done, of which the Trainer would do one more in a begun epoch,
+        and where a callback has ended the run before.
+        """
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)

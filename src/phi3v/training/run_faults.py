@@ -30,7 +30,9 @@ def one_line_faults(trainer: StepTrainer, folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, EOFError) as error:
+        if trainer.args.dataloader_num_workers and isinstance(error, (EOFError, ConnectionError)):
+            raise _of_a_worker(trainer, error) from error  # it ended while it handed a sample over
         if not is_full(error):
             raise
         line = f"the disk of {folder} is full ({first_line(error)}): free space there"
@@ -49,19 +51,25 @@ def one_line_faults(trainer: StepTrainer, folder: Path) -> Iterator[None]:
                 f"another rank is gone at step {step} ({first_line(error)}); {_again(trainer.saved)}"
             ) from error
         elif "DataLoader worker" in str(error) and not str(error).startswith("Caught"):
-            stuck = trainer.workers.killed or trainer.eval_workers.killed
-            what = (
-                "gave no sample any more and was ended" if stuck else "was ended from outside, for its memory perhaps"
-            )
-            line = (
-                f"a loader worker {what} before step {step} ({first_line(error)}): see training.dataloader_num_workers"
-            )
+            raise _of_a_worker(trainer, error) from error
         else:
             raise
-        saved = (
-            trainer.saved if trainer.ranks.several else trainer.save_last_step()
-        )  # ranks save together or not at all
-        raise TrainingError(f"{line}; {_again(saved)}") from error
+        raise TrainingError(f"{line}; {_again(_save(trainer))}") from error
+
+
+def _of_a_worker(trainer: StepTrainer, error: Exception) -> TrainingError:
+    """What is said of a loader worker that is gone."""
+    stuck = trainer.workers.killed or trainer.eval_workers.killed
+    what = "gave no sample any more and was ended" if stuck else "was ended from outside, for its memory perhaps"
+    told = f"before step {trainer.state.global_step + 1} ({first_line(error)})"
+    return TrainingError(
+        f"a loader worker {what} {told}: see training.dataloader_num_workers; {_again(_save(trainer))}"
+    )
+
+
+def _save(trainer: StepTrainer) -> Path | None:
+    """The newest checkpoint, of the last step where this process may save alone: ranks save together or not at all."""
+    return trainer.saved if trainer.ranks.several else trainer.save_last_step()
 
 
 def is_of_ranks(error: RuntimeError) -> bool:

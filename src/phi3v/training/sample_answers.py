@@ -15,10 +15,15 @@ from phi3v.data.schema import Row
 from phi3v.evaluation.answers import answer_rows
 from phi3v.evaluation.fields import AnswerTemplate
 from phi3v.evaluation.intervals import mean
-from phi3v.evaluation.kinds import choose_scoring
+from phi3v.evaluation.kinds import ALWAYS, choose_scoring
 from phi3v.evaluation.row_scores import score_rows
 from phi3v.evaluation.run import answer_options
 from phi3v.recipe import Recipe
+
+
+def scored_by(recipe: Recipe) -> list[str]:
+    """What answers are scored by at each validation: ["exact_match", "similarity"] and the recipe's metrics."""
+    return list(dict.fromkeys([*ALWAYS, *(recipe.evaluation.metrics or [])]))
 
 
 @dataclass(frozen=True)

@@ -391,4 +391,6 @@ class StepTrainer(DurableTrainer):
             prefix = name.removesuffix("loss")
             scores = self.answer(self.accelerator.unwrap_model(self.model), self.state.global_step)
             output.metrics.update({f"{prefix}{key}": value for key, value in scores.items()})
+        if self.is_in_train:
+            self.signals.hold()  # its line, what callbacks count of it and which step is the best belong together
         return output

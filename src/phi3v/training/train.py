@@ -204,7 +204,8 @@ def _tune(
         check_base(model, recipe)
         _refuse_idle_training(report := trainable_report(model))
         written = fast_lora_state(model)  # of a layer that is compiled no other reason is known
-        conditions = conditions_of(data, prepared.base, device, resolve_dtype(recipe.model.dtype, device))
+        dtype = resolve_dtype(recipe.model.dtype, device)
+        conditions = conditions_of(data, recipe.model, prepared.base, device, dtype)
         facts = facts_of(checkpoint, conditions, ranks.count)
         validated, autocast = bool(data.validation), prepared.autocast
         arguments = training_arguments(
