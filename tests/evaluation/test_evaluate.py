@@ -92,7 +92,8 @@ def test_a_run_gets_its_files(world, evaluation):
     assert run.read_evaluation() == json.loads(json.dumps(evaluation.to_dict()))
     assert run.read_predictions() == evaluation.predictions
     html = run.report.read_text(encoding="utf-8")
-    assert html.count("<img") == 3 and "projector" in html and "<svg" in html
+    assert run.prediction_table.read_bytes()[:4] == b"PAR1"
+    assert html.count("<img") == 3 + 4 and "projector" in html and "<svg" in html
     assert evaluation.base == str(world / "model") and evaluation.data.endswith("rows.jsonl (split)")
     assert evaluation.tuned.rows == HELD_OUT == len(evaluation.predictions)
 

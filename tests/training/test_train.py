@@ -265,7 +265,7 @@ def test_another_evaluation_is_made_without_training_again(make: MakeRecipe, mon
     monkeypatch.setattr(training, "_tune", lambda *args: pytest.fail("trained again"))
     shown = recipe.with_overrides(["report.samples=1"])
     phi3v.train(shown)
-    assert run.report.read_text().count("<img") == 1 and run.evaluation.read_bytes() == first
+    assert run.report.read_text().count('class="sample"') == 1 and run.evaluation.read_bytes() == first
     again = shown.with_overrides(["evaluation.rows=3"])
     assert phi3v.train(again).status == "finished"
     assert run.read_evaluation()["rows"] == 3 == len(run.read_predictions())

@@ -107,6 +107,7 @@ def fingerprints(run: RunFolder, rows: Sequence[Row]) -> dict[str, str]:
     named = {
         "held-out rows": name_rows(rows) if rows else None,
         "training rows": conditions.get("rows"),
+        "their photos": conditions.get("photos"),
         "weights of the base": conditions.get("base"),
         "recipe.yaml": hashlib.sha256(run.recipe.read_bytes()).hexdigest()[:32],
         "trained on": conditions.get("device"),
