@@ -88,7 +88,7 @@ def main() -> None:
         "each": seconds,
         "trials_by_the_clock": clock,
     }
-    write(options.out.with_suffix(".json"), result)
+    write(result, options.out)
     told = {name: round(value, 1) for name, value in result["processor_seconds"].items()}
     print(f"{len(rates)} runs and {len(rates)} trials, processor seconds: {told}")
 
