@@ -27,11 +27,11 @@ class GoldenSet:
         self.inputs = load_file(folder / "case_inputs.safetensors")
         self.outputs = load_file(folder / "case_outputs.safetensors")
 
-    def config(self, name: str, **changes) -> Phi3VConfig:
-        """Configuration of the tiny model `name`, its vision tower included."""
+    def config(self, name: str, attn: str | None = None, **changes) -> Phi3VConfig:
+        """Configuration of the tiny model `name`, its vision tower included; a file's word on attention is not heard."""
         fields = json.loads((self.folder / "models" / name / "config.json").read_text())
         fields["vision_config"] = json.loads((self.folder / "models" / name / "vision_config.json").read_text())
-        return Phi3VConfig.from_dict({**fields, **changes})
+        return Phi3VConfig.from_dict({**fields, **changes}, **({} if attn is None else {"attn_implementation": attn}))
 
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         """The file's tensors in Microsoft's names, bfloat16."""
@@ -40,7 +40,7 @@ class GoldenSet:
 
     def model(self, name: str, attn: str = "sdpa", **changes) -> Phi3VForCausalLM:
         """A fresh float32 model in eval mode; `changes` are fields of its configuration."""
-        model = Phi3VForCausalLM(self.config(name, attn_implementation=attn, **changes)).eval()
+        model = Phi3VForCausalLM(self.config(name, attn, **changes)).eval()
         model.load_state_dict({key: value.float() for key, value in self.weights(name).items()}, strict=True)
         return model
 

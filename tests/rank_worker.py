@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 import phi3v
 from phi3v.errors import Interrupted, Phi3VError
-from phi3v.evaluation import report
+from phi3v.evaluation import report_curves
 from phi3v.training.step_trainer import StepTrainer
 
 LAST = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
@@ -76,7 +76,7 @@ def done(job: dict[str, Any]) -> dict[str, Any]:
         PLAYS.get(job.get("play", ""), lambda patch: None)(patch)
         patch.setattr(StepTrainer, "training_step", spy)
         patch.setattr(
-            report, "_draw_curve", lambda *args, **options: b"<svg></svg>"
+            report_curves, "_draw", lambda *args, **options: b"<svg></svg>"
         )  # as in tests/training/conftest.py
         try:
             recipe = phi3v.Recipe.from_dict(job["recipe"])

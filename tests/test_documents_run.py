@@ -37,7 +37,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = block("README.md", "yaml", "products/products.csv")
     assert MODEL in text
     text = text.replace(MODEL, f"model: {folder / 'model'}")
-    (folder / "shop.yaml").write_text(text + "evaluation: {max_new_tokens: 4}\n")  # an untrained model goes on for ever
+    short = ["evaluation: {max_new_tokens: 4}", "sweep: {trials: 1, search: {training.learning_rate: [1.0e-3]}}"]
+    (folder / "shop.yaml").write_text("\n".join([text, *short, ""]))  # an untrained model goes on for ever
     return folder
 
 
@@ -66,11 +67,15 @@ def test_the_readmes_commands_and_program(shop: Path, typed: Callable[[str], Any
         "doctor",
         "profile",
         "train",
+        "sweep",
         "evaluate",
+        "compare",
         "predict",
         "ask",
     ]
     for line in lines:
+        if "runs/other" in line:
+            shutil.copytree(shop / "runs" / "shop", shop / "runs" / "other")
         done = typed(line)
         assert done.exit_code == 0, (line, done.output)
     assert (shop / "runs" / "shop" / "report.html").is_file() and done.stdout.strip()

@@ -87,18 +87,18 @@ def test_a_whole_look_opens_each_image_file_once(tmp_path: Path, monkeypatch: py
 
 def test_sizes_are_kept_by_number_of_record() -> None:
     first, second = KnownSizes(), KnownSizes()
-    first.add(0, [(40, 30), (8, 6)])
-    first.add(5, [(1, 2)])
-    second.add(3, [(70_000, 100_000)])
+    first.add(0, [((40, 30), 17), ((8, 6), 4)])
+    first.add(5, [((1, 2), 2**64 - 1)])
+    second.add(3, [((70_000, 100_000), 0)])
     both = first.merged(second)
     assert [both.of(number) for number in range(7)] == [
-        ((40, 30), (8, 6)),
+        (((40, 30), 17), ((8, 6), 4)),
         (),
         (),
-        ((70_000, 100_000),),
+        (((70_000, 100_000), 0),),
         (),
-        ((1, 2),),
+        (((1, 2), 2**64 - 1),),
         (),
     ]
     with pytest.raises(AssertionError):
-        both.add(5, [(1, 1)])
+        both.add(5, [((1, 1), 0)])

@@ -9,7 +9,7 @@ import pytest
 from tiny_models import write_photos, write_tiny_model
 
 import phi3v
-from phi3v.evaluation import report
+from phi3v.evaluation import report_curves
 
 MakeRecipe = Callable[..., phi3v.Recipe]
 
@@ -20,7 +20,7 @@ def no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
 
     They are looked at in tests/evaluation/test_report.py, and in test_cli_process.py as those of a run.
     """
-    monkeypatch.setattr(report, "_draw_curve", lambda *args, **options: b"<svg></svg>")
+    monkeypatch.setattr(report_curves, "_draw", lambda *args, **options: b"<svg></svg>")
 
 
 @pytest.fixture(scope="module")
