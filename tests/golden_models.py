@@ -28,7 +28,7 @@ class GoldenSet:
         self.outputs = load_file(folder / "case_outputs.safetensors")
 
     def config(self, name: str, attn: str | None = None, **changes) -> Phi3VConfig:
-        """Configuration of the tiny model `name`, its vision tower included; a file's word on attention is not heard."""
+        """Configuration of the tiny model `name`, its vision tower included; attention is not a file's choice."""
         fields = json.loads((self.folder / "models" / name / "config.json").read_text())
         fields["vision_config"] = json.loads((self.folder / "models" / name / "vision_config.json").read_text())
         return Phi3VConfig.from_dict({**fields, **changes}, **({} if attn is None else {"attn_implementation": attn}))
