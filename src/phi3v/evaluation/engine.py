@@ -125,16 +125,17 @@ class Engine:
         while more or held or rows:
             alive = [place for place, row in enumerate(rows) if not self._has_ended(row)]
             free = self.batch_size - len(alive)
-            if (more or held) and (free >= self._least_room or not alive):
-                group, held, more = self._next_group(waiting, held, free, aside)
-            else:
-                group = []
-            if group or len(rows) - len(alive) >= self._least_room or not alive:
-                ended = [row for place, row in enumerate(rows) if place not in set(alive)]
-                fresh, first, cache = self._prefill(group)
-                state = _merged(state, [rows[place] for place in alive], alive, fresh, first, cache, self._room)
-                rows = [*(rows[place] for place in alive), *fresh]
+            enter = (more or bool(held)) and (free >= self._least_room or not alive)
+            ended = [row for row in rows if self._has_ended(row)]
+            if ended and (enter or len(ended) >= self._least_room or not alive):  # before others need their memory
+                rows = [rows[place] for place in alive]
+                state = _merged(state, rows, alive, [], [], None, self._room)
                 yield from ((row.name, self._told(row)) for row in ended)
+            if enter:
+                group, held, more = self._next_group(waiting, held, free, aside)
+                fresh, lengths, cache = self._prefill(group)
+                state = _merged(state, rows, range(len(rows)), fresh, lengths, cache, self._room)
+                rows = [*rows, *fresh]
             if state is not None:
                 self._step(rows, state)
 
