@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from phi3v.adapters import adapter_state, has_adapter, holds_base
 from phi3v.targets import ADAPTER_WEIGHTS, tensor_shapes
@@ -76,9 +77,10 @@ def gradient_faults(model: nn.Module, *, pictures: bool = True, finite: bool = T
         if not weight.requires_grad:
             continue
         owner = name.split(".lora_")[0] if ".lora_" in name else name
-        gradient, part = weight.grad, part_of(name)
+        part = part_of(name)
         if part != "language model" and not pictures:
             continue
+        gradient = _whole(weight.grad)
         noise = gradient is not None and name.endswith("k_proj.bias")
         moved = noise or (gradient is not None and bool((gradient != 0).any()))
         alive[owner] |= moved
@@ -106,6 +108,13 @@ def gradient_faults(model: nn.Module, *, pictures: bool = True, finite: bool = T
             f"gradients are {kind}, and the scaling of losses in float16 needs float32: use bfloat16 throughout"
         )
     return faults
+
+
+def _whole(gradient: torch.Tensor | None) -> torch.Tensor | None:
+    """A gradient as it is on one device. Of a small weight that is sharded some ranks have nothing, and one of them alone
+    would call it dead.
+    """
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
 def weight_faults(model: Any, name: str, revision: str | None = None, *, every: int = 1) -> list[str]:
