@@ -111,9 +111,7 @@ def gradient_faults(model: nn.Module, *, pictures: bool = True, finite: bool = T
 
 
 def _whole(gradient: torch.Tensor | None) -> torch.Tensor | None:
-    """A gradient as it is on one device. Of a small weight that is sharded some ranks have nothing, and one of them alone
-    would call it dead.
-    """
+    """A gradient as on one device: a rank may have nothing of a small one, and would call its weight dead alone."""
     return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
