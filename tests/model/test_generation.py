@@ -1,4 +1,4 @@
-"""Generation: across the original context, with every kind of cache and search, and streamed.
+"""Generation: across the original context, with every kind of cache and search, streamed.
 
 The oracle is a full pass over the whole sequence at every step: `use_cache=False`, or `forward` called here.
 """
@@ -311,9 +311,6 @@ def test_streaming(tokenizer, capsys):
     assert "".join(pieces).strip() == expected.strip() and len([piece for piece in pieces if piece]) > 2
     model.generate(**one, max_new_tokens=6, do_sample=False, streamer=TextStreamer(tokenizer, skip_prompt=True))
     assert capsys.readouterr().out.strip() == expected.strip()
-
-
-# ---- where it stops, what it never says ----
 
 
 def test_prompts_as_the_first_positional_argument_and_masks_of_booleans():

@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from tiny_models import write_photos, write_tiny_model
+from transformers import Trainer
 
 import phi3v
 from phi3v.errors import ConfigError, TrainingError
@@ -237,7 +238,8 @@ def on_first_step(action: Callable[[], None]) -> Callable[[TrainingEvent], None]
 def test_a_loader_worker_that_is_gone_or_stuck_ends_the_run(
     make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    training = {**STEPS, "epochs": 4, "dataloader_num_workers": 2, "save_steps": 50}
+    one = {"samples_per_step": 1, "micro_batch_size": 1, "epochs": 1}  # ten steps, of which four are read ahead
+    training = {**STEPS, **one, "dataloader_num_workers": 2, "save_steps": 50}
     recipe = make(training=training)
     watches: list[WatchedWorkers] = []
     original = WatchedWorkers.__init__
@@ -265,7 +267,24 @@ def test_a_loader_worker_that_is_gone_or_stuck_ends_the_run(
     assert newest_checkpoint(RunFolder(recipe.output).checkpoints) is not None
     monkeypatch.undo()
     result = phi3v.train(recipe)
-    assert result.status == "resumed" and result.steps == 12
+    assert result.status == "resumed" and result.steps == 10
+
+
+@pytest.mark.parametrize("fault", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_ends_with_a_sample_half_handed_over_is_one_that_is_gone(
+    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    original = Trainer.get_batch_samples
+
+    def broken(self: Any, *args: Any) -> Any:
+        if self.state.global_step == 1:
+            raise fault
+        return original(self, *args)
+
+    monkeypatch.setattr(Trainer, "get_batch_samples", broken)
+    line = r"^a loader worker was ended from outside.* before step 2 .*; the same command goes on from checkpoint-1$"
+    with pytest.raises(TrainingError, match=line):
+        phi3v.train(make(training=STEPS))
 
 
 def is_alive(process: int) -> bool:

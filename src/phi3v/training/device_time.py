@@ -4,6 +4,8 @@ In comes nothing but the device's own record; out come seconds. On a machine wit
 the answer is None. Knows nothing of models or of the Trainer.
 """
 
+import os
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -97,20 +99,16 @@ class DeviceWatch:
         Raises: ConfigError when it is not there afterwards; torch itself tells that to the screen alone.
         """
         assert self._profiler is not None, "nothing was watched"
-        before = _stamp(file)
-        self._profiler.export_chrome_trace(str(file))
-        if _stamp(file) == before:
-            raise ConfigError(f"trace {file} was not written: name a file in a folder that is there and has room")
+        missing = f"trace {file} was not written: name a file in a folder that is there and has room"
+        try:
+            # A folder of its own, with the file's own name: its ending tells torch whether to compress.
+            with tempfile.TemporaryDirectory(prefix=".trace_", dir=file.parent) as folder:
+                fresh = Path(folder) / file.name
+                self._profiler.export_chrome_trace(str(fresh))
+                os.replace(fresh, file)
+        except OSError as error:
+            raise ConfigError(f"{missing} ({error.strerror})") from error
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def _stamp(file: Path) -> tuple[int, int] | None:
-    """When a file was written and how large it is; None where there is none."""
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size

@@ -5,6 +5,7 @@ no worker has taken up or finished a sample for `STUCK_AFTER` seconds, all are k
 main process, as it does where the system killed one. Workers end with their parent.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -77,6 +78,23 @@ class WatchedWorkers:
                 self.killed = True
                 for process in before[:, _PROCESS].tolist():
                     _kill(process)
+
+
+@contextlib.contextmanager
+def taking_over() -> Iterator[None]:
+    """Where samples are taken over: a worker that ends with one half handed over raises as any that ends.
+
+    Its tensors are fetched from the worker itself, so a socket breaks where torch would see an end. What a data set
+    raised in a worker, whose text begins with "Caught", stays as it is.
+
+    Raises: RuntimeError for a connection that broke.
+    """
+    try:
+        yield
+    except (ConnectionError, EOFError) as error:
+        if str(error).startswith("Caught"):
+            raise
+        raise RuntimeError(f"DataLoader worker ended while its sample was taken over: {error!r}") from error
 
 
 def _raise_where_it_waits() -> None:

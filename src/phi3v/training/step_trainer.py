@@ -22,7 +22,7 @@ from phi3v.errors import TrainingError
 from phi3v.passthrough import first_line
 from phi3v.training.durable_trainer import DurableTrainer
 from phi3v.training.in_step import InStep
-from phi3v.training.loader_watch import WatchedWorkers
+from phi3v.training.loader_watch import WatchedWorkers, taking_over
 from phi3v.training.master_weights import precise_state, shorten_weights, step_masters
 from phi3v.training.meter import Meter, contents
 from phi3v.training.part_rates import set_part_rates
@@ -173,7 +173,8 @@ class StepTrainer(DurableTrainer):
             TrainingError: nothing in the step is to be learned.
         """
         self.workers.wait()
-        steps, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        with taking_over():
+            steps, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.workers.got()
         micro_batches = [micro_batch for step in steps for micro_batch in step]
         trained = sum(len(one["trained_positions"]) for one in micro_batches)
