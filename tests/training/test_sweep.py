@@ -200,3 +200,11 @@ def test_the_command_shows_a_line_a_trial_and_says_what_is_missing(
     monkeypatch.setattr("phi3v.cli_sweep.find_spec", lambda name: None)
     said = CliRunner().invoke(app, ["sweep", str(file)])
     assert said.exit_code == 1 and 'a sweep needs Optuna: pip install "phi3v[sweep]"' in said.output
+
+
+def test_choices_have_short_names_in_plots() -> None:
+    from phi3v.sweep.plots import choice_name
+
+    assert choice_name("""'["qkv_proj", "o_proj"]'""") == "qkv_proj+o_proj"
+    assert choice_name('["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]') == "qkv_proj+o_proj+gate_up…"
+    assert [choice_name(name) for name in ("0.00025", "'cosine'", "[8]")] == ["0.00025", "cosine", "8"]
