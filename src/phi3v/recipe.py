@@ -119,7 +119,7 @@ class TrainingSection(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
     samples_per_step: int = Field(
-        default=16, ge=1, description="Samples in one optimiser step; a training is one process on one device."
+        default=16, ge=1, description="Samples in one optimiser step, on all devices together."
     )
     micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         default=1, description="Samples that go through the model at once: memory, not the result; auto: what fits."

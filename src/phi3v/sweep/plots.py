@@ -59,7 +59,7 @@ def _drawn(draw: Any, file: Path) -> Path:
 def _name_choices(axes: Axes) -> None:
     """Names of choices below an axis, slanted and short, so that they do not lie over each other."""
     if isinstance(axes.xaxis.get_major_formatter(), StrCategoryFormatter):
-        places = axes.get_xticks()
+        places = list(map(float, axes.get_xticks()))
         names = axes.xaxis.get_major_formatter().format_ticks(places)
         axes.set_xticks(places, [choice_name(name) for name in names], rotation=35, ha="right")
 
