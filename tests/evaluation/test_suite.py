@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import write_tiny_model
+from tiny_models import write_photos, write_tiny_model
+from tiny_runs import make_recipe, make_run
 
 import phi3v
 from phi3v.data.columns import RowOptions
@@ -18,6 +19,7 @@ from phi3v.demo.scenes import scene
 from phi3v.errors import ConfigError, DataError
 from phi3v.evaluation.answers import answer_rows
 from phi3v.evaluation.result import Evaluation
+from phi3v.generate import ChatModel
 
 lm_eval = pytest.importorskip("lm_eval", reason='needs lm_eval: pip install "phi3v[suite]"')
 from lm_eval.api.instance import Instance  # noqa: E402
@@ -177,6 +179,28 @@ def test_ways_of_generation(tmp_path, monkeypatch):
     until = {"max_gen_toks": 6, "until": [texts[0][2:4]]}
     cut = small.generate_until([Instance("generate_until", {}, (prompt, until), 0)], disable_tqdm=True)
     assert cut == [texts[0][: texts[0].find(texts[0][2:4])]] and len(cut[0]) <= 2
+
+
+def test_a_run_answers_as_its_recipe_says(tmp_path):
+    """Adapter, crops, system turn; questions about one picture, and about two."""
+    write_tiny_model(tmp_path / "model")
+    write_photos(tmp_path / "photos", 24)
+    recipe = make_recipe(tmp_path)
+    make_run(tmp_path, recipe.with_overrides(["data.system=Be brief.", "image.num_crops=2"]))
+    ran = suite.SuiteModel(str(tmp_path / "run"), batch_size=2, device="cpu")
+    assert ran.chat.processor.image_processor.num_crops == 2
+    photos = [scene(1, index).image for index in (1, 2)]
+    asked = []
+    for content, own in (("<image>\nWhat colour?", photos[:1]), ("<image>\n<image>\nWhich?", photos)):
+        prompt = ran.apply_chat_template([{"role": "user", "content": content}])
+        asked.append(Instance("generate_until", {}, (prompt, {"max_gen_toks": 5}, {"visual": own}), 0))
+    texts = ran.generate_until(asked, disable_tqdm=True)
+    chat = ChatModel.from_target(tmp_path / "run", device="cpu")
+    alone = [chat.ask(photos[0], "What colour?", max_new_tokens=5), chat.ask(photos, "Which?", max_new_tokens=5)]
+    assert texts == alone
+    plain = ChatModel.from_target(tmp_path / "model", device="cpu", num_crops=2)
+    base = [plain.ask(photos[0], "What colour?", system="Be brief.", max_new_tokens=5)]
+    assert texts[:1] != base, "the adapter changes what is said, or it might be missing"
 
 
 def test_what_is_refused(model, monkeypatch, capsys):
