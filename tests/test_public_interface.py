@@ -9,7 +9,7 @@ import pytest
 import phi3v
 
 SIGNATURES = {
-    "Recipe.load": ["path", "overrides"],
+    "Recipe.load": ["path", "overrides", "name"],
     "Recipe.from_dict": ["values", "overrides", "name"],
     "Recipe.with_overrides": ["self", "overrides"],
     "Recipe.to_yaml": ["self"],
