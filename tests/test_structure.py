@@ -23,6 +23,8 @@ LAYERS = (
     ("sweep*", 6),
     ("training", 5),
     ("training.*", 5),
+    ("export", 5),
+    ("export.*", 5),
     ("first_look", 4),
     ("evaluation", 4),
     ("evaluation.*", 4),
