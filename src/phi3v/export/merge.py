@@ -48,6 +48,9 @@ class Merger:
         self.file = place.adapter / ADAPTER_WEIGHTS
         self.leaves = {name: _leaf(module) for name, module in model.named_modules() if name}
         self.config = PeftConfig.from_pretrained(str(place.adapter))
+        self.config.modules_to_save = None  # weights that are there whole are taken by their names
+        if self.config.is_prompt_learning:
+            raise _no_weights(place, self.config)
         stored = tensor_shapes(self.file)
         self.of_module = _by_module(stored, self.leaves, place)
         try:
@@ -55,10 +58,7 @@ class Merger:
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             raise CheckpointError(f"adapter {place.adapter} does not fit {place.base}: {first_line(error)}") from error
         if not hasattr(tuned.base_model, "merge_and_unload"):
-            raise CheckpointError(
-                f"adapter {place.adapter} is of kind {self.config.peft_type}, which is no change of the weights: "
-                "it cannot be merged, use --to adapter"
-            )
+            raise _no_weights(place, self.config)
         check_fit(tuned, place, stored)
 
     def merge(self, module: str, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -68,11 +68,14 @@ class Merger:
         """
         if module not in self.of_module:
             return dict(weights)
-        leaf = copy.deepcopy(self.leaves[module])
-        for name, weight in weights.items():
-            setattr(leaf, name.rpartition(".")[2], nn.Parameter(weight.float(), requires_grad=False))
         with safe_open(self.file, framework="pt") as file:
             own = {name: file.get_tensor(name) for name in self.of_module[module]}
+        whole = {name: own.pop(_PREFIX + name, weight).float() for name, weight in weights.items()}
+        if not own:
+            return whole
+        leaf = copy.deepcopy(self.leaves[module])
+        for name, weight in whole.items():
+            setattr(leaf, name.rpartition(".")[2], nn.Parameter(weight, requires_grad=False))
         root = _nest(module, leaf)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it would say about the tensors is checked below
@@ -84,6 +87,14 @@ class Merger:
             )
         merged = tuned.merge_and_unload().get_submodule(module)
         return {name: getattr(merged, name.rpartition(".")[2]).detach() for name in weights}
+
+
+def _no_weights(place: Target, config: Any) -> CheckpointError:
+    """The line for a kind of adapter that cannot be merged."""
+    return CheckpointError(
+        f"adapter {place.adapter} is of kind {config.peft_type.value}, which is no change of the weights: it cannot be "
+        "merged, use --to adapter"
+    )
 
 
 def _by_module(stored: Mapping[str, Any], modules: Mapping[str, Any], place: Target) -> dict[str, list[str]]:
