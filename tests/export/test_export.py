@@ -169,14 +169,14 @@ def test_a_killed_export_leaves_nothing_that_loads(shards: int, run: RunFolder, 
 
 
 MEASURE = """
-import resource, sys
+import sys
 from pathlib import Path
 import torch, transformers, peft
 from phi3v.export import layout, run
 most = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
-run.export(sys.argv[1], Path(sys.argv[2] + "/small"), to="merged", shard_bytes=10**6)
+run.export(sys.argv[1], Path(sys.argv[2] + "/out_small"), to="merged", shard_bytes=10**6)
 before = most()
-run.export(sys.argv[3], Path(sys.argv[2] + "/large"), to="merged", shard_bytes=16_000_000)
+run.export(sys.argv[3], Path(sys.argv[2] + "/out_large"), to="merged", shard_bytes=16_000_000)
 print(most() - before)
 """
 
