@@ -65,6 +65,10 @@ def test_commands_and_flags_are_frozen():
         ],
         "sweep": ["recipe", "overrides", "--json", "--debug"],
         "compare": ["runs", "--out", "--json", "--debug"],
+        "export": [
+            *["target", "--to", "--out", "--dtype", "--shard-size", "--precision", "--base", "--push", "--public"],
+            *["--json", "--debug"],
+        ],
         "ask": ["target", "images_and_question", "--max-pixels", "--device", "--json", "--debug"],
         "plan": ["recipe", "overrides", "--memory", "--rows", "--image", "--json", "--debug"],
         "doctor": ["recipe", "overrides", "--json", "--debug"],
@@ -83,6 +87,7 @@ def test_commands_and_flags_are_frozen():
         ("evaluate", "TARGET [OPTIONS]"),
         ("predict", "TARGET [OPTIONS]"),
         ("compare", "RUN RUN ... [OPTIONS]"),
+        ("export", "TARGET [OPTIONS]"),
         ("ask", 'TARGET IMAGE... "question" [OPTIONS]'),
         ("demo", "[OPTIONS]"),
         ("data check", "RECIPE|DATASET [key=value ...] [OPTIONS]"),

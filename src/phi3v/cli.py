@@ -5,6 +5,7 @@
     phi3v predict TARGET --data ... --out F answers for images without labels, as a file
     phi3v compare RUN RUN ...               several evaluated runs on one page, each tested against the first
     phi3v ask TARGET IMAGE... "question"    the answer, streamed
+    phi3v export TARGET --to ... --out DIR  what was tuned, as other programs read it
     phi3v data check RECIPE|DATASET         what is in a data set, what is wrong with it, what it costs
     phi3v data show RECIPE                  some rows as the model sees them
     phi3v plan RECIPE [key=value ...]       memory, steps and time before anything is loaded
@@ -44,6 +45,7 @@ from phi3v.cli_command import (
 from phi3v.cli_compare import compare
 from phi3v.cli_data import data_app
 from phi3v.cli_doctor import doctor
+from phi3v.cli_export import export
 from phi3v.cli_plan import plan
 from phi3v.cli_predict import predict
 from phi3v.cli_profile import profile
@@ -170,6 +172,7 @@ def evaluate(
 
 app.command(cls=Command, short_help="Answer images without labels, into a file.")(predict)
 app.command(cls=Command, short_help="Put several evaluated runs on one page.")(compare)
+app.command(cls=Command, short_help="Write what was tuned in a form that other programs read.")(export)
 
 
 @app.command(cls=Command, short_help="Ask a question about images.")
