@@ -1,4 +1,4 @@
-"""A headless Chromium that a test drives over the DevTools protocol, through two pipes; no driver and no package needed.
+"""A headless Chromium that a test drives over the DevTools protocol, through two pipes; no driver is needed.
 
     with Browser(folder) as page:
         page.open("http://127.0.0.1:7860/")

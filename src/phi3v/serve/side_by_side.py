@@ -145,7 +145,7 @@ class SideBySide:
         found: dict[str, RowLength] = {}
         for column, length in zip(self.columns, row_lengths(rows, self._model.processor, train_on=None), strict=True):
             if isinstance(length, RowProblem):
-                raise DataError(length.message)
+                raise DataError(f"the conversation {length.message}")
             found[column] = length
         return found
 

@@ -36,11 +36,13 @@ _FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 _CSS = """
 .gradio-container { max-width:1400px !important; margin:0 auto !important; }
 .head h1 { font-size:1.25rem; margin:0; overflow-wrap:anywhere; }
-.head p, .cost { color:var(--body-text-color-subdued); font-size:.875rem; margin:.1rem 0; overflow-wrap:anywhere; }
+.head p, .cost p, .none { font-size:.875rem; margin:.1rem 0; opacity:.8; overflow-wrap:anywhere; }
 .cost meter { width:100%; height:.6rem; }
 .notice { color:var(--error-text-color, #b3372f); border:1px solid currentcolor; border-radius:8px;
   padding:.5rem .75rem; overflow-wrap:anywhere; }
-.column .message { white-space:pre-wrap; overflow-wrap:anywhere; }
+.column .md { white-space:pre-wrap; overflow-wrap:anywhere; }
+.column .message img { max-height:9rem; width:auto; }
+.column .message-buttons { display:none; }
 """
 
 
@@ -69,7 +71,7 @@ class ChatPage:
             gr.HTML(self._head(), elem_classes="head")
             with gr.Row():
                 chats = [self._column(column) for column in columns]
-            notice = gr.HTML("", elem_id="notice")
+            notice = gr.HTML("", elem_id="notice", padding=False)
             box = gr.MultimodalTextbox(
                 file_types=["image"],
                 file_count="multiple",
@@ -80,11 +82,11 @@ class ChatPage:
                 max_plain_text_length=1_000_000,
                 elem_id="box",
             )
-            cost = gr.HTML(self._cost_line((), "", ()), elem_id="cost")
+            cost = gr.HTML(self._cost_line((), "", ()), elem_id="cost", padding=False)
             with gr.Row():
                 example = gr.Button(self._question, size="sm", elem_id="example")
                 clear = gr.Button("Clear the conversation", size="sm", elem_id="clear")
-            with gr.Accordion("Settings", open=False):
+            with gr.Accordion("Settings", open=False, elem_classes="settings"):
                 longest = gr.Slider(1, MAX_ANSWER, Settings().max_new_tokens, step=1, label="Longest answer, in tokens")
                 warmth = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: the likeliest token, always the same)")
             with gr.Accordion("Photos as the model sees them", open=True):
@@ -209,7 +211,7 @@ class ChatPage:
     def _column(self, column: str) -> Any:
         """An empty column."""
         return gr.Chatbot(
-            label=self._names[column],
+            label=self._names[column] if len(self._side.columns) == 1 else f"{column}: {self._names[column]}",
             elem_id=column,
             elem_classes="column",
             height="50vh",
