@@ -5,6 +5,7 @@ phi3v chat TARGET     photos and questions in, answers of the tuned model and of
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Annotated
 
@@ -12,6 +13,7 @@ import typer
 
 from phi3v.cli_command import AsJson, Debug, Device, Target, refuse_empty
 from phi3v.cli_session import session
+from phi3v.errors import MissingPackageError
 
 
 def chat(
@@ -34,6 +36,8 @@ def chat(
         from phi3v.targets import resolve_target
 
         resolve_target(target)  # a target that is not there is told before seconds of imports
+        if importlib.util.find_spec("gradio") is None:
+            raise MissingPackageError("phi3v chat needs gradio, which is not installed: pip install 'phi3v[chat]'")
 
         from phi3v.serve.chat import PASSWORD, serve_chat
 

@@ -2,7 +2,6 @@
 
 import json
 import socket
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,7 +10,10 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 from tiny_models import write_photos, write_tiny_model
+from typer.testing import CliRunner
 
+from phi3v import cli_session
+from phi3v.cli import app
 from phi3v.errors import ConfigError
 from phi3v.generate import ChatModel
 from phi3v.serve.chat import QUESTION, example_question, is_loopback, serve_chat
@@ -192,10 +194,9 @@ def test_the_question_to_begin_with_is_the_run_s(target, tmp_path):
         assert example_question(recipe.output) == question
 
 
-def test_without_gradio_it_is_one_line(target):
-    program = "import sys; sys.modules['gradio'] = None; from phi3v.__main__ import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", program, "chat", str(target), "--json"], capture_output=True, text=True, timeout=120
-    )
-    line = "phi3v chat needs gradio, which is not installed: pip install 'phi3v[chat]'"
-    assert (done.returncode, json.loads(done.stdout), done.stderr) == (1, {"error": line}, f"phi3v: {line}\n")
+def test_without_gradio_it_is_one_line(target, monkeypatch):
+    monkeypatch.setattr(cli_session, "hush", lambda debug, as_json: None)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    done = CliRunner().invoke(app, ["chat", str(target)])
+    line = "phi3v: phi3v chat needs gradio, which is not installed: pip install 'phi3v[chat]'\n"
+    assert (done.exit_code, done.stdout, done.stderr) == (1, "", line)

@@ -97,7 +97,8 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        plain = os.strerror(error.errno) if type(error) is OSError and error.errno else None
+        reason = plain or getattr(error, "strerror", None) or error
         raise ConfigError(
             f"cannot listen at {host}, port {port} ({reason}): choose others with --host and --port"
         ) from error

@@ -14,16 +14,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 from fastapi import FastAPI
 
-from phi3v.errors import DataError, DeviceError, ImageError, MissingPackageError
+from phi3v.errors import DataError, DeviceError, ImageError
 from phi3v.serve.page_guard import PageGuard
 from phi3v.serve.side_by_side import MAX_FILE, MAX_PHOTOS, Photo, Settings, SideBySide, Turn
-
-try:
-    import gradio as gr
-except ImportError as error:
-    raise MissingPackageError("phi3v chat needs gradio, which is not installed: pip install 'phi3v[chat]'") from error
 
 MAX_ANSWER = 4096  # tokens that can be asked for
 _KEPT_PHOTOS = 32  # opened photos that are kept from one look to the next, of all conversations
