@@ -22,7 +22,11 @@ from phi3v.generate import ChatModel
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 HOSTILE = "Is it <b onclick=alert(1)>red</b>?  2 < 3 ${7*7} {{7*7}} <|end|>"
 READY = "!!document.querySelector('#box [data-testid=submit-button]')"
-ANSWERED = READY + " && [...document.querySelectorAll('.column')].every(one => one.querySelector('.bot'))"
+ANSWERED = (
+    READY
+    + """ && [...document.querySelectorAll('.answers')].every(
+    one => one.querySelector('.bot') && one.querySelectorAll('.bot em').length == 0)"""
+)
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +87,10 @@ def said(page, column, who="bot"):
 
 def set_longest(page, tokens):
     """Types the longest answer into the settings."""
-    page.run("document.querySelector('.settings button').click()")
     field = "document.querySelector('.settings input[type=number]')"
-    page.wait(f"{field} !== null")
+    if not page.run(f"!!{field}?.offsetParent"):
+        page.run("document.querySelector('.settings button').click()")
+        page.wait(f"!!{field}?.offsetParent")
     page.run(f"{field}.focus(); {field}.select()")
     page.type(str(tokens))
     page.run(f"{field}.blur()")
@@ -120,7 +125,7 @@ def test_a_question_about_two_photos_is_answered_in_both_columns(page, run, tmp_
 
 def test_a_broken_photo_is_one_line_and_the_question_stays(page, tmp_path):
     page.run("document.querySelector('#clear').click()")
-    page.wait("document.querySelectorAll('.column .bot').length == 0")
+    page.wait("document.querySelectorAll('.answers .bot').length == 0")
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff\xe0 nothing")
     page.choose_files("#box input[type=file]", broken)
@@ -139,17 +144,30 @@ def test_a_broken_photo_is_one_line_and_the_question_stays(page, tmp_path):
 
 def test_an_answer_that_is_stopped_stays_and_the_next_is_answered(page):
     page.run("document.querySelector('#clear').click()")
-    page.wait("document.querySelectorAll('.column .bot').length == 0")
+    page.wait("document.querySelectorAll('.answers .bot').length == 0")
     set_longest(page, 4000)
     ask(page, "What is it?")
     page.wait("(document.querySelector('#tuned .bot .md')?.textContent ?? '').length > 20")
     page.run("document.querySelector('#box [data-testid=stop-button]').click()")
-    page.wait(ANSWERED)
+    page.wait(READY + " && document.querySelector('#base .bot em')?.textContent == 'no answer'")
     (stopped,) = said(page, "tuned")
     set_longest(page, 6)
     ask(page, "And now?")
-    page.wait(READY + " && document.querySelectorAll('#base .bot').length == 2")
-    assert said(page, "tuned")[0].startswith(stopped) and len(said(page, "tuned")) == 2
+    page.wait(READY + " && document.querySelectorAll('#base .bot').length == 2 && !document.querySelector('#tuned em')")
+    page.wait("[...document.querySelectorAll('#base .bot')].at(-1).querySelector('em') === null")
+    assert said(page, "tuned")[0] == stopped and said(page, "base")[0] == "no answer"
+
+
+def test_a_conversation_that_is_cleared_while_it_is_answered_is_gone(page):
+    set_longest(page, 4000)
+    ask(page, "What is it?")
+    page.wait("!!document.querySelector('#box [data-testid=stop-button]')")
+    page.run("document.querySelector('#clear').click()")
+    page.wait(READY + " && document.querySelectorAll('.answers .message').length == 0")
+    set_longest(page, 3)
+    ask(page, "What is it?")
+    page.wait(ANSWERED)
+    assert len(said(page, "tuned")) == len(said(page, "base")) == 1
 
 
 def test_nothing_came_from_elsewhere_and_the_console_is_silent(page, server, outside):

@@ -36,9 +36,9 @@ _CSS = """
 .cost meter { width:100%; height:.6rem; }
 .notice { color:var(--error-text-color, #b3372f); border:1px solid currentcolor; border-radius:8px;
   padding:.5rem .75rem; overflow-wrap:anywhere; }
-.column .md { white-space:pre-wrap; overflow-wrap:anywhere; }
-.column .message img { max-height:9rem; width:auto; }
-.column .message-buttons { display:none; }
+.answers .md { white-space:pre-wrap; overflow-wrap:anywhere; }
+.answers .message img { max-height:9rem; width:auto; }
+.answers .message-buttons { display:none; }
 """
 
 
@@ -106,10 +106,12 @@ class ChatPage:
             )
             asked.then(**looking)
             over: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-            box.stop(self.stop, [turns], [box, turns, *chats], cancels=[asked], **over).then(**looking)
+            ended = box.stop(_nothing, cancels=[asked], **over)  # only then is what comes last the last to be shown
+            ended.then(self.stop, [turns], [box, turns, *chats], **over).then(**looking)
             example.click(self.fill, [box], [box], **over)
             for emptied in (clear.click, *(chat.clear for chat in chats)):
-                emptied(self.clear, None, [box, turns, notice, *chats], cancels=[asked], **over).then(**looking)
+                ended = emptied(_nothing, cancels=[asked], **over)
+                ended.then(self.clear, None, [box, turns, notice, *chats], **over).then(**looking)
         page.has_launched = True  # Gradio looks at the paths that a browser names only if it is
         return page.queue(max_size=32, api_open=False)
 
@@ -209,7 +211,7 @@ class ChatPage:
         return gr.Chatbot(
             label=self._names[column] if len(self._side.columns) == 1 else f"{column}: {self._names[column]}",
             elem_id=column,
-            elem_classes="column",
+            elem_classes="answers",
             height="50vh",
             min_width=320,
             buttons=[],
@@ -282,6 +284,10 @@ def chat_app(page: ChatPage, hosts: Collection[str] | None, password: str | None
 def _asking(password: str) -> Callable[[str, str], bool]:
     """Compares what was typed in a time that tells nothing."""
     return lambda user, typed: hmac.compare_digest(typed.encode("utf-8", "replace"), password.encode())
+
+
+def _nothing() -> None:
+    """What happens while an answer is given up."""
 
 
 def _busy() -> Any:
