@@ -64,7 +64,7 @@ def server(run, outside, tmp_path_factory):
 def page(server):
     with tempfile.TemporaryDirectory() as folder, Browser(Path(folder)) as browser:
         browser.open(server[0])
-        browser.wait(READY)
+        browser.wait(READY + " && !!document.querySelector('.settings button') && !!document.querySelector('#clear')")
         yield browser
 
 
@@ -148,7 +148,7 @@ def test_an_answer_that_is_stopped_stays_and_the_next_is_answered(page):
     set_longest(page, 4000)
     ask(page, "What is it?")
     page.wait("(document.querySelector('#tuned .bot .md')?.textContent ?? '').length > 20")
-    page.run("document.querySelector('#box [data-testid=stop-button]').click()")
+    page.run("document.querySelector('#box .stop-button').click()")
     page.wait(READY + " && document.querySelector('#base .bot em')?.textContent == 'no answer'")
     (stopped,) = said(page, "tuned")
     set_longest(page, 6)
@@ -161,7 +161,7 @@ def test_an_answer_that_is_stopped_stays_and_the_next_is_answered(page):
 def test_a_conversation_that_is_cleared_while_it_is_answered_is_gone(page):
     set_longest(page, 4000)
     ask(page, "What is it?")
-    page.wait("!!document.querySelector('#box [data-testid=stop-button]')")
+    page.wait("!!document.querySelector('#box .stop-button')")
     page.run("document.querySelector('#clear').click()")
     page.wait(READY + " && document.querySelectorAll('.answers .message').length == 0")
     set_longest(page, 3)
