@@ -5,6 +5,7 @@ import socket
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -21,6 +22,7 @@ from phi3v.serve.page_guard import MAX_BODY
 from phi3v.serve.side_by_side import TUNED, SideBySide, Turn
 from phi3v.serve.ui import ChatPage, chat_app
 
+ME = SimpleNamespace(session_hash="me")
 HOSTS = {"127.0.0.1", "localhost"}
 HOSTILE = "<img src=x onerror=alert(1)> &amp; ${7*7} {{7*7}}"
 
@@ -70,25 +72,25 @@ def test_what_was_wrong_stays_in_the_box_with_one_line(page, folder):
     broken.write_bytes(b"\xff\xd8\xff\xe0 nothing")
     turns = (Turn("Before?", (), {TUNED: "It was."}),)
     asked = box("What is it?", broken)
-    ((back, kept, notice, *chats),) = page.send(asked, turns, 20, 0)
+    ((back, kept, notice, *chats),) = page.send(asked, turns, 20, 0, ME)
     assert back["value"] == asked and back["submit_btn"] is True and kept == turns
     assert plain(notice).startswith("image <b>broken.jpg ") and "\n" not in plain(notice) and str(folder) not in notice
     assert [message["content"][0]["text"] for message in chats[0]] == ["Before?", "It was."]
     cost, views, _ = page.look(asked, turns, ())
     assert plain(cost) == plain(notice) and "value" not in views
-    ((back, kept, notice, *_),) = page.send(box("What is it?"), turns, 8192, 0)
+    ((back, kept, notice, *_),) = page.send(box("What is it?"), turns, 8192, 0, ME)
     assert back["value"] == box("What is it?") and "the model's context is 8,192" in plain(notice) and kept == turns
 
 
 def test_a_file_that_was_not_uploaded_is_not_read(page, target):
-    ((_, _, notice, *_),) = page.send(box("What?", target / "config.json"), (), 20, 0)
+    ((_, _, notice, *_),) = page.send(box("What?", target / "config.json"), (), 20, 0, ME)
     assert plain(notice) == "image config.json was not uploaded: drop it into the page"
 
 
 def test_an_answer_grows_and_the_box_says_whether_it_can_be_stopped(page, folder):
     photo = folder / "red.png"
     Image.new("RGB", (40, 30), "red").save(photo)
-    seen = list(page.send(box(HOSTILE, photo), (), 20, 0))
+    seen = list(page.send(box(HOSTILE, photo), (), 20, 0, ME))
     assert (seen[0][0]["stop_btn"], seen[0][0]["value"]) == (True, box()) and seen[-1][0]["stop_btn"] is False
     turn = seen[-1][1][-1]
     (question, answer) = seen[-1][3]
@@ -98,9 +100,26 @@ def test_an_answer_grows_and_the_box_says_whether_it_can_be_stopped(page, folder
     cost, views, looked_at = page.look(box(), seen[-1][1], ())
     assert "of 8,192 tokens, 313 for 1 photo" in plain(cost) and views.count("<img") == 3
     assert "value" not in page.look(box("more"), seen[-1][1], looked_at)[1]  # the same photos are not sent again
-    half = (Turn("What?", (), {TUNED: ""}, answering=TUNED),)
-    assert plain(page.stop(half)[2][1]["content"][0]["text"]) == "no answer" and page.stop(half)[1][0].answering is None
-    assert page.clear()[1:] == ((), "", []) and page.fill(box("", photo)) == box("What is it?", photo)
+    assert page.clear(ME)[1:] == ((), "", []) and page.fill(box("", photo)) == box("What is it?", photo)
+
+
+def test_what_was_stopped_or_cleared_is_what_is_shown_last(page):
+    before = (Turn("Before?", (), {TUNED: "It was."}),)
+    growing = page.send(box("What is it?"), before, 4000, 0, ME)
+    while not (half := next(growing)[1][-1].answers[TUNED]):
+        pass
+    page.stop(SimpleNamespace(session_hash="another"))
+    page.stop(ME)
+    ((back, kept, _, chat),) = list(growing)
+    assert (back["stop_btn"], kept[-1].answering) == (False, None) and kept[-1].answers[TUNED].startswith(half)
+    assert len(kept[-1].answers[TUNED]) < 4000 and len(chat) == 4
+    growing = page.send(box("What is it?"), before, 4000, 0, ME)
+    next(growing)
+    page.clear(ME)
+    ((back, kept, _, chat),) = list(growing)
+    assert (back["stop_btn"], kept, chat) == (False, (), [])
+    page.stop(ME)  # nothing is being answered: the next question is
+    assert list(page.send(box("What is it?"), (), 3, 0, ME))[-1][1][-1].answers[TUNED]
 
 
 def test_the_page_is_whole_and_asks_for_nothing_from_elsewhere(client):

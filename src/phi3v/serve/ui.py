@@ -8,6 +8,7 @@ is uploaded lies in one folder that its owner deletes.
 import hmac
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import lru_cache
 from html import escape
@@ -55,6 +56,7 @@ class ChatPage:
         self._folder = folder.resolve()
         self._names = names
         self._question = question
+        self._asked: dict[str, str] = {}  # session whose question is being answered -> "", "stop" or "clear"
         self._take = lru_cache(maxsize=_KEPT_PHOTOS)(self._open)
         self._seen = lru_cache(maxsize=_KEPT_PHOTOS)(lambda photo: side.seen([photo]))
 
@@ -106,34 +108,50 @@ class ChatPage:
             )
             asked.then(**looking)
             over: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-            ended = box.stop(_nothing, cancels=[asked], **over)  # only then is what comes last the last to be shown
-            ended.then(self.stop, [turns], [box, turns, *chats], **over).then(**looking)
+            box.stop(self.stop, None, None, **over)
             example.click(self.fill, [box], [box], **over)
             for emptied in (clear.click, *(chat.clear for chat in chats)):
-                ended = emptied(_nothing, cancels=[asked], **over)
-                ended.then(self.clear, None, [box, turns, notice, *chats], **over).then(**looking)
+                emptied(self.clear, None, [box, turns, notice, *chats], **over).then(**looking)
         page.has_launched = True  # Gradio looks at the paths that a browser names only if it is
         return page.queue(max_size=32, api_open=False)
 
     def send(
-        self, value: Mapping[str, Any], turns: Sequence[Turn], longest: float, warmth: float
+        self, value: Mapping[str, Any], turns: Sequence[Turn], longest: float, warmth: float, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
         """Answers a question, column by column; one that cannot be answered is in the box again, the reason above it.
 
-        Yields: the box, the turns, the notice, and what each column shows, some times a second.
+        Yields: the box, the turns, the notice, and what each column shows, some times a second. What is yielded last
+        holds, also where somebody has stopped the answer or cleared the conversation meanwhile.
         """
-        shown, column, began = 0.0, None, False
+        session = str(request.session_hash)
+        self._asked[session] = ""
         try:
             settings = Settings(int(longest), float(warmth))
-            for turn in self._side.answer(turns, value["text"], self._photos(value), settings):
-                if turn.answering == column and time.monotonic() - shown < _PAUSE:
-                    continue
-                shown, column = time.monotonic(), turn.answering
-                box = _ready() if column is None else gr.skip() if began else _busy()
-                began = True
-                yield box, (*turns, turn), "", *self._chats((*turns, turn))
+            answers = self._side.answer(turns, value["text"], self._photos(value), settings)
+            with closing(answers):
+                yield from self._shown(answers, turns, session)
         except (DataError, DeviceError) as error:
             yield _ready(value=value), turns, _notice(error), *self._chats(turns)
+        finally:
+            self._asked.pop(session, None)
+
+    def _shown(self, answers: Iterator[Turn], turns: Sequence[Turn], session: str) -> Iterator[tuple[Any, ...]]:
+        """What `send` yields of turns that grow."""
+        shown, column, began = 0.0, None, False
+        for turn in answers:
+            if self._asked[session] == "clear":
+                yield _ready(), (), "", *self._chats(())
+                return
+            if self._asked[session] == "stop":
+                turn = replace(turn, answering=None)
+            elif turn.answering == column and time.monotonic() - shown < _PAUSE:
+                continue
+            shown, column = time.monotonic(), turn.answering
+            box = _ready() if column is None else gr.skip() if began else _busy()
+            began = True
+            yield box, (*turns, turn), "", *self._chats((*turns, turn))
+            if column is None:
+                return
 
     def look(
         self, value: Mapping[str, Any], turns: Sequence[Turn], looked_at: Sequence[str]
@@ -150,13 +168,15 @@ class ChatPage:
             return cost, gr.skip(), looked_at
         return cost, "".join(map(self._seen, photos)) or _NO_PHOTO, names
 
-    def stop(self, turns: Sequence[Turn]) -> tuple[Any, ...]:
-        """Ends a turn with what there is of its answers."""
-        ended = tuple(replace(turn, answering=None) for turn in turns)
-        return _ready(), ended, *self._chats(ended)
+    def stop(self, request: gr.Request) -> None:
+        """Has the answer end with what there is of it; `send` shows that."""
+        if request.session_hash in self._asked:
+            self._asked[request.session_hash] = "stop"
 
-    def clear(self) -> tuple[Any, ...]:
-        """A conversation without turns; what is in the box stays."""
+    def clear(self, request: gr.Request) -> tuple[Any, ...]:
+        """A conversation without turns; what is in the box stays. While an answer is made, `send` shows that."""
+        if request.session_hash in self._asked:
+            self._asked[request.session_hash] = "clear"
         return _ready(), (), "", *self._chats(())
 
     def fill(self, value: Mapping[str, Any]) -> Any:
@@ -284,10 +304,6 @@ def chat_app(page: ChatPage, hosts: Collection[str] | None, password: str | None
 def _asking(password: str) -> Callable[[str, str], bool]:
     """Compares what was typed in a time that tells nothing."""
     return lambda user, typed: hmac.compare_digest(typed.encode("utf-8", "replace"), password.encode())
-
-
-def _nothing() -> None:
-    """What happens while an answer is given up."""
 
 
 def _busy() -> Any:
