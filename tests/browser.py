@@ -94,6 +94,14 @@ class Browser:
             self._next(0.1)
         return value
 
+    def settle(self, seconds: float = 1) -> None:
+        """Waits until the page has asked and received nothing for so long.
+
+        Gradio's page loses an event that begins in the moment in which it closes its stream of events.
+        """
+        while self._next(seconds) is not None:
+            pass
+
     def choose_files(self, selector: str, *files: Path) -> None:
         """Chooses files in a file field, as its dialog would."""
         root = self.call("DOM.getDocument")["root"]["nodeId"]

@@ -70,6 +70,7 @@ def page(server):
 
 def ask(page, question, *photos):
     """Puts photos and a question into the box and sends them."""
+    page.settle()
     if photos:
         before = page.run("document.querySelectorAll('#views img').length")
         page.choose_files("#box input[type=file]", *photos)
@@ -77,6 +78,7 @@ def ask(page, question, *photos):
     page.run("document.querySelector('#box textarea').focus()")
     page.type(question)
     page.wait(f"document.querySelector('#box textarea').value == {json.dumps(question)}")
+    page.settle()
     page.press_enter()
 
 
@@ -124,8 +126,10 @@ def test_a_question_about_two_photos_is_answered_in_both_columns(page, run, tmp_
 
 
 def test_a_broken_photo_is_one_line_and_the_question_stays(page, tmp_path):
+    page.settle()
     page.run("document.querySelector('#clear').click()")
     page.wait("document.querySelectorAll('.answers .bot').length == 0")
+    page.settle()
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff\xe0 nothing")
     page.choose_files("#box input[type=file]", broken)
@@ -136,6 +140,7 @@ def test_a_broken_photo_is_one_line_and_the_question_stays(page, tmp_path):
     assert said(page, "tuned") == [] and page.run(READY)
     page.run("document.querySelector('#box [aria-label^=\"Remove\"], #box .delete-button').click()")
     page.wait("!document.querySelector('#cost').textContent.includes('broken')")
+    page.settle()
     page.run("document.querySelector('#box [data-testid=submit-button]').click()")
     page.wait(ANSWERED)
     assert len(said(page, "tuned")) == len(said(page, "base")) == 1
@@ -143,8 +148,10 @@ def test_a_broken_photo_is_one_line_and_the_question_stays(page, tmp_path):
 
 
 def test_an_answer_that_is_stopped_stays_and_the_next_is_answered(page):
+    page.settle()
     page.run("document.querySelector('#clear').click()")
     page.wait("document.querySelectorAll('.answers .bot').length == 0")
+    page.settle()
     set_longest(page, 4000)
     ask(page, "What is it?")
     page.wait("(document.querySelector('#tuned .bot .md')?.textContent ?? '').length > 20")

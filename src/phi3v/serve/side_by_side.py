@@ -8,7 +8,7 @@ made at a time, whoever asks. Knows no page and no server.
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -175,7 +175,7 @@ class SideBySide:
 
     def answer(
         self, turns: Sequence[Turn], question: str, photos: Sequence[Photo], settings: Settings
-    ) -> Iterator[Turn]:
+    ) -> Generator[Turn, None, None]:
         """The next turn, again and again as its answers grow, column by column. Closing the iterator ends the work.
 
         Raises: DataError as `check`, before anything is answered; DeviceError where memory does not suffice.
