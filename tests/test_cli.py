@@ -60,12 +60,12 @@ def test_commands_and_flags_are_frozen():
             "--debug",
         ],
         "predict": [
-            *["target", "--data", "--out", "--prompt", "--rows", "--batch-size", "--max-new-tokens", "--device"],
-            *["--json", "--debug"],
+            *["target", "--data", "--out", "--prompt", "--rows", "--batch-size", "--max-new-tokens"],
+            *["--max-pixels", "--device", "--json", "--debug"],
         ],
         "sweep": ["recipe", "overrides", "--json", "--debug"],
         "compare": ["runs", "--out", "--json", "--debug"],
-        "ask": ["target", "images_and_question", "--device", "--json", "--debug"],
+        "ask": ["target", "images_and_question", "--max-pixels", "--device", "--json", "--debug"],
         "chat": ["target", "--host", "--port", "--device", "--json", "--debug"],
         "plan": ["recipe", "overrides", "--memory", "--rows", "--image", "--json", "--debug"],
         "doctor": ["recipe", "overrides", "--json", "--debug"],
@@ -114,6 +114,7 @@ def test_version(inside):
         ["ask", "run"],
         ["ask", "run", __file__, " "],
         ["ask", "run", __file__],  # a file where the question belongs
+        ["ask", "run", __file__, __file__],
     ],
 )
 def test_wrong_usage_exits_with_2(inside, words):

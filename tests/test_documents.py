@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 RECIPES = sorted([*ROOT.glob("recipes/*.yaml"), *ROOT.glob("examples/*.py")])
 # Folders that the tree shows as one line, because their files are listed elsewhere or follow one pattern.
-LISTED_IN_FULL = ("src/phi3v", "recipes", "examples", "scripts", "docs")
+LISTED_IN_FULL = ("src/phi3v", "recipes", "examples", "scripts", "docs", "benchmarks")
 
 
 def tree_entries() -> dict[str, str]:
@@ -49,7 +49,7 @@ def test_the_tree_names_everything() -> None:
         path
         for folder in LISTED_IN_FULL
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".j2", ".yaml", ".md")
+        if path.suffix in (".py", ".j2", ".js", ".yaml", ".md", ".sh")
     ]
     wanted = {path.relative_to(ROOT).as_posix() for path in files}
     # A package's __init__.py is its folder's line, except the top one.

@@ -1,6 +1,7 @@
 """ChatModel: order, batches, streams, and what is taken off an answer."""
 
 import functools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,12 +165,18 @@ def run_with(folder: Path, **sections: Any) -> Path:
 
 def test_a_run_is_loaded_as_its_recipe_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = {"dtype": "bfloat16", "device": "cpu", "attn_implementation": "eager"}
-    run = run_with(tmp_path, model=chosen, image={"max_tokens": 781, "num_crops": 9, "fast": True})
-    for target in (run, run / "adapter"):
+    seen = {"max_tokens": 781, "num_crops": 9, "fast": True, "max_pixels": 3000}
+    run = run_with(tmp_path, model=chosen, image=seen)
+    saved = shutil.copytree(run / "adapter", run / "checkpoints" / "checkpoint-1")
+    photo("red", (60, 60)).save(tmp_path / "large.png")
+    for target in (run, run / "adapter", saved):
         chat = ChatModel.from_target(target)
         assert chat.model.dtype == torch.bfloat16
         assert chat.model.get_base_model().config._attn_implementation == "eager"
         assert (chat.processor.image_processor.num_crops, chat.processor.image_processor.fast) == (4, True)
+        with pytest.raises(ImageError, match="60x60 pixels, more than the limit of 3000; .*--max-pixels"):
+            chat.ask(tmp_path / "large.png", "What?")
+    assert ChatModel.from_target(run, max_pixels=3600).ask(tmp_path / "large.png", "What?", max_new_tokens=1) != "?"
     given = ChatModel.from_target(run, dtype="float32", attn_implementation="sdpa", num_crops=6, fast=False)
     assert given.model.dtype == torch.float32
     assert given.model.get_base_model().config._attn_implementation == "sdpa"

@@ -9,7 +9,7 @@ import pytest
 import phi3v
 
 SIGNATURES = {
-    "Recipe.load": ["path", "overrides"],
+    "Recipe.load": ["path", "overrides", "name"],
     "Recipe.from_dict": ["values", "overrides", "name"],
     "Recipe.with_overrides": ["self", "overrides"],
     "Recipe.to_yaml": ["self"],
@@ -28,14 +28,15 @@ SIGNATURES = {
         "batch_size",
         "max_new_tokens",
         "device",
+        "max_pixels",
         "on_progress",
         "features",
         "ranks",
     ],
-    "ask": ["target", "images", "question", "device", "options"],
+    "ask": ["target", "images", "question", "device", "max_pixels", "options"],
     "register": [],
-    "ChatModel": ["model", "processor", "system"],
-    "ChatModel.from_target": ["target", "options"],
+    "ChatModel": ["model", "processor", "system", "max_pixels"],
+    "ChatModel.from_target": ["target", "max_pixels", "options"],
     "ChatModel.ask": ["self", "images", "question", "system", "max_new_tokens", "stream", "generation"],
     "FeatureMemory": ["limit_bytes"],
     "ChatModel.answer": ["self", "conversations", "batch_size", "max_new_tokens", "generation"],

@@ -49,6 +49,8 @@ def test_the_output_is_named_after_the_file(tmp_path: Path) -> None:
             "no GPU holds the model",
         ),
         ("learning_rate=1e-4", "unknown key learning_rate; did you mean training.learning_rate?"),
+        ("data.image=photo", "unknown key data.image; did you mean data.images?"),
+        ("lora=none", "lora: given 'none', allowed is a mapping (key: value lines), or null for none"),
         ("data.num_crops=4", "unknown key data.num_crops; did you mean image.num_crops?"),
         (
             "vision.qqq=1",
@@ -65,7 +67,7 @@ def test_the_output_is_named_after_the_file(tmp_path: Path) -> None:
         ("model.dtype=fp16", "model.dtype: given 'fp16', allowed is 'auto', 'bfloat16', 'float32' or 'float16'"),
         ("model.revision=1234567", "model.revision: given 1234567, allowed is text; put it in quotes"),
         ("output=", "output: given null (nothing), allowed is text"),
-        ("lora=5", "lora: given 5, allowed is a mapping (key: value lines)"),
+        ("lora=5", "lora: given 5, allowed is a mapping (key: value lines), or null for none"),
         ("training=5", "training: given 5, allowed is a mapping (key: value lines)"),
         ("evaluation.numeric_fields=price", "evaluation.numeric_fields: given 'price', allowed is a list"),
         ("training.output_dir=x", "training.output_dir is computed; set output instead"),

@@ -135,6 +135,7 @@ LIBRARIES = {
     "rapidfuzz": ("evaluation.text_scores",),
     "rouge_score": ("evaluation.text_scores",),
     "sacrebleu": ("evaluation.text_scores",),
+    "lm_eval": ("evaluation.suite",),
     "wandb": ("training.trackers",),
     "tensorboard": ("training.trackers",),
     "yaml": ("recipe_yaml", "data.hub_card"),

@@ -10,7 +10,7 @@ Example:
 
     recipe = phi3v.Recipe.load("recipes/demo.yaml", ["training.learning_rate=1e-4"])
     phi3v.train(recipe)
-    print(phi3v.ask("runs/demo", "photo.jpg", "What is shown in this image?"))
+    print(phi3v.ask("runs/demo_by_hand", "photo.jpg", "What is shown in this image?"))
 """
 
 from importlib import import_module

@@ -33,6 +33,7 @@ from phi3v.cli_command import (
     Command,
     Debug,
     Device,
+    MaxPixels,
     Overrides,
     Program,
     RecipeFile,
@@ -181,6 +182,7 @@ def ask(
         list[str],
         typer.Argument(metavar='IMAGE... "question"', help="Image files, then the question in quotes."),
     ],
+    max_pixels: MaxPixels = None,
     device: Device = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -195,7 +197,7 @@ def ask(
         )
     if not all(image.strip() for image in images):
         raise typer.BadParameter("an image is empty; name a file", param_hint="IMAGE")
-    if not images and Path(question).is_file():
+    if Path(question).is_file():
         raise typer.BadParameter(f"{question} is a file; put the question after it, in quotes", param_hint="question")
     with session(debug or context.obj, as_json) as here:
         from phi3v.targets import resolve_target
@@ -208,7 +210,8 @@ def ask(
             here.answers.write(text)
             here.answers.flush()
 
-        answer = ask_target(target, images, question, device=device, stream=None if as_json else show)
+        stream = None if as_json else show
+        answer = ask_target(target, images, question, device=device, max_pixels=max_pixels, stream=stream)
         if not as_json:
             show("\n")
         here.result({"target": target, "images": images, "question": question, "answer": answer})

@@ -106,6 +106,10 @@ def read_size(text: str | None, rows: int | None) -> tuple[int, int]:
 _PHOTO_SIZE = (1200, 1600)
 PhotoSize = Annotated[str | None, typer.Option(metavar="WxH", help="With --rows, the photos' size, else 1200x1600.")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", parser=read_path)]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Larger images are refused; else as the recipe says, or 20 million."),
+]
 Device = Annotated[
     str | None,
     typer.Option(

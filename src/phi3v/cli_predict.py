@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phi3v.cli_command import AsJson, Debug, Device, Target, read_path, refuse_empty
+from phi3v.cli_command import AsJson, Debug, Device, MaxPixels, Target, read_path, refuse_empty
 from phi3v.cli_session import printable, session
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def predict(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer in tokens; else as the recipe says.")
     ] = None,
+    max_pixels: MaxPixels = None,
     device: Device = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -62,6 +63,7 @@ def predict(
                 batch_size=batch_size,
                 max_new_tokens=max_new_tokens,
                 device=device,
+                max_pixels=max_pixels,
                 on_progress=screen.on_progress,
             )
         show_prediction(here.screen, found)

@@ -37,7 +37,7 @@ def sweep(
         from phi3v.recipe import Recipe
         from phi3v.sweep.run import sweep as sweep_recipe
 
-        chosen = Recipe.load(recipe, overrides or [])
+        chosen = Recipe.load(recipe, overrides or [], name=f"{recipe.stem}_sweep")  # runs/shop is a run's
         with Screen(here.screen) as screen:
 
             def tell(news: TrialNews) -> None:

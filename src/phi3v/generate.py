@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from phi3v.data.collate import Collator
-from phi3v.data.images import open_image
+from phi3v.data.images import MAX_PIXELS, open_image
 from phi3v.data.templates import Template
 from phi3v.errors import ImageError
 from phi3v.features.collate import CollateFeatures
@@ -43,20 +43,22 @@ class ChatModel:
         model: a Phi-3-V, with an adapter or without.
         processor: its processor.
         system: text of the system turn that `ask` puts in front where it is given none; None for no such turn.
+        max_pixels: larger image files are refused by `ask`.
     """
 
-    def __init__(self, model: Any, processor: Any, system: str | None = None) -> None:
+    def __init__(self, model: Any, processor: Any, system: str | None = None, max_pixels: int = MAX_PIXELS) -> None:
         self.model = model
         self.processor = processor
         self.system = system
+        self.max_pixels = max_pixels
 
     @classmethod
-    def from_target(cls, target: str | Path, **options: Any) -> "ChatModel":
+    def from_target(cls, target: str | Path, *, max_pixels: int | None = None, **options: Any) -> "ChatModel":
         """Loads a run, an adapter, a model folder or a hub id; `options` are those of `loading.load_target`.
 
-        A run is loaded as its recipe says and `evaluate` does: crops, dtype, device, attention, 4-bit, and data.system
-        as the system turn of `ask`. Options that are given win. A data.system that names columns cannot be filled
-        here: the turn is left out, with a warning.
+        A run, or a checkpoint of it, is loaded as its recipe says and `evaluate` does: crops, dtype, device, attention,
+        4-bit, the largest image (`max_pixels`), and data.system as the system turn of `ask`. Options that are given
+        win. A data.system that names columns cannot be filled here: the turn is left out, with a warning.
         """
         run = run_of(target)
         recipe = None if run is None else run.read_recipe()
@@ -64,9 +66,9 @@ class ChatModel:
         if "num_crops" in options:
             held.pop("max_image_tokens", None)  # it would lower the crops that were asked for
         loaded = load_target(target, **{**held, **options})
-        return cls(
-            loaded.model, loaded.processor, None if recipe is None else _fixed_system(recipe.data.system, target)
-        )
+        system = None if recipe is None else _fixed_system(recipe.data.system, target)
+        largest = MAX_PIXELS if recipe is None else recipe.image.max_pixels
+        return cls(loaded.model, loaded.processor, system, max_pixels or largest)
 
     def ask(
         self,
@@ -95,7 +97,7 @@ class ChatModel:
             ImageError: an image does not open. ConfigError: an option of generation that does not exist.
         """
         given = _listed(images)
-        chat = conversation(given, question, self.system if system is None else system)
+        chat = conversation(given, question, self.system if system is None else system, self.max_pixels)
         photos = [part["image"] for part in chat[-1]["content"][:-1]]
         for path, photo in zip(given, photos, strict=True):
             try:
@@ -259,6 +261,7 @@ def ask(
     question: str,
     *,
     device: str | None = None,
+    max_pixels: int | None = None,
     **options: Any,
 ) -> str:
     """Loads `target` and answers one question.
@@ -270,10 +273,11 @@ def ask(
         images: photos or their paths.
         question: text of the user.
         device: "auto", "cpu" or "cuda"; None as the run's recipe says, else "auto".
+        max_pixels: larger image files are refused; None as the run's recipe says, else 20 million.
         options: those of `ChatModel.ask`.
     """
     loading = {} if device is None else {"device": device}
-    return ChatModel.from_target(target, **loading).ask(images, question, **options)
+    return ChatModel.from_target(target, max_pixels=max_pixels, **loading).ask(images, question, **options)
 
 
 def _fixed_system(template: str | None, target: str | Path) -> str | None:
@@ -291,7 +295,9 @@ def _fixed_system(template: str | None, target: str | Path) -> str | None:
     return system.render({})
 
 
-def conversation(images: Photo | Sequence[Photo] | None, question: str, system: str | None = None) -> Conversation:
+def conversation(
+    images: Photo | Sequence[Photo] | None, question: str, system: str | None = None, max_pixels: int = MAX_PIXELS
+) -> Conversation:
     """A chat with one question: the images first, then the text, in one user turn.
 
     Example: `conversation(photo, "What is it?")` is `[{"role": "user", "content": [{"type": "image", "image": photo},
@@ -300,7 +306,7 @@ def conversation(images: Photo | Sequence[Photo] | None, question: str, system: 
     Raises:
         ImageError: a path that does not open as an image.
     """
-    parts = [{"type": "image", "image": _photo(photo)} for photo in _listed(images)]
+    parts = [{"type": "image", "image": _photo(photo, max_pixels)} for photo in _listed(images)]
     turns: Conversation = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
     return [*turns, {"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
 
@@ -310,9 +316,9 @@ def _listed(images: Photo | Sequence[Photo] | None) -> list[Photo]:
     return [] if images is None else [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
 
 
-def _photo(photo: Photo) -> Image.Image:
+def _photo(photo: Photo, max_pixels: int) -> Image.Image:
     """An opened photo as it is, a path opened as rows of data are."""
-    return photo if isinstance(photo, Image.Image) else open_image(photo)
+    return photo if isinstance(photo, Image.Image) else open_image(photo, max_pixels=max_pixels)
 
 
 def _windows(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

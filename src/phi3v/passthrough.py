@@ -6,7 +6,7 @@ to be caught where the library's own list of names is known. Also what the hub's
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import takewhile
 
 from phi3v.errors import ConfigError
@@ -14,8 +14,17 @@ from phi3v.errors import ConfigError
 _CLASS_NAME = re.compile(r"^\w+(Error|Exception): ")
 
 
-def check_names(section: str, given: Iterable[str], known: Iterable[str]) -> None:
+def check_names(
+    section: str, given: Iterable[str], known: Iterable[str], near_by: Mapping[str, str] | Iterable[str] = ()
+) -> None:
     """Refuses the first name that the library does not have.
+
+    Args:
+        section: of the recipe.
+        given: names in it.
+        known: the library's.
+        near_by: names that are offered besides; a mapping has what is meant by each: {"rank": "r"}.
+
 
     Example: `check_names("lora", {"lora_alfa": 8}, ["r", "lora_alpha"])` raises
     "lora.lora_alfa is no option: did you mean lora_alpha?".
@@ -23,11 +32,12 @@ def check_names(section: str, given: Iterable[str], known: Iterable[str]) -> Non
     Raises:
         ConfigError: in one line, with the nearest valid name where one is near.
     """
-    names = list(known)
+    names, meant = list(known), near_by if isinstance(near_by, Mapping) else {name: name for name in near_by}
     for name in given:
         if name not in names:
-            near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-            raise ConfigError(f"{section}.{name} is no option" + (f": did you mean {near[0]}?" if near else ""))
+            near = difflib.get_close_matches(str(name), [*meant, *names], n=1, cutoff=0.5)
+            hint = f": did you mean {meant.get(near[0], near[0])}?" if near else ""
+            raise ConfigError(f"{section}.{name} is no option{hint}")
 
 
 def first_line(error: BaseException) -> str:

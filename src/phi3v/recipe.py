@@ -119,7 +119,7 @@ class TrainingSection(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
     samples_per_step: int = Field(
-        default=16, ge=1, description="Samples in one optimiser step; a training is one process on one device."
+        default=16, ge=1, description="Samples in one optimiser step, on all devices together."
     )
     micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         default=1, description="Samples that go through the model at once: memory, not the result; auto: what fits."
@@ -253,12 +253,13 @@ class Recipe(Section):
         }
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
+    def load(cls, path: str | Path, overrides: Iterable[str] = (), name: str | None = None) -> Self:
         """Reads a recipe file.
 
         Args:
             path: the YAML file. Relative paths inside it count from the current directory, not from the file.
             overrides: texts like "training.learning_rate=1e-4", applied in order; values are YAML.
+            name: as in `from_dict`; the file's own where None.
         Raises: ConfigError in one line for a file that is missing or not YAML, and for unknown keys and wrong values.
         """
         path = Path(path)
@@ -275,7 +276,7 @@ class Recipe(Section):
         if values is None:
             raise ConfigError(f"recipe {path} is empty; write at least model, data.train and the templates into it")
         try:
-            return cls.from_dict(values, overrides, name=path.stem)
+            return cls.from_dict(values, overrides, name=name or path.stem)
         except ConfigError as error:
             if any(override.partition("=")[0].strip() in str(error) for override in overrides):
                 raise  # the mistake is in the command, not in the file

@@ -30,6 +30,7 @@ _REFUSED = {
     "no GPU holds the model",
 }
 """Keys that other programs have, and why there is none of them here."""
+_BESIDE_A_MAPPING = {"lora": ", or null for none", "quantization": ", null for none, or auto"}
 _MOST = 3
 """So many mistakes are spelled out; the others are counted."""
 
@@ -69,6 +70,8 @@ def _explain_one(mistake: dict[str, Any], model: type[BaseModel]) -> str:
         allowed = _ALLOWED.get(kind, mistake["msg"])
     if key in ("model", "data") and "model" in kind:
         allowed = f"a name or {allowed}"
+    if kind == "dict_type" and key in _BESIDE_A_MAPPING:
+        allowed += _BESIDE_A_MAPPING[key]
     hint = ""
     if kind == "string_type" and isinstance(given, dict):
         hint = "; text that begins with { needs quotes around it"
@@ -87,16 +90,19 @@ def _short(value: Any) -> str:
 def _unknown(key: str, model: type[BaseModel]) -> str:
     """An unknown key with the nearest valid one, or with all its valid neighbours.
 
-    The same name in another section comes first: `data.num_crops` -> `image.num_crops`.
+    Where none is very near, the same name in another section comes first: `data.num_crops` -> `image.num_crops`.
+    Example: `data.image` -> `data.images`, a letter away, though there is a section `image`.
     """
     known = sorted(_keys(model), key=lambda candidate: candidate.count("."))
     section, _, name = re.sub(r"\.\d+", "", key).rpartition(".")
-    namesakes = [candidate for candidate in known if candidate.rpartition(".")[2] == name]
-    if namesakes:
-        return f"unknown key {key}; did you mean {namesakes[0]}?"
     neighbours = {
         candidate.rpartition(".")[2]: candidate for candidate in known if candidate.rpartition(".")[0] == section
     }
+    if near := get_close_matches(name, neighbours, n=1, cutoff=0.85):
+        return f"unknown key {key}; did you mean {neighbours[near[0]]}?"
+    namesakes = [candidate for candidate in known if candidate.rpartition(".")[2] == name]
+    if namesakes:
+        return f"unknown key {key}; did you mean {namesakes[0]}?"
     near = get_close_matches(name, neighbours, n=1)
     if near:
         return f"unknown key {key}; did you mean {neighbours[near[0]]}?"

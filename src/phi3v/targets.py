@@ -125,9 +125,16 @@ def check_whole_model(name: str) -> None:
 
 
 def run_of(target: str | Path) -> RunFolder | None:
-    """The run that a target is or lies in: of runs/shop and of runs/shop/adapter it is runs/shop; None for others."""
+    """The run that a target is or lies in; None for others.
+
+    Example: of runs/shop, runs/shop/adapter and runs/shop/checkpoints/checkpoint-40 it is runs/shop.
+    """
     path = Path(target)
-    return next((RunFolder(folder) for folder in (path, path.parent) if RunFolder.is_run(folder)), None)
+    if not path.exists():
+        return None  # a hub id
+    above = path.absolute().parent
+    places = (path, above, above.parent) if above.name == "checkpoints" else (path, above)
+    return next((RunFolder(folder) for folder in places if RunFolder.is_run(folder)), None)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -40,6 +40,8 @@ _NO_SERVICE = {
 """Options of peft.LoraConfig that would do nothing here, or harm, and why."""
 _AFTER_A_PASS = ("corda", "eva", "lora_ga")
 """Ways of `init_lora_weights` that look at rows before LoRA is there; peft begins plainly where nobody has."""
+_SHORT_NAMES = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules"}
+"""What people write -> what PEFT calls it."""
 _TOWER_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
@@ -185,7 +187,7 @@ def lora_config(options: Mapping[str, Any], *, tower: Choice = "frozen", project
     """Builds `peft.LoraConfig` from a recipe's mapping; an unknown name is refused with the nearest valid one."""
     from peft import LoraConfig
 
-    check_names("lora", options, [field.name for field in fields(LoraConfig)])
+    check_names("lora", options, [field.name for field in fields(LoraConfig)], near_by=_SHORT_NAMES)
     for name, reason in _NO_SERVICE.items():
         if options.get(name):
             raise ConfigError(f"lora.{name} {reason}: take it out")

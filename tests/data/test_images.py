@@ -207,7 +207,7 @@ def test_what_is_no_file_is_refused_without_being_opened(tmp_path: Path) -> None
         ("pipe.png", "is no regular file"),
         (".", "is no regular file"),
         ("gone.png", "does not exist"),
-        ("http:/host/a.png", "is a web address, which cannot be read yet: download it"),
+        ("http:/host/a.png", "is a web address, which is not fetched here: download it"),
         ("nul\0.png", "cannot be reached"),
         ("x" * 5000, "cannot be reached"),
     ]:

@@ -1,7 +1,9 @@
 """Evaluation of tiny, untrained models: every kind of target, base beside tuned, what is written, what is refused."""
 
+import importlib
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from tiny_runs import HELD_OUT, make_recipe, make_run
 from phi3v.adapters import base_weights
 from phi3v.data.collate import Collator
 from phi3v.data.encode import encode, encode_prompt
-from phi3v.errors import CheckpointError, ConfigError, DataError
+from phi3v.errors import CheckpointError, ConfigError, DataError, MissingPackageError
 from phi3v.evaluation.answers import answer_rows
 from phi3v.evaluation.engine import Engine, prompt_of
 from phi3v.evaluation.fields import AnswerTemplate
@@ -252,3 +254,10 @@ def test_predictions_hold_the_fields_of_every_answer(world):
     assert found[0]["scores"] == {"tuned": {"exact_match": 1.0}, "base": {"exact_match": 1.0}}
     alone = prediction_rows(rows, ["x"], None, AnswerTemplate("free text"), {}, None)[0]
     assert alone["fields"] == {} and alone["scores"] == {"tuned": {}, "base": None}
+
+
+def test_the_bridge_to_lm_eval_says_what_it_lacks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.api.instance", None)
+    monkeypatch.delitem(sys.modules, "phi3v.evaluation.suite", raising=False)
+    with pytest.raises(MissingPackageError, match=r'lm_eval, which is not installed: pip install "phi3v\[suite\]"'):
+        importlib.import_module("phi3v.evaluation.suite")

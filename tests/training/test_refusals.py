@@ -22,6 +22,17 @@ MakeRecipe = Callable[..., phi3v.Recipe]
     ("options", "expected"),
     [
         ({"lerning_rate": 1e-3}, "training.lerning_rate is no option: did you mean learning_rate"),
+        *(
+            ({slip: 1}, f"^training.{slip} is no option: did you mean {meant}[?]$")
+            for slip, meant in {
+                "samples_per_steps": "samples_per_step",
+                "num_epochs": "epochs",
+                "microbatch_size": "micro_batch_size",
+                "early_stop": "early_stopping",
+                "fast_loras": "fast_lora",
+                "weight_decy": "weight_decay",
+            }.items()
+        ),
         ({"fp16": True}, "training.fp16 is decided by model.dtype"),
         ({"optim": "adamw_foo"}, "^training.optim is 'adamw_foo', which is no choice: did you mean adamw_torch[?]$"),
         ({"lr_scheduler_type": "cosin"}, "training.lr_scheduler_type is 'cosin', .*: did you mean cosine?"),

@@ -181,7 +181,8 @@ def test_the_command_shows_a_line_a_trial_and_says_what_is_missing(
 ) -> None:
     recipe = make_sweep("command", search={"lora.r": [2, 3]}, trials=2, metric="similarity", sampler="GridSampler")
     file = Path(recipe.output).with_suffix(".yaml")
-    file.write_text(recipe.to_yaml(), encoding="utf-8")
+    file.write_text("\n".join(line for line in recipe.to_yaml().splitlines() if not line.startswith("output:")))
+    monkeypatch.chdir(file.parent)
     said = CliRunner().invoke(app, ["sweep", str(file)])
     assert said.exit_code == 0, said.output
     for line in (
@@ -191,7 +192,7 @@ def test_the_command_shows_a_line_a_trial_and_says_what_is_missing(
         "is finished: 2 trials",
     ):
         assert line in said.output
-    ranking = json.loads((Path(recipe.output) / "ranking.json").read_text(encoding="utf-8"))
+    ranking = json.loads((file.parent / "runs" / "command_sweep" / "ranking.json").read_text(encoding="utf-8"))
     scores = [line["value"] for line in ranking["trials"]]
     assert ranking["better"] == "higher" and scores == sorted(scores, reverse=True)
     told = RunFolder(ranking["trials"][0]["folder"]).read_evaluation()
@@ -199,3 +200,11 @@ def test_the_command_shows_a_line_a_trial_and_says_what_is_missing(
     monkeypatch.setattr("phi3v.cli_sweep.find_spec", lambda name: None)
     said = CliRunner().invoke(app, ["sweep", str(file)])
     assert said.exit_code == 1 and 'a sweep needs Optuna: pip install "phi3v[sweep]"' in said.output
+
+
+def test_choices_have_short_names_in_plots() -> None:
+    from phi3v.sweep.plots import choice_name
+
+    assert choice_name("""'["qkv_proj", "o_proj"]'""") == "qkv_proj+o_proj"
+    assert choice_name('["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]') == "qkv_proj+o_proj+gate_up…"
+    assert [choice_name(name) for name in ("0.00025", "'cosine'", "[8]")] == ["0.00025", "cosine", "8"]

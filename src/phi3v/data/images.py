@@ -187,7 +187,7 @@ def _real_path(image: ImageRef) -> str:
     """The same as text: a Path costs as much as half of following it."""
     name = image_name(image)
     if WEB_ADDRESS.match(image.path or ""):
-        raise ImagePathError(f"image {name} is a web address, which cannot be read yet: download it and name the file")
+        raise ImagePathError(f"image {name} is a web address, which is not fetched here: download it and name the file")
     path: str | None = None
     try:
         root = os.path.realpath(image.root or ".")  # pathlib's resolve takes twice the time, a third of a header
@@ -238,7 +238,7 @@ def _opened(image: ImageRef, max_pixels: int) -> Iterator[tuple[Image.Image, Met
             if width * height > max_pixels:
                 raise ImageError(
                     f"image {name} has {width}x{height} pixels, more than the limit of {max_pixels}; "
-                    "shrink it or raise image.max_pixels"
+                    "shrink it or raise image.max_pixels (--max-pixels of ask and predict)"
                 )
             yield opened, file
     except ImageError:

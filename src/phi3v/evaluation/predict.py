@@ -103,6 +103,7 @@ def predict(
     batch_size: int | None = None,
     max_new_tokens: int | None = None,
     device: str | None = None,
+    max_pixels: int | None = None,
     on_progress: Progress | None = None,
     features: FeatureStore | None = None,
     ranks: Ranks | None = None,
@@ -125,6 +126,7 @@ def predict(
         batch_size: rows that are answered at once; None as the recipe says.
         max_new_tokens: tokens of an answer at most; None as the recipe says.
         device: "auto", "cpu" or "cuda"; None as the recipe says.
+        max_pixels: larger images are refused; None as the recipe says, which is 20 million where there is none.
         on_progress: called as rows are answered.
         features: as in `evaluate`.
         ranks: as in `evaluate`.
@@ -137,7 +139,7 @@ def predict(
     check_out(out)
     if device is not None:
         resolve_device(device)
-    asked = find_questions(place, str(data), prompt, rows)
+    asked = find_questions(place, str(data), prompt, rows, max_pixels)
     settings = answer_options(asked.recipe)
     settings |= {"batch_size": batch_size} if batch_size else {}
     settings |= {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
@@ -188,7 +190,9 @@ def _answers(
     return answer_rows(loaded.model, loaded.processor, asked.rows, **settings, **its)
 
 
-def find_questions(place: Target, data: str, prompt: str | None, limit: int | None) -> Questions:
+def find_questions(
+    place: Target, data: str, prompt: str | None, limit: int | None, max_pixels: int | None = None
+) -> Questions:
     """Finds the rows to answer; see `predict` for the arguments.
 
     Raises: DataError when there is none; ConfigError for a recipe that holds out no rows.
@@ -201,6 +205,8 @@ def find_questions(place: Target, data: str, prompt: str | None, limit: int | No
         plain = {"model": {"name": place.base, "revision": place.revision}, "data": data}
         recipe = Recipe.from_dict(plain) if run is None else run.read_recipe()
         source, name = data, data
+    if max_pixels is not None:
+        recipe = recipe.with_overrides([f"image.max_pixels={max_pixels}"])
     options = replace(row_options(recipe), answered=False)
     if prompt is not None:
         options = replace(options, prompt=prompt, format="columns")

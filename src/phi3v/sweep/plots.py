@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import matplotlib
 import optuna
 from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.category import StrCategoryFormatter
 from optuna.trial import TrialState
 
 from phi3v.whole_files import fill_file
@@ -18,7 +21,8 @@ from phi3v.whole_files import fill_file
 def write_plots(study: optuna.Study, folder: Path, target: str) -> list[Path]:
     """Writes the plots that the trials allow, and gives their files.
 
-    Importances need two complete trials whose scores differ, and scikit-learn; without one of them they are left out.
+    Importances need two complete trials whose scores differ, and scikit-learn; curves a pruner, which
+    validations are reported to. What lacks them is left out.
 
     Args:
         study: the trials.
@@ -32,6 +36,7 @@ def write_plots(study: optuna.Study, folder: Path, target: str) -> list[Path]:
         if complete:
             wanted["history"] = lambda: draw.plot_optimization_history(study, target_name=target)
             wanted["slice"] = lambda: draw.plot_slice(study, target_name=target)
+        if any(trial.intermediate_values for trial in study.get_trials(deepcopy=False)):
             wanted["curves"] = lambda: draw.plot_intermediate_values(study)
         if len({trial.value for trial in complete}) > 1 and importlib.util.find_spec("sklearn"):
             evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
@@ -44,9 +49,34 @@ def _drawn(draw: Any, file: Path) -> Path:
     axes = draw()
     figure = (axes if hasattr(axes, "figure") else axes.flat[0]).figure
     figure.set_size_inches(max(8.0, figure.get_size_inches()[0]), 5.0)
+    for one in figure.axes:
+        _name_choices(one)
     fill_file(file, lambda temporary: figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight"))
     pyplot.close(figure)
     return file
+
+
+def _name_choices(axes: Axes) -> None:
+    """Names of choices below an axis, slanted and short, so that they do not lie over each other."""
+    if isinstance(axes.xaxis.get_major_formatter(), StrCategoryFormatter):
+        places = list(map(float, axes.get_xticks()))
+        names = axes.xaxis.get_major_formatter().format_ticks(places)
+        axes.set_xticks(places, [choice_name(name) for name in names], rotation=35, ha="right")
+
+
+def choice_name(label: str) -> str:
+    """A choice of Optuna's storage as a plot shows it.
+
+    Example: "'[\"qkv_proj\", \"o_proj\"]'" (Optuna puts texts in quotes) -> "qkv_proj+o_proj"; "0.00025" stays; of one
+    longer than 24 letters the beginning: "qkv_proj+o_proj+gate_up_proj+down_proj" -> "qkv_proj+o_proj+gate_up…".
+    """
+    label = label[1:-1] if label[:1] == label[-1:] == "'" else label
+    try:
+        value = json.loads(label)
+    except ValueError:
+        value = label
+    name = "+".join(map(str, value)) if isinstance(value, list) else label
+    return name if len(name) <= 24 else f"{name[:23]}…"
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from transformers.training_args import OptimizerNames
 
 from phi3v.errors import ConfigError
 from phi3v.passthrough import check_names, first_line
-from phi3v.recipe import CHECKPOINTING, Recipe
+from phi3v.recipe import CHECKPOINTING, COMPUTED_TRAINING_KEYS, Recipe, TrainingSection
 from phi3v.run_folder import RunFolder
 from phi3v.training.checkpointing import CHECKPOINTING_KWARGS
 from phi3v.training.sample_answers import scored_by
@@ -154,7 +154,9 @@ def check_options(options: dict[str, Any]) -> None:
             raise ConfigError(f"training.{name} is decided by {_DECIDED_ELSEWHERE[name]}: take it out of the recipe")
         if name in _FIXED:
             raise ConfigError(f"training.{name} cannot be chosen: take it out of the recipe")
-    check_names("training", options, [field.name for field in fields(TrainingArguments)])
+    taken = {*COMPUTED_TRAINING_KEYS, *_DECIDED_ELSEWHERE, *_FIXED}  # are not offered
+    known = [field.name for field in fields(TrainingArguments) if field.name not in taken]
+    check_names("training", options, known, near_by=list(TrainingSection.model_fields))
     for name, value in options.items():
         if name in _CHOICES:
             _check_choice(name, value)
