@@ -103,7 +103,8 @@ def test_an_answer_grows_and_the_box_says_whether_it_can_be_stopped(page, folder
     assert page.clear(ME)[1:] == ((), "", []) and page.fill(box("", photo)) == box("What is it?", photo)
 
 
-def test_what_was_stopped_or_cleared_is_what_is_shown_last(page):
+def test_what_was_stopped_or_cleared_is_what_is_shown_last(page, monkeypatch):
+    monkeypatch.setattr("phi3v.serve.ui._PAUSE", 0)  # every piece is shown, however fast the answer is over
     before = (Turn("Before?", (), {TUNED: "It was."}),)
     growing = page.send(box("What is it?"), before, 4000, 0, ME)
     while not (half := next(growing)[1][-1].answers[TUNED]):
