@@ -6,6 +6,7 @@
     phi3v compare RUN RUN ...               several evaluated runs on one page, each tested against the first
     phi3v ask TARGET IMAGE... "question"    the answer, streamed
     phi3v export TARGET --to ... --out DIR  what was tuned, as other programs read it
+    phi3v chat TARGET                       a page in the browser to try it, its base beside it
     phi3v data check RECIPE|DATASET         what is in a data set, what is wrong with it, what it costs
     phi3v data show RECIPE                  some rows as the model sees them
     phi3v plan RECIPE [key=value ...]       memory, steps and time before anything is loaded
@@ -27,6 +28,7 @@ from typing import Annotated
 import typer
 
 from phi3v import __version__
+from phi3v.cli_chat import chat
 from phi3v.cli_command import (
     AsJson,
     Command,
@@ -216,6 +218,9 @@ def ask(
         if not as_json:
             show("\n")
         here.result({"target": target, "images": images, "question": question, "answer": answer})
+
+
+app.command(cls=Command, short_help="Try a model in the browser, beside its base.")(chat)
 
 
 @app.command(cls=Command, short_help="See it learn, on a small model that comes with phi3v.")

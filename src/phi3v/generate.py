@@ -105,7 +105,20 @@ class ChatModel:
             except ImageError as error:
                 name = "" if isinstance(path, Image.Image) else f"{path}: "
                 raise ImageError(name + str(error).removesuffix(" or raise num_crops")) from error
-        example = self.encode(chat)
+        return self.answer_one(self.encode(chat), max_new_tokens=max_new_tokens, stream=stream, **generation)
+
+    def answer_one(
+        self,
+        example: Mapping[str, Any],
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        stream: Callable[[str], None] | None = None,
+        **generation: Any,
+    ) -> str:
+        """Answers one prompt that is encoded already; `stream` and `generation` are those of `ask`.
+
+        What `stream` raises ends the answer and is raised here.
+        """
         streamer = _PieceStreamer(self.text_of, self._is_byte, stream) if stream is not None else None
         return self._generate([example], max_new_tokens, generation, streamer)[0]
 

@@ -4,7 +4,7 @@ In come rows and a processor; out come plain values and PIL images, taken from t
 What is drawn of them, and where, is not known here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -124,18 +124,32 @@ def show_row(row: Row, processor: Any, *, max_pixels: int = MAX_PIXELS, **option
         photos = [open_image(image, max_pixels=max_pixels) for image in row.images]
     except DataError as error:
         return ShownRow(row.source, row.index, [], [], str(error))
-    sizes = sample["image_sizes"].tolist() if photos else []
-    grids = [(height // CROP_SIZE, width // CROP_SIZE) for height, width in sizes]
-    costs = [grid_tokens(*grid) for grid in grids]
     trained = [label != IGNORED for label in sample["labels"].tolist()]
-    images = []
-    for number, (photo, grid) in enumerate(zip(photos, grids, strict=True)):
-        whole, *crops = unnormalise(sample["pixel_values"][number].numpy(), processor.image_processor)
-        canvas = join_crops(crops, *grid)
-        name = image_name(row.images[number])
-        images.append(ShownImage(name, *photo.size, photo, canvas, *grid, whole, costs[number]))
-    tokens = shown_tokens(sample["input_ids"].tolist(), trained, costs, processor)
+    images = shown_images(row, photos, sample, processor)
+    tokens = shown_tokens(sample["input_ids"].tolist(), trained, [image.tokens for image in images], processor)
     return ShownRow(row.source, row.index, tokens, images)
+
+
+def shown_images(
+    row: Row, photos: Sequence[Image.Image], encoded: Mapping[str, Any], processor: Any
+) -> list[ShownImage]:
+    """The images of a row as the model sees them.
+
+    Args:
+        row: names the images.
+        photos: the same, opened.
+        encoded: what `encode` or `encode_prompt` made of the row.
+        processor: the Phi3VProcessor that did.
+    """
+    sizes = encoded["image_sizes"].tolist() if photos else []
+    images = []
+    for number, (photo, (height, width)) in enumerate(zip(photos, sizes, strict=True)):
+        grid = height // CROP_SIZE, width // CROP_SIZE
+        whole, *crops = unnormalise(encoded["pixel_values"][number].numpy(), processor.image_processor)
+        name = image_name(row.images[number])
+        canvas = join_crops(crops, *grid)
+        images.append(ShownImage(name, *photo.size, photo, canvas, *grid, whole, grid_tokens(*grid)))
+    return images
 
 
 def shown_tokens(ids: Sequence[int], trained: Sequence[bool], costs: Sequence[int], processor: Any) -> list[ShownToken]:

@@ -1,17 +1,16 @@
-"""Shown rows as one HTML page that needs no network, no script and no other file.
+"""Shown rows as one HTML page that needs no network, no script and no other file; images as a part of another page.
 
-The page is `show_page.html.j2` filled by jinja2 with auto-escaping on, so no text of a data set can become markup. It
-is written by whoever called.
+Both are templates beside this file, filled by jinja2 with auto-escaping on, so no text of a data set can become markup.
+They are written by whoever called.
 """
 
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from phi3v.data.data_uri import photo_uri
-from phi3v.data.show import ShownRow, ShownToken
+from phi3v.data.show import ShownImage, ShownRow, ShownToken
 
 CANVAS_SIDE = 720  # pixels of the longer side; two crops of a 4 x 4 grid then still show what a letter is
 
@@ -24,11 +23,26 @@ def render_rows(title: str, summary: Mapping[str, Any], shown: Sequence[ShownRow
         summary: "rows", "usable" (numbers) and "model" (a name).
         shown: the rows, in the order in which they are to stand.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(photo=photo_uri, number=_number, visible=visible, hint=hint)
-    source = resources.files("phi3v.data").joinpath("show_page.html.j2").read_text(encoding="utf-8")
-    template = environment.from_string(source)
+    template = _template("show_page.html.j2")
     return template.render(title=title, summary=summary, shown=shown, canvas_side=CANVAS_SIDE)
+
+
+def render_images(images: Sequence[ShownImage]) -> str:
+    """Images as the model sees them, as one HTML element with its own styles."""
+    return _template("show_prompt.html.j2").render(images=images, canvas_side=CANVAS_SIDE)
+
+
+def _template(name: str) -> Template:
+    """One of the templates beside this file."""
+    environment = Environment(
+        loader=PackageLoader("phi3v.data", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(photo=photo_uri, number=_number, visible=visible, hint=hint)
+    return environment.get_template(name)
 
 
 def visible(text: str) -> str:
