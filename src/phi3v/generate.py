@@ -65,7 +65,7 @@ class ChatModel:
             held.pop("max_image_tokens", None)  # it would lower the crops that were asked for
         loaded = load_target(target, **{**held, **options})
         return cls(
-            loaded.model, loaded.processor, None if recipe is None else _fixed_system(recipe.data.system, target)
+            loaded.model, loaded.processor, None if recipe is None else fixed_system(recipe.data.system, target)
         )
 
     def ask(
@@ -263,7 +263,7 @@ def ask(
     return ChatModel.from_target(target, **loading).ask(images, question, **options)
 
 
-def _fixed_system(template: str | None, target: str | Path) -> str | None:
+def fixed_system(template: str | None, target: str | Path) -> str | None:
     """The text of a system template without columns: "Be {{brief}}." -> "Be {brief}."; None, and a warning, with."""
     if template is None:
         return None
