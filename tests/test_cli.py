@@ -65,7 +65,10 @@ def test_commands_and_flags_are_frozen():
         ],
         "sweep": ["recipe", "overrides", "--json", "--debug"],
         "compare": ["runs", "--out", "--json", "--debug"],
-        "export": ["target", "--to", "--out", "--precision", "--json", "--debug"],
+        "export": [
+            *["target", "--to", "--out", "--dtype", "--shard-size", "--precision", "--base", "--push", "--public"],
+            *["--json", "--debug"],
+        ],
         "ask": ["target", "images_and_question", "--runtime", "--device", "--json", "--debug"],
         "plan": ["recipe", "overrides", "--memory", "--rows", "--image", "--json", "--debug"],
         "doctor": ["recipe", "overrides", "--json", "--debug"],

@@ -6,7 +6,7 @@ place. Knows which adapters leave their base as it was. Knows nothing about reci
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,12 @@ def load_adapter(model: PreTrainedModel, place: Target, *, trainable: bool = Fal
             tuned = PeftModel.from_pretrained(model, str(place.adapter), is_trainable=trainable)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise CheckpointError(f"adapter {place.adapter} does not fit {place.base}: {first_line(error)}") from error
+    check_fit(tuned, place, stored)
+    return tuned if trainable else tuned.eval()
+
+
+def check_fit(tuned: Any, place: Target, stored: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses an adapter whose stored tensors, by name and shape, are not those of the adapter on the model."""
     wanted = {name: tuple(tensor.shape) for name, tensor in adapter_state(tuned).items()}
     wrong = {name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name)}
     unread = unread_parts(tuned)
@@ -83,7 +89,6 @@ def load_adapter(model: PreTrainedModel, place: Target, *, trainable: bool = Fal
             f"adapter {place.adapter} does not fit {place.base}: {name} is {stored.get(name, 'missing')} in the file "
             f"and {wanted.get(name, 'unknown')} in the model; tune again or name the right base"
         )
-    return tuned if trainable else tuned.eval()
 
 
 def adapter_state(model: Any) -> dict[str, Any]:

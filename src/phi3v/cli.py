@@ -14,9 +14,9 @@
     phi3v sweep RECIPE [key=value ...]      many trainings with other values, ranked; the best recipe
     phi3v demo                              all of it on the model and the products that come with the package
 
-TARGET is a run, an adapter, a model folder or a hub id; `ask` also takes a folder of ONNX graphs. Every command takes `--json` (one object on standard output)
-and `--debug` (tracebacks). Nothing heavy is imported before a command needs it, so `--help` is quick, and so is what is
-wrong with a recipe or a target.
+TARGET is a run, an adapter, a model folder or a hub id; `ask` also takes a folder of ONNX graphs. Every command takes
+`--json` (one object on standard output) and `--debug` (tracebacks). Nothing heavy is imported before a command needs
+it, so `--help` is quick, and so is what is wrong with a recipe or a target.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from phi3v.cli_predict import predict
 from phi3v.cli_profile import profile
 from phi3v.cli_session import session
 from phi3v.cli_sweep import sweep
+
 
 class Runtime(StrEnum):
     """What `ask --runtime` takes."""

@@ -64,9 +64,7 @@ class ChatModel:
         if "num_crops" in options:
             held.pop("max_image_tokens", None)  # it would lower the crops that were asked for
         loaded = load_target(target, **{**held, **options})
-        return cls(
-            loaded.model, loaded.processor, None if recipe is None else fixed_system(recipe.data.system, target)
-        )
+        return cls(loaded.model, loaded.processor, None if recipe is None else fixed_system(recipe.data.system, target))
 
     def ask(
         self,

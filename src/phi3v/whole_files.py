@@ -32,7 +32,7 @@ def replace_folder(path: Path, save: Callable[[Path], Any]) -> None:
     """Lets `save` fill a folder beside `path`, then puts it in place of `path`.
 
     After a crash `path` is the old folder, or the new one, or (between two renames) absent with the old one beside it
-    as `.<name>.old.tmp`, which the next call puts back before it begins.
+    as `.<name>.old.tmp`, which the next call puts back before it begins. Of a `save` that fails nothing stays.
     """
     fresh, old = path.with_name(f".{path.name}.new.tmp"), path.with_name(f".{path.name}.old.tmp")
     if old.exists() and not path.exists():
@@ -40,7 +40,11 @@ def replace_folder(path: Path, save: Callable[[Path], Any]) -> None:
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir(parents=True)
-    save(fresh)
+    try:
+        save(fresh)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
     for file in fresh.rglob("*"):
         if file.is_file():
             sync_file(file)

@@ -152,7 +152,7 @@ def test_the_folder_is_laid_out_for_the_runtimes_own_programs(run, onnx_chat):
     folder = run / "onnx"
     names = {path.name for path in folder.iterdir()}
     assert names >= {"vision.onnx", "embedding.onnx", "model.onnx", "processor_config.json", "chat_template.jinja"}
-    assert "decoder" not in names
+    assert "merged" not in names
     settings = json.loads((folder / "genai_config.json").read_text())["model"]
     assert settings["type"] == onnx_chat.model.type == "phi3v"
     assert settings["eos_token_id"] == onnx_chat.processor.stop_token_ids

@@ -42,7 +42,10 @@ def compared(precision, tmp_path):
     """All prompts by the graphs of this precision and by PyTorch in float32."""
     pytest.importorskip("onnxruntime_genai")
     export(tiny_model_path(), tmp_path / "onnx", to="onnx", precision=precision)
-    expected, found = ChatModel.from_target(tiny_model_path(), device="cpu"), OnnxChatModel.from_target(tmp_path / "onnx")
+    expected, found = (
+        ChatModel.from_target(tiny_model_path(), device="cpu"),
+        OnnxChatModel.from_target(tmp_path / "onnx"),
+    )
     results = []
     for crops, sizes, words, tokens in PROMPTS:
         for chat in (expected, found):

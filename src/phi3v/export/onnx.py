@@ -6,54 +6,54 @@ the model, from which `export.onnx_runtime` answers. The frame (`export.run`) pu
 and the model card.
 """
 
-import gc
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from phi3v.errors import MissingPackageError
-from phi3v.export.onnx_decoder import build_decoder, check_decoder, write_checkpoint
+from phi3v.export.layout import write_merged, write_processor
+from phi3v.export.onnx_decoder import build_decoder, check_decoder
 from phi3v.export.onnx_vision import EMBEDDING, VISION, write_embedding, write_vision
-from phi3v.loading import load_config, load_target
+from phi3v.loading import load_config, load_processor
 from phi3v.targets import ONNX_ABOUT, Target, run_of
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime", "onnxruntime_genai")
 GENAI_CONFIG = "genai_config.json"
+SHARD_BYTES = 2 * 10**9
 Precision = Literal["fp32", "fp16", "int4"]
 
 
 def export_onnx(place: Target, folder: Path, *, precision: Precision = "fp32") -> dict[str, Any]:
     """Fills `folder`, and hands back facts for card and screen: {"precision": "int4", "system": None}.
 
-    The weights are merged in float32, of which fp16 and int4 are made; int4 is the decoder's alone, its neighbours stay
-    float32.
+    The weights are merged in float32 first, into a folder that is removed again; of these fp16 and int4 are made. int4
+    is the decoder's alone, its neighbours stay float32.
 
     Raises: MissingPackageError without the extra `onnx`; ConfigError for a decoder that the runtime does not have.
     """
     refuse_without_packages(PACKAGES)
     recipe = None if (run := run_of(place.name)) is None else run.read_recipe()
     check_decoder(load_config(place.base, revision=place.revision))
+    merged = folder / "merged"
+    merged.mkdir()
     seen = {} if recipe is None else recipe.image.processor_options
-    loaded = load_target(place.name, revision=place.revision, dtype="float32", device="cpu", **seen)
-    model = loaded.model if place.adapter is None else loaded.model.merge_and_unload()
-    model.config.save_pretrained(folder)
-    checkpoint = folder / "decoder"
-    write_checkpoint(model, loaded.processor.tokenizer, checkpoint)
-    images, words = model.model.vision_embed_tokens, model.model.embed_tokens.weight.detach()
-    del model
-    if precision == "fp16":
-        images, words = images.half(), words.half()
-    write_vision(images, folder)
-    write_embedding(words, folder)
-    processor, stops = loaded.processor, loaded.processor.stop_token_ids
-    del loaded, images, words
-    gc.collect()  # the builder loads the decoder again
-    build_decoder(checkpoint, folder, precision)
+    write_merged(place, merged, dtype="float32", shard_bytes=SHARD_BYTES, images=seen)
+    config, processor = load_config(merged), load_processor(merged)
+    number = torch.float16 if precision == "fp16" else torch.float32
+    write_vision(config, merged, folder, number)
+    write_embedding(merged, folder, number)
+    build_decoder(config, merged, folder, precision)
+    shutil.rmtree(merged)
     processor.image_processor.byte_crops = False  # the vision graph takes floats
-    processor.save_pretrained(folder)
+    write_processor(processor, folder, None, None)
+    config.save_pretrained(folder)
     _write_json(folder / "processor_config.json", genai_processor())
-    _write_json(folder / GENAI_CONFIG, genai_config(json.loads((folder / GENAI_CONFIG).read_text()), stops))
+    built = json.loads((folder / GENAI_CONFIG).read_text())
+    _write_json(folder / GENAI_CONFIG, genai_config(built, processor.stop_token_ids))
     about = {"precision": precision, "system": None if recipe is None else recipe.data.system}
     _write_json(folder / ONNX_ABOUT, about)
     return about

@@ -1,22 +1,21 @@
 """The decoder's graph with its cache of keys and values, written by onnxruntime-genai's own builder.
 
-In come a merged model and a folder, out go `model.onnx` and a first `genai_config.json`. The builder reads a checkpoint
-of transformers' Phi-3, so one is written beside and removed again, and it runs as a process of its own: it prints, and
-its memory goes with it. Knows nothing of images.
+In come a folder of merged weights and an empty one, out go `model.onnx` and a first `genai_config.json`. The builder
+reads checkpoints of transformers' Phi-3, so the merged one is given such a config; it runs as a process of its own, for
+it prints, and its memory goes with it. Knows nothing of images.
 """
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import Phi3Config
 
 from phi3v.errors import ConfigError
+from phi3v.model.rope_phi3_v import Phi3VRotaryEmbedding
 
 DECODER = "model.onnx"
 SAME_FIELDS = (
@@ -42,37 +41,27 @@ def check_decoder(config: Any) -> None:
         )
 
 
-def write_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
-    """The decoder of a Phi-3-V as a checkpoint of transformers' Phi-3, whose names are the same.
+def read_as_phi3(config: Any, merged: Path) -> None:
+    """Makes a merged Phi-3-V a checkpoint of transformers' Phi-3, whose names of weights are the same, by its config.
 
     The builder asks for rope settings in the words of older files, and for the factor on cosine and sine.
     """
-    config = model.config
     rope = {**config.rope_parameters, "type": config.rope_parameters["rope_type"]}
     if rope["type"] == "longrope":
-        rope["short_mscale"] = rope["long_mscale"] = float(model.model.rotary_emb.attention_scaling)
-    text = Phi3Config(
-        **{name: getattr(config, name) for name in SAME_FIELDS},
-        rope_parameters=dict(config.rope_parameters),
-        sliding_window=None,
-    )
-    with torch.device("meta"):
-        decoder = Phi3ForCausalLM(text)
-    state = {name: tensor for name, tensor in model.state_dict().items() if ".vision_embed_tokens." not in name}
-    decoder.load_state_dict(state, assign=True)
-    decoder.save_pretrained(folder)
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_parameters": rope}))
-    tokenizer.save_pretrained(folder)
+        rope["short_mscale"] = rope["long_mscale"] = float(Phi3VRotaryEmbedding(config).attention_scaling)
+    fields = {name: getattr(config, name) for name in SAME_FIELDS}
+    text = Phi3Config(**fields, rope_parameters=dict(config.rope_parameters), sliding_window=None)
+    values = {**text.to_dict(), "rope_parameters": rope, "architectures": ["Phi3ForCausalLM"], "dtype": "float32"}
+    (merged / "config.json").write_text(json.dumps(values), encoding="utf-8")
 
 
-def build_decoder(checkpoint: Path, folder: Path, precision: str) -> None:
-    """Runs the builder on a checkpoint, which is removed.
+def build_decoder(config: Any, merged: Path, folder: Path, precision: str) -> None:
+    """Runs the builder on a merged model, whose config is overwritten.
 
     Raises: ConfigError with the last line that the builder said, where it fails.
     """
-    cache = checkpoint / "cache"
-    words = ["-i", checkpoint, "-o", folder, "-p", precision, "-e", "cpu", "-c", cache]
+    read_as_phi3(config, merged)
+    words = ["-i", merged, "-o", folder, "-p", precision, "-e", "cpu", "-c", merged / "cache"]
     options = ["--extra_options", "exclude_embeds=true", "hf_token=false"]
     command = [sys.executable, "-P", "-m", "onnxruntime_genai.models.builder", *map(str, words), *options]
     done = subprocess.run(
@@ -83,7 +72,6 @@ def build_decoder(checkpoint: Path, folder: Path, precision: str) -> None:
         errors="replace",
         env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"},
     )
-    shutil.rmtree(checkpoint)
     if done.returncode or not (folder / DECODER).is_file():
         said = [line.strip() for line in done.stdout.splitlines() if line.strip()] or ["nothing"]
         raise ConfigError(

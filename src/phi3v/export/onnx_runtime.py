@@ -1,8 +1,8 @@
 """Answers from exported ONNX graphs, by onnxruntime-genai on the CPU, fed with the pixels of our own processor.
 
 In come a folder that `export.onnx` wrote and questions as `ChatModel` takes them, out come its answers. Decoding is
-greedy, one question after the other. Where a sequence outgrows the original context the cache is computed again with the
-long rope factors, as `model.generation_phi3_v` does it: the graph chooses its factors by the length alone.
+greedy, one question after the other. Where a sequence outgrows the original context its cache is computed again, as in
+`model.generation_phi3_v`: the graph chooses its rope factors by the length alone.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,8 @@
 """The two graphs around the decoder: images to features, and ids with features to input embeddings.
 
-In come a model's image embedding and its table of words, out go `vision.onnx` and `embedding.onnx` as onnxruntime-genai
-has them for Phi-3-V. Both are traced from modules written here without a look at values, so that one graph does any
-number of images and crops. Knows nothing of the decoder.
+In comes a folder of merged weights, of which only these parts are read, out go `vision.onnx` and `embedding.onnx` as
+onnxruntime-genai has them for Phi-3-V. Both are traced from modules written here without a look at values, so that one
+graph does any number of images and crops. Knows nothing of the decoder.
 
 Letters: N images, K crop slots, C real crops, T image tokens, B rows, S positions, H hidden size.
 """
@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from phi3v.model.vision_phi3_v import merge_patches
+from phi3v.model.vision_phi3_v import Phi3VImageEmbedding, merge_patches
+from phi3v.weight_files import read_weights, weight_files
 
 VISION, EMBEDDING = "vision.onnx", "embedding.onnx"
 
@@ -89,12 +90,14 @@ class EmbeddingGraph(nn.Module):
         return torch.where(is_image[..., None], features, words)
 
 
-def write_vision(embedding: Any, folder: Path) -> None:
-    """Writes `vision.onnx` of a model's image embedding, in the dtype of its weights."""
+def write_vision(config: Any, merged: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Writes `vision.onnx` of the weights in `merged`, which it takes in float32 and computes in `dtype`."""
+    embedding = Phi3VImageEmbedding(config)
+    embedding.load_state_dict(_weights_below("model.vision_embed_tokens.", merged))
     pixels, sizes = torch.zeros(2, 5, 3, 336, 336), torch.tensor([[336, 672], [672, 672]])
     images, slots = Dim("images", min=1), Dim("slots", min=2)
     _write(
-        VisionGraph(embedding),
+        VisionGraph(embedding.to(dtype)),
         {"pixel_values": pixels, "image_sizes": sizes},
         "image_features",
         {"pixel_values": {0: images, 1: slots}, "image_sizes": {0: images}},
@@ -102,14 +105,21 @@ def write_vision(embedding: Any, folder: Path) -> None:
     )
 
 
-def write_embedding(words: torch.Tensor, folder: Path) -> None:
-    """Writes `embedding.onnx` of a table `[vocabulary, H]`, in its dtype."""
+def write_embedding(merged: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Writes `embedding.onnx` of the weights in `merged`, in `dtype`."""
+    words = _weights_below("model.embed_tokens.", merged)["weight"].to(dtype)
     inputs = {
         "input_ids": torch.tensor([[5, -1, -1, 7], [5, -1, 7, 7]], dtype=torch.int32),
         "image_features": words.new_zeros(3, words.shape[1]),
     }
     shapes = {"input_ids": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, "image_features": {0: Dim.DYNAMIC}}
     _write(EmbeddingGraph(words), inputs, "inputs_embeds", shapes, folder / EMBEDDING)
+
+
+def _weights_below(prefix: str, merged: Path) -> dict[str, torch.Tensor]:
+    """The weights whose names begin so, without that: "model.norm." -> {"weight": w}."""
+    places = {name: file for name, file in weight_files(merged).items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): tensor for name, tensor in read_weights(places)}
 
 
 def _write(module: nn.Module, inputs: dict[str, torch.Tensor], output: str, shapes: Any, path: Path) -> None:

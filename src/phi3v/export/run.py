@@ -1,20 +1,24 @@
 """One export from start to end: what is refused, the folder put in place whole, its digests, its card, the hub.
 
 In comes a TARGET and a format, out comes a folder that is there whole or not at all. What is in it is the business of
-the format's own module, which fills a folder that nobody sees yet and says what it put there: `merge`, `adapter`,
+the format's own module, which fills a folder that nobody sees yet and says what it put there: `layout`, `adapter`,
 `onnx`. Knows nothing about the command line.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from phi3v.errors import ConfigError
-from phi3v.targets import Target, resolve_target
-from phi3v.whole_files import replace_folder
+from phi3v.export.card import MICROSOFT, base_id, read_card, render_card
+from phi3v.export.folder import fill_whole, refuse_used, write_digests
+from phi3v.run_folder import RunFolder
+from phi3v.targets import Target, resolve_target, run_of
 
 Format = Literal["merged", "adapter", "onnx"]
+SHARD_BYTES = 2 * 10**9
+"""Bytes of a file of weights at most where nothing is said, and so about what merging takes of memory."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +30,18 @@ class Exported:
         to: the format.
         out: the folder.
         bytes: all its files together.
+        base: hub id of the base, None where it is not known.
         facts: what the format says of itself: dtype, number of files, precision, ...
+        pushed: address of the commit on the hub, None where nothing was pushed.
     """
 
     target: str
     to: Format
     out: Path
     bytes: int
+    base: str | None
     facts: dict[str, Any] = field(default_factory=dict)
+    pushed: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -45,24 +53,82 @@ def export(
     out: Path,
     *,
     to: Format,
+    dtype: Literal["bfloat16", "float32", "float16"] | None = None,
+    shard_bytes: int = SHARD_BYTES,
     precision: Literal["fp32", "fp16", "int4"] = "fp32",
+    base: str | None = None,
+    push: str | None = None,
+    public: bool = False,
+    api: Any = None,
 ) -> Exported:
     """Writes a target in one of the formats into `out`, a folder that is new or empty.
 
+    Args:
+        target: a run, an adapter, a model folder or a hub id.
+        out: the folder.
+        to: the format.
+        dtype: of merged weights; None for that of the base.
+        shard_bytes: of a file of merged weights at most.
+        precision: of ONNX graphs.
+        base: hub id of the base, for card and adapter; None where the target's own words will do.
+        push: repository on the hub that it is sent to; private, unless `public`.
+        public: see `push`.
+        api: a `huggingface_hub.HfApi`; None makes one.
+
     Raises: ConfigError for a folder that holds something; CheckpointError for a target that is not there or not whole.
     """
-    place = resolve_target(target)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out} is there and not empty: name a folder that is new or empty")
+    place, run = resolve_target(target), run_of(target)
+    refuse_used(out)
+    named = base_id(place, base)
+    if push is not None:
+        from phi3v.export.hub import check_push
+
+        if to == "adapter" and named is None:
+            raise ConfigError(f"--push {push}: the base is a folder here, {place.base}: name its hub id with --base")
+        check_push(push, public=public, api=api)
     facts: dict[str, Any] = {}
-    replace_folder(out, lambda folder: facts.update(_writer(to, precision)(place, folder)))
-    return Exported(str(target), to, out, sum(file.stat().st_size for file in out.rglob("*") if file.is_file()), facts)
+
+    def fill(folder: Path) -> None:
+        images = run.read_recipe().image.processor_options if run else {}
+        if to == "merged":
+            facts.update(_merged(place, folder, dtype, shard_bytes, images, named))
+        elif to == "adapter":
+            facts.update(_adapter(place, folder, images, named))
+        else:
+            from phi3v.export.onnx import export_onnx
+
+            facts.update(export_onnx(place, folder, precision=precision))
+        card = read_card(run, title=_title(place, run), to=to, base=named, facts=facts, repo=push)
+        (folder / "README.md").write_text(render_card(card), encoding="utf-8")
+        write_digests(folder)
+
+    fill_whole(out, fill)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    sent = None
+    if push is not None:
+        from phi3v.export.hub import push as send
+
+        sent = send(out, push, public=public, api=api)
+    return Exported(str(target), to, out, size, named, facts, sent)
 
 
-def _writer(to: Format, precision: Literal["fp32", "fp16", "int4"]) -> Callable[[Target, Path], dict[str, Any]]:
-    """What fills the folder: it gets the target and an empty folder, and hands back facts for card and screen."""
-    if to == "onnx":
-        from phi3v.export.onnx import export_onnx
+def _title(place: Target, run: RunFolder | None) -> str:
+    """The name of a run's folder, or of a target that is none: of runs/shop and of runs/shop/adapter it is "shop"."""
+    return run.path.resolve().name if run else place.name.rstrip("/").rpartition("/")[2]
 
-        return lambda place, folder: export_onnx(place, folder, precision=precision)
-    raise ConfigError(f"--to {to} is not built yet")
+
+def _merged(
+    place: Target, folder: Path, dtype: str | None, shard_bytes: int, images: Mapping[str, Any], base: str | None
+) -> dict[str, Any]:
+    """Fills the folder of merged weights."""
+    from phi3v.export.layout import write_merged
+
+    code = base if base in MICROSOFT else None
+    return write_merged(place, folder, dtype=dtype, shard_bytes=shard_bytes, images=images, code=code)
+
+
+def _adapter(place: Target, folder: Path, images: Mapping[str, Any], base: str | None) -> dict[str, Any]:
+    """Fills the folder of an adapter."""
+    from phi3v.export.adapter import write_adapter
+
+    return write_adapter(place, folder, base=base, images=images)

@@ -1,0 +1,58 @@
+"""An export on the hub: asked for before the work, sent after it.
+
+In comes a folder and the name of a repository. A repository is private unless its owner says otherwise, here or there.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from phi3v.errors import ConfigError
+from phi3v.passthrough import connection_fault, first_line
+
+_HINTS = {401: "the token is not valid", 403: "the token may not write there (it needs write access)"}
+"""What the hub's answers mean here."""
+
+
+def check_push(repo: str, *, public: bool, api: Any = None) -> None:
+    """Looks whether `repo` can be written before anything is exported: its name, the token, the hub's answer.
+
+    Raises: ConfigError in one line, also for a repository that is public where nothing was said of `public`.
+    """
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ConfigError(f"--push {repo!r} is no name of a repository (owner/name): {first_line(error)}") from error
+    api = api or HfApi()
+    if not (getattr(api, "token", None) or get_token()):
+        raise ConfigError(f"--push {repo} needs a token of the hub: set HF_TOKEN, or log in with `hf auth login`")
+    try:
+        is_open = api.repo_exists(repo) and not api.repo_info(repo).private
+        if not is_open:
+            api.whoami()
+    except Exception as error:
+        raise _refused(repo, error) from error
+    if is_open and not public:
+        raise ConfigError(f"--push {repo}: that repository is public; say --public, or name another one")
+
+
+def push(folder: Path, repo: str, *, public: bool, api: Any = None) -> str:
+    """Sends a folder, in one commit, and gives back the commit's address. Raises: ConfigError in one line."""
+    api = api or HfApi()
+    try:
+        api.create_repo(repo, private=not public, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo, folder_path=str(folder), commit_message="phi3v export"))
+    except Exception as error:
+        raise _refused(repo, error, f"; {folder} is complete, send it with `hf upload {repo} {folder}`") from error
+
+
+def _refused(repo: str, error: Exception, rest: str = "") -> ConfigError:
+    """What the hub or the network said, as one line; other errors are ours and go on."""
+    if not isinstance(error, OSError | ValueError) and not type(error).__module__.startswith("httpx"):
+        raise error
+    status = getattr(getattr(error, "response", None), "status_code", None) if isinstance(error, HfHubHTTPError) else 0
+    reason = connection_fault(error) or _HINTS.get(status or 0) or first_line(error)
+    return ConfigError(f"--push {repo} failed: {reason}; check HF_TOKEN and the network{rest}")

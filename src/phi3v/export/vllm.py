@@ -1,0 +1,29 @@
+"""What vLLM is told to serve merged weights, and whether the installed vLLM is one whose list of names was read.
+
+vLLM has a Phi-3-V of its own and takes no LoRA for it, so it gets merged weights; configuration and processor are this
+package's, which it finds by the entry point `vllm.general_plugins`. Nothing here imports or runs vLLM.
+"""
+
+import shlex
+from importlib import metadata
+
+READ = "0.33"
+"""The version whose Phi-3-V was read: names of weights, fields of the configuration, members of the processor."""
+_CONTEXT = 8192
+"""Tokens that a server of one GPU has room for; the model's own 131,072 would be planned for else."""
+
+
+def serve_command(name: str) -> str:
+    """The command: serve_command("shop") -> "vllm serve shop --max-model-len 8192 --limit-mm-per-prompt '...'"."""
+    return f"vllm serve {shlex.quote(name)} --max-model-len {_CONTEXT} --limit-mm-per-prompt '{{\"image\": 1}}'"
+
+
+def version_note() -> str:
+    """What is known of the vLLM that is there: "read against vLLM 0.33, and not run here" where there is none."""
+    try:
+        there = metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        return f"read against vLLM {READ}, and not run here"
+    if there == READ or there.startswith(f"{READ}."):
+        return f"read against vLLM {READ}, which is installed, and not run here"
+    return f"read against vLLM {READ}, and {there} is installed: it may ask for other names or settings"
