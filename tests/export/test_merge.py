@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from PIL import Image
+from exported_logits import logits
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 from tiny_runs import make_recipe, make_run
@@ -52,14 +52,6 @@ def random_adapter(base: Path, folder: Path, quantization: dict[str, Any] | None
                 weight.add_(torch.randn_like(weight) * 0.05)
     tuned.save_pretrained(folder)
     return folder
-
-
-def logits(model: Any, processor: Any) -> torch.Tensor:
-    """Of a prompt with two images of different sizes."""
-    photos = [Image.new("RGB", size, colour) for size, colour in (((500, 300), "teal"), ((40, 60), "brown"))]
-    text = "<|user|>\n<|image_1|>\nand <|image_2|>\nWhat?<|end|>\n<|assistant|>\n"
-    with torch.no_grad():
-        return model(**processor(text=text, images=photos, return_tensors="pt")).logits
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)

@@ -1,0 +1,197 @@
+"""The model card: what of a run stands in it, that texts stay texts, that no path does; and where an export is sent."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub.errors import HfHubHTTPError
+from tiny_models import write_photos, write_tiny_model
+from tiny_runs import make_recipe, make_run
+
+from phi3v.errors import ConfigError
+from phi3v.evaluation.run import evaluate
+from phi3v.export import hub
+from phi3v.export.card import Card, base_id, fenced, header, plain, render_card, settings, sources
+from phi3v.export.run import export
+from phi3v.recipe import Recipe
+from phi3v.run_folder import RunFolder
+from phi3v.targets import resolve_target
+
+BASE = "microsoft/Phi-3.5-vision-instruct"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> RunFolder:
+    """A run that was evaluated, with a system turn that would be markup."""
+    folder = tmp_path_factory.mktemp("card")
+    write_tiny_model(folder / "model")
+    write_photos(folder / "photos", 12)
+    system = json.dumps("Be brief.\n```\n# Heading <script>")
+    made = make_run(folder, make_recipe(folder).with_overrides([f"data.system={system}"]))
+    evaluate(made.path)
+    return made
+
+
+def test_the_card_says_what_the_run_says(run: RunFolder, tmp_path: Path) -> None:
+    export(run.path, tmp_path / "merged", to="merged", base=BASE)
+    text = (tmp_path / "merged" / "README.md").read_text()
+    start, head, body = text.split("---\n", 2)
+    assert start == "" and yaml.safe_load(head) == {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "license": "mit",
+        "base_model": BASE,
+        "base_model_relation": "finetune",
+        "tags": ["phi3_v", "phi3v"],
+    }
+    evaluation = run.read_evaluation()
+    for one in evaluation["metrics"].values():
+        assert f"| {one['label']} | " in body.replace("\\", "")
+    assert "On 5 held-out rows, with intervals at 95 %." in body and "| 95 % interval |" in body
+    assert "If neither were better, a difference as large" in body
+    for name, check in evaluation["checks"].items():
+        assert f"- **{name}: {check['verdict']}.** " in body
+    assert "- rows.jsonl\n" in body and "| tuned | LoRA, r 16, alpha 32, on qkv\\_proj" in body
+    assert "```text\nIt is {colour}.\n```" in body
+    assert "````text\nBe brief.\n```\n# Heading <script>\n````" in body  # its own fence ends nothing
+    for runtime in (
+        "phi3v ask run photo.jpg",
+        "transformers.pipeline(",
+        "AutoModelForImageTextToText",
+        "vllm serve run",
+    ):
+        assert runtime in body
+    assert "under the MIT licence" in body
+    for place in (tmp_path, run.path.parent):
+        assert not [file for file in (tmp_path / "merged").iterdir() if str(place).encode() in file.read_bytes()]
+
+
+def test_a_card_of_weights_alone_says_only_what_is_known() -> None:
+    text = render_card(Card("shop <i>", "onnx", None, {"precision": "int4"}))
+    assert "# shop \\<i\\>" in text and "onnxruntime-genai (int4)" in text and "--runtime onnx" in text
+    assert "## Scores" not in text and "## Data" not in text and "MIT" not in text
+    assert header(Card("shop", "adapter", "owner/base", {})) == {
+        "library_name": "peft",
+        "pipeline_tag": "image-text-to-text",
+        "base_model": "owner/base",
+        "base_model_relation": "adapter",
+        "tags": ["phi3_v", "phi3v"],
+    }
+
+
+def test_texts_stay_texts() -> None:
+    assert plain("a *b*\n<i>[x](y)| `c`") == "a \\*b\\* \\<i\\>\\[x\\]\\(y\\)\\| \\`c\\`"
+    assert fenced("a\n````\nb") == "`````text\na\n````\nb\n`````"
+
+
+def test_sets_are_named_without_their_folders() -> None:
+    several = [
+        {"source": "/home/me/shop/products.csv"},
+        {"source": "owner/set"},
+        {"source": "https://a:b@c/d.jsonl?e=f"},
+    ]
+    recipe = Recipe.from_dict({"model": "owner/base", "data": {"train": several}, "output": "/tmp/run"})
+    assert sources(recipe) == ["products.csv", "owner/set", "d.jsonl"]
+    whole = Recipe.from_dict({"model": "a/b", "data": "x.csv", "lora": None, "output": "/tmp/run"})
+    assert settings(whole)["tuned"] == "the whole language model" and settings(whole)["epochs"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("folder", "found"),
+    [
+        ("models--microsoft--Phi-3.5-vision-instruct/snapshots/4a0d", BASE),
+        ("models--owner--base/snapshots/1", "owner/base"),
+        ("Phi-3-vision-128k-instruct", "microsoft/Phi-3-vision-128k-instruct"),
+        ("our-model", None),
+    ],
+)
+def test_the_base_is_known_by_its_folder(folder: str, found: str | None, tmp_path: Path) -> None:
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / "config.json").write_text("{}")
+    place = resolve_target(tmp_path / folder)
+    assert base_id(place) == found and base_id(place, "given/name") == "given/name"
+    assert base_id(resolve_target("owner/name")) == "owner/name"
+
+
+class FakeHub:
+    """Answers as `HfApi`, and keeps what it was asked to do."""
+
+    token = "secret"
+
+    def __init__(self, exists: bool = False, private: bool = True, fault: Exception | None = None) -> None:
+        self.exists, self.private, self.fault = exists, private, fault
+        self.done: list[dict[str, Any]] = []
+
+    def repo_exists(self, repo: str) -> bool:
+        return self.exists
+
+    def repo_info(self, repo: str) -> Any:
+        return SimpleNamespace(private=self.private)
+
+    def whoami(self) -> dict[str, Any]:
+        if self.fault is not None:
+            raise self.fault
+        return {}
+
+    def create_repo(self, repo: str, **options: Any) -> None:
+        self.done.append({"repo": repo, **options})
+
+    def upload_folder(self, **options: Any) -> str:
+        files = sorted(path.name for path in Path(options["folder_path"]).iterdir())
+        self.done.append({**options, "files": files})
+        return "https://huggingface.co/owner/shop/commit/1"
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_a_push_sends_the_whole_folder_once(public: bool, run: RunFolder, tmp_path: Path) -> None:
+    there = FakeHub()
+    found = export(run.path, tmp_path / "out", to="adapter", base=BASE, push="owner/shop", public=public, api=there)
+    created, sent = there.done
+    assert created == {"repo": "owner/shop", "private": not public, "exist_ok": True}
+    assert sent["repo_id"] == "owner/shop" and {"README.md", "digests.json", "adapter_config.json"} <= {*sent["files"]}
+    assert found.pushed == "https://huggingface.co/owner/shop/commit/1"
+    assert 'PeftModel.from_pretrained(model, "owner/shop")' in (tmp_path / "out" / "README.md").read_text()
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == BASE
+
+
+def http_error(status: int) -> HfHubHTTPError:
+    response = SimpleNamespace(status_code=status, headers={}, request=None)
+    return HfHubHTTPError(f"{status} Client Error\nand more", response=response)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("there", "options", "says"),
+    [
+        (FakeHub(), {"push": "a/b/c"}, r"'a/b/c' is no name of a repository"),
+        (FakeHub(), {"base": None}, "name its hub id with --base"),
+        (FakeHub(exists=True, private=False), {}, "that repository is public; say --public"),
+        (FakeHub(fault=http_error(401)), {}, "the token is not valid; check HF_TOKEN"),
+        (FakeHub(fault=http_error(500)), {}, "500 Client Error; check"),
+        (
+            FakeHub(fault=ConnectionError("no connection to huggingface.co")),
+            {},
+            "no connection to huggingface.co; check",
+        ),
+        (SimpleNamespace(token=None), {}, "needs a token of the hub: set HF_TOKEN"),
+    ],
+)
+def test_what_keeps_it_from_the_hub_is_told_before_the_export(
+    there: Any, options: dict[str, Any], says: str, run: RunFolder, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(hub, "get_token", lambda: None)
+    with pytest.raises(ConfigError, match=says) as error:
+        export(
+            run.path, tmp_path / "out", to="adapter", **{"base": BASE, "push": "owner/shop", "api": there, **options}
+        )
+    assert "\n" not in str(error.value) and not [*tmp_path.iterdir()]
+
+
+def test_of_an_upload_that_fails_the_folder_stays(run: RunFolder, tmp_path: Path, monkeypatch) -> None:
+    there = FakeHub()
+    monkeypatch.setattr(there, "upload_folder", lambda **options: (_ for _ in ()).throw(http_error(403)))
+    with pytest.raises(ConfigError, match=r"may not write there .*; .*out is complete, send it with `hf upload"):
+        export(run.path, tmp_path / "out", to="merged", push="owner/shop", api=there)
+    assert (tmp_path / "out" / "digests.json").is_file()
