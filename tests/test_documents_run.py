@@ -72,17 +72,21 @@ def test_the_readmes_commands_and_program(shop: Path, typed: Callable[[str], Any
         "compare",
         "predict",
         "ask",
+        "export",
     ]
+    said = {}
     for line in lines:
         if "runs/other" in line:
             shutil.copytree(shop / "runs" / "shop", shop / "runs" / "other")
         done = typed(line)
         assert done.exit_code == 0, (line, done.output)
-    assert (shop / "runs" / "shop" / "report.html").is_file() and done.stdout.strip()
+        said[words_of(line)[0]] = done.stdout.strip()
+    assert (shop / "runs" / "shop" / "report.html").is_file() and said["ask"]
+    assert (shop / "shop" / "model.safetensors").is_file()
     printed: list[str] = []
     program = block("README.md", "python", 'phi3v.ask("runs/shop"')
     exec(compile(program, "README.md", "exec"), {"print": printed.append})  # the run is finished by now
-    assert printed == [done.stdout.strip()]
+    assert printed == [said["ask"]]
 
 
 def test_the_commands_of_the_data_page(shop: Path, typed: Callable[[str], Any]) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,7 +15,7 @@ import pytest
 import torch
 from exported_logits import logits
 from peft import PeftModel
-from tiny_models import write_tiny_model
+from tiny_models import write_photos, write_tiny_model
 from tiny_runs import make_recipe, make_run
 from typer.testing import CliRunner
 
@@ -27,6 +29,8 @@ from phi3v.export.run import export
 from phi3v.loading import load_base, load_target
 from phi3v.run_folder import RunFolder
 from phi3v.targets import resolve_target
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -122,14 +126,14 @@ def test_of_an_export_that_fails_nothing_stays(
     fault: BaseException, run: RunFolder, tmp_path: Path, monkeypatch
 ) -> None:
     """Neither at the first shard nor when all but the digests are written."""
-    expected = ConfigError if isinstance(fault, OSError) else KeyboardInterrupt
+    expected = CheckpointError if isinstance(fault, OSError) else KeyboardInterrupt
 
     def fail(*args: object, **options: object) -> None:
         raise fault
 
     for place in ("phi3v.export.layout.save_file", "phi3v.export.run.write_digests"):
         monkeypatch.setattr(place, fail)
-        with pytest.raises(expected, match="the disk is full" if expected is ConfigError else None):
+        with pytest.raises(expected, match="the disk is full" if expected is CheckpointError else None):
             export(run.path, tmp_path / "out", to="merged")
         assert not [*tmp_path.iterdir()]
         monkeypatch.undo()
@@ -169,14 +173,14 @@ def test_a_killed_export_leaves_nothing_that_loads(shards: int, run: RunFolder, 
 
 
 MEASURE = """
-import resource, sys
+import sys
 from pathlib import Path
 import torch, transformers, peft
 from phi3v.export import layout, run
 most = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
-run.export(sys.argv[1], Path(sys.argv[2] + "/small"), to="merged", shard_bytes=10**6)
+run.export(sys.argv[1], Path(sys.argv[2] + "/out_small"), to="merged", shard_bytes=10**6)
 before = most()
-run.export(sys.argv[3], Path(sys.argv[2] + "/large"), to="merged", shard_bytes=16_000_000)
+run.export(sys.argv[3], Path(sys.argv[2] + "/out_large"), to="merged", shard_bytes=16_000_000)
 print(most() - before)
 """
 
@@ -228,3 +232,26 @@ def test_the_command_says_what_it_wrote(run: RunFolder, tmp_path: Path) -> None:
         assert command("export", run.path, *words, "--out", tmp_path / "new")[0] == 2
     code, said = command("export", run.path, "--to", "merged", "--out", tmp_path / "merged", "--json")
     assert code == 1 and "holds README.md" in json.loads(said)["error"]
+
+
+def test_the_commands_of_the_export_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their order, and the pipeline's program; those of ONNX, vLLM, pip and the hub are not run here."""
+    monkeypatch.chdir(tmp_path)
+    write_tiny_model(tmp_path / "model")
+    write_photos(tmp_path, 20)
+    (tmp_path / "0.png").rename(tmp_path / "scarf.jpg")
+    make_run(tmp_path, make_recipe(tmp_path, output=str(tmp_path / "runs" / "shop")))
+    text = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    ours = [shlex.split(line, comments=True) for line in lines if line.startswith("phi3v ")]
+    ours = [words[1:] for words in ours if not {"onnx", "--push"} & {*words}]
+    assert len(ours) >= 6
+    for words in ours:
+        if "--out" in words:
+            shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
+        code, said = command(*words)
+        assert code == 0 and said.strip(), words
+    (program,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "pipeline" in block]
+    printed: list[list[dict[str, str]]] = []
+    exec(compile(program.replace("256", "4"), "export.md", "exec"), {"print": printed.append})
+    assert isinstance(printed[0][0]["generated_text"], str)

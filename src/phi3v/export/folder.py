@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from phi3v.errors import CheckpointError, ConfigError
+from phi3v.errors import CheckpointError, ConfigError, Phi3VError
 from phi3v.passthrough import first_line
 from phi3v.targets import read_json
 from phi3v.whole_files import replace_folder
@@ -50,11 +50,13 @@ def check_space(folder: Path, needed: int) -> None:
 def fill_whole(out: Path, fill: Callable[[Path], Any]) -> None:
     """Lets `fill` write into a folder beside `out` and puts it there when complete; of a failure nothing stays."""
     try:
-        replace_folder(out, fill)
+        replace_folder(Path(os.path.abspath(out)), fill)  # "." has no name
     except (OSError, SafetensorError) as error:
+        if isinstance(error, Phi3VError):
+            raise
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         reason = "the disk is full" if full else first_line(error)
-        raise ConfigError(f"--out {out} could not be written ({reason}): free space, or name another folder") from error
+        raise CheckpointError(f"the export to {out} failed ({reason}): free space, or name another folder") from error
 
 
 def write_digests(folder: Path) -> None:

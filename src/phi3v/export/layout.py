@@ -21,6 +21,7 @@ from phi3v.export.folder import check_space
 from phi3v.export.merge import Merger, merged_weights
 from phi3v.loading import load_config, load_processor
 from phi3v.meta_base import meta_base
+from phi3v.passthrough import connection_fault, first_line
 from phi3v.targets import MODEL_INDEX, MODEL_WEIGHTS, Target, check_model_folder, read_json
 from phi3v.weight_files import find_file, weight_files
 
@@ -84,7 +85,13 @@ class _Base:
             check_model_folder(Path(place.base))
         self.model = meta_base(config, dtype=torch.float32)
         ignored = [re.compile(pattern) for pattern in type(self.model)._keys_to_ignore_on_load_unexpected]
-        found = weight_files(place.base, place.revision)
+        try:
+            found = weight_files(place.base, place.revision)
+        except OSError as error:
+            reason = connection_fault(error) or first_line(error)
+            raise CheckpointError(
+                f"the weights of {place.base} could not be read ({reason}): check the network"
+            ) from error
         self.files = {name: path for name, path in found.items() if not any(one.search(name) for one in ignored)}
         tied = {*self.model._tied_weights_keys} if config.tie_word_embeddings else set()
         state = self.model.state_dict()
