@@ -28,7 +28,7 @@ Precision = Literal["fp32", "fp16", "int4"]
 
 
 def export_onnx(place: Target, folder: Path, *, precision: Precision = "fp32") -> dict[str, Any]:
-    """Fills `folder`, and hands back facts for card and screen: {"precision": "int4", "system": None}.
+    """Fills `folder`, and hands back facts for card and screen: {"precision": "int4"}.
 
     The weights are merged in float32 first, into a folder that is removed again; of these fp16 and int4 are made. int4
     is the decoder's alone, its neighbours stay float32.
@@ -56,7 +56,7 @@ def export_onnx(place: Target, folder: Path, *, precision: Precision = "fp32") -
     _write_json(folder / GENAI_CONFIG, genai_config(built, processor.stop_token_ids))
     about = {"precision": precision, "system": None if recipe is None else recipe.data.system}
     _write_json(folder / ONNX_ABOUT, about)
-    return about
+    return {"precision": precision}
 
 
 def refuse_without_packages(packages: tuple[str, ...]) -> None:
