@@ -69,7 +69,7 @@ def test_commands_and_flags_are_frozen():
             *["target", "--to", "--out", "--dtype", "--shard-size", "--precision", "--base", "--push", "--public"],
             *["--json", "--debug"],
         ],
-        "ask": ["target", "images_and_question", "--max-pixels", "--device", "--json", "--debug"],
+        "ask": ["target", "images_and_question", "--runtime", "--max-pixels", "--device", "--json", "--debug"],
         "chat": ["target", "--host", "--port", "--device", "--json", "--debug"],
         "plan": ["recipe", "overrides", "--memory", "--rows", "--image", "--json", "--debug"],
         "doctor": ["recipe", "overrides", "--json", "--debug"],

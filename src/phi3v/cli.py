@@ -15,13 +15,14 @@
     phi3v sweep RECIPE [key=value ...]      many trainings with other values, ranked; the best recipe
     phi3v demo                              all of it on the model and the products that come with the package
 
-TARGET is a run, an adapter, a model folder or a hub id. Every command takes `--json` (one object on standard output)
-and `--debug` (tracebacks). Nothing heavy is imported before a command needs it, so `--help` is quick, and so is what is
-wrong with a recipe or a target.
+TARGET is a run, an adapter, a model folder or a hub id; `ask` also takes a folder of ONNX graphs. Every command takes
+`--json` (one object on standard output) and `--debug` (tracebacks). Nothing heavy is imported before a command needs
+it, so `--help` is quick, and so is what is wrong with a recipe or a target.
 """
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -53,6 +54,14 @@ from phi3v.cli_predict import predict
 from phi3v.cli_profile import profile
 from phi3v.cli_session import session
 from phi3v.cli_sweep import sweep
+
+
+class Runtime(StrEnum):
+    """What `ask --runtime` takes."""
+
+    torch = "torch"
+    onnx = "onnx"
+
 
 app = typer.Typer(
     name="phi3v",
@@ -185,6 +194,9 @@ def ask(
         list[str],
         typer.Argument(metavar='IMAGE... "question"', help="Image files, then the question in quotes."),
     ],
+    runtime: Annotated[
+        Runtime | None, typer.Option(help="What answers; where nothing is said, onnx for ONNX graphs, else torch.")
+    ] = None,
     max_pixels: MaxPixels = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -203,18 +215,27 @@ def ask(
     if Path(question).is_file():
         raise typer.BadParameter(f"{question} is a file; put the question after it, in quotes", param_hint="question")
     with session(debug or context.obj, as_json) as here:
-        from phi3v.targets import resolve_target
+        from phi3v.targets import graphs_of, holds_graphs, resolve_target
 
-        resolve_target(target)  # a target that is not there is told before seconds of imports
-
-        from phi3v.generate import ask as ask_target
+        by_graphs = runtime is Runtime.onnx or (runtime is None and holds_graphs(target))
+        # A target that is not there is told before seconds of imports.
+        graphs_of(target) if by_graphs else resolve_target(target)
+        if by_graphs and device not in (None, "auto", "cpu"):
+            raise typer.BadParameter("ONNX graphs run on the CPU here", param_hint="--device")
 
         def show(text: str) -> None:
             here.answers.write(text)
             here.answers.flush()
 
         stream = None if as_json else show
-        answer = ask_target(target, images, question, device=device, max_pixels=max_pixels, stream=stream)
+        if by_graphs:
+            from phi3v.export.onnx_runtime import OnnxChatModel
+
+            answer = OnnxChatModel.from_target(target, max_pixels=max_pixels).ask(images, question, stream=stream)
+        else:
+            from phi3v.generate import ask as ask_target
+
+            answer = ask_target(target, images, question, device=device, max_pixels=max_pixels, stream=stream)
         if not as_json:
             show("\n")
         here.result({"target": target, "images": images, "question": question, "answer": answer})

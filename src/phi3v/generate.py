@@ -66,7 +66,7 @@ class ChatModel:
         if "num_crops" in options:
             held.pop("max_image_tokens", None)  # it would lower the crops that were asked for
         loaded = load_target(target, **{**held, **options})
-        system = None if recipe is None else _fixed_system(recipe.data.system, target)
+        system = None if recipe is None else fixed_system(recipe.data.system, target)
         largest = MAX_PIXELS if recipe is None else recipe.image.max_pixels
         return cls(loaded.model, loaded.processor, system, max_pixels or largest)
 
@@ -280,7 +280,7 @@ def ask(
     return ChatModel.from_target(target, max_pixels=max_pixels, **loading).ask(images, question, **options)
 
 
-def _fixed_system(template: str | None, target: str | Path) -> str | None:
+def fixed_system(template: str | None, target: str | Path) -> str | None:
     """The text of a system template without columns: "Be {{brief}}." -> "Be {brief}."; None, and a warning, with."""
     if template is None:
         return None

@@ -22,6 +22,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_WEIGHTS = "model.safetensors"
 MODEL_INDEX = "model.safetensors.index.json"
+ONNX_ABOUT = "phi3v_onnx.json"
+"""In a folder of ONNX graphs that `phi3v export` wrote: what is not in the runtime's own files."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -137,6 +139,35 @@ def run_of(target: str | Path) -> RunFolder | None:
     return next((RunFolder(folder) for folder in places if RunFolder.is_run(folder)), None)
 
 
+def holds_graphs(target: str | Path) -> bool:
+    """Whether a target is a folder of ONNX graphs that `phi3v export` wrote."""
+    return (Path(target) / ONNX_ABOUT).is_file()
+
+
+def graphs_of(target: str | Path) -> Path:
+    """The folder of ONNX graphs that a target is; of a run or an adapter in it, the run's folder `onnx`.
+
+    Raises:
+        CheckpointError: there is none, or the run was trained on since; the line says how to export.
+    """
+    if holds_graphs(target):
+        return Path(target)
+    run = run_of(target)
+    folder = Path("FOLDER") if run is None else run.path / "onnx"
+    export = f"phi3v export {target} --to onnx --out {folder}"
+    if run is None or not holds_graphs(folder):
+        resolve_target(target)
+        raise CheckpointError(f"{target} holds no ONNX graphs: make them (`{export}`) and ask {folder}")
+    tuned = (run.adapter / ADAPTER_WEIGHTS, run.model / MODEL_WEIGHTS, run.model / MODEL_INDEX)
+    written = max((path.stat().st_mtime for path in tuned if path.is_file()), default=0.0)
+    if written > (folder / ONNX_ABOUT).stat().st_mtime:
+        raise CheckpointError(
+            f"{folder} is older than the weights of {run.path}: remove it and export again (`{export}`), or ask "
+            f"{folder} itself for what it was"
+        )
+    return folder
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; CheckpointError in one line when the file is missing or holds something else."""
     try:
@@ -184,6 +215,8 @@ def check_model_folder(folder: Path) -> None:
                     )
     elif (folder / MODEL_WEIGHTS).is_file():
         tensor_shapes(folder / MODEL_WEIGHTS)
+    elif holds_graphs(folder):
+        raise CheckpointError(f"{folder} holds ONNX graphs and no weights: only `phi3v ask` answers from them")
     else:
         raise CheckpointError(f"{folder} has neither {MODEL_INDEX} nor {MODEL_WEIGHTS}: copy the weights into it")
 
