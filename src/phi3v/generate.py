@@ -64,9 +64,7 @@ class ChatModel:
         if "num_crops" in options:
             held.pop("max_image_tokens", None)  # it would lower the crops that were asked for
         loaded = load_target(target, **{**held, **options})
-        return cls(
-            loaded.model, loaded.processor, None if recipe is None else _fixed_system(recipe.data.system, target)
-        )
+        return cls(loaded.model, loaded.processor, None if recipe is None else fixed_system(recipe.data.system, target))
 
     def ask(
         self,
@@ -104,7 +102,7 @@ class ChatModel:
                 name = "" if isinstance(path, Image.Image) else f"{path}: "
                 raise ImageError(name + str(error).removesuffix(" or raise num_crops")) from error
         example = self.encode(chat)
-        streamer = _PieceStreamer(self.text_of, self._is_byte, stream) if stream is not None else None
+        streamer = PieceStreamer(self.text_of, self.is_byte, stream) if stream is not None else None
         return self._generate([example], max_new_tokens, generation, streamer)[0]
 
     def answer(
@@ -197,13 +195,13 @@ class ChatModel:
         end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
         return self.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
 
-    def _is_byte(self, token: int) -> bool:
+    def is_byte(self, token: int) -> bool:
         """Whether a token stands for one byte of a character, <0xE3> for instance."""
         name = self.processor.tokenizer.convert_ids_to_tokens(token)  # None for rows beyond the vocabulary
         return name is not None and _BYTE.fullmatch(name) is not None
 
 
-class _PieceStreamer(BaseStreamer):
+class PieceStreamer(BaseStreamer):
     """Hands on what each new token adds to the text.
 
     Characters spelt out in single bytes wait until their run of bytes is over: only then is it known what they are. A
@@ -263,7 +261,7 @@ def ask(
     return ChatModel.from_target(target, **loading).ask(images, question, **options)
 
 
-def _fixed_system(template: str | None, target: str | Path) -> str | None:
+def fixed_system(template: str | None, target: str | Path) -> str | None:
     """The text of a system template without columns: "Be {{brief}}." -> "Be {brief}."; None, and a warning, with."""
     if template is None:
         return None
