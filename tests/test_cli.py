@@ -66,6 +66,10 @@ def test_commands_and_flags_are_frozen():
         "sweep": ["recipe", "overrides", "--json", "--debug"],
         "compare": ["runs", "--out", "--json", "--debug"],
         "ask": ["target", "images_and_question", "--device", "--json", "--debug"],
+        "serve": [
+            *["target", "--adapter", "--host", "--port", "--api-key-file", "--allow-host", "--batch-size", "--queue"],
+            *["--timeout", "--max-context", "--device", "--json", "--debug"],
+        ],
         "plan": ["recipe", "overrides", "--memory", "--rows", "--image", "--json", "--debug"],
         "doctor": ["recipe", "overrides", "--json", "--debug"],
         "profile": ["recipe", "overrides", "--steps", "--rows", "--image", "--trace", "--json", "--debug"],
@@ -84,6 +88,7 @@ def test_commands_and_flags_are_frozen():
         ("predict", "TARGET [OPTIONS]"),
         ("compare", "RUN RUN ... [OPTIONS]"),
         ("ask", 'TARGET IMAGE... "question" [OPTIONS]'),
+        ("serve", "TARGET [OPTIONS]"),
         ("demo", "[OPTIONS]"),
         ("data check", "RECIPE|DATASET [key=value ...] [OPTIONS]"),
         ("data show", "RECIPE|DATASET [key=value ...] [OPTIONS]"),

@@ -8,17 +8,15 @@ import asyncio
 import contextlib
 import json
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
 
 from phi3v import __version__
 from phi3v.serve.backend import Answer, Backend
-from phi3v.serve.guard import Doorway, Guard, Place
+from phi3v.serve.guard import Doorway, Guard, Place, Receive, Scope, Send
 from phi3v.serve.images import ImageSource
 from phi3v.serve.limits import Limits
 from phi3v.serve.protocol import ChatRequest, Refusal, chunk, completion, parse_request, usage
@@ -263,12 +261,11 @@ def _say_errors(app: FastAPI) -> None:
             await _read_away(request)
         return _response(error)
 
-    async def not_there(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        words = {404: "there is no such route", 405: "this route has no such method"}
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-        refusal = Refusal(error.status_code, code, words.get(error.status_code, "the request cannot be understood"))
-        return JSONResponse(refusal.body, refusal.status, error.headers)
+    def plain(status: int, code: str, words: str) -> Callable[[Request, Exception], Awaitable[Response]]:
+        async def said(request: Request, error: Exception) -> Response:
+            return JSONResponse(Refusal(status, code, words).body, status, getattr(error, "headers", None))
+
+        return said
 
     async def gone(request: Request, error: Exception) -> Response:
         return Response(status_code=499)
@@ -276,7 +273,10 @@ def _say_errors(app: FastAPI) -> None:
     async def fault(request: Request, error: Exception) -> Response:
         return _response(Refusal(500, "server_error", "this request could not be answered"))
 
-    for kind, handler in ((Refusal, refused), (HTTPException, not_there), (_Gone, gone), (Exception, fault)):
+    app.add_exception_handler(404, plain(404, "not_found", "there is no such route"))
+    app.add_exception_handler(405, plain(405, "method_not_allowed", "this route has no such method"))
+    app.add_exception_handler(400, plain(400, "invalid_request", "the request cannot be understood"))
+    for kind, handler in ((Refusal, refused), (_Gone, gone), (Exception, fault)):
         app.add_exception_handler(kind, handler)
 
 
