@@ -10,6 +10,7 @@ from urllib.parse import unquote
 import httpx
 import pytest
 from serving import FakeBackend, asking, in_loop, photo
+from serving_trials import send_made_up
 
 from phi3v.errors import ConfigError
 from phi3v.serve.api import build_app
@@ -288,3 +289,11 @@ def test_an_open_address_needs_a_key(tmp_path: Any) -> None:
     file.write_text(f"{KEY}\nmore")
     assert read_key(file, {"PHI3V_API_KEY": "other"}) == KEY
     assert read_key(None, {"PHI3V_API_KEY": KEY}) == KEY and read_key(None, {"PHI3V_API_KEY": ""}) is None
+
+
+def test_requests_made_from_the_openapi_are_never_a_fault() -> None:
+    """Those that fit it are answered, those that do not are refused; in full in `make torture`, with a model."""
+    limits = Limits(seconds=5)
+    app = build_app(FakeBackend(limits), limits, ImageSource(seconds=1, max_bytes=10**6), key=None, any_host=True)
+    found = send_made_up("", 60, app)
+    assert sum(found.values()) >= 60 and found[200] and found[400], found

@@ -244,6 +244,7 @@ def build_app(backend: Backend, limits: Limits, images: ImageSource, *, key: str
     plain = app.openapi
 
     def with_parts() -> dict[str, Any]:
+        schema["properties"]["model"]["enum"] = [one["id"] for one in backend.models]
         found = plain()
         found.setdefault("components", {}).setdefault("schemas", {}).update(parts)
         return found

@@ -13,6 +13,7 @@ from phi3v.data.encode import encode_prompt
 from phi3v.data.images import image_size
 from phi3v.data.schema import ImagePart, ImageRef, Message, Row, TextPart
 from phi3v.errors import DataError, ImageError
+from phi3v.model.chat_phi3_v import GUARD
 from phi3v.serve.lanes import Asked, sampler
 from phi3v.serve.limits import MAX_PIXELS
 from phi3v.serve.protocol import Refusal
@@ -83,7 +84,7 @@ def _check_texts(row: Row, processor: Any, context: int) -> None:
     tokens = 0
     for message in row.messages:
         for start in range(0, len(message.text), PIECE):
-            piece = message.text[start : start + PIECE]
+            piece = message.text[start : start + PIECE].replace(GUARD, "\N{REPLACEMENT CHARACTER}")  # as it will be
             tokens += len(processor.tokenizer(piece, add_special_tokens=False)["input_ids"]) - 2
             if tokens > context:
                 raise _too_long("the text alone is", context)
