@@ -2,16 +2,16 @@
 
     python benchmarks/serve.py --out benchmarks/serve [--requests 48] [--clients 1 8 32] [--threads 1]
 
-The tiny model that comes with phi3v is asked about scenes of the kind that it was pretrained on, each in a request of its
-own, as a PNG in a data URL; of each scene the question with the longest answer, two to forty tokens:
+The tiny model that comes with phi3v is asked about scenes of the kind that it was pretrained on, each in a request of
+its own, as a PNG in a data URL; of each scene the question with the longest answer, two to forty tokens:
 
     loop                  `ChatModel.ask`, one photo after the other: the model's own `generate`, no HTTP
     phi3v serve           so many clients at once, each with its next request when its last one is answered; streams
     transformers serve    with these model classes registered: the same clients, the same requests
 
 Both servers are processes of their own, with as many threads for the model as the loop. The first answers of each warm
-up. Answers must be the loop's; a tie (margin under 1e-4 between the two likeliest tokens) is listed, anything else is an
-error. No image comes twice, since ours would keep its features. `--without-others` leaves transformers serve out.
+up. Answers must be the loop's; a tie (margin under 1e-4 between the two likeliest tokens) is listed, anything else is
+an error. No image comes twice, since ours would keep its features. `--without-others` leaves transformers serve out.
 """
 
 import argparse

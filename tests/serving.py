@@ -21,11 +21,17 @@ from typing import Any
 import httpx
 import numpy as np
 import openai
+import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 
+import phi3v.demo
+from phi3v.loading import load_base, load_processor
 from phi3v.serve.backend import Answer, Backend
 from phi3v.serve.limits import Limits
 from phi3v.serve.protocol import Refusal
+
+TINY = Path(phi3v.demo.__file__).parent / "tiny"
 
 
 def photo(number: int) -> bytes:
@@ -46,6 +52,22 @@ def asking(text: str, *images: bytes, **more: Any) -> dict[str, Any]:
     parts = [{"type": "image_url", "image_url": {"url": data_url(one)}} for one in images]
     content = [*parts, {"type": "text", "text": text}]
     return {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 12, **more}
+
+
+def write_adapter(folder: Path, rank: int, noise: float) -> Path:
+    """An adapter on the demo's model; with much noise its answers are long and mean nothing."""
+    torch.manual_seed(rank)
+    base = load_base(str(TINY), device="cpu")
+    config = LoraConfig(r=rank, target_modules=["qkv_proj", "o_proj", "down_proj"], task_type="CAUSAL_LM")
+    tuned = get_peft_model(base, config)
+    with torch.no_grad():
+        for name, weight in tuned.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=noise)
+    tuned.peft_config["default"].base_model_name_or_path = str(TINY)
+    tuned.save_pretrained(folder)
+    load_processor(str(TINY)).save_pretrained(folder)
+    return folder
 
 
 class RunningServer:

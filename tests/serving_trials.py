@@ -37,6 +37,13 @@ def scenes(count: int, *models: str) -> list[dict[str, Any]]:
     return bodies
 
 
+def endless(server: RunningServer, tokens: int, **more: Any) -> dict[str, Any]:
+    """A request whose answer is as long as it may be: the last model of the server is the one that goes on and on."""
+    return asking(
+        "Tell me everything.", photo(3), model=server.names[-1], max_tokens=tokens, temperature=2, seed=1, **more
+    )
+
+
 def known_answer(server: RunningServer) -> str:
     """The answer to a prompt that never changes."""
     return server.answer(asking(QUESTION, photo(0)))
@@ -152,7 +159,7 @@ def overload(server: RunningServer, seconds: float, clients: int) -> dict[str, A
 def kill_worker(server: RunningServer) -> tuple[list[int], float]:
     """Kills the worker while it answers. Returns: the statuses of what it had, seconds until there is another one."""
     expected, worker = known_answer(server), server.worker()
-    body = asking("Tell me everything.", photo(3), max_tokens=600, temperature=2, seed=1)
+    body = endless(server, 2000)
     found: list[httpx.Response] = []
     threads = [threading.Thread(target=lambda: found.append(server.post(body))) for _ in range(3)]
     for thread in threads:
@@ -172,7 +179,7 @@ def kill_worker(server: RunningServer) -> tuple[list[int], float]:
 def stop_while_answering(server: RunningServer) -> tuple[str, int]:
     """SIGTERM while an answer is given. Returns: that answer, and the exit code."""
     found: list[httpx.Response] = []
-    body = asking("Tell me everything.", photo(3), max_tokens=60, temperature=2, seed=1)
+    body = endless(server, 150)
     thread = threading.Thread(target=lambda: found.append(server.post(body)))
     thread.start()
     server.wait_until(lambda: server.health()["rows"] == 1, 20)

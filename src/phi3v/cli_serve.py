@@ -45,6 +45,7 @@ def serve(
     adapters = read_adapters(adapter or [])
     with session(debug or bool(context.obj), as_json) as here:
         from phi3v.serve.limits import Limits
+        from phi3v.serve.names import named_targets
         from phi3v.serve.run import ServeOptions, read_key
         from phi3v.serve.run import serve as serve_target
         from phi3v.targets import resolve_target
@@ -52,8 +53,7 @@ def serve(
         limits = Limits(batch=batch_size, queue=queue, seconds=timeout, context=max_context)
         key = read_key(api_key_file, os.environ)
         options = ServeOptions(host, port, key, tuple(allow_host or ()), limits)
-        for place in (target, *adapters.values()):
-            resolve_target(place)  # what is not there is told before seconds of imports
+        named_targets(resolve_target(target), adapters)  # what is wrong with them is told before seconds of imports
 
         def on_ready(address: str, names: list[str]) -> None:
             here.screen.print(f"serving {', '.join(names)} at {address} (Ctrl-C ends it)", markup=False, soft_wrap=True)

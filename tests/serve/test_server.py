@@ -12,10 +12,9 @@ from typing import Any
 
 import openai
 import pytest
-from lora_models import with_lora
 from odd_images import costly_images, odd_images
 from PIL import Image
-from serving import RunningServer, asking, data_url, photo, running_server
+from serving import TINY, RunningServer, asking, data_url, photo, running_server, write_adapter
 from serving_trials import (
     QUESTION,
     answered_as_alone,
@@ -27,28 +26,16 @@ from serving_trials import (
 )
 from typer.testing import CliRunner
 
-import phi3v.demo
 from phi3v.cli import app
 from phi3v.generate import ChatModel
-from phi3v.loading import load_base, load_processor
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="looks for the worker in /proc, sends POSIX signals")
-TINY = Path(phi3v.demo.__file__).parent / "tiny"
-
-
-def write_adapter(folder: Path, rank: int) -> Path:
-    """An adapter on the tiny model that answers in another way than its base."""
-    tuned = with_lora(load_base(str(TINY), device="cpu"), r=rank)
-    tuned.peft_config["default"].base_model_name_or_path = str(TINY)
-    tuned.save_pretrained(folder)
-    load_processor(str(TINY)).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("adapters")
-    return {f"v1.{rank}": write_adapter(folder / f"rank{rank}", rank) for rank in (2, 6)}
+    return {"v1.2": write_adapter(folder / "2", 2, 0.1), "noisy": write_adapter(folder / "6", 6, 1.0)}
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +95,7 @@ def test_turns_system_and_what_ends_an_answer(server: RunningServer) -> None:
     whole = server.post(body).json()
     assert whole["choices"][0]["message"]["content"] == expected
     assert whole["usage"]["prompt_tokens"] == len(chat.encode(turns)["input_ids"]), "text became control tokens"
-    drawn: Any = asking("Tell me everything.", photo(3), max_tokens=30, temperature=2, top_p=0.9, seed=11)
+    drawn: Any = asking("Tell me everything.", photo(3), model="noisy", max_tokens=30, temperature=1, seed=11)
     text = server.answer(drawn)
     assert text == server.answer(drawn) != server.answer(drawn | {"seed": 12}) and len(text) > 12
     assert server.answer(drawn | {"stop": [text[5:9], "~~"]}) == text[: text.index(text[5:9])]
@@ -152,13 +139,13 @@ def test_what_is_refused_is_told_by_the_client(server: RunningServer) -> None:
 def test_bad_images_are_refused_and_nothing_is_started_again(server: RunningServer) -> None:
     files = [data for data, _ in odd_images().values()] + [make() for make in costly_images().values()]
     folder = Path(os.environ.get("PHI3V_SHARED") or Path(__file__).resolve().parents[3] / "shared") / "badimages/files"
-    files += [path.read_bytes() for path in sorted(folder.glob("*"))[::25]] if folder.is_dir() else []
-    found = send_bad_images(server, [data for data in files if len(data) < 10_000_000], every=10)
+    files += [path.read_bytes() for path in sorted(folder.glob("*"))[::50]] if folder.is_dir() else []
+    found = send_bad_images(server, [data for data in files if len(data) < 10_000_000], every=25)
     assert found[200] and found[400]
 
 
 def test_answers_of_many_at_once_are_those_of_one_by_one(server: RunningServer) -> None:
-    assert answered_as_alone(server, scenes(15, "tiny", "v1.2", "v1.6")) == []
+    assert answered_as_alone(server, scenes(15, *server.names)) == []
 
 
 def test_streams_that_are_dropped_leave_nothing(server: RunningServer) -> None:
@@ -176,7 +163,7 @@ def test_sigterm_lets_answers_end_and_exits_with_0(server: RunningServer) -> Non
 
 
 def test_a_target_that_cannot_be_served_is_one_line(tmp_path: Path) -> None:
-    other = write_adapter(tmp_path / "other", 2)
+    other = write_adapter(tmp_path / "other", 2, 0.1)
     config = other / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path)}))
     for words, says in (

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serving import RunningServer, asking, running_server
+from serving import TINY, RunningServer, asking, running_server, write_adapter
 from serving_trials import (
     answered_as_alone,
     drop_streams,
@@ -21,15 +21,13 @@ from serving_trials import (
     stop_while_answering,
 )
 
-import phi3v.demo
-
 pytestmark = [pytest.mark.torture, pytest.mark.timeout(3600)]
-TINY = Path(phi3v.demo.__file__).parent / "tiny"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    with running_server(TINY) as running:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    noisy = write_adapter(tmp_path_factory.mktemp("noisy"), 6, 1.0)
+    with running_server(TINY, "--adapter", f"noisy={noisy}") as running:
         yield running
 
 

@@ -18,6 +18,7 @@ import httpcore2
 from phi3v.data.address_guard import AddressError, AllowedHosts, parse_address
 from phi3v.data.download import Downloader, FetchLimits, problem
 from phi3v.data.download import UrlProblem as FetchProblem
+from phi3v.errors import ConfigError
 from phi3v.serve.protocol import Refusal
 
 _DATA_URL = re.compile(r"data:image/[a-zA-Z0-9.+-]{1,40};base64,", re.IGNORECASE)
@@ -38,7 +39,10 @@ class ImageSource:
         self, hosts: Iterable[str] = (), *, seconds: float, max_bytes: int, private: Iterable[str] = ()
     ) -> None:
         """Nothing is asked yet."""
-        self._allowed = AllowedHosts.parse(hosts)
+        try:
+            self._allowed = AllowedHosts.parse(hosts)
+        except ConfigError as error:  # the words are those of a recipe
+            raise ConfigError(str(error).replace("data.allow_hosts", "--allow-host")) from error
         self._private = AllowedHosts.parse(private)
         self._limits = FetchLimits(seconds=seconds, max_bytes=max_bytes, attempts=1, max_pixels=0)
         self._tls = httpcore2.default_ssl_context()

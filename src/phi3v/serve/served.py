@@ -6,7 +6,6 @@ and its own system turn, so that a name answers as `phi3v ask` does with the sam
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from phi3v.adapters import check_adapter, has_adapter, holds_base, load_adapter, select_adapter
@@ -14,8 +13,9 @@ from phi3v.errors import ConfigError
 from phi3v.evaluation.answers import RecentImages
 from phi3v.evaluation.engine import adapter_reason, settings_reason
 from phi3v.features.vision import sees_plainly
-from phi3v.generate import ChatModel
+from phi3v.generate import ChatModel, fixed_system
 from phi3v.loading import load_base, load_processor
+from phi3v.serve.names import named_targets
 from phi3v.targets import Target, resolve_target, run_of
 
 _IMAGE_OPTIONS = ("num_crops", "max_image_tokens", "fast")
@@ -60,7 +60,7 @@ def load_served(
         CheckpointError: as `loading.load_target`.
     """
     place = resolve_target(target)
-    wanted = _wanted(place, adapters)
+    wanted = named_targets(place, adapters)
     for found in wanted.values():
         if found.adapter is not None:
             check_adapter(found.adapter)
@@ -85,39 +85,6 @@ def load_served(
     return served
 
 
-def _wanted(place: Target, adapters: Mapping[str, str]) -> dict[str, Target]:
-    """Names and places: the TARGET, the base below its adapter, the other adapters. Raises: ConfigError."""
-    wanted = {model_name(place.name): place}
-    if place.adapter is not None and (place.adapter / "adapter_config.json").is_file():
-        base = Target(place.base, "model", place.base, place.revision, None, place.processor)
-        if model_name(place.base) in wanted:
-            wanted["base"] = base
-        else:
-            wanted[model_name(place.base)] = base
-    for name, where in adapters.items():
-        found = resolve_target(where)
-        if name in wanted:
-            raise ConfigError(f"--adapter {name}: that name is taken, choose another one")
-        if found.adapter is None:
-            raise ConfigError(f"--adapter {name}: {where} is no adapter: name a run that was tuned with one, or one")
-        if not _same(found.base, place.base):
-            raise ConfigError(
-                f"--adapter {name}: {where} was tuned on {found.base}, and {place.base} is served: start another server"
-            )
-        wanted[name] = found
-    return wanted
-
-
-def model_name(place: str) -> str:
-    """What clients call a TARGET: a hub id as it is, of a path the last part: "/data/runs/shop/" -> "shop"."""
-    return Path(place).resolve().name if Path(place).exists() else place
-
-
-def _same(one: str, other: str) -> bool:
-    """Whether two bases are one: folders by where they lie, hub ids by their text."""
-    return one == other or (Path(one).is_dir() and Path(other).is_dir() and Path(one).samefile(other))
-
-
 def _recipe_options(place: Target) -> dict[str, Any]:
     """How the run of a target loads; nothing where it is no run."""
     run = run_of(place.name)
@@ -126,8 +93,6 @@ def _recipe_options(place: Target) -> dict[str, Any]:
 
 def _system(found: Target, place: Target) -> str | None:
     """The system turn of a run's recipe, as `ask` puts it in front; the base has none."""
-    from phi3v.generate import fixed_system
-
     run = run_of(found.name) if found.adapter is not None or found is place else None
     return None if run is None else fixed_system(run.read_recipe().data.system, found.name)
 
