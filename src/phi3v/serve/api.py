@@ -36,16 +36,25 @@ _STATUSES = {400: "refused", 401: "no key", 404: "no such model", 408: "too slow
 _STATUSES |= {421: "wrong host", 429: "queue full", 500: "fault", 503: "not ready, or waited too long", 504: "too slow"}
 
 
-class _Counted(StreamingResponse):
-    """A stream that does something when it ends, however it ends, even before its first piece."""
+_GRACE = 5
+"""Seconds behind its deadline in which a stream may still be read."""
 
-    def __init__(self, pieces: AsyncIterator[str], at_end: Callable[[], None]) -> None:
+
+class _Counted(StreamingResponse):
+    """A stream that does something when it ends, however it ends, even before its first piece.
+
+    It ends a little behind its deadline at the latest: a client that does not read would keep its place for ever.
+    """
+
+    def __init__(self, pieces: AsyncIterator[str], deadline: float, at_end: Callable[[], None]) -> None:
         super().__init__(pieces, media_type="text/event-stream", headers={"cache-control": "no-store"})
-        self._at_end = at_end
+        self._deadline, self._at_end = deadline, at_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(self._deadline + _GRACE):
+                    await super().__call__(scope, receive, send)
         finally:
             self._at_end()
 
@@ -83,7 +92,7 @@ class _Chat:
                 listening.close()
                 place.leave()
 
-            response = _Counted(self._stream(listening, first, name, asked, deadline), at_end)
+            response = _Counted(self._stream(listening, first, name, asked, deadline), deadline, at_end)
             handed_over = True
             return response
         finally:
@@ -147,9 +156,9 @@ class _Chat:
         yield _event(chunk(name, asked.model, {"role": "assistant", "content": ""}))
         event: dict[str, Any] = first
         try:
-            async with asyncio.timeout_at(deadline):
-                while event["is"] != "done":
-                    yield _event(chunk(name, asked.model, {"content": event["text"]}))
+            while event["is"] != "done":
+                yield _event(chunk(name, asked.model, {"content": event["text"]}))
+                async with asyncio.timeout_at(deadline):
                     event = await anext(answer)
         except (TimeoutError, Refusal) as error:
             yield _event((error if isinstance(error, Refusal) else _late(True)).body)

@@ -4,6 +4,8 @@ Pure ASGI: no path is matched here but one, exactly as it was sent, so that no s
 Knows nothing of models or messages.
 """
 
+import asyncio
+import contextlib
 import hashlib
 import hmac
 import json
@@ -21,6 +23,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 _LOOPBACK_HOST = re.compile(rb"(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?", re.IGNORECASE)
 _DISCARDED = 20_000_000
 """Bytes of a body that are read away before a refusal, so that a client that is still sending gets to read it."""
+_DISCARDING = 5.0
+"""Seconds that this takes at most."""
 
 
 class Guard:
@@ -116,13 +120,15 @@ class Place:
 async def refuse(refusal: Refusal, receive: Receive, send: Send) -> None:
     """Answers with an error; what is still being sent is read away first, up to a limit."""
     left = _DISCARDED
-    while left > 0:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return
-        left -= len(message.get("body", b""))
-        if not message.get("more_body", False):
-            break
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARDING):
+            while left > 0:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return
+                left -= len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    break
     body = json.dumps(refusal.body).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if refusal.retry_after is not None:

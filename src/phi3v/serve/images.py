@@ -9,6 +9,7 @@ import base64
 import binascii
 import re
 import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +31,7 @@ class ImageSource:
 
     Args:
         hosts: hosts that may be asked, `host` (at port 443) or `host:port`; none by default.
-        seconds: for one address.
+        seconds: for all addresses of a request.
         max_bytes: of one image.
         private: hosts that may have private addresses: none, except in tests.
     """
@@ -50,19 +51,20 @@ class ImageSource:
 
     def bytes_of(self, addresses: Sequence[str]) -> list[bytes]:
         """The images of a request, one by one. Raises: Refusal with status 400."""
-        return [self._one(address, number) for number, address in enumerate(addresses, start=1)]
+        until = time.monotonic() + self._limits.seconds
+        return [self._one(address, number, until) for number, address in enumerate(addresses, start=1)]
 
-    def _one(self, address: str, number: int) -> bytes:
-        """One image; `number` counts from 1."""
+    def _one(self, address: str, number: int, until: float) -> bytes:
+        """One image; `number` counts from 1, and what is fetched is there by `until`."""
         if (head := _DATA_URL.match(address)) is not None:
             return _decoded(address[head.end() :], number)
         if address[:5].lower() == "data:":
             raise _refused(number, "is no data URL of the form data:image/png;base64,...")
         if address[:8].lower() != "https://":
             raise _refused(number, "is neither a data URL (data:image/png;base64,...) nor an https address")
-        return self._fetched(address, number)
+        return self._fetched(address, number, until - time.monotonic())
 
-    def _fetched(self, address: str, number: int) -> bytes:
+    def _fetched(self, address: str, number: int, seconds: float) -> bytes:
         """An image from the web; each machine on the way must have been allowed."""
         try:
             self._check(parse_address(address).machine, number)
@@ -79,7 +81,7 @@ class ImageSource:
             file = Path(folder) / "image"
             try:
                 with Downloader(self._limits, self._private, self._tls, self._decoder) as downloader:
-                    downloader.download(address, file, self._limits.seconds, may_ask=may_ask)
+                    downloader.download(address, file, seconds, may_ask=may_ask)
             except FetchProblem as error:  # its line may hold what a name server says, which is nobody's business
                 raise _refused(number, f"could not be fetched ({error.failure.reason_code})") from error
             return file.read_bytes()

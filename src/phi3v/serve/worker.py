@@ -74,8 +74,11 @@ class Worker:
                 self.tell({"is": "rows", "rows": self._told_rows})
 
     def _take_in(self, *, wait: bool) -> bool:
-        """Puts prepared requests into their lanes. Returns: False once no more will come."""
-        while True:
+        """Puts prepared requests into their lanes, whose pixels take memory: as many as a batch has rows, no more.
+
+        Returns: False once no more will come.
+        """
+        while sum(len(lane.waiting) for lane in self.lanes.lanes.values()) < self.limits.batch:
             try:
                 one = self._ready.get(block=wait)
             except queue.Empty:
@@ -85,6 +88,7 @@ class Worker:
             wait = False
             lane = next(lane for lane in self.lanes.lanes.values() if lane.served is one.served)
             lane.waiting.append(one)
+        return True
 
     def _read(self) -> None:
         """What the thread does that reads: cancellations count at once, requests are prepared in their turn."""
