@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import socket
 import threading
@@ -69,7 +70,12 @@ def send_bad_images(server: RunningServer, files: Sequence[bytes], every: int = 
 
 def assert_shows_nothing(message: str) -> None:
     """No path, no address in memory, no stack."""
-    assert "0x" not in message and "Traceback" not in message and ".py" not in message and len(message) < 400, message
+    assert (
+        not re.search("0x[0-9a-f]{5}", message)
+        and "Traceback" not in message
+        and ".py" not in message
+        and len(message) < 400
+    ), message
     assert not any(one in message for one in ("/tmp", "/home", "/usr", "/root", "site-packages", "<_io")), message
 
 

@@ -143,4 +143,4 @@ def test_costs_are_seen_before_they_are_spent(served: Served, monkeypatch: pytes
 
 def test_what_is_told_of_an_error_shows_nothing() -> None:
     line = "request, row 0: image embedded image does not decode: <_io.BytesIO at 0x7f12ab> in /tmp/x.py; replace it"
-    assert told(ValueError(line)) == "image embedded image does not decode: <_io.BytesIO at ...> in ..."
+    assert told(ValueError(line)) == "it does not decode: <_io.BytesIO at ...> in ..."

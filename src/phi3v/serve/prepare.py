@@ -19,7 +19,7 @@ from phi3v.serve.limits import MAX_PIXELS
 from phi3v.serve.protocol import Refusal
 from phi3v.serve.served import Served
 
-PIECE = 50_000
+PIECE = 10_000
 """Characters that are tokenised at once while a text is counted."""
 _ADDRESS_IN_MEMORY = re.compile(r"0x[0-9a-fA-F]{6,}|/[^\s:;,]*/[^\s:;,]*")
 
@@ -97,9 +97,7 @@ def _check_images(row: Row, processor: Any, context: int) -> None:
         try:
             tokens += processor.calc_num_image_tokens_from_image_size(*image_size(image, max_pixels=MAX_PIXELS))
         except ImageError as error:
-            raise Refusal(
-                400, "invalid_image", told(error).replace("image embedded image", f"image {number}")
-            ) from error
+            raise Refusal(400, "invalid_image", f"image {number}: {told(error)}") from error
         if tokens > context:
             raise _too_long(f"the {tokens} tokens of {number} images alone are", context)
 
@@ -107,10 +105,10 @@ def _check_images(row: Row, processor: Any, context: int) -> None:
 def told(error: Exception) -> str:
     """An error as a client may see it: what is wrong, without our names for it, paths, addresses and ways out.
 
-    Example: "request, row 0: image embedded image is not a readable JPEG; convert it" -> "image embedded image is not a
-    readable JPEG".
+    Example: "request, row 0: image embedded image is not a readable JPEG; convert it" -> "it is not a readable JPEG".
     """
     line = str(error).removeprefix("request, row 0: ").partition(";")[0]
+    line = line.replace("image embedded image", "it").partition(": at num_crops")[0]
     return _ADDRESS_IN_MEMORY.sub("...", line)[:300]
 
 
