@@ -1,6 +1,7 @@
 """The worker as the server sees it: requests go in, events come out, and a worker that dies is started again.
 
-Lives in the server's event loop; a thread reads what the worker says. Knows no HTTP and no model.
+Lives in the server's event loop; a thread reads what the worker says. Beside the worker waits a spare one, which has
+imported everything and loads the model when the first one dies. Knows no HTTP and no model.
 """
 
 import asyncio
@@ -83,6 +84,7 @@ class Backend:
         self.context = 0
         self.ready, self.rows = False, 0
         self._process: subprocess.Popen[bytes] | None = None
+        self._spare: subprocess.Popen[bytes] | None = None  # has its imports behind it, and no model
         self._outbox: queue.SimpleQueue[tuple[Message, Sequence[bytes]] | None] = queue.SimpleQueue()
         self._keeper: asyncio.Task[None] | None = None
         self._first_ready: asyncio.Future[None] | None = None
@@ -98,8 +100,7 @@ class Backend:
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
-        process = self._process
-        if process is not None:
+        for process in filter(None, (self._process, self._spare)):
             process.kill()
             await asyncio.to_thread(process.wait)
 
@@ -116,11 +117,6 @@ class Backend:
         """Drops a request that nobody waits for."""
         if self._answers.pop(number, None) is not None and cancel and self.ready:
             self._outbox.put(({"do": "cancel", "id": number}, ()))
-
-    @property
-    def process_id(self) -> int | None:
-        """The worker's; None before the first one."""
-        return self._process.pid if self._process is not None else None
 
     async def _keep(self) -> None:
         """Starts a worker, and another one whenever it ends."""
@@ -140,8 +136,9 @@ class Backend:
     async def _one_worker(self) -> tuple[bool, str]:
         """The life of a worker. Returns: whether it was ready once, and what it said when it failed."""
         loop = asyncio.get_running_loop()
-        command = [sys.executable, "-m", "phi3v.serve.worker"]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        process, self._spare = self._spare, None
+        if process is None or process.poll() is not None:
+            process = _launch()
         assert process.stdin is not None and process.stdout is not None
         self._process = process
         self._outbox = queue.SimpleQueue()
@@ -156,7 +153,7 @@ class Backend:
                     line = message["line"]
                 elif message["is"] == "ready":
                     self._begin(message)
-                    was_ready = True
+                    was_ready, self._spare = True, self._spare or _launch()
                 else:
                     self._deliver(message)
         finally:
@@ -184,6 +181,15 @@ class Backend:
         answer = self._answers.get(message["id"])
         if answer is not None:
             answer.events.put_nowait(message)
+
+
+def _launch() -> subprocess.Popen[bytes]:
+    """A worker that imports what it needs, which takes most of a start, and waits for what to serve.
+
+    It is in a session of its own: Ctrl-C in a terminal is the server's business.
+    """
+    command = [sys.executable, "-m", "phi3v.serve.worker"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
 
 
 def _send(outbox: "queue.SimpleQueue[tuple[Message, Sequence[bytes]] | None]", stream: BinaryIO) -> None:

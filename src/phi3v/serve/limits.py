@@ -25,7 +25,6 @@ class Limits:
         messages: in a request.
         fetch_seconds: for the images of web addresses of a request.
         drain_seconds: how long a server that is asked to stop lets answers go on.
-        starts: how often in a row a worker may end before it is ready; then the server ends too.
     """
 
     batch: int = 8
@@ -40,7 +39,6 @@ class Limits:
     messages: int = 1000
     fetch_seconds: float = 15.0
     drain_seconds: float = 30.0
-    starts: int = 3
 
     def __post_init__(self) -> None:
         """Raises: ConfigError for a limit that lets nothing through."""

@@ -10,13 +10,13 @@ import contextlib
 import logging
 import os
 import queue
-import signal
 import sys
 import threading
 import warnings
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
+from phi3v.data.quiet_tiff import silence_libtiff
 from phi3v.errors import Phi3VError
 from phi3v.serve.channel import Message, read_message, write_message
 from phi3v.serve.lanes import Asked, Lanes
@@ -142,13 +142,9 @@ def main() -> None:
     """The process: standard input and output are the server's, and nobody else writes there."""
     source, drain = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches all: the server ends this process
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
-    from phi3v.data.quiet_tiff import silence_libtiff
-
     silence_libtiff()
     first = read_message(source)
     if first is None:
