@@ -108,7 +108,7 @@ class RunningServer:
         began = time.monotonic()
         while not holds():
             assert time.monotonic() - began < seconds, self.health()
-            time.sleep(0.05)
+            time.sleep(0.005)
         return time.monotonic() - began
 
     def stop(self) -> int:
