@@ -71,6 +71,10 @@ def test_commands_and_flags_are_frozen():
         ],
         "ask": ["target", "images_and_question", "--runtime", "--max-pixels", "--device", "--json", "--debug"],
         "chat": ["target", "--host", "--port", "--device", "--json", "--debug"],
+        "serve": [
+            *["target", "--adapter", "--host", "--port", "--api-key-file", "--allow-host", "--batch-size", "--queue"],
+            *["--timeout", "--max-context", "--device", "--json", "--debug"],
+        ],
         "plan": ["recipe", "overrides", "--memory", "--rows", "--image", "--json", "--debug"],
         "doctor": ["recipe", "overrides", "--json", "--debug"],
         "profile": ["recipe", "overrides", "--steps", "--rows", "--image", "--trace", "--json", "--debug"],
@@ -91,6 +95,7 @@ def test_commands_and_flags_are_frozen():
         ("export", "TARGET [OPTIONS]"),
         ("ask", 'TARGET IMAGE... "question" [OPTIONS]'),
         ("chat", "TARGET [OPTIONS]"),
+        ("serve", "TARGET [OPTIONS]"),
         ("demo", "[OPTIONS]"),
         ("data check", "RECIPE|DATASET [key=value ...] [OPTIONS]"),
         ("data show", "RECIPE|DATASET [key=value ...] [OPTIONS]"),

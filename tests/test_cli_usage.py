@@ -34,6 +34,8 @@ SLIPS = [
     (["ask", "runs/shop", "a.png", ""], "the question is empty"),
     (["ask", "runs/shop", "a.png", "\udcff\ud83d"], "the question is not UTF-8"),
     (["ask", "--device", "", "runs/shop", "What?"], "'--device': it is empty"),
+    (["serve", "runs/shop", "--adapter", "hats"], "--adapter: 'hats' is not name=path"),
+    (["serve", "runs/shop", "--adapter", "a=b", "--adapter", "a=c"], "'a' is named twice"),
     (["data", "check", " "], "it is empty"),
     (["data", "show", ""], "it is empty"),
     (["data", "show", "r.yaml", "--out", ""], "'--out': it is empty"),

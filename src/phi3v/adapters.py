@@ -51,10 +51,13 @@ def starts_at_random(way: Any) -> bool:
     return isinstance(way, str) and way.startswith("pissa_niter_")
 
 
-def load_adapter(model: PreTrainedModel, place: Target, *, trainable: bool = False, on_meta: bool = False) -> Any:
+def load_adapter(
+    model: PreTrainedModel, place: Target, *, trainable: bool = False, on_meta: bool = False, name: str = "default"
+) -> Any:
     """Puts the adapter of `place` on its base and checks that every tensor of the file found its place.
 
-    The file may lack tensors of the tower that no output depends on: Microsoft's own script trains without them.
+    The file may lack tensors of the tower that no output depends on: Microsoft's own script trains without them. A base
+    that has adapters already gets one more, with a name of its own; `select_adapter` chooses among them.
 
     On the meta device the adapter is made as its configuration says, and nothing is read into it.
 
@@ -72,31 +75,44 @@ def load_adapter(model: PreTrainedModel, place: Target, *, trainable: bool = Fal
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it would say about the tensors is checked below
-            tuned = PeftModel.from_pretrained(model, str(place.adapter), is_trainable=trainable)
+            if has_adapter(model):
+                tuned: Any = model
+                tuned.load_adapter(str(place.adapter), adapter_name=name, is_trainable=trainable)
+            else:
+                tuned = PeftModel.from_pretrained(model, str(place.adapter), name, is_trainable=trainable)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise CheckpointError(f"adapter {place.adapter} does not fit {place.base}: {first_line(error)}") from error
-    check_fit(tuned, place, stored)
+    check_fit(tuned, place, stored, name)
     return tuned if trainable else tuned.eval()
 
 
-def check_fit(tuned: Any, place: Target, stored: Mapping[str, tuple[int, ...]]) -> None:
+def check_fit(tuned: Any, place: Target, stored: Mapping[str, tuple[int, ...]], name: str = "default") -> None:
     """Refuses an adapter whose stored tensors, by name and shape, are not those of the adapter on the model."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in adapter_state(tuned).items()}
-    wrong = {name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name)}
+    wanted = {key: tuple(tensor.shape) for key, tensor in adapter_state(tuned, name).items()}
+    wrong = {key for key in wanted.keys() | stored.keys() if wanted.get(key) != stored.get(key)}
     unread = unread_parts(tuned)
-    if name := min((name for name in wrong if name in stored or not name.startswith(unread)), default=""):
+    if key := min((key for key in wrong if key in stored or not key.startswith(unread)), default=""):
         raise CheckpointError(
-            f"adapter {place.adapter} does not fit {place.base}: {name} is {stored.get(name, 'missing')} in the file "
-            f"and {wanted.get(name, 'unknown')} in the model; tune again or name the right base"
+            f"adapter {place.adapter} does not fit {place.base}: {key} is {stored.get(key, 'missing')} in the file "
+            f"and {wanted.get(key, 'unknown')} in the model; tune again or name the right base"
         )
 
 
-def adapter_state(model: Any) -> dict[str, Any]:
+def adapter_state(model: Any, name: str = "default") -> dict[str, Any]:
     """The tensors that an adapter's file holds, by their names there."""
     from peft import get_peft_model_state_dict
 
-    state: dict[str, Any] = get_peft_model_state_dict(model)
+    state: dict[str, Any] = get_peft_model_state_dict(model, adapter_name=name)
     return state
+
+
+def select_adapter(model: Any, name: str | None) -> None:
+    """From now on a model with several adapters answers with this one, or as its base does (None)."""
+    if name is None:
+        model.base_model.disable_adapter_layers()
+    else:
+        model.base_model.enable_adapter_layers()
+        model.set_adapter(name, inference_mode=True)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@
     phi3v ask TARGET IMAGE... "question"    the answer, streamed
     phi3v export TARGET --to ... --out DIR  what was tuned, as other programs read it
     phi3v chat TARGET                       a page in the browser to try it, its base beside it
+    phi3v serve TARGET                      a small server in the form of OpenAI's chat completions
     phi3v data check RECIPE|DATASET         what is in a data set, what is wrong with it, what it costs
     phi3v data show RECIPE                  some rows as the model sees them
     phi3v plan RECIPE [key=value ...]       memory, steps and time before anything is loaded
@@ -52,6 +53,7 @@ from phi3v.cli_export import export
 from phi3v.cli_plan import plan
 from phi3v.cli_predict import predict
 from phi3v.cli_profile import profile
+from phi3v.cli_serve import serve
 from phi3v.cli_session import session
 from phi3v.cli_sweep import sweep
 
@@ -268,6 +270,7 @@ app.command(cls=Command, short_help="Count what a training will take: memory, st
 app.command(cls=Command, short_help="Show on a real batch that a training is right.")(doctor)
 app.command(cls=Command, short_help="Try a recipe with other values, and rank them.")(sweep)
 app.command(cls=Command, short_help="See where the time of a training goes.")(profile)
+app.command(cls=Command, short_help="Serve a model and its adapters over HTTP.")(serve)
 
 
 def main() -> None:

@@ -119,7 +119,7 @@ class ChatModel:
 
         What `stream` raises ends the answer and is raised here.
         """
-        streamer = _PieceStreamer(self.text_of, self._is_byte, stream) if stream is not None else None
+        streamer = PieceStreamer(self.text_of, self.is_byte, stream) if stream is not None else None
         return self._generate([example], max_new_tokens, generation, streamer)[0]
 
     def answer(
@@ -212,13 +212,13 @@ class ChatModel:
         end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
         return self.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
 
-    def _is_byte(self, token: int) -> bool:
+    def is_byte(self, token: int) -> bool:
         """Whether a token stands for one byte of a character, <0xE3> for instance."""
         name = self.processor.tokenizer.convert_ids_to_tokens(token)  # None for rows beyond the vocabulary
         return name is not None and _BYTE.fullmatch(name) is not None
 
 
-class _PieceStreamer(BaseStreamer):
+class PieceStreamer(BaseStreamer):
     """Hands on what each new token adds to the text.
 
     Characters spelt out in single bytes wait until their run of bytes is over: only then is it known what they are. A

@@ -1,13 +1,12 @@
 """TLS: certificates are verified against the host's name, which is kept although an address is connected to."""
 
-import shutil
 import socket
 import ssl
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from certificates import make_certificates
 from image_server import ImageServer, image_server, picture
 
 from phi3v.data.fetch import FetchLimits, fetch_images
@@ -19,20 +18,7 @@ LIMITS = FetchLimits(seconds=10, attempts=1, allow_hosts=HOSTS)
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ca.pem, and server.pem with server.key for shop.example, made here and thrown away."""
-    if shutil.which("openssl") is None:
-        pytest.skip("needs the openssl command to make certificates, and there is none")
-    folder = tmp_path_factory.mktemp("certificates")
-    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-    (folder / "server.ext").write_text("subjectAltName=DNS:shop.example\n")
-    for command in (
-        ["req", "-x509", *key, "-subj", "/CN=test authority", "-keyout", "ca.key", "-out", "ca.pem"],
-        ["req", *key[:-2], "-subj", "/CN=shop.example", "-keyout", "server.key", "-out", "server.csr"],
-        "x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile server.ext".split()
-        + ["-out", "server.pem"],
-    ):
-        subprocess.run(["openssl", *command], cwd=folder, check=True, capture_output=True)
-    return folder
+    return make_certificates(tmp_path_factory.mktemp("certificates"))
 
 
 @pytest.fixture

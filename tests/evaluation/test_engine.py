@@ -18,7 +18,8 @@ from phi3v.data.encode import encode, encode_prompt
 from phi3v.data.schema import ImagePart, ImageRef, Message, Row, TextPart
 from phi3v.evaluation import answers
 from phi3v.evaluation.answers import RecentImages, answer_rows
-from phi3v.evaluation.engine import Engine, _adapter_reason, losses_of, settings_reason
+from phi3v.evaluation.engine import Engine, adapter_reason, settings_reason
+from phi3v.evaluation.running_batch import RunningRow, losses_of
 from phi3v.evaluation.running_cache import RoomyLayer, joined_rows, padding_mask
 from phi3v.generate import ChatModel
 
@@ -139,9 +140,11 @@ def test_a_prompt_is_cached_as_if_no_answer_stood_behind_it(chat: ChatModel, row
     engine = Engine(chat, batch_size=4, max_new_tokens=5)
     samples = [(number, encode(rows[number], chat.processor)) for number in (0, 1, 4, 5)]
     with torch.inference_mode():
-        running, lengths, cache = engine._prefill(samples[:2])
+        batch = engine.running()
+        running, later = ([RunningRow(number) for number, _ in some] for some in (samples[:2], samples[2:]))
+        lengths, cache = batch.prefill(running, [one for _, one in samples[:2]])
         first = joined_rows(None, [], [], cache, lengths, 3)
-        later, more, cache = engine._prefill(samples[2:])
+        more, cache = batch.prefill(later, [one for _, one in samples[2:]])
         joined = joined_rows(first, [1], [lengths[1]], cache, more, 3)
         assert [row.cached for row in [*running, *later]] == [*lengths, *more]
         for place, number in enumerate((1, 4, 5)):
@@ -205,7 +208,7 @@ def test_settings_that_only_generate_knows_are_named() -> None:
 def test_adapters_that_lengthen_prompts_are_for_generate(tmp_path: Path) -> None:
     chat = ChatModel.from_target(write_tiny_model(tmp_path / "model"), device="cpu")
     tuned = get_peft_model(chat.model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    assert _adapter_reason(tuned) == "the adapter is of type PROMPT_TUNING"
+    assert adapter_reason(tuned) == "the adapter is of type PROMPT_TUNING"
     assert Engine(ChatModel(tuned, chat.processor), batch_size=1, max_new_tokens=1).reason is not None
 
 

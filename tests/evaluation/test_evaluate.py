@@ -16,11 +16,12 @@ from phi3v.data.collate import Collator
 from phi3v.data.encode import encode, encode_prompt
 from phi3v.errors import CheckpointError, ConfigError, DataError, MissingPackageError
 from phi3v.evaluation.answers import answer_rows
-from phi3v.evaluation.engine import Engine, prompt_of
+from phi3v.evaluation.engine import Engine
 from phi3v.evaluation.fields import AnswerTemplate
 from phi3v.evaluation.result import prediction_rows
 from phi3v.evaluation.row_scores import Column
 from phi3v.evaluation.run import evaluate, held_out_rows
+from phi3v.evaluation.running_batch import prompt_of
 from phi3v.generate import ChatModel
 from phi3v.loading import load_processor, load_target
 from phi3v.run_folder import RunFolder

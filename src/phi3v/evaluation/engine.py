@@ -7,30 +7,30 @@ where an answer ends, and rows that may pass the original context of the rope wh
 
 The loop is ours because transformers' continuous batching takes token ids alone: neither pixels nor embeddings, and one
 row of all prompts, in which rope factors could not be chosen for each.
-
-Letters: R rows, S positions, V vocabulary.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig
-from transformers.cache_utils import Cache, DynamicCache
 
 from phi3v.adapters import has_adapter
-from phi3v.data.collate import Collator
-from phi3v.data.encode import IGNORED
-from phi3v.evaluation.running_cache import joined_rows, padding_mask
-from phi3v.features.collate import CollateFeatures
+from phi3v.evaluation.running_batch import (
+    RunningBatch,
+    RunningRow,
+    has_labels,
+    losses_of,
+    placed,
+    prompt_length,
+    prompt_of,
+)
 from phi3v.generate import ChatModel
 
 Way = Literal["together", "generate"]
-IMAGE_PARTS = ("pixel_values", "global_views", "image_sizes", "image_features")
-"""What an example may hold of its images."""
 
 _ENDS = {"eos_token_id", "pad_token_id", "bos_token_id", "max_length", "max_new_tokens", "suppress_tokens"}
 _OF_SAMPLING = {"do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff"}
@@ -57,17 +57,6 @@ class Answered:
     ended: bool | None = None
 
 
-@dataclass
-class _Running:
-    """A row that is being answered: its name, its tokens so far, cached ones and new ones."""
-
-    name: int
-    loss: float
-    tokens: int
-    cached: int
-    new: list[int] = field(default_factory=list)
-
-
 class Engine:
     """A model that answers prompts as they come, `batch_size` at a time.
 
@@ -87,13 +76,8 @@ class Engine:
         model = chat.model
         self._config = model.config
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.reason = _adapter_reason(model) or settings_reason(base.generation_config)
-        unwanted = list(base.generation_config.suppress_tokens or [])
-        image = self._config.image_token_id
-        named = [*unwanted, image] if image is not None else unwanted
-        self._suppressed = torch.tensor(named, dtype=torch.long, device=model.device)
+        self.reason = adapter_reason(model) or settings_reason(base.generation_config)
         self._stops = set(chat.processor.stop_token_ids)
-        self._collate = CollateFeatures(Collator(chat.processor.tokenizer.pad_token_id))
         self._least_room = max(1, batch_size // 4)
 
     @torch.inference_mode()
@@ -118,37 +102,38 @@ class Engine:
         self, waiting: Iterator[tuple[int, Mapping[str, Any]]], aside: list[tuple[int, Mapping[str, Any]]]
     ) -> Iterator[tuple[int, Answered]]:
         """Answers in one running batch; examples that are for `generate` are put aside."""
-        rows: list[_Running] = []
-        state: _State | None = None
+        batch = self.running()
         held: tuple[int, Mapping[str, Any]] | None = None
         more = True
-        while more or held or rows:
-            alive = [place for place, row in enumerate(rows) if not self._has_ended(row)]
+        while more or held or batch.rows:
+            alive = [place for place, row in enumerate(batch.rows) if not self._has_ended(row)]
             free = self.batch_size - len(alive)
             enter = (more or bool(held)) and (free >= self._least_room or not alive)
-            ended = [row for row in rows if self._has_ended(row)]
+            ended = [row for row in batch.rows if self._has_ended(row)]
             if ended and (enter or len(ended) >= self._least_room or not alive):  # before others need their memory
-                rows = [rows[place] for place in alive]
-                state = _merged(state, rows, alive, [], [], None, self._room)
+                batch.keep(alive)
                 yield from ((row.name, self._told(row)) for row in ended)
             if enter:
                 group, held, more = self._next_group(waiting, held, free, aside)
-                fresh, lengths, cache = self._prefill(group)
-                state = _merged(state, rows, range(len(rows)), fresh, lengths, cache, self._room)
-                rows = [*rows, *fresh]
-            if state is not None:
-                self._step(rows, state)
+                if group:
+                    fresh = [RunningRow(name) for name, _ in group]
+                    batch.enter(fresh, [example for _, example in group], range(len(batch.rows)))
+            batch.step()
+
+    def running(self) -> RunningBatch:
+        """An empty batch of this model."""
+        return RunningBatch(self.chat.model, self.chat.processor, room=self._room, has_ended=self._has_ended)
 
     @property
     def _room(self) -> int:
         """Columns for tokens to come that a cache is made with."""
         return min(self.max_new_tokens, 128)
 
-    def _has_ended(self, row: _Running) -> bool:
+    def _has_ended(self, row: RunningRow) -> bool:
         """Whether a row needs no more tokens."""
         return len(row.new) >= self.max_new_tokens or row.new[-1] in self._stops
 
-    def _told(self, row: _Running) -> Answered:
+    def _told(self, row: RunningRow) -> Answered:
         """The answer of a row that ended; behind its end others may have waited for their turn to leave."""
         new = row.new[: self.max_new_tokens]
         return Answered(self.chat.text_of(new), row.loss, row.tokens, "together", not self._stops.isdisjoint(new))
@@ -195,53 +180,6 @@ class Engine:
         window = self._config.sliding_window
         return (prompt > self._limit or longest <= self._limit) and (window is None or longest < window)
 
-    def _prefill(
-        self, group: Sequence[tuple[int, Mapping[str, Any]]]
-    ) -> tuple[list[_Running], list[int], Cache | None]:
-        """Passes some examples through the model: rows with a first token and a loss, all tokens cached.
-
-        Rows begin in column 0 and none looks behind itself, so padding and expected answers need no mask; they are cut
-        off the cache. Returns: the rows, the columns of each that are its prompt, the cache.
-        """
-        if not group:
-            return [], [], None
-        batch = self._collate([with_a_label(example) for _, example in group])
-        lengths = [prompt_length(example) for _, example in group]
-        cache = DynamicCache()
-        inputs = _placed({name: value for name, value in batch.items() if name != "attention_mask"}, self.chat.model)
-        logits = self.chat.model(**inputs, past_key_values=cache, use_cache=True, trained_logits_only=True).logits
-        losses, counts = losses_of(logits, batch["labels"])
-        firsts = torch.tensor([sum(counts[:row]) for row in range(len(counts))], device=logits.device)
-        tokens = self._chosen(logits[firsts])
-        rows = []
-        for place, (name, example) in enumerate(group):
-            loss, count = (losses[place], counts[place]) if has_labels(example) else (0.0, 0)
-            rows.append(_Running(name, loss, count, lengths[place], [tokens[place]]))
-        return rows, lengths, cache
-
-    def _step(self, rows: Sequence[_Running], state: "_State") -> None:
-        """One more token for each row."""
-        width = state.width + 1
-        if width > state.mask.shape[1]:
-            state.mask = torch.nn.functional.pad(state.mask, (0, self._room), value=1)
-        last = torch.tensor([[row.new[-1]] for row in rows], device=state.mask.device)
-        output = self.chat.model(
-            input_ids=last,
-            attention_mask=state.mask[:, :width],
-            past_key_values=state.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        state.width = width
-        for row, token in zip(rows, self._chosen(output.logits[:, -1]), strict=True):
-            row.cached += 1
-            if not self._has_ended(row):
-                row.new.append(token)
-
-    def _chosen(self, logits: torch.Tensor) -> list[int]:
-        """The likeliest tokens of logits `[R, V]` that may be answered."""
-        return logits.float().index_fill(1, self._suppressed, -math.inf).argmax(-1).tolist()
-
     def _by_generate(self, group: Sequence[tuple[int, Mapping[str, Any]]]) -> Iterator[tuple[int, Answered]]:
         """One batch through the model's own `generate`, and once more for the loss where there is one to have."""
         prompts = [prompt_of(example) for _, example in group]
@@ -249,93 +187,13 @@ class Engine:
         found: list[tuple[float, int]] = [(0.0, 0)] * len(group)
         expecting = [place for place, (_, one) in enumerate(group) if has_labels(one)]
         if expecting:
-            batch = _placed(self._collate([dict(group[place][1]) for place in expecting]), self.chat.model)
+            examples = [dict(group[place][1]) for place in expecting]
+            batch = placed(self.running().collate(examples), self.chat.model)
             logits = self.chat.model(**batch, trained_logits_only=True).logits
             for place, loss, count in zip(expecting, *losses_of(logits, batch["labels"]), strict=True):
                 found[place] = loss, count
         for (name, _), text, (loss, tokens) in zip(group, texts, found, strict=True):
             yield name, Answered(text, loss, tokens, "generate")
-
-
-@dataclass
-class _State:
-    """What the running batch holds beside its rows: `width` columns of the mask are in use."""
-
-    cache: Cache
-    mask: torch.Tensor
-    width: int
-
-
-def _merged(
-    state: _State | None,
-    kept: Sequence[_Running],
-    places: Sequence[int],
-    fresh: Sequence[_Running],
-    lengths: Sequence[int],
-    cache: Cache | None,
-    room: int,
-) -> _State | None:
-    """The batch of the rows that stay and the fresh ones; None without any."""
-    if not kept and not fresh:
-        return None
-    running = state.cache if state is not None else None
-    kept_lengths = [row.cached for row in kept]
-    joined = joined_rows(running, places, kept_lengths, cache, lengths, room)
-    mask = padding_mask([*kept_lengths, *lengths], room, joined.layers[0].keys.device)
-    return _State(joined, mask, mask.shape[1] - room)
-
-
-def prompt_length(example: Mapping[str, Any]) -> int:
-    """Tokens in front of the first trained one: labels [-100, -100, 6, 7] -> 2; all of them without labels."""
-    if "labels" not in example:
-        return len(example["input_ids"])
-    trained = (example["labels"] != IGNORED).nonzero()
-    return int(trained[0]) if len(trained) else len(example["labels"])
-
-
-def prompt_of(example: Mapping[str, Any]) -> dict[str, Any]:
-    """The prompt of a training example: everything before the first trained token, images included.
-
-    Example: input_ids [1, 5, 6, 7], labels [-100, -100, 6, 7] -> input_ids [1, 5].
-    """
-    end = prompt_length(example)
-    prompt = {name: example[name][:end] for name in ("input_ids", "attention_mask") if name in example}
-    return prompt | {name: example[name] for name in IMAGE_PARTS if name in example}
-
-
-def has_labels(example: Mapping[str, Any]) -> bool:
-    """Whether an example holds an expected answer."""
-    return "labels" in example and bool((example["labels"][1:] != IGNORED).any())
-
-
-def with_a_label(example: Mapping[str, Any]) -> dict[str, Any]:
-    """An example in which the last token of the prompt has something to predict, so that its logits are computed.
-
-    Example: input_ids [5, 6] without labels -> input_ids [5, 6, 0], labels [-100, -100, 0].
-    """
-    if has_labels(example):
-        return dict(example)
-    prompt = prompt_of(example)
-    ids = prompt["input_ids"]
-    labels = torch.cat([torch.full_like(ids, IGNORED), ids.new_zeros(1)])
-    mask = {"attention_mask": ids.new_ones(len(ids) + 1)} if "attention_mask" in prompt else {}
-    return prompt | mask | {"input_ids": torch.cat([ids, ids.new_zeros(1)]), "labels": labels}
-
-
-def losses_of(logits: torch.Tensor, labels: torch.Tensor) -> tuple[list[float], list[int]]:
-    """Of each row the loss summed over its trained tokens, and how many these are.
-
-    Args:
-        logits: `[trained tokens, V]` of all rows, as `trained_logits_only` gives them.
-        labels: `[R, S]`, -100 where nothing is trained.
-    Example: two rows with 1 and 2 trained tokens of losses 0.5, 0.25 and 0.75 -> [0.5, 1.0], [1, 2].
-    """
-    wanted = labels[:, 1:]
-    trained = wanted != IGNORED
-    counts = trained.sum(-1).tolist()
-    targets = wanted[trained].to(logits.device)
-    each = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-    return torch.stack([part.sum() for part in each.split(counts)]).tolist(), counts
 
 
 def settings_reason(settings: GenerationConfig) -> str | None:
@@ -351,18 +209,13 @@ def settings_reason(settings: GenerationConfig) -> str | None:
     return None
 
 
-def _adapter_reason(model: Any) -> str | None:
+def adapter_reason(model: Any) -> str | None:
     """Why a model with this adapter is asked by `generate`: it puts more into a prompt than the ids say."""
     for name in model.active_adapters if has_adapter(model) else []:
         config = model.peft_config[name]
         if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
             return f"the adapter is of type {config.peft_type.value}"
     return None
-
-
-def _placed(batch: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """A batch on the model's device."""
-    return {name: value.to(model.device) if hasattr(value, "to") else value for name, value in batch.items()}
 
 
 def _some(items: Iterator[Any], most: int) -> list[Any]:

@@ -1,1 +1,1 @@
-"""Answers over HTTP: what is asked from outside, of a model that stays in memory."""
+"""Answers over HTTP: a small server in the form of OpenAI's chat completions, and a page to try a model."""

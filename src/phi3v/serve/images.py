@@ -1,0 +1,112 @@
+"""From the `image_url` of a request to the bytes of an encoded image: data URLs, and https of hosts that were allowed.
+
+Nothing is decoded here: bytes go to the worker as they are. No path is ever opened. A web address is asked only where
+its host was allowed by name, over https, at a public address (see `data.address_guard`), redirects included. Knows no
+models and no HTTP of the server.
+"""
+
+import base64
+import binascii
+import re
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpcore2
+
+from phi3v.data.address_guard import AddressError, AllowedHosts, parse_address
+from phi3v.data.download import Downloader, FetchLimits, problem
+from phi3v.data.download import UrlProblem as FetchProblem
+from phi3v.errors import ConfigError
+from phi3v.serve.protocol import Refusal
+
+_DATA_URL = re.compile(r"data:image/[a-zA-Z0-9.+-]{1,40};base64,", re.IGNORECASE)
+_HTTPS_PORT = 443
+
+
+class ImageSource:
+    """Where images of requests may come from.
+
+    Args:
+        hosts: hosts that may be asked, `host` (at port 443) or `host:port`; none by default.
+        seconds: for all addresses of a request.
+        max_bytes: of one image.
+        private: hosts that may have private addresses: none, except in tests.
+    """
+
+    def __init__(
+        self, hosts: Iterable[str] = (), *, seconds: float, max_bytes: int, private: Iterable[str] = ()
+    ) -> None:
+        """Nothing is asked yet."""
+        try:
+            self._allowed = AllowedHosts.parse(hosts)
+        except ConfigError as error:  # the words are those of a recipe
+            raise ConfigError(str(error).replace("data.allow_hosts", "--allow-host")) from error
+        self._private = AllowedHosts.parse(private)
+        self._limits = FetchLimits(seconds=seconds, max_bytes=max_bytes, attempts=1, max_pixels=0)
+        self._tls = httpcore2.default_ssl_context()
+        self._decoder = ThreadPoolExecutor(1, "header")
+
+    def bytes_of(self, addresses: Sequence[str]) -> list[bytes]:
+        """The images of a request, one by one. Raises: Refusal with status 400."""
+        until = time.monotonic() + self._limits.seconds
+        return [self._one(address, number, until) for number, address in enumerate(addresses, start=1)]
+
+    def _one(self, address: str, number: int, until: float) -> bytes:
+        """One image; `number` counts from 1, and what is fetched is there by `until`."""
+        if (head := _DATA_URL.match(address)) is not None:
+            return _decoded(address[head.end() :], number)
+        if address[:5].lower() == "data:":
+            raise _refused(number, "is no data URL of the form data:image/png;base64,...")
+        if address[:8].lower() != "https://":
+            raise _refused(number, "is neither a data URL (data:image/png;base64,...) nor an https address")
+        return self._fetched(address, number, until - time.monotonic())
+
+    def _fetched(self, address: str, number: int, seconds: float) -> bytes:
+        """An image from the web; each machine on the way must have been allowed."""
+        try:
+            self._check(parse_address(address).machine, number)
+        except AddressError as error:
+            raise _refused(number, "has no valid https address") from error
+
+        def may_ask(machine: str) -> None:
+            try:
+                self._check(machine, number)
+            except Refusal as error:
+                raise problem(address, "url_refused", "redirected") from error
+
+        with tempfile.TemporaryDirectory(prefix="phi3v-") as folder:
+            file = Path(folder) / "image"
+            try:
+                with Downloader(self._limits, self._private, self._tls, self._decoder) as downloader:
+                    downloader.download(address, file, seconds, may_ask=may_ask)
+            except FetchProblem as error:  # its line may hold what a name server says, which is nobody's business
+                raise _refused(number, f"could not be fetched ({error.failure.reason_code})") from error
+            return file.read_bytes()
+
+    def _check(self, machine: str, number: int) -> None:
+        """Raises: Refusal for a machine that was not allowed; an entry without a port allows 443."""
+        host, _, port = machine.rpartition(":")
+        if (host, int(port)) in self._allowed.entries:
+            return
+        if int(port) == _HTTPS_PORT and (host, None) in self._allowed.entries:
+            return
+        raise _refused(number, "lies at a host that this server may not ask: send it as a data URL")
+
+
+def _decoded(text: str, number: int) -> bytes:
+    """The bytes of a data URL: "aGk=" -> b"hi"; the padding may be missing."""
+    try:
+        data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise _refused(number, "is no valid base64") from error
+    if not data:
+        raise _refused(number, "is empty")
+    return data
+
+
+def _refused(number: int, words: str) -> Refusal:
+    """Example: "image 2 is no valid base64"."""
+    return Refusal(400, "invalid_image", f"image {number} {words}")
