@@ -60,6 +60,8 @@ def block(document: str, language: str, holding: str) -> str:
 
 def test_the_readmes_commands_and_program(shop: Path, typed: Callable[[str], Any]) -> None:
     lines = block("README.md", "bash", "shop.yaml").splitlines()
+    # chat and serve go on until they are stopped, graphs take an export: tests/serve and tests/export have these.
+    lines = [line for line in lines if not line.startswith(("phi3v chat", "phi3v serve", "phi3v ask shop-onnx"))]
     assert [words_of(line)[0] for line in lines] == [
         "data",
         "data",
