@@ -169,6 +169,7 @@ def test_what_was_forgotten_is_told(before, after, verdict, words):
         ("It is red.", ["It is red.", "It is blue.", "red", "It is"], "formless", 0.5),
         ('{"a": 1}', ['{"a": 2}', "{}", "a: 1", '```{"a": 1}```'], "formless", 0.5),
         ("470", ["12", "about 12", "1,200", "none"], "formless", 0.5),
+        ("470", ["470.", "about 12", "$1,200.", "none"], "formless", 0.5),
         ("B", ["A", "(B)", "The answer is C.", "I do not know"], "formless", 0.25),
         ("It is red.", ["It is red.", "", " ", "It is blue."], "empty", 0.5),
         ("It is red.", ["It is red.", "It is красный.", "It is 红.", "It is 12."], "other_script", 0.5),
