@@ -26,7 +26,8 @@ def test_page_holds_scores_rows_recipe_and_times():
         "2026-01-02 03:04 UTC",
         "before (base)",
         "83.3 %",
-        "Exact match on rows that training never saw",
+        "Exact match on held-out rows",
+        "Not new to the model: 2 of 12 rows <leaked>.",
         "Better after tuning",
         "+75.0 points",
         "9 rows better, 0 worse, 3 the same",
@@ -59,6 +60,26 @@ def test_page_holds_scores_rows_recipe_and_times():
         page.tags.count("svg") == 1 and page.tags.count("img") == 7 + 4
     )  # 7 small ones; rows 0 and 4, and one of the best
     assert "<mark>Cap</mark>" in html and '<mark class="lacks">Scarf</mark>' in html
+
+
+@pytest.mark.parametrize(
+    ("overlap", "named", "warned"),
+    [
+        ({"verdict": "pass", "line": "none", "not_looked_at": 0}, "rows that training never saw", False),
+        ({"verdict": "pass", "line": "none", "not_looked_at": 3}, "held-out rows", False),
+        ({"verdict": "warn", "line": "the pictures of 1 of 12 rows are known"}, "held-out rows", True),
+        ({"verdict": "fail", "line": "2 of 12 rows are known"}, "held-out rows", True),
+        ({"verdict": "skipped", "line": "no rows"}, "held-out rows", False),
+        (None, "held-out rows", False),
+    ],
+)
+def test_headline_says_no_more_than_the_overlap_check(overlap, named, warned):
+    content = make_content()
+    evaluation = {**content.evaluation, "checks": {"overlap": overlap} if overlap else {}}
+    html = render_report(ReportContent(title="a", evaluation=evaluation, predictions=content.predictions))
+    headline = Page(html[html.index('id="headline"') : html.index('id="scores"')]).text
+    assert f"Exact match on {named}" in headline and ("Not new to the model" in headline) is warned
+    assert not warned or overlap["line"] in headline
 
 
 def test_nothing_of_a_stranger_becomes_markup():
