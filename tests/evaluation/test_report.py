@@ -180,6 +180,8 @@ PROBE = """<script>addEventListener('load', () => {
       counts[option.value] = count();
       menu.value = '';
     }
+  for (const words of ['wrong', 'before', 'expected', 'row', '✗', 'what is SHOWN', '299', 'Row 17', '7.jpg', 'square'])
+    form.elements.words.value = words, counts[`search ${words}`] = count();
   form.elements.words.value = 'CAP number 4';
   counts.words = count();
   form.querySelectorAll('select')[0].value = 'right';
@@ -213,6 +215,12 @@ def test_filters_of_300_rows_count_as_the_json_and_the_page_fits_a_phone(tmp_pat
     found = json.loads(re.search(r'<p id="out">(.*?)</p>', seen.stdout)[1].replace("&lt;", "<").replace("&gt;", ">"))
     assert found["wide"] == 360 and found["photos"] > 0 and found["menus"] == "flex"
     assert found["title"] == "a run <of> tests · phi3v report"  # no text of a stranger ran
+    searched = {name[7:]: shown for name, (shown, _) in found["counts"].items() if name.startswith("search ")}
+    found["counts"] = {name: one for name, one in found["counts"].items() if not name.startswith("search ")}
+    assert searched == {  # labels of the page are in no row, the question that all share is in every one
+        **dict.fromkeys(["wrong", "before", "expected", "row", "✗"], 0),
+        **{"what is SHOWN": 300, "299": 2, "Row 17": 1, "7.jpg": 30, "square": 299},
+    }
     primary = evaluation["metrics"][evaluation["primary"]]
     right = sum(one["right"] for one in content.predictions)
     expected = {"right": right, "wrong": 300 - right, "all": 300, "words": 4 + 10, "none": 0}

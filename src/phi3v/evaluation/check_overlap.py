@@ -35,7 +35,7 @@ SHOWN = 20
 
 @dataclass(frozen=True)
 class _Pair:
-    """A row all of whose pictures training has, with a row of training: the one that it leaked from, or another one that
+    """A row all of whose pictures training has, with a row of training: the one that it leaked from, or another that
     has its first picture.
 
     Attributes:
