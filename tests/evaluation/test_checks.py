@@ -66,7 +66,7 @@ def test_hash_of_slopes_and_of_nothing():
 def test_copies_are_found_and_other_products_are_not(shop):
     train, test = shop
     known, asked = take_prints(train), take_prints([*test, make_row(12, "x", Path("nowhere.png"))])
-    assert len(known.places) == 43 and asked.unread == 1
+    assert known.places == [[(place, 0)] for place in range(43)] and asked.unread == 1
     assert [(pair.asked, pair.known) for pair in find_alike(known, asked, train, test)] == [(9, 40), (10, 41), (11, 42)]
     hashes = np.bitwise_count(asked.hashes[:9, None] ^ known.hashes[None])
     assert (hashes <= 8).sum() > 9, "the hash alone takes products for each other; pixels have to decide"
@@ -114,6 +114,44 @@ def test_overlap_of_texts_and_a_clean_split(shop):
     texts = [make_row(number, f"answer {number}", None) for number in range(4)]
     leaked = check_overlap(texts[:2], texts, Column("exact_match", None, np.ones(4)), None)
     assert leaked.verdict == "fail" and leaked.figures["leaked"] == 2
+
+
+def test_rows_of_a_picture_with_many_questions_are_all_compared(shop):
+    """Nine rows of training have the picture: the leaked one is the last, in any file that has its pixels."""
+    test = shop[1]
+    Image.open(test[0].images[0].path).save(copy := Path(test[0].images[0].path).with_name("copy.bmp"))
+    asked = [make_row(0, "a cap", test[0].images[0].path, question="What is it?")]
+    others = [make_row(n, f"answer {n}", test[0].images[0].path, question=f"Number {n}?") for n in range(8)]
+    leaked = [*others, make_row(8, "A cap", copy, question="What is it?")]
+    assert take_prints(leaked).places == [[(n, 0) for n in range(9)]]
+    right = Column("exact_match", None, np.ones(1))
+    found = check_overlap(leaked, asked, right, None)
+    assert (found.verdict, found.figures["leaked"], found.figures["looked_at"]) == ("fail", 1, 9)
+    assert found.figures["pairs"][0]["train_row"] == 8 and found.figures["pairs"][0]["shares"] == "image and text"
+    clean = check_overlap(others, asked, right, None)
+    assert clean.verdict == "warn" and "with other texts;" in clean.line
+
+
+@pytest.mark.parametrize(
+    ("known", "asked", "verdict", "leaked"),
+    [
+        ((0, 1), (0, 2), "pass", 0),  # a reference that rows share is not the row
+        ((0, 1), (0, 1), "fail", 1),
+        ((1, 0), (0, 1), "fail", 1),
+        ((0, 1), (0,), "warn", 0),
+        ((0,), (0, 1), "pass", 0),
+        ((0, 0), (0, 0), "fail", 1),
+    ],
+)
+def test_a_row_of_several_pictures_leaks_with_all_of_them(shop, known, asked, verdict, leaked):
+    def row(places: tuple[int, ...]) -> Row:
+        images = tuple(shop[0][place].images[0] for place in places)
+        parts = (*(ImagePart(place) for place in range(len(images))), TextPart("Is it the same?"))
+        return Row((Message("user", parts), Message("assistant", (TextPart("No."),))), images, {}, "made.csv", 0)
+
+    found = check_overlap([row(known)], [row(asked)], Column("exact_match", None, np.ones(1)), None)
+    assert (found.verdict, found.figures["leaked"]) == (verdict, leaked)
+    assert verdict != "warn" or "with other texts or beside other pictures;" in found.line
 
 
 def test_a_model_that_ignores_its_images_is_caught():
@@ -169,6 +207,7 @@ def test_what_was_forgotten_is_told(before, after, verdict, words):
         ("It is red.", ["It is red.", "It is blue.", "red", "It is"], "formless", 0.5),
         ('{"a": 1}', ['{"a": 2}', "{}", "a: 1", '```{"a": 1}```'], "formless", 0.5),
         ("470", ["12", "about 12", "1,200", "none"], "formless", 0.5),
+        ("470", ["470.", "about 12", "$1,200.", "none"], "formless", 0.5),
         ("B", ["A", "(B)", "The answer is C.", "I do not know"], "formless", 0.25),
         ("It is red.", ["It is red.", "", " ", "It is blue."], "empty", 0.5),
         ("It is red.", ["It is red.", "It is красный.", "It is 红.", "It is 12."], "other_script", 0.5),

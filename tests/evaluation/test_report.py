@@ -26,7 +26,8 @@ def test_page_holds_scores_rows_recipe_and_times():
         "2026-01-02 03:04 UTC",
         "before (base)",
         "83.3 %",
-        "Exact match on rows that training never saw",
+        "Exact match on held-out rows",
+        "Not new to the model: 2 of 12 rows <leaked>.",
         "Better after tuning",
         "+75.0 points",
         "9 rows better, 0 worse, 3 the same",
@@ -59,6 +60,26 @@ def test_page_holds_scores_rows_recipe_and_times():
         page.tags.count("svg") == 1 and page.tags.count("img") == 7 + 4
     )  # 7 small ones; rows 0 and 4, and one of the best
     assert "<mark>Cap</mark>" in html and '<mark class="lacks">Scarf</mark>' in html
+
+
+@pytest.mark.parametrize(
+    ("overlap", "named", "warned"),
+    [
+        ({"verdict": "pass", "line": "none", "not_looked_at": 0}, "rows that training never saw", False),
+        ({"verdict": "pass", "line": "none", "not_looked_at": 3}, "held-out rows", False),
+        ({"verdict": "warn", "line": "the pictures of 1 of 12 rows are known"}, "held-out rows", True),
+        ({"verdict": "fail", "line": "2 of 12 rows are known"}, "held-out rows", True),
+        ({"verdict": "skipped", "line": "no rows"}, "held-out rows", False),
+        (None, "held-out rows", False),
+    ],
+)
+def test_headline_says_no_more_than_the_overlap_check(overlap, named, warned):
+    content = make_content()
+    evaluation = {**content.evaluation, "checks": {"overlap": overlap} if overlap else {}}
+    html = render_report(ReportContent(title="a", evaluation=evaluation, predictions=content.predictions))
+    headline = Page(html[html.index('id="headline"') : html.index('id="scores"')]).text
+    assert f"Exact match on {named}" in headline and ("Not new to the model" in headline) is warned
+    assert not warned or overlap["line"] in headline
 
 
 def test_nothing_of_a_stranger_becomes_markup():
@@ -159,6 +180,8 @@ PROBE = """<script>addEventListener('load', () => {
       counts[option.value] = count();
       menu.value = '';
     }
+  for (const words of ['wrong', 'before', 'expected', 'row', '✗', 'what is SHOWN', '299', 'Row 17', '7.jpg', 'square'])
+    form.elements.words.value = words, counts[`search ${words}`] = count();
   form.elements.words.value = 'CAP number 4';
   counts.words = count();
   form.querySelectorAll('select')[0].value = 'right';
@@ -192,6 +215,12 @@ def test_filters_of_300_rows_count_as_the_json_and_the_page_fits_a_phone(tmp_pat
     found = json.loads(re.search(r'<p id="out">(.*?)</p>', seen.stdout)[1].replace("&lt;", "<").replace("&gt;", ">"))
     assert found["wide"] == 360 and found["photos"] > 0 and found["menus"] == "flex"
     assert found["title"] == "a run <of> tests · phi3v report"  # no text of a stranger ran
+    searched = {name[7:]: shown for name, (shown, _) in found["counts"].items() if name.startswith("search ")}
+    found["counts"] = {name: one for name, one in found["counts"].items() if not name.startswith("search ")}
+    assert searched == {  # labels of the page are in no row, the question that all share is in every one
+        **dict.fromkeys(["wrong", "before", "expected", "row", "✗"], 0),
+        **{"what is SHOWN": 300, "299": 2, "Row 17": 1, "7.jpg": 30, "square": 299},
+    }
     primary = evaluation["metrics"][evaluation["primary"]]
     right = sum(one["right"] for one in content.predictions)
     expected = {"right": right, "wrong": 300 - right, "all": 300, "words": 4 + 10, "none": 0}

@@ -7,10 +7,16 @@ from report_content import HOSTILE_GROUP, make_predictions
 
 from phi3v.evaluation.answer_files import WRITERS
 from phi3v.evaluation.categories import break_down, choose_categories
+from phi3v.evaluation.fields import AnswerTemplate
 from phi3v.evaluation.headline import how_often, in_words, verdict
+from phi3v.evaluation.kinds import Scoring
+from phi3v.evaluation.metric_table import metric_table
 from phi3v.evaluation.prediction_table import prediction_table
 from phi3v.evaluation.report_rows import choose_extremes, list_rows
+from phi3v.evaluation.row_scores import score_rows, scores_of_row
 from phi3v.evaluation.word_marks import MOST_WORDS, mark_words
+
+PLAIN = AnswerTemplate("{answer}")
 
 
 @pytest.mark.parametrize(
@@ -79,6 +85,28 @@ def test_rows_have_tags_that_menus_name():
     assert [one.who for one in rows[0].said] == ["expected", "before", "after"]
     other = {**evaluation, "against": "target", "base": "runs/other"}
     assert [one.who for one in list_rows(predictions, other)[0][0].said] == ["expected", "other", "test"]
+
+
+def test_a_field_that_some_rows_expect_is_wrong_where_it_is_expected():
+    """Keys of JSON that only every third row has: the filter's count is that of the figure, not of all other rows."""
+    expected = ['{"kind": "hat", "price": 4}' if i % 3 == 0 else '{"kind": "cap"}' for i in range(12)]
+    answers = [text.replace("4", "5") if i < 6 else text for i, text in enumerate(expected)]
+    columns = score_rows(
+        Scoring("json", "", ("json_field_accuracy",), PLAIN, frozenset()), expected, answers, [""] * 12
+    )
+    predictions = [
+        prediction(expected[i], i) | {"scores": {"tuned": scores_of_row(columns, i), "base": None}} for i in range(12)
+    ]
+    predictions = [one | {"base": None, "tuned": answers[i]} for i, one in enumerate(predictions)]
+    predictions = [one | {"right": answers[i] == expected[i], "images": []} for i, one in enumerate(predictions)]
+    table = metric_table(columns, None, {})
+    evaluation = {"primary": "json_field_accuracy", "metrics": table, "base": None, "against": None}
+    rows, menus = list_rows(predictions, evaluation)
+    choices = next(menu.choices for menu in menus if menu.name == "field")
+    assert choices == {"f0": "kind wrong", "f1": "price wrong"}
+    counts = [sum(tag in row.tags.split() for row in rows) for tag in choices]
+    figures = [table[f"json_field_accuracy.{name}"]["tuned"] for name in ("kind", "price")]
+    assert counts == [round(one["rows"] * (1 - one["value"])) for one in figures] == [0, 2] and figures[1]["rows"] == 4
 
 
 def test_worst_and_best_rows():

@@ -1,4 +1,4 @@
-"""Pictures that are the same to the eye: re-encoded, resized, renamed copies. Rows in, pairs of rows out.
+"""Pictures that are the same to the eye: re-encoded, resized, renamed copies. Rows in, pairs of pictures out.
 
 Two steps, since hashes of 64 bits take simple pictures for each other. A difference hash (dHash: is a cell of a grey
 9x8 picture brighter than its left neighbour?) finds candidates, and 32x32 pixels in colour decide. Candidates are then
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import islice
 from typing import Any
 
@@ -31,31 +32,34 @@ CLOSE_LEVELS = 14.0
 """Grey levels by which the worst tile may differ up close: copies differ by 10.5 at most, a form with other figures
 in it by 36, a product with another price by 38 (measured as docs/evaluation.md says)."""
 CANDIDATES = 5
-"""Of each asked image so many known ones are looked at up close, the nearest ones."""
+"""Of each asked picture so many known ones are looked at up close, the nearest ones; a picture that many rows have is
+one."""
 _SIDE, _CLOSE_SIDE, _TILE = 32, 768, 12
 _BATCH = 256  # asked images whose hashes are compared with all known ones at once
 
 
 @dataclass(frozen=True)
 class Prints:
-    """What is kept of images: a hash and a small picture of each.
+    """What is kept of pictures: a hash and a small picture of each. Images with the same pixels are one picture.
 
     Attributes:
         hashes: 64 bits each.
-        small: `[images, 32, 32, 3]`.
-        places: of each image its row and its number in the row.
+        small: `[pictures, 32, 32, 3]`.
+        places: of each picture the rows that have it, with its number in the row.
         unread: images that could not be opened.
+
+    Example: rows with the images (a, b), (a), where a and b are two pictures -> places [[(0, 0), (1, 0)], [(0, 1)]].
     """
 
     hashes: npt.NDArray[np.uint64]
     small: npt.NDArray[np.uint8]
-    places: list[tuple[int, int]]
+    places: list[list[tuple[int, int]]]
     unread: int
 
 
 @dataclass(frozen=True)
 class Alike:
-    """Two images that are the same to the eye: row of the asked one and of the known one, bits that differ."""
+    """Two pictures that are the same to the eye: the asked and the known one in their prints, bits that differ."""
 
     asked: int
     known: int
@@ -73,22 +77,24 @@ def difference_hash(image: Image.Image) -> int:
 
 def take_prints(rows: Iterable[Row], *, max_pixels: int = MAX_PIXELS, threads: int = 2) -> Prints:
     """Looks at every image of some rows once; one that cannot be opened is counted and left out."""
-    hashes, small, places, unread = [], [], [], 0
+    hashes, small, unread = [], [], 0
+    places: dict[bytes, list[tuple[int, int]]] = {}
     images = ((place, number, image) for place, row in enumerate(rows) for number, image in enumerate(row.images))
     with ThreadPoolExecutor(threads) as pool:
         for place, number, found in _in_order(pool, images, max_pixels):
             if found is None:
                 unread += 1
                 continue
-            hashes.append(found[0])
-            small.append(found[1])
-            places.append((place, number))
+            if found[2] not in places:
+                hashes.append(found[0])
+                small.append(found[1])
+            places.setdefault(found[2], []).append((place, number))
     pixels = np.stack(small) if small else np.zeros((0, _SIDE, _SIDE, 3), dtype=np.uint8)
-    return Prints(np.array(hashes, dtype=np.uint64), pixels, places, unread)
+    return Prints(np.array(hashes, dtype=np.uint64), pixels, list(places.values()), unread)
 
 
 def find_alike(known: Prints, asked: Prints, known_rows: Sequence[Row], rows: Sequence[Row]) -> Iterator[Alike]:
-    """The pairs of an asked and a known image that are the same to the eye, in the order of the asked ones.
+    """The pairs of an asked and a known picture that are the same to the eye, in the order of the asked ones.
 
     Args:
         known: prints of `known_rows`.
@@ -99,14 +105,14 @@ def find_alike(known: Prints, asked: Prints, known_rows: Sequence[Row], rows: Se
     for start in range(0, len(asked.places), _BATCH):
         bits = np.bitwise_count(asked.hashes[start : start + _BATCH, None] ^ known.hashes[None])
         for at, near in enumerate(bits <= NEAR_BITS):
-            row, number = asked.places[start + at]
+            row, number = asked.places[start + at][0]
             others = np.flatnonzero(near)
             distances = _distances(known.small[others], asked.small[start + at])
             for place in np.argsort(distances, kind="stable")[:CANDIDATES]:
-                known_row, known_number = known.places[others[place]]
+                known_row, known_number = known.places[others[place]][0]
                 pair = rows[row].images[number], known_rows[known_row].images[known_number]
                 if distances[place] <= NEAR_LEVELS and same_up_close(*pair):
-                    yield Alike(row, known_row, int(bits[at, others[place]]))
+                    yield Alike(start + at, int(others[place]), int(bits[at, others[place]]))
 
 
 def same_up_close(one: ImageRef, other: ImageRef) -> bool:
@@ -128,14 +134,15 @@ def _in_order(pool: ThreadPoolExecutor, images: Iterator[tuple[int, int, ImageRe
         yield from ((place, number, found) for (place, number, _), found in zip(group, prints, strict=True))
 
 
-def _print(image: ImageRef, max_pixels: int) -> tuple[int, npt.NDArray[np.uint8]] | None:
-    """Hash and small picture of an image."""
+def _print(image: ImageRef, max_pixels: int) -> tuple[int, npt.NDArray[np.uint8], bytes] | None:
+    """Hash and small picture of an image, and a digest of its pixels."""
     try:
         opened = open_image(image, max_pixels=max_pixels)
     except ImageError:
         return None
     small = opened.resize((_SIDE, _SIDE), Image.Resampling.BOX)
-    return difference_hash(opened), np.asarray(small)
+    digest = blake2b(f"{opened.size}".encode() + opened.tobytes(), digest_size=16).digest()
+    return difference_hash(opened), np.asarray(small), digest
 
 
 def _distances(several: npt.NDArray[np.uint8], one: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:

@@ -1,20 +1,23 @@
 """Has training seen what the evaluation asks? Training rows and evaluated rows in, a `Check` out.
 
-Pictures are compared by eye (`data.alike`), texts letter by letter, case and white space aside. A row has leaked when
-training has its picture with the same question and answer, or, where it has no picture, its text. The same answer to
-another picture is nothing strange: most data has few answers.
+Pictures are compared by eye (`data.alike`), texts letter by letter, case and white space aside. A row has leaked when a
+row of training has all its pictures and no others, with the same question and answer; or, where it has no picture, its
+text. The same answer to another picture is nothing strange: most data has few answers. Nor is one of several
+pictures: rows may share a reference.
 """
 
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 
-from phi3v.data.alike import Alike, find_alike, take_prints
+from phi3v.data.alike import Prints, find_alike, take_prints
 from phi3v.data.images import MAX_PIXELS, image_name
 from phi3v.data.rows import Rows
 from phi3v.data.schema import Row
@@ -28,6 +31,26 @@ LEAKED_SHARE = 0.01
 """Of the evaluated rows; from there on the score says little."""
 SHOWN = 20
 """Pairs that are named."""
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A row all of whose pictures training has, with a row of training: the one that it leaked from, or another that
+    has its first picture.
+
+    Attributes:
+        row: place of the row.
+        known: place of the row of training.
+        bits: that differ in a picture which both have.
+        leaked: whether the two are the same.
+        same_text: whether one of its pictures is in training with its text.
+    """
+
+    row: int
+    known: int
+    bits: int
+    leaked: bool
+    same_text: bool
 
 
 def check_overlap(
@@ -59,9 +82,8 @@ def check_overlap(
     threads = min(8, os.cpu_count() or 1)
     asked_rows = list(rows)
     known, asked = (take_prints(some, max_pixels=max_pixels, threads=threads) for some in (known_rows, asked_rows))
-    pairs = list(find_alike(known, asked, known_rows, asked_rows))
-    same = {pair.asked: pair for pair in pairs if _text(asked_rows[pair.asked]) == _text(known_rows[pair.known])}
-    seen = {pair.asked: pair for pair in reversed(pairs)} | same
+    seen = _seen_rows(known, asked, known_rows, asked_rows)
+    same = [pair.row for pair in seen if pair.leaked]
     told = [place for place, row in enumerate(asked_rows) if _text(row) in known_texts]
     leaked = sorted({*same, *(place for place in told if not asked_rows[place].images)})
     figures = {
@@ -70,16 +92,55 @@ def check_overlap(
         "seen_images": len(seen),
         "same_texts": len(told),
         "train_rows": len(distinct),
-        "looked_at": len(known.places),
+        "looked_at": sum(map(len, known.places)),
         "not_looked_at": len(pictured) - len(known_rows),
         "unread": known.unread + asked.unread,
-        "pairs": [_named(pair, asked_rows, known_rows, same) for _, pair in sorted(seen.items())[:SHOWN]],
+        "pairs": [_named(pair, asked_rows, known_rows) for pair in seen[:SHOWN]],
         "without": _without(leaked, tuned, base) if leaked else None,
     }
-    return Check(*_verdict(figures, tuned), figures)
+    texts = "other texts or beside other pictures" if any(pair.same_text for pair in seen) else "other texts"
+    return Check(*_verdict(figures, tuned, texts), figures)
 
 
-def _verdict(figures: Mapping[str, Any], tuned: Column) -> tuple[str, str]:
+def _seen_rows(known: Prints, asked: Prints, known_rows: Sequence[Row], rows: Sequence[Row]) -> list[_Pair]:
+    """The rows all of whose pictures training has, each with one of training's, a leaked one where there is one.
+
+    Example: the row (a, x) has not been seen where training has a, but no x; it has been where training has (a, b) and
+    (x); it has leaked where training has (x, a) with its text.
+    """
+    alike: dict[int, dict[int, int]] = defaultdict(dict)
+    for pair in find_alike(known, asked, known_rows, rows):
+        alike[pair.asked][pair.known] = pair.bits
+    known_pictures, pictures = _pictures_of_rows(known, known_rows), _pictures_of_rows(asked, rows)
+    with_text: dict[tuple[bytes, int], set[int]] = defaultdict(set)
+    for place, its in known_pictures.items():
+        for picture in its:
+            with_text[_text(known_rows[place]), picture].add(place)
+    found = []
+    for place, its in pictures.items():
+        if any(picture not in alike for picture in its):
+            continue
+        text, near = _text(rows[place]), [alike[picture] for picture in sorted(its)]
+        told = [set[int]().union(*(with_text.get((text, one), ()) for one in ones)) for ones in near]
+        every = set[int]().union(*near)
+        same = min((one for one in set.intersection(*told) if known_pictures[one] <= every), default=None)
+        shared = next(one for one in near[0] if same is None or one in known_pictures[same])
+        other = known.places[shared][0][0] if same is None else same
+        found.append(_Pair(place, other, near[0][shared], same is not None, any(told)))
+    return found
+
+
+def _pictures_of_rows(prints: Prints, rows: Sequence[Row]) -> dict[int, set[int]]:
+    """The pictures of each row that has some, all of which could be opened: places [[(0, 0), (1, 0)], [(0, 1)]] ->
+    {0: {0, 1}, 1: {0}}."""
+    found: dict[int, list[int]] = defaultdict(list)
+    for picture, places in enumerate(prints.places):
+        for place, _ in places:
+            found[place].append(picture)
+    return {place: set(found[place]) for place in sorted(found) if len(found[place]) == len(rows[place].images)}
+
+
+def _verdict(figures: Mapping[str, Any], tuned: Column, texts: str) -> tuple[str, str]:
     """What the figures mean."""
     rows, leaked, seen = figures["rows"], figures["leaked"], figures["seen_images"]
     looked = f"{counted(figures['looked_at'], 'training image')} looked at"
@@ -94,7 +155,7 @@ def _verdict(figures: Mapping[str, Any], tuned: Column) -> tuple[str, str]:
             line += f"; the score of the other {left['rows']} is {value}, of all {figure(whole, unit)}"
         return verdict, line
     if seen:
-        line = f"the pictures of {seen} of {counted(rows, 'row')} are in the training data too, with other texts"
+        line = f"the pictures of {seen} of {counted(rows, 'row')} are in the training data too, with {texts}"
         return "warn", f"{line}; {looked}"
     return "pass", f"no row of the evaluation was found in the training data; {looked}"
 
@@ -111,11 +172,11 @@ def _without(leaked: Sequence[int], tuned: Column, base: Column | None) -> dict[
     return {"metric": tuned.name, "tuned": found.pop("one"), "base": found.pop("other"), **found}
 
 
-def _named(pair: Alike, rows: Sequence[Row], known_rows: Sequence[Row], same: Mapping[int, Alike]) -> dict[str, Any]:
+def _named(pair: _Pair, rows: Sequence[Row], known_rows: Sequence[Row]) -> dict[str, Any]:
     """A pair as it is written down."""
-    mine, other = rows[pair.asked], known_rows[pair.known]
+    mine, other = rows[pair.row], known_rows[pair.known]
     return {
-        "shares": "image and text" if pair.asked in same else "image",
+        "shares": "image and text" if pair.leaked else "image",
         "row": mine.index,
         "source": mine.source,
         "images": [image_name(image) for image in mine.images],

@@ -103,12 +103,13 @@ def _literal_pieces(template: str) -> tuple[list[str], list[str]]:
 
 
 def parse_number(text: str) -> float | None:
-    """The number that a text is, or None: one currency or percent sign, thousands commas and a decimal point are
-    understood.
+    """The number that a text is, or None: one currency or percent sign, thousands commas, a decimal point and a full
+    stop at the end are understood.
 
-    Example: "470" -> 470.0, "$1,290.50" -> 1290.5, "-3" -> -3.0, "470,5" -> None, "about 470" -> None, "" -> None.
+    Example: "470" -> 470.0, "470." -> 470.0, "$1,290.50" -> 1290.5, "-3" -> -3.0, "470,5" -> None, "about 470" -> None,
+    "" -> None.
     """
-    match = _NUMBER.fullmatch(text.strip())
+    match = _NUMBER.fullmatch(text.strip().removesuffix("."))
     if match is None or (match["digits"] is None and match["fraction"] is None):
         return None
     number = float(match["sign"] + (match["digits"] or "0").replace(",", "") + (match["fraction"] or ""))
@@ -166,10 +167,10 @@ def relaxed_accuracy(expected: str, answer: str) -> float:
     Example: "470", "493.5" -> 1.0; "470", "494" -> 0.0; "0", "0.01" -> 0.0; "Yes", "yes." -> 1.0; "470", "about 470" ->
     0.0.
     """
-    wanted_text, given_text = (text.strip().removesuffix(".") for text in (expected, answer))
-    wanted, given = parse_number(wanted_text), parse_number(given_text)
+    wanted, given = parse_number(expected), parse_number(answer)
     if wanted is None or given is None:
-        return float(wanted_text.casefold() == given_text.casefold())
+        wanted_text, given_text = (text.strip().removesuffix(".").casefold() for text in (expected, answer))
+        return float(wanted_text == given_text)
     return float(abs(wanted - given) <= RELAXED * abs(wanted) * (1 + 1e-12))
 
 

@@ -11,6 +11,21 @@ CHANCE = 0.05
 """The p value from which on a difference is called chance."""
 
 
+def which_rows(evaluation: Mapping[str, Any]) -> str:
+    """What the rows of the headline may be called: "rows that training never saw" where the check `overlap` passed and
+    looked at all of training, else "held-out rows"."""
+    found = (evaluation.get("checks") or {}).get("overlap") or {}
+    whole = found.get("verdict") == "pass" and not found.get("not_looked_at")
+    return "rows that training never saw" if whole else "held-out rows"
+
+
+def caution(evaluation: Mapping[str, Any]) -> str:
+    """The line of an overlap that was found, "" where none was: "2 of 12 rows (16.7 %) are in the training data as
+    well; ..."."""
+    found = (evaluation.get("checks") or {}).get("overlap") or {}
+    return found["line"] if found.get("verdict") in ("warn", "fail") else ""
+
+
 def verdict(figure: Mapping[str, Any]) -> str:
     """ "better", "worse" or "no clear difference": which of them the paired test stands for.
 

@@ -19,7 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from phi3v.evaluation import figures
-from phi3v.evaluation.headline import in_words, verdict
+from phi3v.evaluation.headline import caution, in_words, verdict, which_rows
 from phi3v.evaluation.report_curves import EVALUATION_COLOUR, TRAIN_COLOUR, curve_points, loss_curve_svg
 from phi3v.evaluation.report_rows import choose_extremes, list_rows
 
@@ -127,6 +127,8 @@ def render_page(template: str, **values: Any) -> str:
         duration=figures.duration,
         verdict=verdict,
         in_words=in_words,
+        which_rows=which_rows,
+        caution=caution,
     )
     script = resources.files("phi3v.evaluation").joinpath("report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")

@@ -59,7 +59,8 @@ def list_rows(
     """All rows for the list, in their order, and the menus that fit them.
 
     Tags of a row: `right` or `wrong` (exact match); beside a base `won`, `lost` or `same` by the primary metric; `f0`
-    where the first field of the figures is wrong; `c0-1` where it has the second value of the first category.
+    where the first field of the figures is wrong, and not where the row has no such field; `c0-1` where it has the
+    second value of the first category.
 
     Args:
         predictions: the lines of predictions.jsonl.
@@ -76,7 +77,8 @@ def list_rows(
     for position, one in enumerate(predictions):
         tags = ["right" if one["right"] else "wrong", *_beside(one["scores"], primary)]
         scores = one["scores"]["tuned"]
-        tags += [f"f{at}" for at, name in enumerate(fields) if (scores.get(name) or 0) < 1 and name in scores]
+        told = {name: scores[name] for name in fields if scores.get(name) is not None}
+        tags += [f"f{at}" for at, name in enumerate(fields) if told.get(name, 1.0) < 1]
         tags += [f"c{at}-{values[name].index(its[position])}" for at, (name, its) in enumerate(categories.items())]
         said = say(one["expected"], {names["base"]: one["base"], names["tuned"]: one["tuned"]})
         rows.append(
