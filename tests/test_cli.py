@@ -55,6 +55,7 @@ def test_commands_and_flags_are_frozen():
             "--metrics",
             "--checks",
             "--rows",
+            "--out",
             "--device",
             "--json",
             "--debug",

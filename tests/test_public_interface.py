@@ -16,7 +16,7 @@ SIGNATURES = {
     "train": ["recipe", "on_event", "features", "report"],
     "evaluate": [
         *["target", "data", "against", "metrics", "checks"],
-        *["rows", "device", "on_progress", "features", "ranks"],
+        *["rows", "out", "device", "on_progress", "features", "ranks"],
     ],
     "compare": ["runs", "out"],
     "predict": [

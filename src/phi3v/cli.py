@@ -138,6 +138,12 @@ def evaluate(
         bool, typer.Option("--checks", help="Make every check; else those of the recipe, or the cheap ones.")
     ] = False,
     rows: Annotated[int | None, typer.Option(min=1, help="Answer the first so many rows only.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Where it is written; else into a run, for its own rows.", parser=read_path
+        ),
+    ] = None,
     device: Device = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -161,10 +167,13 @@ def evaluate(
                 metrics=named,
                 checks=ALL if checks else None,
                 rows=rows,
+                out=out,
                 device=device,
                 on_progress=screen.on_progress,
             ).to_dict()
         show_evaluation(here.screen, evaluation)
+        if out is not None:
+            here.screen.print(f"report: {out / 'report.html'}", markup=False, soft_wrap=True)
         here.result(evaluation)
 
 
