@@ -57,6 +57,8 @@ def test_a_sweep_ranks_its_trials_and_a_killed_one_ends_as_an_undisturbed_one(ma
     assert best["value"] == [line["eval_loss"] for line in run.read_metrics() if "eval_loss" in line][-1]
     assert best["validations"].keys() == {"1", "2"} and best["validations"]["2"] == best["value"]
     assert not run.checkpoints.exists()
+    table = (run.path.parent.parent / "ranking.csv").read_text().splitlines()
+    assert table[0] == ",".join(["rank", "trial", "state", "value", "steps", "seconds", "error", *SEARCH])
     written = Recipe.load(whole.best_recipe)
     assert (written.training.learning_rate, written.lora["r"]) == tuple(best["values"].values())
     assert (
