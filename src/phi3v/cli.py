@@ -103,6 +103,7 @@ def train(
         from phi3v.run_folder import RunFolder
         from phi3v.training.train import train as train_run
 
+        answered = RunFolder(chosen.output).evaluation.is_file()
         with Screen(here.screen) as screen:
             result = train_run(chosen, on_event=screen.on_event)
         run = RunFolder(result.folder)
@@ -111,7 +112,7 @@ def train(
             "evaluation": run.read_evaluation(needed=NEEDED) if run.evaluation.is_file() else None,
             "report": str(run.report) if run.report.is_file() else None,
         }
-        show_run(here.screen, summary)
+        show_run(here.screen, summary, added=run.evaluation.is_file() and not answered)
         here.result(summary)
 
 

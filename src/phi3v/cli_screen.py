@@ -205,15 +205,23 @@ def show_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
         console.print(f"left out: {counted(len(evaluation['problems']) - 5, 'more row')}")
 
 
-def show_run(console: Console, summary: Mapping[str, Any]) -> None:
-    """The end of `phi3v train`: the scores, the time, and where things lie."""
+def show_run(console: Console, summary: Mapping[str, Any], added: bool = False) -> None:
+    """The end of `phi3v train`: the scores, the time, and where things lie.
+
+    Args:
+        console: where it is shown.
+        summary: what `phi3v train --json` prints.
+        added: whether the answers were not there before, of a sweep's best trial for instance.
+    """
     if summary["evaluation"]:
         show_evaluation(console, summary["evaluation"])
     steps = counted(summary["steps"], "step")
     done = {
         "trained": f"is finished: {steps} in {duration(summary['seconds'])}",
         "resumed": f"went on from step {summary['resumed_from']} and is finished: {steps}",
-        "finished": f"was finished before: {steps}; give another output to train again",
+        "finished": f"was finished before: {steps}; "
+        + ("answers and report were added; " if added else "")
+        + "give another output to train again",
     }
     console.print(f"run {summary['folder']} {done[summary['status']]}", markup=False, soft_wrap=True)
     if summary["report"]:

@@ -121,5 +121,24 @@ def test_compare_on_the_command_line(tmp_path):
     assert HOSTILE not in shown.output
 
 
+def test_answers_added_to_a_finished_run_are_told(capsys):
+    from rich.console import Console
+
+    from phi3v.cli_screen import show_run
+
+    summary = {
+        "evaluation": None,
+        "steps": 8,
+        "seconds": 0.0,
+        "status": "finished",
+        "folder": "r",
+        "report": "r/report",
+    }
+    for added in (True, False):
+        show_run(Console(width=200), summary | {"resumed_from": None}, added=added)
+        words = "8 steps; answers and report were added; give another output to train again"
+        assert (words in capsys.readouterr().out) is added
+
+
 def test_keys_that_differ():
     assert differing([{"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}]) == {"b": [2, 3], "c": [None, 4]}
