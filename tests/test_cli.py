@@ -50,6 +50,7 @@ def test_commands_and_flags_are_frozen():
         "train": ["recipe", "overrides", "--json", "--debug"],
         "evaluate": [
             "target",
+            "overrides",
             "--data",
             "--against",
             "--metrics",
@@ -62,7 +63,7 @@ def test_commands_and_flags_are_frozen():
         ],
         "predict": [
             *["target", "--data", "--out", "--prompt", "--rows", "--batch-size", "--max-new-tokens"],
-            *["--max-pixels", "--device", "--json", "--debug"],
+            *["--max-pixels", "--device", "--json", "--debug", "overrides"],
         ],
         "sweep": ["recipe", "overrides", "--json", "--debug"],
         "compare": ["runs", "--out", "--json", "--debug"],
@@ -81,8 +82,8 @@ def test_commands_and_flags_are_frozen():
     ("command", "usage"),
     [
         *((name, "RECIPE [key=value ...] [OPTIONS]") for name in ("train", "sweep", "profile", "doctor", "plan")),
-        ("evaluate", "TARGET [OPTIONS]"),
-        ("predict", "TARGET [OPTIONS]"),
+        ("evaluate", "TARGET [key=value ...] [OPTIONS]"),
+        ("predict", "TARGET [key=value ...] [OPTIONS]"),
         ("compare", "RUN RUN ... [OPTIONS]"),
         ("ask", 'TARGET IMAGE... "question" [OPTIONS]'),
         ("demo", "[OPTIONS]"),

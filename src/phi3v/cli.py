@@ -31,6 +31,7 @@ from phi3v.cli_command import (
     Command,
     Debug,
     Device,
+    EvaluationFolder,
     MaxPixels,
     Overrides,
     Program,
@@ -120,6 +121,7 @@ def train(
 def evaluate(
     context: typer.Context,
     target: Target,
+    overrides: Overrides = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -139,18 +141,14 @@ def evaluate(
         bool, typer.Option("--checks", help="Make every check; else those of the recipe, or the cheap ones.")
     ] = False,
     rows: Annotated[int | None, typer.Option(min=1, help="Answer the first so many rows only.")] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Where it is written; else into a run, for its own rows.", parser=read_path
-        ),
-    ] = None,
+    out: EvaluationFolder = None,
     device: Device = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Answer held-out rows with a model and with its base or another model, and score both."""
     named = read_metrics(metrics)
+    refuse_options(overrides)
     with session(debug or context.obj, as_json) as here:
         from phi3v.targets import resolve_target
 
@@ -169,6 +167,7 @@ def evaluate(
                 checks=ALL if checks else None,
                 rows=rows,
                 out=out,
+                overrides=overrides or (),
                 device=device,
                 on_progress=screen.on_progress,
             ).to_dict()

@@ -68,6 +68,7 @@ def evaluate(
     on_progress: Progress | None = None,
     features: FeatureStore | None = None,
     ranks: Ranks | None = None,
+    overrides: Sequence[str] = (),
 ) -> Evaluation:
     """Answers held-out rows with a target and with what stands beside it, and scores both.
 
@@ -93,6 +94,8 @@ def evaluate(
             training for instance; None opens what the recipe names.
         ranks: the processes that share the rows; None for those that torchrun started, `phi3v.ranks.ALONE` for this
             one by itself.
+        overrides: `key=value` for the recipe that says how rows are read and answered, "data.format=conversations" for
+            instance; what is found is the run's own only where there is none.
 
     Raises:
         ConfigError: the target is no run and `data` is no recipe, so nothing says which rows and templates; a name that
@@ -105,14 +108,14 @@ def evaluate(
     if device is not None:
         resolve_device(device)  # what is not there is said before rows are read
     folder = RunFolder(target) if out is None else open_folder(out)
-    held_out = held_out_rows(place, data, rows)
+    held_out = held_out_rows(place, data, rows, overrides)
     if out is not None:
         refuse_another(folder, place, other, held_out)
     scoring = scoring_of(held_out, metrics)
     plan = plan_checks(held_out, checks, lambda: kept_rows(place, held_out.recipe))
     began = time.monotonic()
     store = feature_store(held_out.recipe, features)
-    own = place.kind == "run" and data is None and rows is None and not isinstance(other, Target)
+    own = place.kind == "run" and data is None and rows is None and not overrides and not isinstance(other, Target)
     kept = own or out is not None
     with shared(device or held_out.recipe.model.device, ranks) as together:
         keeping = Keeping(folder.answers if kept else None, together)
@@ -129,7 +132,7 @@ def evaluate(
     return evaluation
 
 
-def held_out_rows(place: Target, data: str | Path | None, rows: int | None) -> HeldOut:
+def held_out_rows(place: Target, data: str | Path | None, rows: int | None, overrides: Sequence[str] = ()) -> HeldOut:
     """Finds the rows to answer; see `evaluate` for the arguments.
 
     Raises:
@@ -139,6 +142,7 @@ def held_out_rows(place: Target, data: str | Path | None, rows: int | None) -> H
         recipe, own_data = Recipe.load(data), True
     else:
         recipe, own_data = _recipe_of(place), data is None
+    recipe = answering(recipe, overrides)
     options, train = row_options(recipe), None
     reading = Reading.of(**recipe.data.reading_options)
     if own_data:
@@ -156,6 +160,15 @@ def held_out_rows(place: Target, data: str | Path | None, rows: int | None) -> H
         name = str(data)
     limit = rows if rows is not None else recipe.evaluation.rows
     return _sound(place, HeldOut(found if limit is None else found[:limit], problems, name, recipe, train))
+
+
+def answering(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A recipe with other values. Raises: ConfigError, also for keys that say nothing about answers."""
+    for word in overrides:
+        key = word.partition("=")[0].strip()
+        if key.partition(".")[0] in ("training", "lora", "sweep", "output"):
+            raise ConfigError(f"{key} changes nothing about rows or answers: leave it out")
+    return recipe.with_overrides(overrides) if overrides else recipe
 
 
 def _sound(place: Target, held_out: HeldOut) -> HeldOut:
