@@ -16,7 +16,7 @@ SIGNATURES = {
     "train": ["recipe", "on_event", "features", "report"],
     "evaluate": [
         *["target", "data", "against", "metrics", "checks"],
-        *["rows", "device", "on_progress", "features", "ranks"],
+        *["rows", "out", "device", "on_progress", "features", "ranks", "overrides"],
     ],
     "compare": ["runs", "out"],
     "predict": [
@@ -32,6 +32,7 @@ SIGNATURES = {
         "on_progress",
         "features",
         "ranks",
+        "overrides",
     ],
     "ask": ["target", "images", "question", "device", "max_pixels", "options"],
     "register": [],

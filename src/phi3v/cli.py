@@ -36,6 +36,7 @@ from phi3v.cli_command import (
     Command,
     Debug,
     Device,
+    EvaluationFolder,
     MaxPixels,
     Overrides,
     Program,
@@ -118,6 +119,7 @@ def train(
         from phi3v.run_folder import RunFolder
         from phi3v.training.train import train as train_run
 
+        answered = RunFolder(chosen.output).evaluation.is_file()
         with Screen(here.screen) as screen:
             result = train_run(chosen, on_event=screen.on_event)
         run = RunFolder(result.folder)
@@ -126,7 +128,7 @@ def train(
             "evaluation": run.read_evaluation(needed=NEEDED) if run.evaluation.is_file() else None,
             "report": str(run.report) if run.report.is_file() else None,
         }
-        show_run(here.screen, summary)
+        show_run(here.screen, summary, added=run.evaluation.is_file() and not answered)
         here.result(summary)
 
 
@@ -134,6 +136,7 @@ def train(
 def evaluate(
     context: typer.Context,
     target: Target,
+    overrides: Overrides = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -153,12 +156,14 @@ def evaluate(
         bool, typer.Option("--checks", help="Make every check; else those of the recipe, or the cheap ones.")
     ] = False,
     rows: Annotated[int | None, typer.Option(min=1, help="Answer the first so many rows only.")] = None,
+    out: EvaluationFolder = None,
     device: Device = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Answer held-out rows with a model and with its base or another model, and score both."""
     named = read_metrics(metrics)
+    refuse_options(overrides)
     with session(debug or context.obj, as_json) as here:
         from phi3v.targets import resolve_target
 
@@ -176,10 +181,14 @@ def evaluate(
                 metrics=named,
                 checks=ALL if checks else None,
                 rows=rows,
+                out=out,
+                overrides=overrides or (),
                 device=device,
                 on_progress=screen.on_progress,
             ).to_dict()
         show_evaluation(here.screen, evaluation)
+        if out is not None:
+            here.screen.print(f"report: {out / 'report.html'}", markup=False, soft_wrap=True)
         here.result(evaluation)
 
 

@@ -110,6 +110,10 @@ MaxPixels = Annotated[
     int | None,
     typer.Option(metavar="N", min=1, help="Larger images are refused; else as the recipe says, or 20 million."),
 ]
+EvaluationFolder = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Where it is written; else into a run, for its own rows.", parser=read_path),
+]
 Device = Annotated[
     str | None,
     typer.Option(

@@ -48,10 +48,14 @@ def show_comparison(console: Console, found: Comparison) -> None:
     from phi3v.evaluation.figures import counted, ends, figure, gain, p_value
 
     label = found.runs[0]["metrics"][found.primary]["label"]
-    table = Table("", label, "95 % interval", "difference", "p", "won", "lost", box=None)
+    table = Table("", label, "95 % interval", "base", "same answer to all", "difference", "p", "won", "lost", box=None)
     for run in found.runs:
         one, gap = run["metrics"].get(found.primary), run["beside_first"].get(found.primary)
-        value = [figure(one["value"], one["unit"]), ends(one, one["unit"])] if one else ["–", "–"]
+        value = ["–"] * 4
+        if one:
+            unit, base = one["unit"], one["base"]
+            value = [figure(one["value"], unit), ends(one, unit), figure(base["value"], unit) if base else "–"]
+            value.append(figure(one["constant"], unit))
         beside = ["–"] * 4
         if gap:
             beside = [

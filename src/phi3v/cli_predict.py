@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phi3v.cli_command import AsJson, Debug, Device, MaxPixels, Target, read_path, refuse_empty
+from phi3v.cli_command import (
+    AsJson,
+    Debug,
+    Device,
+    MaxPixels,
+    Overrides,
+    Target,
+    read_path,
+    refuse_empty,
+    refuse_options,
+)
 from phi3v.cli_session import printable, session
 
 if TYPE_CHECKING:
@@ -47,8 +57,10 @@ def predict(
     device: Device = None,
     as_json: AsJson = False,
     debug: Debug = False,
+    overrides: Overrides = None,
 ) -> None:
     """Answer images that have no labels, and write the answers to a file; the same command again goes on."""
+    refuse_options(overrides)
     with session(debug or bool(context.obj), as_json) as here:
         from phi3v.cli_screen import Screen
         from phi3v.evaluation.predict import predict as predict_rows
@@ -64,6 +76,7 @@ def predict(
                 max_new_tokens=max_new_tokens,
                 device=device,
                 max_pixels=max_pixels,
+                overrides=overrides or (),
                 on_progress=screen.on_progress,
             )
         show_prediction(here.screen, found)

@@ -7,7 +7,6 @@ and data is printed as it is, never read as markup. Without a terminal there are
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
@@ -36,6 +35,7 @@ from phi3v.evaluation.figures import (
     percent,
     short_number,
 )
+from phi3v.evaluation.headline import column_names
 
 if TYPE_CHECKING:
     from phi3v.first_look import RowUse
@@ -205,34 +205,23 @@ def show_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
         console.print(f"left out: {counted(len(evaluation['problems']) - 5, 'more row')}")
 
 
-def column_names(evaluation: Mapping[str, Any]) -> dict[str, str]:
-    """What the columns of both sets of answers are called: {"base": "base", "tuned": "tuned"}, or the targets' names.
+def show_run(console: Console, summary: Mapping[str, Any], added: bool = False) -> None:
+    """The end of `phi3v train`: the scores, the time, and where things lie.
 
-    Example: runs/a beside runs/b -> {"base": "b", "tuned": "a"}; runs/a alone -> {"tuned": "a"}; a/x beside b/x ->
-    {"base": "b/x", "tuned": "a/x"}.
+    Args:
+        console: where it is shown.
+        summary: what `phi3v train --json` prints.
+        added: whether the answers were not there before, of a sweep's best trial for instance.
     """
-    target, base = evaluation["target"], evaluation["base"]
-    short = {name: Path(name).name or name for name in (target, base) if name is not None}
-    if evaluation["against"] == "base":
-        return {"base": "base", "tuned": "tuned"}
-    if base is None:
-        return {"tuned": short[target]}
-    return (
-        {"base": base, "tuned": target}
-        if short[base] == short[target]
-        else {"base": short[base], "tuned": short[target]}
-    )
-
-
-def show_run(console: Console, summary: Mapping[str, Any]) -> None:
-    """The end of `phi3v train`: the scores, the time, and where things lie."""
     if summary["evaluation"]:
         show_evaluation(console, summary["evaluation"])
     steps = counted(summary["steps"], "step")
     done = {
         "trained": f"is finished: {steps} in {duration(summary['seconds'])}",
         "resumed": f"went on from step {summary['resumed_from']} and is finished: {steps}",
-        "finished": f"was finished before: {steps}; give another output to train again",
+        "finished": f"was finished before: {steps}; "
+        + ("answers and report were added; " if added else "")
+        + "give another output to train again",
     }
     console.print(f"run {summary['folder']} {done[summary['status']]}", markup=False, soft_wrap=True)
     if summary["report"]:

@@ -46,11 +46,19 @@ def test_runs_on_the_same_rows_are_tested_against_the_first(tmp_path):
     assert (gap["won"], gap["lost"], gap["tied"]) == (0, 16, 4) and gap["p"] == pytest.approx(2 * 0.5**16)
     assert gap["difference"]["value"] == pytest.approx(-0.8) and "loss" not in second["beside_first"]
     assert first["metrics"]["exact_match"]["value"] == pytest.approx(0.85)
+    for run in found.runs:
+        one, written = (
+            run["metrics"]["exact_match"],
+            RunFolder(run["folder"]).read_evaluation()["metrics"]["exact_match"],
+        )
+        assert one["base"] == {key: written["base"][key] for key in ("value", "low", "high", "rows")}
+        assert one["constant"] == written["constant"] and one["constant"] is not None
     assert found.recipes == {"training.learning_rate": [1e-4, 2e-4]}
     rights = [one["right"] for one in found.disagreements]
     assert rights == [{"one": True, "two": False}] * 16
     html = (tmp_path / "compare.html").read_text(encoding="utf-8")
     page = Page(html)
+    assert page.text.count("Its base: ") == page.text.count("The most frequent answer to every row: ") == 2
     assert "Worse than one." in page.text and "16 rows they" not in page.text and html.count('class="row"') == 16
     assert page.tags.count("svg") == 1 and page.tags.count("script") == 1 and page.handlers == []
     assert all(link.startswith(("data:", "#")) for link in page.links)
@@ -111,6 +119,25 @@ def test_compare_on_the_command_line(tmp_path):
     assert re.search(r"two +5\.0 %.* -80\.0 +< 0\.001 +0 +16", shown.output), shown.output
     assert "16 rows they disagree on, 0 settings that differ" in shown.output
     assert HOSTILE not in shown.output
+
+
+def test_answers_added_to_a_finished_run_are_told(capsys):
+    from rich.console import Console
+
+    from phi3v.cli_screen import show_run
+
+    summary = {
+        "evaluation": None,
+        "steps": 8,
+        "seconds": 0.0,
+        "status": "finished",
+        "folder": "r",
+        "report": "r/report",
+    }
+    for added in (True, False):
+        show_run(Console(width=200), summary | {"resumed_from": None}, added=added)
+        words = "8 steps; answers and report were added; give another output to train again"
+        assert (words in capsys.readouterr().out) is added
 
 
 def test_keys_that_differ():

@@ -127,6 +127,51 @@ def test_a_killed_evaluation_goes_on_and_ends_as_an_undisturbed_one(world, evalu
     assert not any(run.answers(side).exists() for side in ("base", "tuned"))
 
 
+def test_an_evaluation_of_other_rows_has_a_folder_and_goes_on(world, tmp_path, monkeypatch):
+    """Killed in the second model, it asks the first one nothing again and leaves what an undisturbed one leaves."""
+    run, asked, original = world / "run", [], Engine.answer
+    data = {"data": world / "photos" / "rows.jsonl", "rows": 5, "against": world / "model"}
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "other answers" and done:
+            raise KeyboardInterrupt
+
+    before = {path.name: path.read_bytes() for path in run.glob("*.*")}
+    whole = evaluate(run, **data, out=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt) as caught:
+        evaluate(run, **data, out=tmp_path / "cut", on_progress=stop)
+    assert "rows are answered and kept" in caught.value.__notes__[0]
+    assert [path.name for path in (tmp_path / "cut").glob("answers-tuned*")] == ["answers-tuned.jsonl"]
+    monkeypatch.setattr(Engine, "answer", lambda self, these: asked.append(self) or original(self, these))
+    evaluate(run, **data, out=tmp_path / "cut")
+    assert len(asked) == 1, "the first target was asked again"
+    ends = [RunFolder(tmp_path / name) for name in ("whole", "cut")]
+    left = ["evaluation.json", "predictions.jsonl", "predictions.parquet", "report.html"]
+    assert all(sorted(file.name for file in end.path.iterdir()) == left for end in ends)
+    assert ends[0].predictions.read_bytes() == ends[1].predictions.read_bytes()
+    assert ends[0].read_predictions() == whole.predictions
+    found = [end.read_evaluation() | {"seconds": None, "created": None} for end in ends]
+    assert found[0] == found[1] == json.loads(json.dumps(whole.to_dict() | {"seconds": None, "created": None}))
+    assert {path.name: path.read_bytes() for path in run.glob("*.*")} == before
+    html = ends[0].report.read_text(encoding="utf-8")
+    assert "<h1>run beside model</h1>" in html and "5 rows of" in html and "training never saw" not in html
+    assert "<th>model</th><th>run</th>" in html and "weights of model" in html and "before (base)" not in html
+
+
+def test_a_folder_of_something_else_is_refused(world, tmp_path):
+    options = {"rows": 1, "against": None}
+    evaluate(world / "run", **options, out=tmp_path / "one")
+    with pytest.raises(ConfigError, match=r"holds the evaluation of \S+run on \S+ \(split\): name another folder"):
+        evaluate(world / "run", world / "photos" / "rows.jsonl", **options, out=tmp_path / "one")
+    with pytest.raises(ConfigError, match="holds the evaluation of"):
+        evaluate(world / "run", rows=1, against=world / "model", out=tmp_path / "one")
+    with pytest.raises(ConfigError, match="adapter, which is of no evaluation"):
+        evaluate(world / "run", **options, out=world / "run")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file cannot be used"):
+        evaluate(world / "run", **options, out=tmp_path / "file")
+
+
 def test_other_rows_leave_the_run_as_it_is(world, evaluation):
     run = RunFolder(world / "run")
     before = {path: path.read_bytes() for path in (run.evaluation, run.predictions, run.report)}

@@ -139,6 +139,14 @@ def test_questions_of_chats_need_no_answer(world: Path, tmp_path: Path) -> None:
     assert [one.reason_code for one in asked.problems] == ["turn_order"]
 
 
+def test_values_of_the_recipe_are_replaced_and_what_says_nothing_is_refused(world: Path, tmp_path: Path) -> None:
+    table, place = str(world / "photos" / "rows.jsonl"), resolve_target(world / "model")
+    asked = find_questions(place, table, None, 2, overrides=["data.prompt=Is it {colour}?"])
+    assert [row.question for row in asked.rows][:1] == ["Is it red?"]
+    with pytest.raises(phi3v.errors.ConfigError, match="training.epochs changes nothing about rows or answers"):
+        find_questions(place, table, "What?", 2, overrides=["training.epochs=2"])
+
+
 def test_fields_of_the_answer_have_columns(world: Path) -> None:
     asked = find_questions(resolve_target(world / "model"), str(world / "photos" / "rows.jsonl"), "Is it {colour}?", 3)
     asked = Questions(asked.rows, asked.problems, "x", asked.recipe, AnswerTemplate("{colour} for {price}, {answer}"))

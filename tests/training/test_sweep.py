@@ -55,7 +55,10 @@ def test_a_sweep_ranks_its_trials_and_a_killed_one_ends_as_an_undisturbed_one(ma
     best = whole.ranking["trials"][0]
     run = RunFolder(best["folder"])
     assert best["value"] == [line["eval_loss"] for line in run.read_metrics() if "eval_loss" in line][-1]
-    assert best["validations"].keys() == {"1"} and not run.checkpoints.exists()  # the last one decides nothing
+    assert best["validations"].keys() == {"1", "2"} and best["validations"]["2"] == best["value"]
+    assert not run.checkpoints.exists()
+    table = (run.path.parent.parent / "ranking.csv").read_text().splitlines()
+    assert table[0] == ",".join(["rank", "trial", "state", "value", "steps", "seconds", "error", *SEARCH])
     written = Recipe.load(whole.best_recipe)
     assert (written.training.learning_rate, written.lora["r"]) == tuple(best["values"].values())
     assert (
@@ -200,6 +203,21 @@ def test_the_command_shows_a_line_a_trial_and_says_what_is_missing(
     monkeypatch.setattr("phi3v.cli_sweep.find_spec", lambda name: None)
     said = CliRunner().invoke(app, ["sweep", str(file)])
     assert said.exit_code == 1 and 'a sweep needs Optuna: pip install "phi3v[sweep]"' in said.output
+
+
+def test_a_trial_of_one_validation_has_a_dot_and_the_pruner_is_not_told() -> None:
+    import optuna
+
+    from phi3v.sweep.plots import with_last
+
+    study = optuna.create_study()
+    for seen, last in (({}, [1, 0.4]), ({1: 0.7}, [2, 0.5])):
+        study.add_trial(optuna.trial.create_trial(value=last[1], intermediate_values=seen, user_attrs={"last": last}))
+    study.ask()  # a trial that is not done
+    whole = with_last(study)
+    assert [trial.intermediate_values for trial in whole.trials] == [{1: 0.4}, {1: 0.7, 2: 0.5}, {}]
+    assert [trial.number for trial in whole.trials] == [0, 1, 2]
+    assert [trial.intermediate_values for trial in study.trials] == [{}, {1: 0.7}, {}]
 
 
 def test_choices_have_short_names_in_plots() -> None:

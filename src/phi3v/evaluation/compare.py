@@ -30,8 +30,9 @@ class Comparison:
 
     Attributes:
         primary: the metric that stands for the whole, that of the first run.
-        runs: one dict per run: "name", "folder", "rows", "metrics" (name -> "label", "unit", "better" and the tuned
-            answers' "value", "low", "high", "rows"), "beside_first" (name -> "difference", "p", "test", "won", "lost",
+        runs: one dict per run: "name", "folder", "rows", "metrics" (name -> "label", "unit", "better", the tuned
+            answers' "value", "low", "high", "rows", and the controls: "base", the base's or None, and "constant", the
+            most frequent answer to every row), "beside_first" (name -> "difference", "p", "test", "won", "lost",
             "tied" against the first run) and "why_not", which says why there is none.
         recipes: dotted key -> its value in each run, for keys that differ; versions are below `versions.`.
         disagreements: rows that not all runs with the first one's rows got right, or not all wrong: "row", "source",
@@ -138,7 +139,7 @@ def _facts(run: _Run, first: _Run) -> dict[str, Any]:
     """A run's entry in `Comparison.runs`."""
     told = "label unit better".split()
     metrics = {
-        name: {key: one[key] for key in told} | {key: one["tuned"][key] for key in ("value", "low", "high", "rows")}
+        name: {key: one[key] for key in told} | _figures(one["tuned"]) | _controls(one, run.evaluation.get("against"))
         for name, one in run.evaluation["metrics"].items()
     }
     shared = len(run.rows.keys() & first.rows.keys())
@@ -156,6 +157,16 @@ def _facts(run: _Run, first: _Run) -> dict[str, Any]:
         "beside_first": {} if why_not or run is first else _beside(run, first),
         "why_not": why_not,
     }
+
+
+def _figures(side: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: side[key] for key in ("value", "low", "high", "rows")}
+
+
+def _controls(figure: Mapping[str, Any], against: str | None) -> dict[str, Any]:
+    """What a score is to be held against: the base's, where it was asked, and that of one answer to all rows."""
+    base = figure.get("base") if against == "base" else None
+    return {"base": _figures(base) if base else None, "constant": figure.get("constant")}
 
 
 def _beside(run: _Run, first: _Run) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from phi3v.evaluation.figures import counted, gain, gain_ends, p_value
@@ -66,3 +67,22 @@ def how_often(p: float) -> str:
         return "every time"
     many, of = (round(100 * p), "100") if p >= 0.0095 else (round(1000 * p), "1,000")
     return f"about {'once' if many == 1 else f'{many} times'} in {of}"
+
+
+def column_names(evaluation: Mapping[str, Any]) -> dict[str, str]:
+    """What the columns of both sets of answers are called: {"base": "base", "tuned": "tuned"}, or the targets' names.
+
+    Example: runs/a beside runs/b -> {"base": "b", "tuned": "a"}; runs/a alone -> {"tuned": "a"}; a/x beside b/x ->
+    {"base": "b/x", "tuned": "a/x"}.
+    """
+    target, base = evaluation["target"], evaluation["base"]
+    short = {name: Path(name).name or name for name in (target, base) if name is not None}
+    if evaluation["against"] == "base":
+        return {"base": "base", "tuned": "tuned"}
+    if base is None:
+        return {"tuned": short[target]}
+    return (
+        {"base": base, "tuned": target}
+        if short[base] == short[target]
+        else {"base": short[base], "tuned": short[target]}
+    )

@@ -26,6 +26,7 @@ class Keeping:
 
     Attributes:
         ranks: the processes that share the rows; the first one writes.
+        weights: side -> name of the weights that answered, of those that have a journal here.
     """
 
     def __init__(self, place: Callable[[str], Path] | None = None, ranks: Ranks = ALONE) -> None:
@@ -36,6 +37,7 @@ class Keeping:
             ranks: the processes.
         """
         self.ranks = ranks
+        self.weights: dict[str, str] = {}
         self._place = place
         self._opened: list[Journal] = []
         self._named: list[tuple[Sequence[Row], str]] = []
@@ -59,7 +61,9 @@ class Keeping:
             if named is None:
                 named = name_rows(rows, stamps=True)
                 self._named.append((rows, named))
-            found = Journal(self._place(side), depends_on(model, processor, named, {"side": side, **settings}))
+            made = depends_on(model, processor, named, {"side": side, **settings})
+            self.weights[side] = made["weights"]
+            found = Journal(self._place(side), made)
             self._opened.append(found)
             return found
 

@@ -26,7 +26,7 @@ from phi3v.evaluation.answers import Answers, answer_rows
 from phi3v.evaluation.fields import AnswerTemplate
 from phi3v.evaluation.journal import Journal
 from phi3v.evaluation.keeping import depends_on, own_device, shared
-from phi3v.evaluation.run import Progress, answer_options, feature_store, seeing
+from phi3v.evaluation.run import Progress, answer_options, answering, feature_store, seeing
 from phi3v.features.store import FeatureStore
 from phi3v.fingerprints import name_rows
 from phi3v.first_look import row_options
@@ -107,6 +107,7 @@ def predict(
     on_progress: Progress | None = None,
     features: FeatureStore | None = None,
     ranks: Ranks | None = None,
+    overrides: Sequence[str] = (),
 ) -> Prediction:
     """Answers rows without labels, and writes the answers into a file.
 
@@ -130,6 +131,7 @@ def predict(
         on_progress: called as rows are answered.
         features: as in `evaluate`.
         ranks: as in `evaluate`.
+        overrides: as in `evaluate`.
 
     Raises:
         ConfigError: nothing says what to ask, or the file is something else.
@@ -139,7 +141,7 @@ def predict(
     check_out(out)
     if device is not None:
         resolve_device(device)
-    asked = find_questions(place, str(data), prompt, rows, max_pixels)
+    asked = find_questions(place, str(data), prompt, rows, max_pixels, overrides)
     settings = answer_options(asked.recipe)
     settings |= {"batch_size": batch_size} if batch_size else {}
     settings |= {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
@@ -191,7 +193,12 @@ def _answers(
 
 
 def find_questions(
-    place: Target, data: str, prompt: str | None, limit: int | None, max_pixels: int | None = None
+    place: Target,
+    data: str,
+    prompt: str | None,
+    limit: int | None,
+    max_pixels: int | None = None,
+    overrides: Sequence[str] = (),
 ) -> Questions:
     """Finds the rows to answer; see `predict` for the arguments.
 
@@ -199,11 +206,11 @@ def find_questions(
     """
     run = run_of(place.name)
     if Path(data).suffix.lower() in (".yaml", ".yml"):
-        recipe = Recipe.load(data)
+        recipe = answering(Recipe.load(data), overrides)
         source, name = recipe.data.validation, recipe.data.validation or f"{recipe.data.train_name} (held out)"
     else:
         plain = {"model": {"name": place.base, "revision": place.revision}, "data": data}
-        recipe = Recipe.from_dict(plain) if run is None else run.read_recipe()
+        recipe = answering(Recipe.from_dict(plain) if run is None else run.read_recipe(), overrides)
         source, name = data, data
     if max_pixels is not None:
         recipe = recipe.with_overrides([f"image.max_pixels={max_pixels}"])

@@ -21,7 +21,7 @@ from markupsafe import Markup
 from phi3v.evaluation import figures
 from phi3v.evaluation.headline import caution, in_words, verdict, which_rows
 from phi3v.evaluation.report_curves import EVALUATION_COLOUR, TRAIN_COLOUR, curve_points, loss_curve_svg
-from phi3v.evaluation.report_rows import choose_extremes, list_rows
+from phi3v.evaluation.report_rows import choose_extremes, list_rows, side_names
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class ReportContent:
         problems: rows that were left out, a line each.
         controls: answers under spoiled conditions: name -> exact match as a `Share` dict; empty when none were asked
             for.
+        apart: whether the evaluation is no run's own, so that nothing is known of the rows, of training or of a run.
     """
 
     title: str
@@ -75,6 +76,7 @@ class ReportContent:
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     problems: Sequence[str] = ()
     controls: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    apart: bool = False
 
 
 def render_report(content: ReportContent) -> str:
@@ -98,6 +100,7 @@ def render_report(content: ReportContent) -> str:
         menus=menus,
         worst=worst,
         best=best,
+        names=side_names(evaluation) if evaluation else {},
         one_question=len({one["question"] for one in content.predictions}) == 1,
     )
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 from phi3v.evaluation.categories import choose_categories
 from phi3v.evaluation.figures import figure
+from phi3v.evaluation.headline import column_names
 from phi3v.evaluation.word_marks import Piece, mark_words
 
 
@@ -67,7 +67,7 @@ def list_rows(
         evaluation: evaluation.json.
     """
     primary = evaluation["primary"]
-    names = _names(evaluation)
+    names = side_names(evaluation)
     fields = {
         name: one["field"] for name, one in evaluation["metrics"].items() if one["field"] and one["unit"] == "share"
     }
@@ -142,13 +142,13 @@ def choose_extremes(predictions: Sequence[Mapping[str, Any]], primary: str, coun
     return worst, best[: count // 2]
 
 
-def _names(evaluation: Mapping[str, Any]) -> dict[str, str]:
+def side_names(evaluation: Mapping[str, Any]) -> dict[str, str]:
     """What the two sides are called where people read it: "base" and "tuned", or the names of two targets."""
     if not evaluation["base"]:
         return {"base": "base", "tuned": "this model"}
     if evaluation["against"] == "base":
         return {"base": "before", "tuned": "after"}
-    return {"base": PurePath(evaluation["base"]).name, "tuned": PurePath(evaluation["target"]).name}
+    return column_names(evaluation)
 
 
 def _beside(scores: Mapping[str, Any], primary: str) -> list[str]:

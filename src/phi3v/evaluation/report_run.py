@@ -11,11 +11,13 @@ from phi3v.data.data_uri import photo_uri
 from phi3v.data.images import open_image
 from phi3v.data.schema import Row
 from phi3v.errors import CheckpointError, ImageError
+from phi3v.evaluation.headline import column_names
 from phi3v.evaluation.report import Photos, ReportContent, render_report
 from phi3v.evaluation.report_curves import loss_curve_png
 from phi3v.evaluation.report_rows import choose_extremes
+from phi3v.evaluation.result import Evaluation, HeldOut
 from phi3v.fingerprints import name_rows
-from phi3v.run_folder import RunFolder
+from phi3v.run_folder import RunFolder, gather_versions
 from phi3v.whole_files import replace_file
 
 NEEDED = (
@@ -66,6 +68,38 @@ def write_report(run: RunFolder, rows: Sequence[Row], controls: Mapping[str, Map
     if (curve := loss_curve_png(run.read_metrics())) is not None:
         replace_file(run.path / "loss.png", curve)
     run.write_report(render_report(content))
+
+
+def write_report_apart(
+    folder: RunFolder, evaluation: Evaluation, held_out: HeldOut, weights: Mapping[str, str]
+) -> None:
+    """Writes the report.html of an evaluation that is no run's own: other rows, or another target beside.
+
+    Args:
+        folder: where it lies.
+        evaluation: what was found.
+        held_out: the rows, and the recipe that they were asked by.
+        weights: side -> name of the weights that answered.
+    """
+    found, recipe, said = evaluation.to_dict(), held_out.recipe, evaluation.predictions
+    names, samples = column_names(found), recipe.report.samples
+    shown = chain(*choose_extremes(said, found["primary"], samples))
+    sides = {"base": "base", "tuned": "tuned", "other": "base"}
+    named = {f"weights of {names[sides[side]]}": name for side, name in weights.items() if side in sides}
+    content = ReportContent(
+        title=f"{names['tuned']} beside {names['base']}" if evaluation.base else names["tuned"],
+        evaluation=found,
+        predictions=said,
+        samples=samples,
+        photos=gather_photos(held_out.rows, shown, recipe.image.max_pixels) if samples else Photos(),
+        recipe=recipe.to_yaml(),
+        versions=gather_versions(),
+        times=evaluation.seconds,
+        fingerprints={"rows": name_rows(held_out.rows), **named},
+        problems=evaluation.problems,
+        apart=True,
+    )
+    folder.write_report(render_report(content))
 
 
 def gather_photos(rows: Sequence[Row], shown: Iterable[int], max_pixels: int) -> Photos:

@@ -25,6 +25,7 @@ from phi3v.evaluation.answers import Answers, answer_rows
 from phi3v.evaluation.checks import Asked, plan_checks, run_checks
 from phi3v.evaluation.keeping import Keeping, own_device, shared
 from phi3v.evaluation.result import Beside, Evaluation, HeldOut, build_evaluation, scoring_of
+from phi3v.evaluation.written import open_folder, refuse_another, write_evaluation
 from phi3v.features.opening import open_store
 from phi3v.features.store import FeatureStore
 from phi3v.features.vision import VisionFeatures, sees_plainly
@@ -62,17 +63,20 @@ def evaluate(
     metrics: Sequence[str] | None = None,
     checks: Sequence[str] | None = None,
     rows: int | None = None,
+    out: str | Path | None = None,
     device: str | None = None,
     on_progress: Progress | None = None,
     features: FeatureStore | None = None,
     ranks: Ranks | None = None,
+    overrides: Sequence[str] = (),
 ) -> Evaluation:
     """Answers held-out rows with a target and with what stands beside it, and scores both.
 
     A run's own held-out rows, all that its recipe asks for, are the run's evaluation: predictions.jsonl,
-    evaluation.json and report.html are written into it. With `data`, `rows` or another target nothing is written. A
-    run's evaluation that was killed goes on where it was, and ends as one that was not. Under torchrun each process
-    takes its share of the rows, all return the same, and the first one writes.
+    evaluation.json and report.html are written into it. With `data`, `rows` or another target they are written into
+    `out`, and where there is none nothing is. What is written was kept meanwhile: an evaluation that was killed goes on
+    where it was, and ends as one that was not. Under torchrun each process takes its share of the rows, all return the
+    same, and the first one writes.
 
     Args:
         target: run, adapter, model folder or hub id.
@@ -83,16 +87,19 @@ def evaluate(
         metrics: names of metrics; None for those of the recipe, or where it names none those of the answers' kind.
         checks: names of checks, see `checks.ALL`; None for those of the recipe, or where it names none the cheap ones.
         rows: only the first so many rows; None for as many as the recipe says.
+        out: a folder for what is found, new, empty or with an earlier start of the same; None for the run's own.
         device: "auto", "cpu" or "cuda"; None as the recipe says.
         on_progress: called as rows are answered.
         features: where the features of frozen vision parts are kept if the recipe keeps them (vision.cache), by a
             training for instance; None opens what the recipe names.
         ranks: the processes that share the rows; None for those that torchrun started, `phi3v.ranks.ALONE` for this
             one by itself.
+        overrides: `key=value` for the recipe that says how rows are read and answered, "data.format=conversations" for
+            instance; what is found is the run's own only where there is none.
 
     Raises:
         ConfigError: the target is no run and `data` is no recipe, so nothing says which rows and templates; a name that
-            is no metric.
+            is no metric; `out` holds something else.
         CheckpointError, DataError: a target or the rows cannot be used.
         MissingPackageError: a named metric's package is not installed.
     """
@@ -100,15 +107,18 @@ def evaluate(
     other = _resolve_other(against)
     if device is not None:
         resolve_device(device)  # what is not there is said before rows are read
-    held_out = held_out_rows(place, data, rows)
+    folder = RunFolder(target) if out is None else open_folder(out)
+    held_out = held_out_rows(place, data, rows, overrides)
+    if out is not None:
+        refuse_another(folder, place, other, held_out)
     scoring = scoring_of(held_out, metrics)
     plan = plan_checks(held_out, checks, lambda: kept_rows(place, held_out.recipe))
     began = time.monotonic()
     store = feature_store(held_out.recipe, features)
-    own = place.kind == "run" and data is None and rows is None and not isinstance(other, Target)
-    run = RunFolder(target)
+    own = place.kind == "run" and data is None and rows is None and not overrides and not isinstance(other, Target)
+    kept = own or out is not None
     with shared(device or held_out.recipe.model.device, ranks) as together:
-        keeping = Keeping(run.answers if own else None, together)
+        keeping = Keeping(folder.answers if kept else None, together)
         asked = _Asking(held_out, plan.asked(held_out), on_progress or _ignore, keeping)
         tuned, beside = _answer_both(place, asked, other, device, store)
         seconds = {"evaluation": time.monotonic() - began}
@@ -116,13 +126,13 @@ def evaluate(
         how = plan, held_out, scoring, tuned, beside, asked.more
         found = together.told(lambda: run_checks(*how, lambda: training_rows(place, held_out)))
         evaluation = replace(evaluation, checks=found)
-        if own:
-            together.alone(lambda: write_evaluation(run, evaluation, held_out))
+        if kept:
+            together.alone(lambda: write_evaluation(folder, evaluation, held_out, keeping.weights))
             keeping.done()
     return evaluation
 
 
-def held_out_rows(place: Target, data: str | Path | None, rows: int | None) -> HeldOut:
+def held_out_rows(place: Target, data: str | Path | None, rows: int | None, overrides: Sequence[str] = ()) -> HeldOut:
     """Finds the rows to answer; see `evaluate` for the arguments.
 
     Raises:
@@ -132,6 +142,7 @@ def held_out_rows(place: Target, data: str | Path | None, rows: int | None) -> H
         recipe, own_data = Recipe.load(data), True
     else:
         recipe, own_data = _recipe_of(place), data is None
+    recipe = answering(recipe, overrides)
     options, train = row_options(recipe), None
     reading = Reading.of(**recipe.data.reading_options)
     if own_data:
@@ -149,6 +160,15 @@ def held_out_rows(place: Target, data: str | Path | None, rows: int | None) -> H
         name = str(data)
     limit = rows if rows is not None else recipe.evaluation.rows
     return _sound(place, HeldOut(found if limit is None else found[:limit], problems, name, recipe, train))
+
+
+def answering(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A recipe with other values. Raises: ConfigError, also for keys that say nothing about answers."""
+    for word in overrides:
+        key = word.partition("=")[0].strip()
+        if key.partition(".")[0] in ("training", "lora", "sweep", "output"):
+            raise ConfigError(f"{key} changes nothing about rows or answers: leave it out")
+    return recipe.with_overrides(overrides) if overrides else recipe
 
 
 def _sound(place: Target, held_out: HeldOut) -> HeldOut:
@@ -323,19 +343,6 @@ def seeing(model: Any, store: FeatureStore | None) -> See:
     if store is None or not sees_plainly(model):
         return None
     return VisionFeatures(model, store).complete
-
-
-def write_evaluation(run: RunFolder, evaluation: Evaluation, held_out: HeldOut) -> None:
-    """Writes predictions.jsonl, predictions.parquet, evaluation.json and report.html of a run."""
-    from phi3v.evaluation.answer_files import WRITERS, writable
-    from phi3v.evaluation.prediction_table import prediction_table
-    from phi3v.evaluation.report_run import write_report
-
-    run.write_predictions(evaluation.predictions)
-    columns, rows = prediction_table(evaluation.predictions)
-    run.write_prediction_table(lambda file: WRITERS[".parquet"](file, columns, map(writable, rows)))
-    run.write_evaluation(evaluation.to_dict())
-    write_report(run, held_out.rows)
 
 
 def _ignore(stage: str, done: int, total: int) -> None:

@@ -15,14 +15,15 @@ from matplotlib.axes import Axes
 from matplotlib.category import StrCategoryFormatter
 from optuna.trial import TrialState
 
+from phi3v.sweep.study import validations
 from phi3v.whole_files import fill_file
 
 
 def write_plots(study: optuna.Study, folder: Path, target: str) -> list[Path]:
     """Writes the plots that the trials allow, and gives their files.
 
-    Importances need two complete trials whose scores differ, and scikit-learn; curves a pruner, which
-    validations are reported to. What lacks them is left out.
+    Importances need two complete trials whose scores differ, and scikit-learn; curves validations. What lacks them is
+    left out.
 
     Args:
         study: the trials.
@@ -36,12 +37,21 @@ def write_plots(study: optuna.Study, folder: Path, target: str) -> list[Path]:
         if complete:
             wanted["history"] = lambda: draw.plot_optimization_history(study, target_name=target)
             wanted["slice"] = lambda: draw.plot_slice(study, target_name=target)
-        if any(trial.intermediate_values for trial in study.get_trials(deepcopy=False)):
-            wanted["curves"] = lambda: draw.plot_intermediate_values(study)
+        if any(validations(trial) for trial in study.get_trials(deepcopy=False)):
+            wanted["curves"] = lambda: draw.plot_intermediate_values(with_last(study))
         if len({trial.value for trial in complete}) > 1 and importlib.util.find_spec("sklearn"):
             evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
             wanted["importances"] = lambda: draw.plot_param_importances(study, evaluator=evaluator, target_name=target)
         return [_drawn(draw_one, folder / f"{name}.png") for name, draw_one in wanted.items()]
+
+
+def with_last(study: optuna.Study) -> optuna.Study:
+    """A study in memory whose trials have their last validations too, under the same numbers."""
+    whole = optuna.create_study(direction=study.direction)
+    for trial in sorted(study.get_trials(), key=lambda trial: trial.number):
+        trial.intermediate_values = validations(trial)
+        whole.add_trial(trial)
+    return whole
 
 
 def _drawn(draw: Any, file: Path) -> Path:

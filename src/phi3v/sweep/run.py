@@ -24,7 +24,7 @@ from phi3v.recipe_sweep import SweepSection
 from phi3v.sweep.folder import SweepFolder
 from phi3v.sweep.plots import write_plots
 from phi3v.sweep.space import search_space, values_of
-from phi3v.sweep.study import OwnTrial, SweepStudy
+from phi3v.sweep.study import OwnTrial, SweepStudy, validations
 from phi3v.sweep.trial import Outcome, run_trial, trial_recipe
 from phi3v.sweep.workers import Workers
 from phi3v.training.callbacks import Watcher
@@ -212,7 +212,7 @@ class _Work:
             outcome = run_trial(recipe, self.settings, judge, self.on_event, self.features)
         except ConfigError as error:  # a combination that no recipe can have
             outcome = Outcome("failed", None, 0, 0.0, str(error))
-        for name in ("steps", "seconds", "error"):
+        for name in ("steps", "seconds", "error", "last"):
             own.trial.set_user_attr(name, getattr(outcome, name))
         self.study.done(own, outcome.value, _OF[outcome.state])
         self.folder.drop_checkpoints(own.number)
@@ -253,7 +253,7 @@ class _Work:
             "state": _STATES[trial.state],
             "value": trial.value if trial.state == TrialState.COMPLETE else None,
             "values": values_of(self.space, trial.params),
-            "validations": {str(count): score for count, score in sorted(trial.intermediate_values.items())},
+            "validations": {str(count): score for count, score in sorted(validations(trial).items())},
             "steps": trial.user_attrs.get("steps", 0),
             "seconds": trial.user_attrs.get("seconds", 0.0),
             "error": trial.user_attrs.get("error"),

@@ -157,6 +157,16 @@ class SweepStudy:
         return _made("sampler", options)
 
 
+def validations(trial: FrozenTrial) -> dict[int, float]:
+    """What a trial's validations said, by their number from 1.
+
+    The last one is kept beside those that the pruner is told of: a trial of one epoch has let its learning rate fall to
+    nothing there, and one of three epochs would be cut off for being worse at its first.
+    """
+    last = trial.user_attrs.get("last")
+    return {**trial.intermediate_values, **({last[0]: last[1]} if last else {})}
+
+
 def _grid(found: dict[str, Any]) -> dict[str, list[Any]]:
     """The choices of a space for a grid. Raises: ConfigError where it holds ranges."""
     for key, distribution in found.items():

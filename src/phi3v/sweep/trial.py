@@ -6,7 +6,7 @@ trial that was killed goes on from its checkpoint. Knows nothing of Optuna.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from phi3v.errors import ConfigError, DataError, TrainingError
@@ -33,6 +33,7 @@ class Outcome:
         steps: optimiser steps of the run.
         seconds: time of this call.
         error: why it failed, None where it did not.
+        last: number of the last validation, from 1, and what it says, of a complete trial.
     """
 
     state: State
@@ -40,6 +41,7 @@ class Outcome:
     steps: int
     seconds: float
     error: str | None = None
+    last: tuple[int, float] | None = None
 
 
 class _Pruned(Exception):
@@ -88,7 +90,7 @@ def run_trial(recipe: Recipe, sweep: SweepSection, judge: Judge, watch: Watcher,
 
     try:
         train(recipe, on_event=look, features=store, report=sweep.metric != "eval_loss")
-        return outcome("complete", _value(run, recipe, sweep.metric))
+        return replace(outcome("complete", _value(run, recipe, sweep.metric)), last=_last(run, sweep.metric))
     except _Pruned:
         return outcome("pruned", None)
     except (ConfigError, DataError, TrainingError) as error:
@@ -109,6 +111,12 @@ def _score(metrics: dict[str, float], metric: str) -> float:
     if metric == "eval_loss":
         return metrics["eval_loss"]
     return metrics.get(f"eval_{metric}", -metrics["eval_loss"])
+
+
+def _last(run: RunFolder, metric: str) -> tuple[int, float] | None:
+    """Number and score of a finished run's last validation, of which no pruner was told; None where there is none."""
+    lines = [line for line in run.read_metrics() if line.get("eval_loss") is not None]
+    return (len(lines), _score(lines[-1], metric)) if lines else None
 
 
 def _value(run: RunFolder, recipe: Recipe, metric: str) -> float:
