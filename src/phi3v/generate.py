@@ -25,7 +25,7 @@ from phi3v.features.collate import CollateFeatures
 from phi3v.image_tokens import resized_size
 from phi3v.loading import load_target
 from phi3v.passthrough import check_names
-from phi3v.targets import run_of
+from phi3v.targets import run_of, system_template
 
 MAX_NEW_TOKENS = 256
 _logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class ChatModel:
         if "num_crops" in options:
             held.pop("max_image_tokens", None)  # it would lower the crops that were asked for
         loaded = load_target(target, **{**held, **options})
-        system = None if recipe is None else fixed_system(recipe.data.system, target)
+        system = fixed_system(system_template(target), target)
         largest = MAX_PIXELS if recipe is None else recipe.image.max_pixels
         return cls(loaded.model, loaded.processor, system, max_pixels or largest)
 

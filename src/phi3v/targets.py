@@ -24,6 +24,8 @@ MODEL_WEIGHTS = "model.safetensors"
 MODEL_INDEX = "model.safetensors.index.json"
 ONNX_ABOUT = "phi3v_onnx.json"
 """In a folder of ONNX graphs that `phi3v export` wrote: what is not in the runtime's own files."""
+EXPORT_ABOUT = "phi3v.json"
+"""In an exported folder of merged weights or an adapter: what the run had that has no place in the others' files."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -166,6 +168,18 @@ def graphs_of(target: str | Path) -> Path:
             f"{folder} itself for what it was"
         )
     return folder
+
+
+def system_template(target: str | Path) -> str | None:
+    """The template of the system turn that a target was tuned with: of a run, or of a folder exported from one.
+
+    Example: "You are a shop." of a run whose recipe says `data.system: You are a shop.`; None where nothing says so.
+    """
+    if (run := run_of(target)) is not None:
+        return run.read_recipe().data.system
+    about = Path(target) / EXPORT_ABOUT
+    system = read_json(about).get("system") if about.is_file() else None
+    return system if isinstance(system, str) else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from phi3v.evaluation.run import evaluate
 from phi3v.export import hub
 from phi3v.export.card import Card, base_id, fenced, header, plain, render_card, settings, sources
 from phi3v.export.run import export
+from phi3v.generate import ChatModel
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.targets import resolve_target
@@ -195,3 +196,13 @@ def test_of_an_upload_that_fails_the_folder_stays(run: RunFolder, tmp_path: Path
     with pytest.raises(ConfigError, match=r"may not write there .*; .*out is complete, send it with `hf upload"):
         export(run.path, tmp_path / "out", to="merged", push="owner/shop", api=there)
     assert (tmp_path / "out" / "digests.json").is_file()
+
+
+@pytest.mark.parametrize("to", ["merged", "adapter"])
+def test_the_system_turn_of_a_run_goes_with_its_weights(to: str, run: RunFolder, tmp_path: Path) -> None:
+    export(run.path, tmp_path / "out", to=to)
+    asked = [ChatModel.from_target(target, device="cpu") for target in (run.path, tmp_path / "out")]
+    assert asked[0].system == asked[1].system == "Be brief.\n```\n# Heading <script>"
+    photo = run.path.parent / "photos" / "0.png"
+    answers = [chat.ask(photo, "What colour?", max_new_tokens=6) for chat in asked]
+    assert answers[0] == answers[1] != ""

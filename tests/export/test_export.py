@@ -50,7 +50,9 @@ def test_two_exports_are_the_same_bytes_and_digests_hold_them(to: str, run: RunF
         export(run.path, tmp_path / name, to=to, shard_bytes=100_000)
     one = files_of(tmp_path / "one")
     assert one == files_of(tmp_path / "other") and "README.md" in one
+    (tmp_path / "one" / ".gitattributes").touch()  # as the hub adds
     check_digests(tmp_path / "one")
+    assert len({file.stat().st_mode for file in (tmp_path / "one").iterdir()}) == 1  # who may read one may read all
     weights = min((tmp_path / "one").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(CheckpointError, match=f"{weights.name} is changed"):

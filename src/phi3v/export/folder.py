@@ -20,6 +20,7 @@ from phi3v.targets import read_json
 from phi3v.whole_files import replace_folder
 
 DIGESTS = "digests.json"
+_OF_THE_HUB = (".git", ".gitattributes", ".cache")
 """SHA-256 of each other file of an export, by its name."""
 _MARGIN = 64 * 2**20
 """Bytes for tokenizer, card and small files."""
@@ -67,6 +68,8 @@ def write_digests(folder: Path) -> None:
 def check_digests(folder: Path) -> None:
     """Reads an export through and compares each file with digests.json.
 
+    What the hub's own tools add to a copy (.git, .gitattributes, .cache) is passed over.
+
     Raises: CheckpointError that names the first file which is missing, changed, or was not exported.
     """
     noted, found = read_json(folder / DIGESTS).get("sha256"), _digests(folder)
@@ -83,7 +86,7 @@ def _digests(folder: Path) -> dict[str, str]:
     found = {}
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
-        if file.is_file() and name != DIGESTS:
+        if file.is_file() and name != DIGESTS and name.partition("/")[0] not in _OF_THE_HUB:
             with file.open("rb") as content:
                 found[name] = hashlib.file_digest(content, "sha256").hexdigest()
     return found

@@ -144,7 +144,10 @@ def _write_shards(folder: Path, shards: list[list[str]], dtypes: Mapping[str, to
             assert name == wanted, (name, wanted)
             held[name] = _cast(name, weight, dtypes[name])
             total += held[name].nbytes
+        (folder / file).touch()
+        mode = (folder / file).stat().st_mode
         save_file(held, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(mode)  # as any new file here: safetensors lets nobody else read its own
         place |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}

@@ -5,6 +5,7 @@ the format's own module, which fills a folder that nobody sees yet and says what
 `onnx`. Knows nothing about the command line.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from phi3v.errors import ConfigError
 from phi3v.export.card import MICROSOFT, base_id, read_card, render_card
 from phi3v.export.folder import fill_whole, refuse_used, write_digests
 from phi3v.run_folder import RunFolder
-from phi3v.targets import Target, resolve_target, run_of
+from phi3v.targets import EXPORT_ABOUT, Target, resolve_target, run_of
 
 Format = Literal["merged", "adapter", "onnx"]
 SHARD_BYTES = 2 * 10**9
@@ -98,6 +99,10 @@ def export(
             from phi3v.export.onnx import export_onnx
 
             facts.update(export_onnx(place, folder, precision=precision))
+        system = run.read_recipe().data.system if run else None
+        if to != "onnx" and system is not None:
+            about = json.dumps({"system": system}, ensure_ascii=False, indent=2) + "\n"
+            (folder / EXPORT_ABOUT).write_text(about, encoding="utf-8")
         card = read_card(run, title=_title(place, run), to=to, base=named, facts=facts, repo=push)
         (folder / "README.md").write_text(render_card(card), encoding="utf-8")
         write_digests(folder)

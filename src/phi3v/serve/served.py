@@ -16,7 +16,7 @@ from phi3v.features.vision import sees_plainly
 from phi3v.generate import ChatModel, fixed_system
 from phi3v.loading import load_base, load_processor
 from phi3v.serve.names import named_targets
-from phi3v.targets import Target, resolve_target, run_of
+from phi3v.targets import Target, resolve_target, run_of, system_template
 
 _IMAGE_OPTIONS = ("num_crops", "max_image_tokens", "fast")
 
@@ -93,8 +93,9 @@ def _recipe_options(place: Target) -> dict[str, Any]:
 
 def _system(found: Target, place: Target) -> str | None:
     """The system turn of a run's recipe, as `ask` puts it in front; the base has none."""
-    run = run_of(found.name) if found.adapter is not None or found is place else None
-    return None if run is None else fixed_system(run.read_recipe().data.system, found.name)
+    if found.adapter is None and found is not place:
+        return None
+    return fixed_system(system_template(found.name), found.name)
 
 
 def _check(served: dict[str, Served], model: Any) -> None:
