@@ -17,11 +17,11 @@ from phi3v import cli_session
 from phi3v.cli import app
 from phi3v.errors import ConfigError
 from phi3v.generate import ChatModel
-from phi3v.serve.chat import QUESTION, example_question, is_loopback, serve_chat
 from phi3v.serve.page_guard import MAX_BODY
 from phi3v.serve.side_by_side import TUNED, SideBySide, Turn
 
 pytest.importorskip("gradio", reason="the page needs Gradio, which holds Pillow below 13 and is no test dependency")
+from phi3v.serve.chat import QUESTION, example_question, is_loopback, serve_chat
 from phi3v.serve.ui import ChatPage, chat_app
 
 ME = SimpleNamespace(session_hash="me")
