@@ -21,7 +21,8 @@ from phi3v.serve.page_guard import MAX_BODY
 from phi3v.serve.side_by_side import TUNED, SideBySide, Turn
 
 pytest.importorskip("gradio", reason="the page needs Gradio, which holds Pillow below 13 and is no test dependency")
-from phi3v.serve.chat import QUESTION, example_question, is_loopback, serve_chat
+from phi3v.serve.chat import QUESTION, example_question, serve_chat
+from phi3v.serve.run import is_loopback
 from phi3v.serve.ui import ChatPage, chat_app
 
 ME = SimpleNamespace(session_hash="me")

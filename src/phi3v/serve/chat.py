@@ -4,7 +4,6 @@ In come a TARGET, a host and a port; it goes on until it is told to stop. Knows 
 """
 
 import contextlib
-import ipaddress
 import os
 import socket
 import tempfile
@@ -17,6 +16,7 @@ import uvicorn
 from phi3v.data.templates import Template
 from phi3v.errors import ConfigError
 from phi3v.generate import ChatModel
+from phi3v.serve.run import is_loopback
 from phi3v.serve.side_by_side import BASE, TUNED, SideBySide
 from phi3v.serve.ui import ChatPage, chat_app
 from phi3v.targets import resolve_target, run_of
@@ -69,16 +69,6 @@ def serve_chat(
             shown = f"[{host}]" if ":" in host else host
             on_ready(f"http://{shown}:{listener.getsockname()[1]}/", side.columns)
             uvicorn.Server(config).run(sockets=[listener])
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address: "127.0.0.1", "localhost", "::1" -> True, "0.0.0.0" -> False."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def example_question(target: str | Path) -> str:
