@@ -33,14 +33,14 @@ class Parts:
         packed: samples end to end; False pads each micro-batch to its longest.
         fast_lora: the hand-written layer.
         compiled: torch.compile for each layer, those of the tower alone where the decoder's are hand-written.
-        checkpointing: activations of a layer are made again in the backward pass.
+        checkpointing: activations of every n-th layer are made again in the backward pass; 0 of none, 1 of all.
         quantized: the decoder's matrices in 4 bits (bitsandbytes, CUDA alone).
     """
 
     packed: bool = True
     fast_lora: bool = True
     compiled: bool = True
-    checkpointing: bool = False
+    checkpointing: int = 0
     quantized: bool = False
 
 
@@ -85,7 +85,7 @@ def set_up(config: Phi3VConfig, parts: Parts, *, device: str, dtype: torch.dtype
     fill_adapters(tuned)
     if parts.checkpointing:
         enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": False}, every_n_layers=int(parts.checkpointing))
     notes = _attach(tuned, base, parts, device)
     batches, note = batches_of(config, packed=parts.packed)
     masters: dict[str, nn.Parameter] = {}

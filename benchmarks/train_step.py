@@ -31,7 +31,10 @@ from ways import WAYS, make_way
 
 from phi3v.training.floor import useful_operations
 
-ORDER = ("ours", "peft16", "peft", "guide", "ours-padded", "ours-eager", "ours-compiled", "compiled", "compiled-liger")
+ORDER = (
+    *("ours", "ours-lean", "peft16", "peft", "guide", "ours-padded", "ours-eager"),
+    *("ours-compiled", "compiled", "compiled-liger"),
+)
 """What is compiled comes last: it takes longest to begin; and Liger's rope, once there, stays in transformers."""
 QUICK_SHAPES: dict[str, list[Grid]] = {"2509": [(1, 2)] * 2, "757": [(1, 1)] * 2, "mixed": [(1, 2), (1, 1)]}
 

@@ -29,6 +29,7 @@ WAYS = {
     "ours-eager": "ours, packed, PEFT's layers, nothing compiled",
     "ours-compiled": "ours, packed, torch.compile for each layer",
     "ours-padded": "ours, padded, hand-written layers",
+    "ours-lean": "ours with every twelfth layer computed twice",
     "ours": "ours, packed, hand-written layers",
 }
 """Name -> what it is. The first five are what a user could run instead."""
@@ -37,6 +38,7 @@ PARTS = {
     "ours-eager": Parts(fast_lora=False, compiled=False),
     "ours-compiled": Parts(fast_lora=False),
     "ours-padded": Parts(packed=False),
+    "ours-lean": Parts(checkpointing=12),
     "ours": Parts(),
 }
 

@@ -14,7 +14,14 @@ from transformers import AttentionInterface
 
 from phi3v.data.collate import PackedCollator
 from phi3v.kernels import packed_attention
-from phi3v.kernels.packed_attention import SLICES, VARLEN, attach_packed_attention, varlen_kernel
+from phi3v.kernels.packed_attention import (
+    FLASH_4,
+    SLICES,
+    VARLEN,
+    attach_packed_attention,
+    fastest_kernel,
+    varlen_kernel,
+)
 
 LAYERS = 3
 ROWS = [([9, 12], [(1, 1)]), ([20],), ([90],), ([3, 2, 6], [(1, 2), (1, 1)]), ([1, 5], [(2, 1)]), ([2],)]
@@ -190,6 +197,46 @@ def test_the_kernel_for_several_lengths_is_called_in_both_of_its_forms(
     assert calls == {"slices": LAYERS} and not seen  # the kernel knows half precision only
 
 
+def test_flash_attention_4_is_taken_where_it_is_installed(calls: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package itself is not for CPUs: what it is handed is looked at, and computed plainly."""
+    seen: list[dict] = []
+
+    def attend(query: Any, key: Any, value: Any, *, cu_seqlens_q: Any, cu_seqlens_k: Any, **how: Any) -> Any:
+        assert cu_seqlens_q is cu_seqlens_k
+        seen.append({"borders": cu_seqlens_q.tolist(), **how})
+        parts = zip(*(part.split(cu_seqlens_q.diff().tolist()) for part in (query, key, value)), strict=True)
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        scale = how["softmax_scale"]
+        made = [sdpa(*(part.transpose(0, 1) for part in one), is_causal=True, scale=scale) for one in parts]
+        return torch.cat(made, dim=1).transpose(0, 1), None  # and the logarithms of sums, as its newer versions do
+
+    module = ModuleType("flash_attn.cute")
+    module.flash_attn_varlen_func = attend  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", module)
+    monkeypatch.setattr(packed_attention, "_runs_flash_4", lambda device: True)
+    model, pack = long_model().bfloat16(), pack_of(rows()[1:3])
+    expected = model(**pack, use_cache=False)
+    assert attach_packed_attention(model) == attach_packed_attention(model) == FLASH_4
+    found = model(**pack, use_cache=False)
+    longest = {"max_seqlen_q": pack["max_seqlen"], "max_seqlen_k": pack["max_seqlen"]}
+    how = {"borders": pack["cu_seqlens"].tolist(), **longest, "softmax_scale": 96**-0.5, "causal": True}
+    assert seen == [{**how, "deterministic": False}] * LAYERS and not calls
+    assert_close(found.loss, expected.loss, rtol=0, atol=2e-2)
+    model.float()
+    seen.clear()
+    model(**pack, use_cache=False)
+    assert calls == {"slices": LAYERS} and not seen  # the kernel knows half precision only
+
+
+def test_without_flash_attention_4_torch_has_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
+    monkeypatch.setattr(packed_attention, "_runs_flash_4", lambda device: True)
+    assert fastest_kernel(torch.device("cpu")) == (SLICES, None)
+    name, _ = fastest_kernel(torch.device("meta"))
+    assert name == (SLICES if varlen_kernel() is None else VARLEN)
+
+
 def test_flash_attention_gets_the_borders_by_its_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict] = []
 
@@ -260,14 +307,18 @@ def test_a_window_over_part_of_the_context_stays_with_transformers(calls: Counte
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", [VARLEN, "flex_attention"])
-def test_the_kernels_of_the_gpu_equal_transformers_mask(name: str, calls: Counter) -> None:
-    if name == VARLEN and (varlen_kernel() is None or torch.cuda.get_device_capability() < (8, 0)):
-        pytest.skip("needs torch 2.10 and a GPU of compute capability 8.0")
+@pytest.mark.parametrize("name", [FLASH_4, VARLEN, "flex_attention"])
+def test_the_kernels_of_the_gpu_equal_transformers_mask(
+    name: str, calls: Counter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == VARLEN:
+        monkeypatch.setattr(packed_attention, "_runs_flash_4", lambda device: False)
+    if name in (FLASH_4, VARLEN) and fastest_kernel(torch.device("cuda"))[0] != name:
+        pytest.skip("needs torch 2.10 and a GPU of compute capability 8.0, or phi3v[flash] and one of 9 or 10")
     slow, fast = long_model().cuda().bfloat16(), long_model().cuda().bfloat16()
     pack = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in pack_of(rows()).items()}
     expected = learnt(slow, [pack], 7)
-    if name != VARLEN:
+    if name == "flex_attention":
         fast.model.set_attn_implementation({"": name, "vision_config": "sdpa"})
     assert attach_packed_attention(fast) == name
     found = learnt(fast, [pack], 7)

@@ -80,7 +80,12 @@ def test_less_is_less() -> None:
 
     texts = [Sample(700, 6, ())]  # without pictures, whose way through the tower would be the fullest moment
     plain = activations(samples=texts)
-    assert activations("training.gradient_checkpointing=true", samples=texts) < plain
+    checkpointed = activations("training.gradient_checkpointing=true", samples=texts)
+    every_second = [
+        "training.gradient_checkpointing=true",
+        "training.gradient_checkpointing_kwargs={every_n_layers: 2}",
+    ]
+    assert checkpointed < activations(*every_second, samples=texts) < plain
     assert activations("lora.lora_dropout=0.1", samples=texts) > plain
 
 

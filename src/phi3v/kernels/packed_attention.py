@@ -7,6 +7,7 @@ What is attached here does without that mask:
 
 | `attn_implementation` | what a pack goes through |
 |---|---|
+| sdpa, on a GPU of compute capability 9 or 10 in bfloat16 or float16, with the extra `flash` | FlashAttention 4 |
 | sdpa, on a GPU of compute capability 8.0 in bfloat16 or float16 | `torch.nn.attention.varlen`, torch 2.10 or newer |
 | sdpa, anywhere else | sdpa for one sample after the other |
 | flash_attention_2, _3, _4 | the package's own kernel for several lengths, which transformers calls |
@@ -17,6 +18,7 @@ A row without `cu_seqlens` goes the plain way: sdpa as transformers calls it. Kn
 """
 
 import inspect
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -29,8 +31,12 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from phi3v.model.modeling_phi3_v import Phi3VModel
 
+FLASH_4 = "phi3v_packed_fa4"
+"""Name of the attention with FlashAttention 4's kernel for all samples of a row; transformers keeps names with "flash"
+to its own."""
+
 VARLEN = "phi3v_packed_varlen"
-"""Name of the attention with one kernel for all samples of a row."""
+"""Name of the attention with torch's kernel for all samples of a row, FlashAttention 2."""
 
 SLICES = "phi3v_packed_slices"
 """Name of the attention that takes one sample after the other."""
@@ -48,19 +54,18 @@ def attach_packed_attention(model: nn.Module) -> str:
 
     Args:
         model: a Phi-3-V, or a PeftModel around one, on the device that it trains on.
-    Returns: the name of the attention: `VARLEN`, `SLICES`, or the model's own, which then stays.
+    Returns: the name of the attention: `FLASH_4`, `VARLEN`, `SLICES`, or the model's own, which then stays.
     """
     (decoder,) = (module for module in model.modules() if isinstance(module, Phi3VModel))
     config: Any = decoder.config
     chosen = str(config._attn_implementation)
-    if chosen in (VARLEN, SLICES) or config.sliding_window is not None:
+    if chosen in (FLASH_4, VARLEN, SLICES) or config.sliding_window is not None:
         return chosen
     if chosen.startswith("flash_attention"):
         decoder.register_forward_pre_hook(_name_for_flash, with_kwargs=True)
     if chosen != "sdpa":
         return chosen
-    kernel = varlen_kernel() if _runs_varlen(decoder.embed_tokens.weight.device) else None
-    name = SLICES if kernel is None else VARLEN
+    name, kernel = fastest_kernel(decoder.embed_tokens.weight.device)
     AttentionInterface.register(name, partial(packed_attention, kernel=kernel))
     AttentionMaskInterface.register(name, sdpa_mask)
     decoder.set_attn_implementation({"": name, "vision_config": config.vision_config._attn_implementation})
@@ -91,7 +96,7 @@ def packed_attention(
         key: `[1, key heads, T, head size]`.
         value: as `key`.
         attention_mask: of rows without `cu_seqlens`.
-        kernel: what `varlen_kernel` gave; None takes slices.
+        kernel: what `fastest_kernel` gave; None takes slices.
         dropout: on attention weights; the kernel has none, so with it slices are taken.
         scaling: of scores.
         cu_seqlens: `[0, 3, 5]` for samples of 3 and 2 tokens.
@@ -151,6 +156,54 @@ def by_slices(
     )
 
 
+def fastest_kernel(device: torch.device) -> tuple[str, Kernel | None]:
+    """The name and the kernel of packed attention on a device; `(SLICES, None)` where there is no kernel for it."""
+    if _runs_flash_4(device) and (kernel := flash_4_kernel()) is not None:
+        return FLASH_4, kernel
+    if _runs_varlen(device) and (kernel := varlen_kernel()) is not None:
+        return VARLEN, kernel
+    return SLICES, None
+
+
+def flash_4_kernel() -> Kernel | None:
+    """FlashAttention 4 with the arguments of `varlen_kernel`'s; None where `phi3v[flash]` is not installed.
+
+    Its own function and not `torch.nn.attention.activate_flash_attention_impl`, which changes sdpa for the whole
+    process. Deterministic where torch is told to be.
+    """
+    try:
+        from flash_attn.cute import flash_attn_varlen_func
+    except ImportError:  # also that of an older flash_attn, which has no such part
+        return None
+    # said once for each kernel that it compiles, by the compiler that it brings, about its own code
+    warnings.filterwarnings("ignore", message="Argument aux_data", category=UserWarning)
+
+    @torch.compiler.disable  # no operator of torch: a compiled layer is cut here, and not traced through its compiler
+    def attend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        scaling: float | None,
+    ) -> torch.Tensor:
+        attended: Any = flash_attn_varlen_func(
+            query,
+            key,
+            value,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_k=max_seqlen,
+            softmax_scale=scaling,
+            causal=True,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        return attended[0] if isinstance(attended, tuple) else attended
+
+    return attend
+
+
 def varlen_kernel() -> Kernel | None:
     """`torch.nn.attention.varlen` as a function of queries, keys, values `[T, heads, head size]`, borders, the longest
     sample and the scale of scores; None where this torch has none.
@@ -183,6 +236,13 @@ def varlen_kernel() -> Kernel | None:
         return attended
 
     return attend
+
+
+def _runs_flash_4(device: torch.device) -> bool:
+    """Whether FlashAttention 4 has both passes for it: data-centre GPUs of compute capability 9 and 10."""
+    return (
+        device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    )
 
 
 def _runs_varlen(device: torch.device) -> bool:

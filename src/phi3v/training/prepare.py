@@ -105,8 +105,11 @@ def compute_twice(model: Any, options: Mapping[str, Any], *, offload: bool = Tru
     """
     if checkpointing(options) is None:
         return
-    how = {name: value for name, value in checkpointing_kwargs(options).items() if offload or name != "offload"}
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(how)
+    how = checkpointing_kwargs(options)
+    # of transformers' own arguments, as its Trainer sorts them; among the others they would reach torch, which drops them
+    own = {name: how.pop(name) for name in ("every_n_layers", "offload") if name in how}
+    own = {name: value for name, value in own.items() if offload or name != "offload"}
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(how, **own)
 
 
 def base_dtype(recipe: Recipe) -> str:
