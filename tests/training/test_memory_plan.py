@@ -75,8 +75,8 @@ def trained_as_a_whole() -> int:
 def test_less_is_less() -> None:
     def activations(*changes: str, samples: list[Sample]) -> int:
         made = some_recipe(*changes)
-        counted = count_memory(made, tiny_config(), [samples], on_gpu=True, compute=torch.bfloat16)
-        return counted.lines["activations"]
+        config = tiny_config(num_hidden_layers=4)
+        return count_memory(made, config, [samples], on_gpu=True, compute=torch.bfloat16).lines["activations"]
 
     texts = [Sample(700, 6, ())]  # without pictures, whose way through the tower would be the fullest moment
     plain = activations(samples=texts)

@@ -106,7 +106,7 @@ def compute_twice(model: Any, options: Mapping[str, Any], *, offload: bool = Tru
     if checkpointing(options) is None:
         return
     how = checkpointing_kwargs(options)
-    # of transformers' own arguments, as its Trainer sorts them; among the others they would reach torch, which drops them
+    # arguments of their own, as the Trainer hands them; among the others they would reach torch, which drops them
     own = {name: how.pop(name) for name in ("every_n_layers", "offload") if name in how}
     own = {name: value for name, value in own.items() if offload or name != "offload"}
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(how, **own)
