@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phi3v.errors import CheckpointError, ConfigError
+from phi3v.recipe import RUN_FILES
 from phi3v.run_folder import RunFolder
 
 MODEL_TYPE = "phi3_v"
@@ -67,6 +68,11 @@ def resolve_target(target: str | Path, *, revision: str | None = None) -> Target
         return _resolve_adapter(name, path, "adapter")
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / RUN_FILES[0]).is_file():
+                raise CheckpointError(
+                    f"{name} holds {RUN_FILES[0]} and no {RUN_FILES[1]}, and a run has both: bring {RUN_FILES[1]} "
+                    "back, or name the folder adapter or model in it"
+                )
             raise CheckpointError(
                 f"{name} is neither a run (recipe.yaml), an adapter ({ADAPTER_CONFIG}) nor a model (config.json): "
                 "name a folder that holds one of these files, or a hub id"

@@ -105,6 +105,10 @@ class StepTrainer(DurableTrainer):
             self.workers.close()
             self.eval_workers.close()
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """What the Trainer logs, as the meter counts samples."""
+        super().log(self.meter.measured(logs), *args, **kwargs)
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's optimiser, over float32 masters where weights compute in a shorter type.
 
