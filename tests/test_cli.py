@@ -281,3 +281,29 @@ def test_without_a_terminal_lines_say_the_time_left():
     first, last = shown.getvalue().splitlines()
     assert re.fullmatch(r"training: 4 of 40, [\d.]+ s left, loss 5.85", first)
     assert last == "training: 40 of 40, loss 5.85"
+
+
+@pytest.mark.parametrize(
+    "words", [["What is a .png?"], ["1/2 + 1/2"], ["and/or"], ["a.png", "b.png"], ["a.png", "What? " * 50]]
+)
+def test_questions_without_an_image_and_longer_than_a_name_are_questions(inside, words):
+    done = inside("ask", "./nowhere", *words)
+    assert done.exit_code == 1 and done.stderr.startswith("phi3v: ./nowhere does not exist"), done.output
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ask", "{}", "What?"],
+        ["train", "{recipe}", "output={}"],
+        ["train", "{recipe}", "model={}"],
+        ["evaluate", "{model}", "--data", "{recipe}", "--against", "{}"],
+        ["predict", "{model}", "--data", "{photos}", "--out", "{}/a.csv"],
+        ["export", "{model}", "--to", "merged", "--out", "{}"],
+    ],
+)
+def test_a_name_longer_than_names_can_be_is_one_line(inside, folder, words):
+    places = {"recipe": folder / "recipe.yaml", "model": folder / "model", "photos": folder / "photos"}
+    done = inside(*(word.format("n" * 300, **places) for word in words))
+    said = f"phi3v: no file or folder can be called {'n' * 40}...: 300 bytes, at most 255; shorten it\n"
+    assert (done.exit_code, done.stdout, done.stderr) == (1, "", said)

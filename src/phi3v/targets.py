@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phi3v.errors import CheckpointError, ConfigError
-from phi3v.recipe import RUN_FILES
 from phi3v.run_folder import RunFolder
 
 MODEL_TYPE = "phi3_v"
@@ -68,10 +67,10 @@ def resolve_target(target: str | Path, *, revision: str | None = None) -> Target
         return _resolve_adapter(name, path, "adapter")
     if path.is_dir():
         if not (path / "config.json").is_file():
-            if (path / RUN_FILES[0]).is_file():
+            if (path / "recipe.yaml").is_file():
                 raise CheckpointError(
-                    f"{name} holds {RUN_FILES[0]} and no {RUN_FILES[1]}, and a run has both: bring {RUN_FILES[1]} "
-                    "back, or name the folder adapter or model in it"
+                    f"{name} holds recipe.yaml and no versions.json, and a run has both: bring versions.json back, or "
+                    "name the folder adapter or model in it"
                 )
             raise CheckpointError(
                 f"{name} is neither a run (recipe.yaml), an adapter ({ADAPTER_CONFIG}) nor a model (config.json): "
