@@ -156,10 +156,8 @@ class StepTrainer(DurableTrainer):
         return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.ranks.count
 
     def get_train_dataloader(self) -> Any:
-        """The Trainer's loader, whose items are steps; that of a stream draws its seed apart from the random state
-        that a checkpoint keeps: a resumed run sets that state first and makes its loader then, which would draw from it
-        once more.
-        """
+        """The Trainer's loader, whose items are steps; that of a stream draws its seed apart from the random state that
+        a checkpoint keeps: a resumed run sets that state first, and its loader, made then, would draw from it again."""
         collate: Any = getattr(self, "data_collator")  # noqa: B009 -- set by the class above, unseen by mypy
         samples: Any = getattr(self, "train_dataset")  # noqa: B009 -- the same
         self.data_collator, self.train_dataset = self.step_collator, self.workers.samples(samples)
