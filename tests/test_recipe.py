@@ -295,9 +295,9 @@ def test_several_sets_keep_what_they_say_and_their_places(tmp_path: Path, monkey
         ("", ["evaluation={row: 3}"], "override 'evaluation={row: 3}': unknown key evaluation.row; did you mean"),
         ("trainin: {seed: 3}", ["output=a"], "recipe {}: unknown key trainin; did you mean training?"),
         (
-            "training: {sed: 3}",
-            ["training.epochs=1"],
-            "recipe {}: unknown key training.sed; did you mean training.seed?",
+            "report: {sample: 3}",
+            ["report.to=none"],
+            "recipe {}: unknown key report.sample; did you mean report.samples?",
         ),
     ],
 )
