@@ -39,7 +39,8 @@ class Cells:
     Attributes:
         images: column of the image or of a list of images (frames of a video are one); None for text only.
         root: folder that image paths count from; None for the current directory.
-        confined: True refuses image paths that leave `root`.
+        confined: True refuses image paths that leave `root`, or `within`.
+        within: folder above `root` that paths and links in it may lead to; None for `root` alone.
         labels: column -> names of its numbers, for columns of class labels.
         single_floats: columns of 32-bit floats, whose values are shown with their own few digits.
         cache: where downloaded images lie; None refuses web addresses.
@@ -51,6 +52,7 @@ class Cells:
     images: str | None = None
     root: str | None = None
     confined: bool = True
+    within: str | None = None
     labels: Mapping[str, list[str]] = field(default_factory=dict)
     single_floats: frozenset[str] = frozenset()
     cache: ImageCache | None = None
@@ -109,7 +111,7 @@ class Cells:
             return ImageRef(None, _embedded(path, place), self.root, self.confined)
         if scheme := _SCHEME.match(path):
             return self._from_web(path, scheme[1].lower(), place)
-        return ImageRef(path, None, self.root, self.confined)
+        return ImageRef(path, None, self.root, self.confined, within=self.within)
 
     def _from_web(self, url: str, scheme: str, place: str) -> ImageRef:
         """An image behind a web address: its file in the cache. An address that is never asked is refused at once."""

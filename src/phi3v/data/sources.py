@@ -317,6 +317,7 @@ def _records(opened: OpenedTable, source: str, choice: SetChoice, how: Reading) 
         images=options.images,
         root=opened.root if options.image_root is None else options.image_root,
         confined=not options.allow_outside_root,
+        within=opened.within if options.image_root is None else None,
         labels=opened.labels,
         single_floats=opened.single_floats,
         cache=how.cache,
