@@ -1,6 +1,7 @@
 """`phi3v data check` and `phi3v data show` as they are typed: counts, exit codes, JSON, pages, downloads in parts."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,12 @@ def test_of_a_stream_the_first_rows_are_looked_at(run: Any, folder: Path) -> Non
         (2500, True, [], "1000 of 1000 rows cannot be used (1000 missing_value): row 0: "),
         (2500, True, ["data.max_skipped=1.0"], "; no row is left to train on: mend the data"),
         (2500, True, ["data.split.validation=4"], "1000 of 1000 rows cannot be used (1000 missing_value): row 0: "),
+        (
+            4,
+            False,
+            ["data.split.validation=4"],
+            "asks for 4 rows, and the sets have no more: no row is left to train on",
+        ),
         (40, False, ["data.max_length=10"], "40 of 40 rows cannot be used (40 too_long): row 0: "),
         (40, False, [], None),
     ],
@@ -192,7 +199,9 @@ def test_a_stream_of_bad_rows_is_refused_before_a_model_is_loaded_with_the_reaso
     words = ["data.streaming=true", "training.max_steps=5", *split, *more]
     done = run("check", folder / "recipe.yaml", "--quick", "--json", *words)
     found = json.loads(done.stdout)
-    assert found["rows"] == min(rows, 1000) and len(found["problems"]) == (0 if line is None else found["rows"])
+    assert found["rows"] == min(rows, 1000) and len(found["problems"]) == (
+        found["rows"] if bad or "max_length" in "".join(more) else 0
+    )
     monkeypatch.setattr(training, "prepare_model", lambda recipe, device: pytest.fail("the model is loaded"))
     with pytest.raises((DataError, pytest.fail.Exception)) as caught:
         phi3v.train(Recipe.load(folder / "recipe.yaml", words))
@@ -259,9 +268,18 @@ def test_images_are_downloaded_on_request_in_parts(run: Any, folder: Path) -> No
         line = "0 images of different content, decoded where nothing of the row is still to be downloaded; 30 from the"
         assert line in run(*words[:-1]).stdout.replace("\n", " ")
         assert before["lengths"]["total"] is None
+        assert "length of a row: not known, the images are not here yet (--fetch downloads" in run(*words[:-1]).stdout
         run(*words, "--fetch", "--shard", "0/2")
         half = json.loads(run(*words).stdout)
-        assert 0 < len(half["images"]["not_cached"]) < 30
+        missing = half["images"]["not_cached"]
+        assert 0 < len(missing) < 30 and half["images"]["beyond"] == 0
+        first = [*words[:-1], "data.max_rows=9", "data.split=null"]
+        few = json.loads(run(*first, "--json").stdout)["images"]
+        counts = (9, [url for url in missing if url in before["images"]["not_cached"][:9]], len(missing))
+        assert (few["from_web"], few["not_cached"], few["beyond"] + len(few["not_cached"])) == counts
+        line = f"9 from the web, {9 - len(few['not_cached'])} in the cache, {len(few['not_cached'])} not yet"
+        line += f" (--fetch downloads them); --fetch downloads {few['beyond']} more, of rows that data.max_rows or"
+        assert few["not_cached"] and few["beyond"] and line in run(*first).stdout.replace("\n", " ")
         done = run(*words, "--fetch")
         assert all(server.count(f"{path}?key=s3cret") == 1 for path in paths)
     after = json.loads(done.stdout)
@@ -387,10 +405,20 @@ def test_half_a_character_in_a_path_kills_neither_report_nor_json(run: Any, fold
     assert "row 2: column 'image' holds half a character" in run(*words).stdout
 
 
-def test_show_does_not_write_over_a_folder(run: Any, folder: Path) -> None:
+def test_show_writes_over_its_own_pages_and_nothing_else(run: Any, folder: Path) -> None:
     done = run("show", folder / "recipe.yaml", "--out", folder / "photos")
     assert done.exit_code == 1
     assert (
         done.stderr
         == f"phi3v: --out {folder}/photos is a folder: name the page, {folder}/photos/rows.html for instance\n"
     )
+    for place in (folder / "recipe.yaml", folder / "photos" / "rows.jsonl"):
+        before = place.read_bytes()
+        done = run("show", folder / "recipe.yaml", "--out", place)
+        told = f"phi3v: --out {place} is there and is no page of phi3v data show: name another file, or remove it\n"
+        assert (done.exit_code, done.stderr, place.read_bytes()) == (1, told, before)
+    os.mkfifo(folder / "pipe")
+    assert run("show", folder / "recipe.yaml", "--out", folder / "pipe").exit_code == 1
+    for rows in (1, 2):
+        assert run("show", folder / "recipe.yaml", "--quick", "--rows", rows, "--out", "own.html").exit_code == 0
+        assert Path("own.html").read_text().count("<article>") == rows

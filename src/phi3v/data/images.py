@@ -213,9 +213,7 @@ def _as_ref(image: ImageRef | str | Path | bytes) -> ImageRef:
     """Paths and bytes as references without a root."""
     if isinstance(image, ImageRef):
         return image
-    if isinstance(image, bytes):
-        return ImageRef(data=image)
-    return ImageRef(path=str(image))
+    return ImageRef(data=image) if isinstance(image, bytes) else ImageRef(path=str(image))
 
 
 @contextmanager

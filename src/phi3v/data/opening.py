@@ -28,7 +28,7 @@ from phi3v.data.folder import KINDS, as_typed, contained, find_files, matching, 
 from phi3v.data.hub_card import cached_places, checked_commit
 from phi3v.data.json_table import JsonTable
 from phi3v.data.misfits import all_columns, find_misfit
-from phi3v.data.not_read import NotRead
+from phi3v.data.not_read import NotRead, partitions
 from phi3v.data.parquet_faults import count_records, ends_fault
 from phi3v.data.photo_tables import JoinedTables, PhotosTable, photo_column
 from phi3v.data.saved import open_saved
@@ -131,6 +131,7 @@ def _open_folder(path: Path, streaming: bool, confined: bool) -> dict[str, Opene
             )
         else:
             table = _open_data(files, streaming)
+            table = replace(table, not_read=(*table.not_read, *partitions(files, path.resolve())))
         parts = tuple(replace(part, name=as_typed(part.name, path)) for part in table.parts)
         inner = tuple(replace(one, file=as_typed(one.file, path)) for one in table.not_read)
         root = table.root if found.kind == "metadata" else str(path)
