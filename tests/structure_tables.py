@@ -118,6 +118,7 @@ LIBRARIES = {
     "bitsandbytes": ("loading", "meta_base"),
     "onnxruntime_genai": ("export.onnx_runtime",),
     "liger_kernel": ("training.faster_layers",),
+    "flash_attn": ("kernels.packed_attention",),
     "datasets": ("data.dates", "data.misfits", "data.opening", "data.saved", "data.tables", "data.undecoded"),
     "triton": ("kernels.triton_passes",),
     "pyarrow": ("evaluation.answer_files", "data.dates", "data.misfits", "data.parquet_faults", "data.saved"),

@@ -37,6 +37,30 @@ def moved(weights: dict[str, torch.Tensor]) -> bool:
     return all(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
 
 
+def test_a_step_does_not_walk_over_all_modules(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of the model is told its mode when training begins, around validations and at its end alone."""
+    from transformers.models.phi3.modeling_phi3 import Phi3MLP
+
+    told: list[bool] = []
+    plain = Phi3MLP.train
+    monkeypatch.setattr(Phi3MLP, "train", lambda self, mode=True: told.append(mode) or plain(self, mode))
+    graded: list[int] = []
+    step = step_trainer.StepTrainer.training_step
+
+    def counted(self: Any, model: Any, *given: Any) -> Any:
+        graded.append(sum(weight.grad is not None for weight in model.parameters()))
+        return step(self, model, *given)
+
+    monkeypatch.setattr(step_trainer.StepTrainer, "training_step", counted)
+    runs = {}
+    for name, steps in (("short", 3), ("long", 9)):
+        told.clear()
+        recipe = make(name, training={"max_steps": steps, "micro_batch_size": 1, "save_steps": 99})
+        phi3v.train(recipe)
+        runs[name] = list(told)
+    assert runs["short"] == runs["long"] and graded == [0] * 12
+
+
 def test_a_run_has_all_its_files_and_the_second_call_says_finished(make: MakeRecipe) -> None:
     events: list[TrainingEvent] = []
     recipe = make(data={"split": {"validation": 2}})

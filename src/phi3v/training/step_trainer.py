@@ -25,6 +25,7 @@ from phi3v.training.in_step import InStep
 from phi3v.training.loader_watch import WatchedWorkers, taking_over
 from phi3v.training.master_weights import precise_state, shorten_weights, step_masters
 from phi3v.training.meter import Meter, contents
+from phi3v.training.module_walks import short_walks
 from phi3v.training.part_rates import set_part_rates
 from phi3v.training.sampling import EvenSamples, WholeSteps, epoch_order
 from phi3v.training.shards import keep_sums_precise, shard_on_cpus, whole_number
@@ -99,8 +100,10 @@ class StepTrainer(DurableTrainer):
 
     def train(self, *arguments: Any, **named: Any) -> Any:
         """The training, and the end of what watches its loader workers."""
+        walks = contextlib.nullcontext() if self.ranks.several else short_walks(self.model)
         try:
-            return super().train(*arguments, **named)
+            with walks:
+                return super().train(*arguments, **named)
         finally:
             self.workers.close()
             self.eval_workers.close()
