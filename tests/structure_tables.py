@@ -124,7 +124,7 @@ LIBRARIES = {
     "pyarrow": ("evaluation.answer_files", "data.dates", "data.misfits", "data.parquet_faults", "data.saved"),
     "simplejpeg": ("data.fast_jpeg",),
     "jinja2": ("checkpoint_files", "evaluation.report*", "data.show_page", "export.card"),
-    "markupsafe": ("evaluation.report*", "evaluation.compare_page"),
+    "markupsafe": ("data.show_page", "evaluation.report*", "evaluation.compare_page"),
     "matplotlib": ("evaluation.report*", "sweep.plots", "demo.*"),
     "optuna": ("sweep.*",),
     "gradio": ("serve.ui",),

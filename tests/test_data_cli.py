@@ -180,6 +180,12 @@ def test_of_a_stream_the_first_rows_are_looked_at(run: Any, folder: Path) -> Non
         (2500, True, [], "1000 of 1000 rows cannot be used (1000 missing_value): row 0: "),
         (2500, True, ["data.max_skipped=1.0"], "; no row is left to train on: mend the data"),
         (2500, True, ["data.split.validation=4"], "1000 of 1000 rows cannot be used (1000 missing_value): row 0: "),
+        (
+            4,
+            False,
+            ["data.split.validation=4"],
+            "asks for 4 rows, and the sets have no more: no row is left to train on",
+        ),
         (40, False, ["data.max_length=10"], "40 of 40 rows cannot be used (40 too_long): row 0: "),
         (40, False, [], None),
     ],
@@ -192,7 +198,9 @@ def test_a_stream_of_bad_rows_is_refused_before_a_model_is_loaded_with_the_reaso
     words = ["data.streaming=true", "training.max_steps=5", *split, *more]
     done = run("check", folder / "recipe.yaml", "--quick", "--json", *words)
     found = json.loads(done.stdout)
-    assert found["rows"] == min(rows, 1000) and len(found["problems"]) == (0 if line is None else found["rows"])
+    assert found["rows"] == min(rows, 1000) and len(found["problems"]) == (
+        found["rows"] if bad or "max_length" in "".join(more) else 0
+    )
     monkeypatch.setattr(training, "prepare_model", lambda recipe, device: pytest.fail("the model is loaded"))
     with pytest.raises((DataError, pytest.fail.Exception)) as caught:
         phi3v.train(Recipe.load(folder / "recipe.yaml", words))
@@ -259,9 +267,20 @@ def test_images_are_downloaded_on_request_in_parts(run: Any, folder: Path) -> No
         line = "0 images of different content, decoded where nothing of the row is still to be downloaded; 30 from the"
         assert line in run(*words[:-1]).stdout.replace("\n", " ")
         assert before["lengths"]["total"] is None
+        assert "length of a row: not known, the images are not here yet (--fetch downloads" in run(*words[:-1]).stdout
         run(*words, "--fetch", "--shard", "0/2")
         half = json.loads(run(*words).stdout)
-        assert 0 < len(half["images"]["not_cached"]) < 30
+        missing = half["images"]["not_cached"]
+        assert 0 < len(missing) < 30 and half["images"]["beyond"] == 0
+        first = [*words[:-1], "data.max_rows=15", "data.split=null"]
+        few = json.loads(run(*first, "--json").stdout)["images"]
+        named = before["images"]["not_cached"]
+        named = [url for row, url in enumerate(named) if row not in {problem["row"] for problem in half["problems"]}]
+        counts = (15, [url for url in missing if url in named[:15]], len(missing))
+        assert (few["from_web"], few["not_cached"], few["beyond"] + len(few["not_cached"])) == counts
+        line = f"15 from the web, {15 - len(few['not_cached'])} in the cache, {len(few['not_cached'])} not yet"
+        line += f" (--fetch downloads them); --fetch downloads {few['beyond']} more, of rows that data.max_rows or"
+        assert few["not_cached"] and few["beyond"] and line in run(*first).stdout.replace("\n", " ")
         done = run(*words, "--fetch")
         assert all(server.count(f"{path}?key=s3cret") == 1 for path in paths)
     after = json.loads(done.stdout)
@@ -372,25 +391,3 @@ def test_text_of_strangers_reaches_the_terminal_escaped(run: Any, folder: Path) 
     done = run("check", folder / "odd.csv", "data.prompt=What?", "data.answer='{title}'")
     assert done.exit_code == 1 and "its columns are image, ti\\x1b[31mtle" in done.stderr
     assert "\x1b" not in done.stdout + done.stderr
-
-
-def test_half_a_character_in_a_path_kills_neither_report_nor_json(run: Any, folder: Path) -> None:
-    talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A hat."}]
-    rows = [
-        {"image": json.loads((folder / "photos" / "rows.jsonl").read_text().splitlines()[n])["image"]} for n in (0, 1)
-    ]
-    lines = [{**row, "conversations": talk} for row in [*rows, {"image": "img/\ud83d.jpg"}]]
-    (folder / "photos" / "talk.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    words = ("check", folder / "photos" / "talk.jsonl", "--quick", "data.max_skipped=0.5", "data.split=null")
-    found = json.loads(run(*words, "--json").stdout)
-    assert [(problem["row"], problem["reason_code"]) for problem in found["problems"]] == [(2, "image_path")]
-    assert "row 2: column 'image' holds half a character" in run(*words).stdout
-
-
-def test_show_does_not_write_over_a_folder(run: Any, folder: Path) -> None:
-    done = run("show", folder / "recipe.yaml", "--out", folder / "photos")
-    assert done.exit_code == 1
-    assert (
-        done.stderr
-        == f"phi3v: --out {folder}/photos is a folder: name the page, {folder}/photos/rows.html for instance\n"
-    )

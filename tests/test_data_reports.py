@@ -1,6 +1,7 @@
 """`phi3v data check` and `data show` say the same, and name what is left out: rows, files, splits; errors as JSON."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,35 @@ def test_errors_are_json_too(command: str, run: Any, folder: Path, model: Path) 
     error = json.loads(done.stdout)["error"]
     assert (done.exit_code, done.stderr) == (1, f"phi3v: {error}\n")
     assert "broken.csv cannot be read: line 2 has 3 cells, the header has 2: put quotes around a cell" in error
+
+
+def test_half_a_character_in_a_path_kills_neither_report_nor_json(run: Any, folder: Path) -> None:
+    talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A hat."}]
+    rows = [
+        {"image": json.loads((folder / "photos" / "rows.jsonl").read_text().splitlines()[n])["image"]} for n in (0, 1)
+    ]
+    lines = [{**row, "conversations": talk} for row in [*rows, {"image": "img/\ud83d.jpg"}]]
+    (folder / "photos" / "talk.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ("check", folder / "photos" / "talk.jsonl", "--quick", "data.max_skipped=0.5", "data.split=null")
+    found = json.loads(run(*words, "--json").stdout)
+    assert [(problem["row"], problem["reason_code"]) for problem in found["problems"]] == [(2, "image_path")]
+    assert "row 2: column 'image' holds half a character" in run(*words).stdout
+
+
+def test_show_writes_over_its_own_pages_and_nothing_else(run: Any, folder: Path) -> None:
+    done = run("show", folder / "recipe.yaml", "--out", folder / "photos")
+    assert done.exit_code == 1
+    assert (
+        done.stderr
+        == f"phi3v: --out {folder}/photos is a folder: name the page, {folder}/photos/rows.html for instance\n"
+    )
+    for place in (folder / "recipe.yaml", folder / "photos" / "rows.jsonl"):
+        before = place.read_bytes()
+        done = run("show", folder / "recipe.yaml", "--out", place)
+        told = f"phi3v: --out {place} is there and is no page of phi3v data show: name another file, or remove it\n"
+        assert (done.exit_code, done.stderr, place.read_bytes()) == (1, told, before)
+    os.mkfifo(folder / "pipe")
+    assert run("show", folder / "recipe.yaml", "--out", folder / "pipe").exit_code == 1
+    for rows in (1, 2):
+        assert run("show", folder / "recipe.yaml", "--quick", "--rows", rows, "--out", "own.html").exit_code == 0
+        assert Path("own.html").read_text().count("<article>") == rows

@@ -102,12 +102,17 @@ def show(
 
         from phi3v.cli_data_screen import show_rows
         from phi3v.cli_screen import Screen
+        from phi3v.data.show_page import PAGE_MARK
+        from phi3v.whole_files import refuse_foreign, replace_file
+
+        page = None if text else out or Path(f"{Path(source).stem}-rows.html")
+        if page is not None:
+            refuse_foreign("--out", page, PAGE_MARK, "page of phi3v data show")
+
         from phi3v.training.data_show import show_recipe
-        from phi3v.whole_files import replace_file
 
         with Screen(here.screen) as screen:
             found = show_recipe(recipe, rows=rows, decode=not quick, on_progress=screen.on_progress)
-        page = None if text else out or Path(f"{Path(source).stem}-rows.html")
         if page is not None:
             page.parent.mkdir(parents=True, exist_ok=True)
             replace_file(page, found.page())

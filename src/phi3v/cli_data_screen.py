@@ -96,7 +96,7 @@ def image_line(report: Report) -> str:
     them)".
     """
     images = report.images
-    missing = min(len(images.not_cached), images.from_web)  # data.max_rows counts fewer rows than are downloaded for
+    missing = len(images.not_cached)
     looked = "each decoded" if report.decoded else "headers read, none decoded"
     if missing and report.decoded:
         looked = "decoded where nothing of the row is still to be downloaded"
@@ -104,6 +104,8 @@ def image_line(report: Report) -> str:
     if images.from_web:
         line += f"; {images.from_web} from the web, {images.from_web - missing} in the cache, {missing} not yet"
         line += " (--fetch downloads them)" if missing else ""
+    if images.beyond:
+        line += f"; --fetch downloads {images.beyond} more, of rows that data.max_rows or weights leave out"
     return line
 
 
@@ -163,6 +165,10 @@ def _show_lengths(console: Console, report: Report) -> None:
     """The spreads as a table, and the total as a histogram."""
     if report.model is None:
         _say(console, "tokens of texts are not counted: no model is named (model=microsoft/Phi-3.5-vision-instruct)")
+        return
+    if report.lengths["total"] is None:
+        why = "no row can be used" if not report.usable else "the images are not here yet (--fetch downloads them)"
+        _say(console, f"length of a row: not known, {why}")
         return
     table = Table("tokens", title="length of a row", title_justify="left", box=None)
     for name in ("least", "median", "95 % below", "most", "all rows"):
@@ -237,9 +243,10 @@ def outlook_lines(report: Report) -> Iterator[str]:
     at_that_rate = f": {duration(stated)} at {STATED_RATE / 1e12:.0f} TFLOP/s" if stated >= 60 else ""
     yield f"work: {work}, counted from the model's sizes{at_that_rate}"
     if found["rate"] is not None:
+        told = "may be faster or slower" if found["machine"].startswith("CPU") else "reaches a part of that"
         yield (
-            f"time: at least {duration(found['operations'] / found['rate'])} here: {found['machine']} multiplies "
-            f"matrices at {found['rate'] / 1e12:.3g} TFLOP/s, measured just now; training reaches a part of that"
+            f"time: about {duration(found['operations'] / found['rate'])} here, an estimate: {found['machine']} "
+            f"multiplies matrices at {found['rate'] / 1e12:.3g} TFLOP/s, measured just now; training {told}"
         )
 
 

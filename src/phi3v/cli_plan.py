@@ -94,7 +94,7 @@ def plan_lines(found: Plan) -> Iterator[str]:
     work = f"{short_number(steps.tokens)} tokens, {steps.operations:.2g} floating-point operations"
     yield f"time: {work}: {duration(steps.operations / STATED_RATE)} at {STATED_RATE / 1e12:.0f} TFLOP/s"
     if steps.rate is not None and steps.machine is not None and steps.machine.startswith("CPU") != on_gpu(found):
-        yield f"      at least {duration(steps.operations / steps.rate)} here ({steps.machine}, measured just now)"
+        yield f"      about {duration(steps.operations / steps.rate)} here, by what {steps.machine} multiplies just now"
 
 
 def on_gpu(found: Plan) -> bool:

@@ -210,9 +210,19 @@ def find_rows(
     not_cached = list(dict.fromkeys(url for url in absent if url is not None))
     limits = (recipe.data.max_skipped, recipe.data.on_problem)
     refused = next((line for look in looks if (line := look.refusal(*limits)) is not None), None)
+    if not rows and not problems:
+        refused = _none_left(recipe)
     total = len(rows) + len(held_out) + len(problems)
     found = FoundRows(rows, held_out, problems, stream.origin, total, not_cached, refused, sampled=True)
     return replace(found, not_read=stream.not_read)
+
+
+def _none_left(recipe: Recipe) -> str | None:
+    """Why a stream without problems has no row to train on: all are held out; None where no rows are split off."""
+    if recipe.data.split is None or recipe.data.validation is not None:
+        return None
+    asked = f"data.split.validation asks for {recipe.data.split.validation} rows, and the sets have no more"
+    return f"{asked}: no row is left to train on: lower it, or give data.validation"
 
 
 @dataclass
@@ -380,5 +390,6 @@ def refuse_bad_stream(recipe: Recipe, data: StreamedData, processor: Any, contex
             return
         if recipe.data.on_problem == "stop":
             break
-    found = FoundRows([], [], problems, data.origin, len(problems), [], sampled=True)
+    refused = None if problems else _none_left(recipe)
+    found = FoundRows([], [], problems, data.origin, len(problems), [], refused, sampled=True)
     raise DataError(find_refusal(recipe, found, problems, 0) or "")

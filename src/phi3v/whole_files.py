@@ -1,13 +1,45 @@
 """Files and folders put in place whole: a reader, or a crash, finds the old content or the new one.
 
-What is written goes beside its place, is seen onto the disk, and is moved by one rename.
+What is written goes beside its place, is seen onto the disk, and is moved by one rename. `refuse_foreign` is
+asked before where a person named the place: a file that is not ours stays.
 """
 
+import gzip
 import os
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from phi3v.errors import ConfigError
+
+_BEGINNING = 4096  # bytes in which a file of ours has its mark
+
+
+def refuse_foreign(option: str, file: Path, mark: str, kind: str) -> None:
+    """Refuses to write over anything but a file of ours, which holds `mark` in its first 4 KiB (unpacked, of gzip).
+
+    So neither a recipe nor a data set is lost to a slip. Example: refuse_foreign("--out", Path("shop.yaml"), "<meta>",
+    "page of phi3v compare") -> ConfigError("--out shop.yaml is there and is no page of phi3v compare: name ...").
+    Raises: ConfigError.
+    """
+    if not file.exists():
+        return
+    try:
+        begin = _beginning(file) if file.is_file() else b""
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(f"{option} {file} is there and cannot be read ({error}): name another file") from error
+    if mark.encode() not in begin:
+        raise ConfigError(f"{option} {file} is there and is no {kind}: name another file, or remove it")
+
+
+def _beginning(file: Path) -> bytes:
+    """The first bytes of a file, unpacked where gzip packed it."""
+    with open(file, "rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+    with gzip.open(file) if packed else open(file, "rb") as content:
+        return content.read(_BEGINNING)
 
 
 def replace_file(path: Path, content: str | bytes) -> None:

@@ -205,4 +205,6 @@ def test_a_row_that_is_too_long_is_not_advised_what_the_recipe_does_already() ->
     problem = RowProblem(0, "too_long", "2609 tokens", "shop.csv")
     for how, way_out in TOO_LONG.items():
         assert listed([problem], how)[0]["fix"] == way_out and how not in way_out
+        at_one = listed([problem], how, 1)[0]["fix"]
+        assert "crops" not in at_one and set(at_one.split()) <= {*way_out.split(), "cut_text,"}
     assert listed([RowProblem(0, "url_gone", "gone", "shop.csv")], "cut_text")[0]["fix"] == "drop the row"

@@ -48,6 +48,7 @@ pytestmark = pytest.mark.usefixtures("datasets_cache")
         ),
         ("a.jsonl", b'{"a": 1}\n\n{"a": 1, "b": 2, "a": 3}\n', "read: record 1: an object names the key 'a' twice"),
         ("a.json", b'[{"a": 1}] ]', r"line 1 is not JSON \(Extra data, column 12\)"),
+        ("a.json", b'[{"a": 1},\n]', "a.json cannot be read: line [12] is not JSON .*: write a list of objects"),
         ("a.json", b'{"a": 1}\n{"a":\n', "line 2 is not JSON .*: write one JSON object a line"),
         ("a.jsonl", b"\n", "a.jsonl cannot be read: it is empty: write one JSON object a line"),
         ("a.json", b"[]", "a.json cannot be read: it has no rows"),
@@ -60,6 +61,7 @@ pytestmark = pytest.mark.usefixtures("datasets_cache")
             gzip.compress(bytes(1024), mtime=0),
             "a.tar cannot be read: it is a file compressed with gzip, and no tar: unp",
         ),
+        ("a.tar", bytes(1024), "a.tar cannot be read: it has no rows"),
         (
             "a.csv",
             b"image;title\n0.png;x\n",

@@ -1,6 +1,7 @@
 """Rows that are too long: what is cut, what never is, and that image spans stay whole whatever the limit."""
 
 import random
+import re
 from io import BytesIO
 from itertools import groupby
 from typing import Any
@@ -104,6 +105,21 @@ def test_text_is_cut_to_the_limit_at_a_word() -> None:
     assert cut(shortest) == "?" and cut(shortest + 9) == "is it?"
     with pytest.raises(TooLongError, match=rf"{shortest} tokens .* limit is {shortest - 1}: even with all text cut"):
         cut(shortest - 1)
+
+
+@pytest.mark.parametrize(
+    ("how", "crops", "way_out"),
+    [
+        ("skip", 4, "the limit is 9: lower image.num_crops, shorten the text, or raise data.max_length"),
+        ("skip", 1, "the limit is 9: shorten the text, or raise data.max_length"),
+        ("cut_text", 4, "even with all text cut that may be; lower image.num_crops, or raise data.max_length"),
+        ("cut_text", 1, "even with all text cut that may be; raise data.max_length"),
+    ],
+)
+def test_one_crop_is_not_advised_to_be_fewer(how: Any, crops: int, way_out: str) -> None:
+    messages = (turn("user", 0, "what is it?"), ANSWER)
+    with pytest.raises(TooLongError, match=f"{re.escape(way_out)}$"):
+        fit(messages, [(9, 9)], count=letters, num_crops=crops, max_length=9, on_too_long=how)
 
 
 def test_the_budget_of_an_image() -> None:

@@ -228,6 +228,19 @@ def test_photos_are_read_by_content_where_their_ending_says_nothing(tmp_path: Pa
     assert told == {".f.jpg": "hidden", **dict.fromkeys(("g", "h", "i.heic", "note.txt"), content)}
 
 
+def test_columns_that_names_of_folders_hold_are_named(tmp_path: Path) -> None:
+    for name in ("country=US/year=2024/part-0", "country=FR/year=2024/part-0"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        datasets.Dataset.from_list([{"title": name}]).to_parquet(str(tmp_path / f"{name}.parquet"))
+    opened = open_set(str(tmp_path))["train"]
+    reason = "a column that names of folders hold: write it into the files"
+    assert [(one.file, one.reason) for one in opened.not_read] == [
+        (f"{tmp_path}/country=...", reason),
+        (f"{tmp_path}/year=...", reason),
+    ]
+    assert opened.table.column_names == ["title"]
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_metadata_in_folders_of_classes_names_photos_from_its_own_place(

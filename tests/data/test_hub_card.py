@@ -8,6 +8,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -15,10 +16,14 @@ import pytest
 from hub_server import COMMIT, hub_server
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from PIL import Image
 
 from phi3v.data import hub_card
 from phi3v.data.columns import RowOptions
 from phi3v.data.hub_card import what_is_wrong
+from phi3v.data.images import image_name, image_size
+from phi3v.data.reading import Reading
+from phi3v.data.schema import ImageRef
 from phi3v.data.sources import load_rows
 from phi3v.errors import DataError
 
@@ -153,6 +158,42 @@ def test_without_the_hub_nothing_is_loaded_unless_offline_mode_is_chosen(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert len(load_rows("owner/name", options=OPTIONS, revision="abc")[0]) == 1
     assert made.loaded == [{"source": "owner/name", "revision": "abc"}]
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_paths_of_a_row_lead_to_files_of_its_own_set(
+    offline: bool, hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache as huggingface_hub lays it out, with a set of a stranger's beside a private one."""
+    hub({})
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(
+        hub_card, "HfApi", lambda: SimpleNamespace(dataset_info=lambda *a, **k: SimpleNamespace(sha=COMMIT))
+    )
+    places = {}
+    for repository, name in (("datasets--owner--name", "images/a.png"), ("datasets--me--private", "secret.png")):
+        blob, places[name] = cache / repository / "blobs" / "0a1b", cache / repository / "snapshots" / COMMIT / name
+        for file in (blob, places[name]):
+            file.parent.mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(blob, "PNG")
+        places[name].symlink_to(os.path.relpath(blob, places[name].parent))
+    (cache / "datasets--owner--name" / "refs").mkdir()
+    (cache / "datasets--owner--name" / "refs" / "main").write_text(COMMIT)
+    places["images/a.png"].with_name("link.png").symlink_to(places["secret.png"])
+    secret = str(places["secret.png"].relative_to(cache))
+    outside = ["../../../" + secret, str(places["secret.png"]), "images/link.png"]
+    named = ["images/a.png", str(places["images/a.png"]), secret, *outside]
+    records = datasets.Dataset.from_list([{"image": name, "title": "a hat"} for name in named])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: {"train": records})
+    look = load_rows("owner/name", options=RowOptions(prompt="?", answer="{title}"), reading=Reading(max_skipped=1.0))
+    assert [row.index for row in look[0]] == [0, 1] and image_size(look[0][0].images[0]) == (9, 9)
+    told = {problem.row: (problem.reason_code, problem.message) for problem in look[1]}
+    lost = cache / "datasets--owner--name" / "snapshots" / COMMIT / secret
+    assert told[2] == ("image_path", f"image {secret} does not exist (looked for {lost})")
+    for row, name in enumerate(outside, start=3):
+        assert told[row][1].startswith(f"image {image_name(ImageRef(name))} lies outside {lost.parents[5]}: ")
 
 
 OURS = """

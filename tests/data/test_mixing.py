@@ -25,6 +25,7 @@ def test_an_epoch_is_divided_as_the_weights_say() -> None:
     assert shares([1, 9], [1e-9, 1]) == [0, 10]
     for sizes, weights in (([7, 11, 13], [3, 1, 1.5]), ([1, 1], [1, 2])):
         assert sum(shares(sizes, weights)) == sum(sizes)
+    assert shares([60, 40], [3, 1], 10) == [8, 2] and shares([3, 1], [1, 1], 10) == [2, 2]
 
 
 def test_rows_repeat_equally_often_but_for_a_drawn_rest() -> None:
@@ -34,6 +35,7 @@ def test_rows_repeat_equally_often_but_for_a_drawn_rest() -> None:
     few = [choose(100, 10, seed, "a") for seed in (1, 1, 2)]
     assert few[0] == few[1] != few[2] and all(sorted(set(one)) == one and len(one) == 10 for one in few)
     assert mix([0, 0, 0, 1], 2, [1, 1], 0)[2:] == [3, 3]
+    assert [position // 60 for position in mix([0] * 60 + [1] * 40, 2, [3, 1], 0, 8)] == [0] * 6 + [1] * 2
     uses = [SetUse("a", rows=3, epoch=2, left_out=1), SetUse("b", rows=1, epoch=2, left_out=0)]
     assert set_uses(["a", "b"], [0, 0, 0, 1], [0, 2, 3, 3]) == uses
 

@@ -153,6 +153,10 @@ CELLS: dict[str, tuple[Any, str | None]] = {
     "a zero byte": ("a\0.png", "image_path"),
     "a frame that is missing": (["a.png", None], "image_missing"),
     "base64 as bytes": ({"bytes": URI[22:], "path": "a.png"}, "image_type"),
+    "base64 alone": (URI[22:], "image_type"),
+    "base64 cut off, with lines": (URI[22:90] + "\n" + URI[90:101], "image_type"),
+    "a data URI behind a blank": (" " + URI, None),
+    "an address behind a blank": ("  http://10.0.0.1/a.png", "url_private"),
     "another mapping": ({"url": "a.png"}, "image_type"),
     "a list in a list": ([["a.png"]], "image_type"),
 }

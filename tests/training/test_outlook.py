@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from phi3v.data.lengths import RowLength
 from phi3v.data.survey import RowFacts
@@ -70,6 +71,19 @@ def test_a_run_is_its_samples_and_cached_features_are_made_once(config: Phi3VCon
     assert kept == pytest.approx(12 * one + 4 * vision)
 
 
-def test_the_rate_of_this_machine_is_measured() -> None:
+def test_the_rate_of_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     machine, rate = measure_rate(recipe(), seconds=0.05)
     assert machine.startswith("CPU (") and machine.endswith("float32") and 1e6 < rate < 1e14
+
+    clock, tries = [0.0], []
+
+    def product(rows: torch.Tensor, weights: torch.Tensor) -> None:
+        forward = not weights.is_contiguous()  # x W^T, and backward g W
+        tries.append((forward, rows.dtype))
+        clock[0] += (0.001 if forward else 0.003) * (10 if len(tries) < 3 else 1)  # a busy moment at first
+
+    monkeypatch.setattr("phi3v.training.outlook.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch, "mm", product)
+    machine, rate = measure_rate(recipe(model={"name": "some/model", "device": "cpu", "dtype": "bfloat16"}))
+    assert rate == pytest.approx(2 * 2 * 256**3 / 0.004) and machine.endswith("bfloat16")
+    assert set(tries) == {(True, torch.bfloat16), (False, torch.bfloat16)}

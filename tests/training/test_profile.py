@@ -102,6 +102,8 @@ def test_what_cannot_be_is_refused_before_a_step(make, tmp_path, monkeypatch):
     monkeypatch.setattr("phi3v.training.profile.train_watched", lambda *given, **more: pytest.fail("trained"))
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
+    mine = tmp_path / "shop.yaml"
+    mine.write_text("model: mine\n")
     for place, words in (
         (tmp_path, "is a folder or a device: name a file"),
         (fifo, "is a folder or a device: name a file"),
@@ -109,12 +111,15 @@ def test_what_cannot_be_is_refused_before_a_step(make, tmp_path, monkeypatch):
     ):
         with pytest.raises(ConfigError, match=f"^trace {place} {words}$"):
             profile(make(), trace=place)
+    with pytest.raises(ConfigError, match=f"^--trace {mine} is there and is no trace of phi3v profile: name another"):
+        profile(make(), trace=mine)
+    assert mine.read_text() == "model: mine\n"
     monkeypatch.setattr("phi3v.training.profile.write_synthetic_rows", lambda *given: pytest.fail("painted"))
     with pytest.raises(ConfigError, match="^--image 5000x5000 is 25,000,000 pixels, more than image.max_pixels of 20"):
         profile(make(), rows=1, image=(5000, 5000))
     with pytest.raises(ConfigError, match="^--image 70000x9: .* at most 65,500 pixels a side"):
         profile(make(), rows=1, image=(70_000, 9))
-    assert list(tmp_path.iterdir()) == [fifo]
+    assert sorted(tmp_path.iterdir()) == [fifo, mine]
 
 
 def test_a_trace_that_is_not_there_afterwards_is_an_error(tmp_path):
@@ -129,7 +134,9 @@ def test_a_trace_that_is_not_there_afterwards_is_an_error(tmp_path):
     assert not (tmp_path / "t.json").exists()
     watched().write_trace(tmp_path / "t.json")
     assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
-    watched().write_trace(tmp_path / "t.json")  # over an earlier one
+    for name in ("t.json", "t.json.gz"):
+        watched().write_trace(tmp_path / name)
+        check_trace(tmp_path / name)  # an earlier one may be written over
     with pytest.raises(ConfigError, match="was not written"):
         watched().write_trace(tmp_path / "gone" / "t.json")
 

@@ -18,6 +18,7 @@ from phi3v.run_folder import RunFolder
 from phi3v.training import step_trainer
 from phi3v.training import train as training
 from phi3v.training.callbacks import TrainingEvent
+from phi3v.training.module_walks import short_walks
 from phi3v.training.sampling import epoch_order
 
 MakeRecipe = Callable[..., phi3v.Recipe]
@@ -61,6 +62,23 @@ def test_a_step_does_not_walk_over_all_modules(make: MakeRecipe, monkeypatch: py
         phi3v.train(recipe)
         runs[name] = list(told)
     assert runs["short"] == runs["long"] and graded == [0] * 12
+
+
+def test_no_part_of_a_model_is_left_in_another_mode() -> None:
+    """As PEFT's models are around a base that was loaded to answer, and as who asks a part for answers leaves it."""
+    model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Dropout()), torch.nn.Linear(2, 2))
+    with short_walks(model):
+        model[0].eval()
+        assert model.train() is model and all(module.training for module in model.modules())
+        model[0][0].eval()
+        model.train()
+        assert model[0][0].training
+        model.eval()
+        assert not any(module.training for module in model.modules())
+        model.train()(torch.ones(1, 2)).sum().backward()
+        model.zero_grad()
+    assert all(weight.grad is None for weight in model.parameters())
+    assert "train" not in vars(model) and "zero_grad" not in vars(model)
 
 
 def test_a_run_has_all_its_files_and_the_second_call_says_finished(make: MakeRecipe) -> None:

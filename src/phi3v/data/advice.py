@@ -13,6 +13,13 @@ TOO_LONG: dict[OnTooLong, str] = {
 }
 """What the recipe does about long rows -> the way out where a row is too long all the same."""
 
+TOO_LONG_AT_ONE: dict[OnTooLong, str] = {
+    "skip": "set data.on_too_long to cut_text, or raise data.max_length",
+    "fewer_crops": TOO_LONG["fewer_crops"],
+    "cut_text": "raise data.max_length",
+}
+"""The same where images are one crop already."""
+
 ADVICE = {
     "missing_value": "fill the cell, or take the column out of the template",
     "value_type": "name a column with text or numbers; mend a number or date out of range; save text as UTF-8; "
@@ -28,7 +35,7 @@ ADVICE = {
     "answer_weight": "write 0 or 1, and take a last exchange of weight 0 out, or drop the row",
     "other_media": "save frames of a film as images, or drop the row",
     "image_missing": "fill the cell, drop the row, or give an empty list [] for a row without images",
-    "image_type": "name the column with the images in data.images",
+    "image_type": "name the column with the images in data.images; write base64 as data:image/png;base64,...",
     "image_path": "mend the path, or set data.image_root",
     "image_unreadable": "save it again as JPEG or PNG, or drop the row; for its size raise image.max_pixels",
     "data_uri": "write it as data:image/png;base64,... or save the image as a file",
@@ -68,9 +75,11 @@ _UNKNOWN = "mend the row, or drop it"
 """For a failure that another version of phi3v wrote into the cache of images."""
 
 
-def advice(reason_code: str, on_too_long: OnTooLong = "skip") -> str:
-    """The way out for a reason code, where rows that are too long are handled as the recipe says.
+def advice(reason_code: str, on_too_long: OnTooLong = "skip", num_crops: int | None = None) -> str:
+    """The way out for a reason code, where rows that are too long are handled as the recipe says, at so many crops.
 
     Example: advice("missing_value") -> "fill the cell, or take the column out of the template".
     """
-    return TOO_LONG[on_too_long] if reason_code == "too_long" else ADVICE.get(reason_code, _UNKNOWN)
+    if reason_code == "too_long":
+        return (TOO_LONG_AT_ONE if num_crops == 1 else TOO_LONG)[on_too_long]
+    return ADVICE.get(reason_code, _UNKNOWN)

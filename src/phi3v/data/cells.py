@@ -19,7 +19,7 @@ import numpy as np
 
 from phi3v.data.address_guard import AddressError, AllowedHosts, is_literal, parse_address, shorten
 from phi3v.data.image_cache import FetchFailure, ImageCache
-from phi3v.data.images import ImageLook, content_digest, image_name, look_at
+from phi3v.data.images import ImageLook, begins_as_image, content_digest, image_name, look_at
 from phi3v.data.schema import ImageRef, Row, UnusableRecord
 from phi3v.data.templates import Unread, cell_text, whole_text
 from phi3v.errors import ImageError, ImagePathError
@@ -29,6 +29,9 @@ MAX_EMBEDDED_BYTES = 20_000_000
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)
 """How an address begins; one letter is a drive. What takes an address for a path leaves one slash of two."""
+_SHORTEST_BASE64 = 64
+"""Characters of a text that may be base64; shorter ones are names."""
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]++={0,2}\s*")
 _DATA_URI = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 
 
@@ -39,7 +42,8 @@ class Cells:
     Attributes:
         images: column of the image or of a list of images (frames of a video are one); None for text only.
         root: folder that image paths count from; None for the current directory.
-        confined: True refuses image paths that leave `root`.
+        confined: True refuses image paths that leave `root`, or `within`.
+        within: folder above `root` that paths and links in it may lead to; None for `root` alone.
         labels: column -> names of its numbers, for columns of class labels.
         single_floats: columns of 32-bit floats, whose values are shown with their own few digits.
         cache: where downloaded images lie; None refuses web addresses.
@@ -51,6 +55,7 @@ class Cells:
     images: str | None = None
     root: str | None = None
     confined: bool = True
+    within: str | None = None
     labels: Mapping[str, list[str]] = field(default_factory=dict)
     single_floats: frozenset[str] = frozenset()
     cache: ImageCache | None = None
@@ -105,11 +110,14 @@ class Cells:
             raise UnusableRecord("image_path", f"{place} {error} ({name})") from error
         if data is not None or path is None:
             return ImageRef(path, data, self.root, self.confined)
-        if path[:5].lower() == "data:":
-            return ImageRef(None, _embedded(path, place), self.root, self.confined)
-        if scheme := _SCHEME.match(path):
-            return self._from_web(path, scheme[1].lower(), place)
-        return ImageRef(path, None, self.root, self.confined)
+        address = path.strip(" ")
+        if address[:5].lower() == "data:":
+            return ImageRef(None, _embedded(address, place), self.root, self.confined)
+        if scheme := _SCHEME.match(address):
+            return self._from_web(address, scheme[1].lower(), place)
+        if _is_base64(address):
+            raise UnusableRecord("image_type", f"{place} holds base64: write it as data:image/png;base64,...")
+        return ImageRef(path, None, self.root, self.confined, within=self.within)
 
     def _from_web(self, url: str, scheme: str, place: str) -> ImageRef:
         """An image behind a web address: its file in the cache. An address that is never asked is refused at once."""
@@ -132,6 +140,17 @@ class Cells:
         if self.wait_for_download:
             return ImageRef(None, None, folder, True, url)
         raise UnusableRecord("url_not_cached", f"{shorten(url)} is not in the image cache: run the command again")
+
+
+def _is_base64(text: str) -> bool:
+    """Whether a text is an encoded image in base64: "iVBORw0KGgoAAAANSUhEUg..." -> True, "/9j/a.jpg" -> False."""
+    if len(text) < _SHORTEST_BASE64:
+        return False
+    try:
+        head = base64.b64decode(text[:24], validate=True)
+    except ValueError:
+        return False
+    return begins_as_image(head[:16]) and _BASE64.fullmatch(text) is not None
 
 
 def _embedded(text: str, place: str) -> bytes:

@@ -25,7 +25,7 @@ from phi3v.data.fit import OnTooLong
 from phi3v.data.mixing import SetUse
 from phi3v.data.not_read import NotRead
 from phi3v.data.schema import RowProblem
-from phi3v.data.survey import RowFacts
+from phi3v.data.survey import RowFacts, address_digest
 from phi3v.errors import ImageError
 from phi3v.image_tokens import crops_within, num_image_tokens
 
@@ -180,12 +180,26 @@ class Images:
     Attributes:
         count: distinct contents; addresses, for those that are still to be downloaded.
         from_web: images that come from web addresses, each once.
-        not_cached: web addresses that are not in the cache, as messages call them: without their queries.
+        not_cached: those of them that are not in the cache, as messages call them: without their queries.
+        beyond: further addresses that are not in the cache and are downloaded too, of rows that `data.max_rows` or
+            weights leave out.
     """
 
     count: int
     from_web: int
     not_cached: list[str]
+    beyond: int = 0
+
+    @classmethod
+    def of(cls, facts: Sequence[RowFacts], not_cached: Sequence[str]) -> Images:
+        """From the facts of rows, and all addresses of their sets that are not in the cache.
+
+        Example: 2 rows of 3, and the addresses of the second and third are not cached -> from_web=2, not_cached=[the
+        second], beyond=1.
+        """
+        named = {address for fact in facts for address in fact.web} if not_cached else set()
+        here = [shorten(url) for url in not_cached if address_digest(url) in named]
+        return cls(count_images(facts), count_addresses(facts), here, len(not_cached) - len(here))
 
 
 @dataclass(frozen=True)
@@ -311,13 +325,15 @@ class Report:
         return {**asdict(self), "skipped_share": self.skipped_share, "passed": self.passed}
 
 
-def listed(problems: Sequence[RowProblem], on_too_long: OnTooLong) -> list[dict[str, Any]]:
+def listed(
+    problems: Sequence[RowProblem], on_too_long: OnTooLong, num_crops: int | None = None
+) -> list[dict[str, Any]]:
     """Problems as plain values with the way out.
 
     Example: [{"source": "shop.csv", "row": 3, "reason_code": "missing_value", "message": "column 'title' is empty",
     "fix": "fill the cell, or take the column out of the template"}].
     """
-    return [{**asdict(problem), "fix": advice(problem.reason_code, on_too_long)} for problem in problems]
+    return [{**asdict(problem), "fix": advice(problem.reason_code, on_too_long, num_crops)} for problem in problems]
 
 
 def count_reasons(problems: Sequence[RowProblem]) -> dict[str, int]:

@@ -81,7 +81,7 @@ def fit(
         return _fewer_crops(whole, sizes, max_length)
     if on_too_long == "cut_text":
         return _cut_text(whole, count, max_length)
-    raise _too_long(whole, max_length, "lower image.num_crops, shorten the text, or raise data.max_length")
+    raise _too_long(whole, max_length, f"{_lower_crops(whole)}shorten the text, or raise data.max_length")
 
 
 def without_old_exchanges(messages: Messages, fits: Callable[[Messages], bool]) -> Messages:
@@ -158,9 +158,8 @@ def _cut_text(whole: Fitted, count: Counter, max_length: int) -> Fitted:
     most = len(text.rstrip()) - 1 if question.strip() else len(text)
     shortest = fitted(cut_front(messages, max(most, 0)))
     if shortest.tokens > max_length:
-        raise _too_long(
-            shortest, max_length, "even with all text cut that may be; lower image.num_crops, or raise data.max_length"
-        )
+        way_out = f"{_lower_crops(whole)}or raise data.max_length" if _lower_crops(whole) else "raise data.max_length"
+        raise _too_long(shortest, max_length, f"even with all text cut that may be; {way_out}")
     low, high = 0, most  # `high` fits, `low` does not
     while high - low > 1:
         middle = (low + high) // 2
@@ -174,6 +173,11 @@ def _cut_text(whole: Fitted, count: Counter, max_length: int) -> Fitted:
 def _image_tokens(sizes: Sequence[tuple[int, int]], num_crops: int) -> int:
     """Tokens of all images."""
     return sum(num_image_tokens(width, height, num_crops) for width, height in sizes)
+
+
+def _lower_crops(row: Fitted) -> str:
+    """A way out, where there is room for it: of a row without images, or at one crop, there is none."""
+    return "lower image.num_crops, " if row.image_tokens and row.num_crops > 1 else ""
 
 
 def _too_long(row: Fitted, max_length: int, way_out: str) -> TooLongError:

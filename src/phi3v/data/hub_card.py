@@ -5,7 +5,7 @@ and any path there: a server's, this machine's. In comes a hub id with its revis
 names files of its own repository and nothing else. Fetches these two files and no other.
 
 Refused in `data_files` and `data_dir`, of whichever configuration: anything with a scheme (ftp://, https://, file:,
-hf:// too) or a hop (::), absolute paths, and `..`.
+hf:// too) or a hop (::), absolute paths, and `..`. Here also: where the files of a set lie in the cache of the hub.
 """
 
 import re
@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 
 from phi3v.errors import DataError
 
@@ -72,6 +73,23 @@ def checked_commit(source: str, revision: str | None) -> str | None:
                     "the set's own repository are fetched: save what you need as files here"
                 )
     return commit
+
+
+def cached_places(source: str, commit: str | None) -> tuple[str, str]:
+    """Where the files of a set lie once they were fetched, and what their links may lead to: the set's repository.
+
+    Example: "owner/name" at 0a1b... -> "~/.cache/huggingface/hub/datasets--owner--name/snapshots/0a1b...", whose files
+    are links to ../../blobs, and "~/.cache/huggingface/hub/datasets--owner--name".
+
+    Args:
+        source: a hub id.
+        commit: what `checked_commit` gave; in offline mode None, or a branch or tag, which were fetched before.
+    """
+    repository = Path(hub.HF_HUB_CACHE, repo_folder_name(repo_id=source, repo_type="dataset"))
+    named = repository / "refs" / (commit or hub.DEFAULT_REVISION)
+    if named.is_file():
+        commit = named.read_text(encoding="utf-8").strip()
+    return str(repository / "snapshots" / (commit or hub.DEFAULT_REVISION)), str(repository)
 
 
 def what_is_wrong(place: str) -> str | None:

@@ -192,7 +192,8 @@ def _real_path(image: ImageRef) -> str:
     try:
         root = os.path.realpath(image.root or ".")  # pathlib's resolve takes twice the time, a third of a header
         path = os.path.realpath(os.path.join(root, image.path or ""))
-        inside = path == root or path.startswith(os.path.join(root, ""))
+        within = root if image.within is None else os.path.realpath(image.within)
+        inside = path == within or path.startswith(os.path.join(within, ""))
         mode = os.stat(path).st_mode if inside or not image.confined else 0
     except FileNotFoundError as error:
         raise ImagePathError(f"image {name} does not exist (looked for {path})") from error
@@ -200,7 +201,7 @@ def _real_path(image: ImageRef) -> str:
         raise ImagePathError(f"image {name} cannot be reached: {_reason(error)}") from error
     if image.confined and not inside:
         raise ImagePathError(
-            f"image {name} lies outside {root}: move it there, set data.image_root, "
+            f"image {name} lies outside {within}: move it there, set data.image_root, "
             "or allow it with data.allow_outside_root: true"
         )
     if not stat.S_ISREG(mode):
@@ -212,9 +213,7 @@ def _as_ref(image: ImageRef | str | Path | bytes) -> ImageRef:
     """Paths and bytes as references without a root."""
     if isinstance(image, ImageRef):
         return image
-    if isinstance(image, bytes):
-        return ImageRef(data=image)
-    return ImageRef(path=str(image))
+    return ImageRef(data=image) if isinstance(image, bytes) else ImageRef(path=str(image))
 
 
 @contextmanager

@@ -88,7 +88,10 @@ class JsonTable(RecordTable):
             place = _behind_space(text, end)
             if text[place : place + 1] not in (",", "]"):
                 raise ValueError("a list of objects ends without ]")
-            place += text[place] == ","
+            if text[place] == ",":
+                place = _behind_space(text, place + 1)
+                if text[place : place + 1] == "]":
+                    raise ValueError("a comma stands behind the last object of its list")
         if _behind_space(text, place + 1) < len(text):
             raise ValueError("something stands behind the ] of its list")
 

@@ -27,13 +27,13 @@ class SetUse:
     left_out: int
 
 
-def shares(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """Rows of each set in an epoch, which has as many rows as all sets together, divided as the weights say.
+def shares(sizes: Sequence[int], weights: Sequence[float], most: int | None = None) -> list[int]:
+    """Rows of each set in an epoch, which has as many rows as all sets together, or `most`, divided as the weights say.
 
     The largest remainders are rounded up, the first of equal ones before others.
     Example: sizes [100, 20] with weights [1, 1] -> [60, 60]; sizes [5, 5] with weights [2, 1] -> [7, 3].
     """
-    total = sum(sizes)
+    total = sum(sizes) if most is None else min(most, sum(sizes))
     exact = [total * weight / sum(weights) for weight in weights]
     whole = [int(share) for share in exact]
     order = sorted(range(len(sizes)), key=lambda place: (whole[place] - exact[place], place))
@@ -53,7 +53,9 @@ def choose(size: int, wanted: int, seed: int, name: str) -> list[int]:
     return list(range(size)) * (wanted // size) + drawn
 
 
-def mix(set_numbers: Sequence[int], sets: int, weights: Sequence[float], seed: int) -> list[int]:
+def mix(
+    set_numbers: Sequence[int], sets: int, weights: Sequence[float], seed: int, most: int | None = None
+) -> list[int]:
     """Positions of an epoch's rows among all rows.
 
     Args:
@@ -61,12 +63,13 @@ def mix(set_numbers: Sequence[int], sets: int, weights: Sequence[float], seed: i
         sets: how many sets there are.
         weights: one for each.
         seed: decides which rows of a set stand in an epoch once more, or at all.
+        most: rows of an epoch at most; None for as many as all sets have.
     Example: set_numbers [0, 0, 0, 1] with weights [1, 1] -> two positions of 0, 1, 2, then 3 and 3.
     """
     members: list[list[int]] = [[] for _ in range(sets)]
     for position, number in enumerate(set_numbers):
         members[number].append(position)
-    wanted = shares([len(found) for found in members], weights)
+    wanted = shares([len(found) for found in members], weights, most)
     return [
         found[place]
         for number, found in enumerate(members)

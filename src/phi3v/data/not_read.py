@@ -8,6 +8,7 @@ import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 from phi3v.data.schema import ImageRef
 
@@ -54,6 +55,15 @@ class NamedFiles:
             if place in self._files:
                 self.names.add(self._files[place])
             self.names.update(name for folder, name in self._folders.items() if place.startswith(folder))
+
+
+def partitions(files: Iterable[Path], folder: Path) -> list[NotRead]:
+    """The columns that names of folders hold, as `country=US/part-0.parquet` holds `country`: none of them is read."""
+    below = [file for file in files if file.is_relative_to(folder)]
+    names = [name for file in below for name in file.relative_to(folder).parts[:-1]]
+    columns = dict.fromkeys(name.partition("=")[0] for name in names if "=" in name)
+    reason = "a column that names of folders hold: write it into the files"
+    return [NotRead(f"{folder}/{column}=...", reason) for column in columns]
 
 
 def unnamed(found: Iterable[Iterable[NotRead]], names: Collection[str]) -> list[NotRead]:

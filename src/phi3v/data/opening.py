@@ -20,16 +20,15 @@ from typing import Any
 
 import datasets
 from huggingface_hub import get_token
-from huggingface_hub.constants import HF_HUB_CACHE
 
 from phi3v.data.address_guard import shorten
 from phi3v.data.dates import DatedTable, date_columns
 from phi3v.data.faults import find_fault
 from phi3v.data.folder import KINDS, as_typed, contained, find_files, matching, way_out_of
-from phi3v.data.hub_card import checked_commit
+from phi3v.data.hub_card import cached_places, checked_commit
 from phi3v.data.json_table import JsonTable
 from phi3v.data.misfits import all_columns, find_misfit
-from phi3v.data.not_read import NotRead
+from phi3v.data.not_read import NotRead, partitions
 from phi3v.data.parquet_faults import count_records, ends_fault
 from phi3v.data.photo_tables import JoinedTables, PhotosTable, photo_column
 from phi3v.data.saved import open_saved
@@ -89,8 +88,10 @@ def open_set(
             )
         where = "; it is no file or folder here, and was looked for on the hub: check the name and the network"
         extra = ({"name": subset} if subset else {}) | _streamed(streaming)
-        found = datasets.load_dataset(source, **extra, revision=checked_commit(source, revision))
-        return {split: _undecoded(table, HF_HUB_CACHE) for split, table in found.items()}
+        commit = checked_commit(source, revision)
+        found = datasets.load_dataset(source, **extra, revision=commit)
+        root, within = cached_places(source, commit)
+        return {split: replace(_undecoded(table, root), within=within) for split, table in found.items()}
     except DataError:
         raise
     except Exception as error:  # readers of many formats, each with exceptions of its own
@@ -130,6 +131,7 @@ def _open_folder(path: Path, streaming: bool, confined: bool) -> dict[str, Opene
             )
         else:
             table = _open_data(files, streaming)
+            table = replace(table, not_read=(*table.not_read, *partitions(files, path.resolve())))
         parts = tuple(replace(part, name=as_typed(part.name, path)) for part in table.parts)
         inner = tuple(replace(one, file=as_typed(one.file, path)) for one in table.not_read)
         root = table.root if found.kind == "metadata" else str(path)

@@ -10,7 +10,7 @@ from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/|data:", re.IGNORECASE)
+_ADDRESS = re.compile(r" *(?:[a-z][a-z0-9+.-]+:/|data:)", re.IGNORECASE)
 
 
 def photo_column(column: str) -> str:

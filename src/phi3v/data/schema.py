@@ -20,11 +20,12 @@ class ImageRef:
         path: the file as the source names it, or a name to show when there are bytes; None without a name.
         data: the encoded file itself, None when it lies at `path`.
         root: folder that a relative path counts from, None for the current directory.
-        confined: True refuses a path that leads out of `root`.
+        confined: True refuses a path that leads out of `root`, or out of `within`.
         url: the web address that the file was downloaded from; `path` is then the file in the image cache, None while
             it is not there.
         size: width and height of the upright image, where it was looked at.
         fingerprint: of the file, where it was looked at, see `images.ImageLook`.
+        within: folder that holds `root` and all that links in it may lead to; None for `root` itself.
     """
 
     path: str | None = None
@@ -34,6 +35,7 @@ class ImageRef:
     url: str | None = None
     size: tuple[int, int] | None = field(default=None, compare=False, repr=False)
     fingerprint: int | None = field(default=None, compare=False, repr=False)
+    within: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
 
 from phi3v.data.data_uri import photo_uri
 from phi3v.data.show import ShownImage, ShownRow, ShownToken
+
+PAGE_MARK = '<meta name="generator" content="phi3v data show">'
+"""What every such page holds near its beginning."""
 
 CANVAS_SIDE = 720  # pixels of the longer side; two crops of a 4 x 4 grid then still show what a letter is
 
@@ -24,7 +28,7 @@ def render_rows(title: str, summary: Mapping[str, Any], shown: Sequence[ShownRow
         shown: the rows, in the order in which they are to stand.
     """
     template = _template("show_page.html.j2")
-    return template.render(title=title, summary=summary, shown=shown, canvas_side=CANVAS_SIDE)
+    return template.render(mark=Markup(PAGE_MARK), title=title, summary=summary, shown=shown, canvas_side=CANVAS_SIDE)
 
 
 def render_images(images: Sequence[ShownImage]) -> str:

@@ -99,7 +99,7 @@ def load_data(
         validation_split: number of rows (int) or share (float) to hold out of train when there are no other validation
             rows; None to hold out none. `split.split_rows` says which.
         split_seed: another seed holds out other rows, and repeats others where weights do.
-        max_rows: train on the first so many rows only.
+        max_rows: train on the first so many rows only; with weights on so many, divided as they say.
         reading: downloads, and how many rows may be left out.
     Raises: DataError in one line.
     """
@@ -118,8 +118,9 @@ def load_data(
         shared = [shared_image_problem(row.source, row.index) for row in rows.take(split.left_out)]
         rows, held_out, origin = rows.take(split.train), rows.take(split.validation), "split"
     numbers = rows.set_numbers
-    epoch: Sequence[int] = range(len(rows)) if weights is None else mix(numbers, len(parts), weights, split_seed)
-    epoch = epoch[:max_rows]
+    epoch: Sequence[int] = range(len(rows))[:max_rows]
+    if weights is not None:
+        epoch = mix(numbers, len(parts), weights, split_seed, max_rows)
     return LoadedData(
         train=rows.take(epoch),
         validation=held_out,
@@ -317,6 +318,7 @@ def _records(opened: OpenedTable, source: str, choice: SetChoice, how: Reading) 
         images=options.images,
         root=opened.root if options.image_root is None else options.image_root,
         confined=not options.allow_outside_root,
+        within=opened.within if options.image_root is None else None,
         labels=opened.labels,
         single_floats=opened.single_floats,
         cache=how.cache,

@@ -185,7 +185,12 @@ def _names(row: Row) -> tuple[bytes, ...]:
 
 def _web(row: Row) -> tuple[bytes, ...]:
     """Hashes of the addresses that a row's images come from."""
-    return tuple(_digest(image.url.encode("utf-8", "surrogatepass")) for image in row.images if image.url is not None)
+    return tuple(address_digest(image.url) for image in row.images if image.url is not None)
+
+
+def address_digest(url: str) -> bytes:
+    """The hash of a web address, as `RowFacts.web` holds it."""
+    return _digest(url.encode("utf-8", "surrogatepass"))
 
 
 def _file(image: ImageRef) -> bytes:

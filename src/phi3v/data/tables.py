@@ -77,6 +77,7 @@ class OpenedTable:
     Attributes:
         table: its records, images undecoded.
         root: folder that image paths count from.
+        within: folder that they may not leave, where that is not `root`: of a hub set its repository in the cache.
         labels: column -> names of its numbers, for columns of class labels.
         single_floats: columns of 32-bit floats.
         files: what the records are read from, where these are files of this machine that `datasets` reads.
@@ -91,3 +92,4 @@ class OpenedTable:
     files: tuple[Path, ...] = ()
     parts: tuple[FilePart, ...] = ()
     not_read: tuple[NotRead, ...] = ()
+    within: str | None = None

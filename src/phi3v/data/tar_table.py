@@ -50,6 +50,8 @@ class TarTable(RecordTable):
         for path in paths:
             self._firsts.append(len(self._names))
             self._index(path)
+        if not self._names:
+            raise DataError(f"data set {', '.join(self._paths)} cannot be read: it has no rows")
         self._first.append(len(self._offsets))
         self.column_names = self._columns()
 

@@ -19,7 +19,7 @@ from phi3v.evaluation.intervals import estimate
 from phi3v.evaluation.paired import paired_test
 from phi3v.evaluation.row_scores import Column
 from phi3v.run_folder import RunFolder
-from phi3v.whole_files import replace_file
+from phi3v.whole_files import refuse_foreign, replace_file
 
 RowName = tuple[str, int, str]
 
@@ -111,8 +111,7 @@ def _checked(out: Path) -> Path:
         raise ConfigError(f"--out {out} {why}: name a file in a folder that is there")
     from phi3v.evaluation.compare_page import PAGE_MARK
 
-    if out.exists() and PAGE_MARK.encode() not in out.read_bytes():
-        raise ConfigError(f"--out {out} is there and is no page of phi3v compare: name another file, or remove it")
+    refuse_foreign("--out", out, PAGE_MARK, "page of phi3v compare")
     return out
 
 

@@ -8,13 +8,10 @@ from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
-from phi3v.data.address_guard import shorten
 from phi3v.data.check import (
     FetchedPart,
     Images,
     Report,
-    count_addresses,
-    count_images,
     count_reasons,
     crop_prices,
     length_spreads,
@@ -78,13 +75,13 @@ def check_recipe(
         train=len(train.kept),
         validation=len(held_out.kept),
         origin=data.origin,
-        problems=listed(problems, recipe.data.on_too_long),
+        problems=listed(problems, recipe.data.on_too_long, crops),
         reasons=count_reasons(problems),
         **_limits(recipe),
         trouble=data.refusal or unsplit or find_refusal(recipe, data, problems, len(train.kept)),
         sampled=data.sampled,
         decoded=decode,
-        images=Images(count_images(facts), count_addresses(facts), list(map(shorten, data.not_cached))),
+        images=Images.of(facts, data.not_cached),
         model=name if model else None,
         num_crops=crops,
         lengths=length_spreads(facts) if model else {},

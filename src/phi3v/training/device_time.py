@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from phi3v.errors import ConfigError
+from phi3v.whole_files import refuse_foreign
 
 
 def covered(intervals: Iterable[tuple[int, int]]) -> int:
@@ -36,11 +37,12 @@ def check_trace(file: Path) -> None:
     """Refuses a place where no trace can be written, before anything is watched; leaves nothing there.
 
     Raises: ConfigError when it is a folder or a device (torch renames its file to the name given, so /dev/null would be
-        gone), or its folder is not there or closed to us.
+        gone), a file that is no trace, or its folder is not there or closed to us.
     """
     there = file.exists()
     if there and not file.is_file():
         raise ConfigError(f"trace {file} is a folder or a device: name a file")
+    refuse_foreign("--trace", file, '"schemaVersion"', "trace of phi3v profile")
     try:
         file.open("ab").close()
     except OSError as error:
