@@ -291,6 +291,7 @@ class StepTrainer(DurableTrainer):
         self.optimizer._is_overflow = fault is not None  # accelerate's word for an update that was left out
         if fault is None:
             return norm
+        self.check_weights()  # if the update before has spoilt them, these rows have not
         step = self.state.global_step + 1
         with self.ranks.together():  # all of them have found the same
             self.non_finite.judge(fault, step, self.rows_of_step(step), self.saved)
