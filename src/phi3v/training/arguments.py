@@ -191,8 +191,8 @@ def check_options(options: dict[str, Any]) -> None:
     optimiser = options.get("optim", SHARDED_OPTIMISERS[0])
     if options.get("fsdp") and optimiser not in SHARDED_OPTIMISERS:
         raise ConfigError(
-            f"training.optim is {optimiser!r}, which cannot step a model that is sharded: with training.fsdp set one of "
-            f"{', '.join(SHARDED_OPTIMISERS)}, or take fsdp out, as each rank has a whole model then"
+            f"training.optim is {optimiser!r}, which cannot step a model that is sharded: with training.fsdp set one "
+            f"of {', '.join(SHARDED_OPTIMISERS)}, or take fsdp out, as each rank has a whole model then"
         )
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with an optimiser or a schedule, seen in one update of a few numbers before a training is set up for it.
+"""What is wrong with an optimiser or a schedule, seen in one update of a few numbers before a training is made.
 
 In come TrainingArguments and what they are for; out comes nothing, or a `ConfigError` of one line. Which numbers an
 optimiser may have is not restated: one of its own class steps a tiny weight, and what comes out is looked at.

@@ -263,7 +263,7 @@ def _trainer(
     step_collator.halvings.fill_(facts["halvings"])
     _use_faster_layers(model, recipe, device, step_collator.micro_batches, watch)
     check_first_batch(train_samples, step_collator, processor)
-    meter, trackers = Meter(), run_trackers(recipe, run, ranks)
+    meter, trackers = Meter(), run_trackers(recipe, run, ranks, done or 0)
     trainer = _make_trainer(
         model=model,
         args=arguments,
