@@ -338,7 +338,7 @@ def _workers_are_there(watch: WatchedWorkers) -> Iterator[None]:
         what = (
             "gave no sample any more and was ended"
             if watch.killed
-            else "was ended from outside, for its memory perhaps"
+            else "was ended from outside (for its memory perhaps)"
         )
         raise TrainingError(
             f"a loader worker {what} while images were looked at before the first step ({first_line(error)}): see "
