@@ -101,11 +101,10 @@ def _attach(tuned: Any, base: Any, parts: Parts, device: str) -> list[str]:
     notes: list[str] = []
     attention, fast = part("kernels.packed_attention"), part("kernels.lora_layer")
     layers = part("training.faster_layers")
+    replaced = fast.attach_fast_lora(tuned, force=device == "meta") if fast and parts.fast_lora else 0
     if attention and parts.packed:
-        notes.append(attention.attach_packed_attention(tuned))
-    replaced = 0
+        notes.append(attention.attach_packed_attention(tuned, compiled=parts.compiled and not replaced))
     if parts.fast_lora:
-        replaced = fast.attach_fast_lora(tuned, force=device == "meta") if fast else 0
         notes.append(f"{replaced} hand-written layers")
     if parts.compiled and layers and device == "cuda":
         if replaced:

@@ -46,9 +46,8 @@ def step_3_model(model_id: str):
     """The model without remote code, and LoRA on projections that the language model really has."""
     phi3v.register()
     processor = AutoProcessor.from_pretrained(model_id)
-    model = AutoModelForCausalLM.from_pretrained(
-        model_id, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32, device_map="auto"
-    )
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(model_id, dtype=dtype)  # the Trainer places it, on each GPU
     config = LoraConfig(
         r=16,
         lora_alpha=32,

@@ -3,6 +3,7 @@
 What needs a process of its own is in test_cli_process.py.
 """
 
+import io
 import json
 import re
 import shutil
@@ -11,12 +12,15 @@ import pytest
 import torch
 import transformers
 import typer
+from rich.console import Console
 from tiny_models import write_tiny_recipe
 from typer.testing import CliRunner
 
 from phi3v import cli_session
 from phi3v.cli import app
+from phi3v.cli_screen import Screen
 from phi3v.generate import ask
+from phi3v.training.callbacks import TrainingEvent
 
 
 @pytest.fixture(scope="module")
@@ -253,3 +257,53 @@ def test_a_run_that_was_trained_on_a_gpu_is_asked_and_evaluated_on_a_cpu(trained
     )
     wrong = inside(*evaluation, "--device", "gpu")
     assert wrong.exit_code == 1 and "'gpu' names no device" in wrong.stderr
+
+
+@pytest.mark.parametrize(("width", "note"), [(80, "loss 5.85, 1…"), (130, "loss 5.85, 11.9 samples/s, 4,040 tokens/s")])
+def test_a_narrow_terminal_cuts_the_note_and_neither_bar_nor_count_nor_time_left(width, note):
+    console = Console(width=width, file=(shown := io.StringIO()), force_terminal=True)
+    rates = {"samples_per_second": 11.9, "tokens_per_second": 4040.0}
+    with Screen(console) as screen:
+        screen.on_progress("looking at the held-out rows", 2, 2)
+        screen.on_event(TrainingEvent("metrics", 7, 400, metrics={"loss": 5.85}))
+        screen.on_event(TrainingEvent("step", 7, 400, rates=rates))
+    last = [line for line in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.getvalue()).splitlines() if "training" in line]
+    assert re.fullmatch(rf"training +━{{16}} +7/400 left -:--:-- {note} *", last[-1]), last[-1]
+
+
+def test_without_a_terminal_lines_say_the_time_left():
+    console = Console(file=(shown := io.StringIO()))
+    with Screen(console) as screen:
+        screen.on_event(TrainingEvent("start", 0, 40))
+        for step in (4, 40):
+            screen.on_event(TrainingEvent("metrics", step, 40, metrics={"loss": 5.85}))
+            screen.on_event(TrainingEvent("step", step, 40))
+    first, last = shown.getvalue().splitlines()
+    assert re.fullmatch(r"training: 4 of 40, [\d.]+ s left, loss 5.85", first)
+    assert last == "training: 40 of 40, loss 5.85"
+
+
+@pytest.mark.parametrize(
+    "words", [["What is a .png?"], ["1/2 + 1/2"], ["and/or"], ["a.png", "b.png"], ["a.png", "What? " * 50]]
+)
+def test_questions_without_an_image_and_longer_than_a_name_are_questions(inside, words):
+    done = inside("ask", "./nowhere", *words)
+    assert done.exit_code == 1 and done.stderr.startswith("phi3v: ./nowhere does not exist"), done.output
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ask", "{}", "What?"],
+        ["train", "{recipe}", "output={}"],
+        ["train", "{recipe}", "model={}"],
+        ["evaluate", "{model}", "--data", "{recipe}", "--against", "{}"],
+        ["predict", "{model}", "--data", "{photos}", "--out", "{}/a.csv"],
+        ["export", "{model}", "--to", "merged", "--out", "{}"],
+    ],
+)
+def test_a_name_longer_than_names_can_be_is_one_line(inside, folder, words):
+    places = {"recipe": folder / "recipe.yaml", "model": folder / "model", "photos": folder / "photos"}
+    done = inside(*(word.format("n" * 300, **places) for word in words))
+    said = f"phi3v: no file or folder can be called {'n' * 40}...: 300 bytes, at most 255; shorten it\n"
+    assert (done.exit_code, done.stdout, done.stderr) == (1, "", said)

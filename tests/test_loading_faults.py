@@ -1,6 +1,7 @@
 """What is wrong with a checkpoint or an option, in one line: the file, the field, the way out."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from tiny_models import write_photos, write_tiny_model
 
-from phi3v import loading, tuning
+from phi3v import loading, tuning, weight_files
 from phi3v.errors import CheckpointError, ConfigError, DeviceError, MissingPackageError
 from phi3v.evaluation.run import evaluate
 from phi3v.generate import ChatModel
@@ -157,3 +158,33 @@ def test_the_recipes_words_on_dtype_and_attention_are_true(model_folder: Path, m
         chosen.append(str(loading.resolve_dtype("auto", torch.device(device))).removeprefix("torch."))
     found = "auto: {} on GPUs that have it, else {}; {} on the CPU.".format(*chosen)
     assert words["dtype"].endswith(found)
+
+
+@pytest.mark.parametrize("shard", ["100GB", "20KB"])
+def test_a_second_name_of_the_embeddings_with_other_values_is_refused(tmp_path: Path, shard: str, monkeypatch) -> None:
+    """In one file and in shards, and where the row that differs is one of the last; equal values are ignored."""
+    monkeypatch.setattr(weight_files, "_ROWS_AT_ONCE", 100)
+    folder = write_tiny_model(tmp_path / "model")
+    model = loading.load_base(folder)
+    weights = model.state_dict()
+    second = weights["model.embed_tokens.weight"].clone()
+    state = {**weights, "model.vision_embed_tokens.wte.weight": second}
+
+    def write() -> None:
+        for file in folder.glob("*.safetensors*"):
+            file.unlink()
+        model.save_pretrained(folder, state_dict=state, max_shard_size=shard)
+
+    write()
+    assert (folder / "model.safetensors.index.json").is_file() == (shard == "20KB")
+    equal = loading.load_base(folder).state_dict()
+    assert all(torch.equal(equal[name], value) for name, value in weights.items())
+    second[-1, -1] += 1
+    write()
+    with pytest.raises(CheckpointError) as error:
+        loading.load_base(folder)
+    assert re.fullmatch(
+        r"\S+model/model\S*\.safetensors: model.vision_embed_tokens.wte.weight is a second name of "
+        r"model.embed_tokens.weight and differs from it: which .*, or restore the file",
+        str(error.value),
+    )

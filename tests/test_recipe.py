@@ -190,7 +190,7 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
             Recipe.load(broken)
         assert words in str(caught.value) and "\n" not in str(caught.value)
     broken.write_bytes(b"model: a\ndata: b\n")
-    with pytest.raises(ConfigError, match="^unknown key data.trian; did you mean data.train"):
+    with pytest.raises(ConfigError, match="^override .data.trian=x.: unknown key data.trian; did you mean data.train"):
         Recipe.load(broken, ["data.trian=x"])  # a mistake of the command, not of the file
     with pytest.raises(ConfigError, match="gone.yaml cannot be read: No such file"):
         Recipe.load(tmp_path / "gone.yaml")
@@ -281,3 +281,29 @@ def test_several_sets_keep_what_they_say_and_their_places(tmp_path: Path, monkey
     placed = recipe.with_places()
     assert [one.source for one in placed.data.train] == [f"{tmp_path}/a.csv", f"{tmp_path}/*.tar", "some/hub"]
     assert recipe.differences(placed) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "line"),
+    [
+        ("", ["trainin.seed=3"], "override 'trainin.seed=3': unknown key trainin; did you mean training?"),
+        (
+            "",
+            ["training.seed=x", "output=a"],
+            "override 'training.seed=x': training.seed: given 'x', allowed is a whole",
+        ),
+        ("", ["evaluation={row: 3}"], "override 'evaluation={row: 3}': unknown key evaluation.row; did you mean"),
+        ("trainin: {seed: 3}", ["output=a"], "recipe {}: unknown key trainin; did you mean training?"),
+        (
+            "report: {sample: 3}",
+            ["report.to=none"],
+            "recipe {}: unknown key report.sample; did you mean report.samples?",
+        ),
+    ],
+)
+def test_a_mistake_is_said_to_be_where_it_is(text: str, overrides: list[str], line: str, tmp_path: Path) -> None:
+    path = tmp_path / "shop.yaml"
+    path.write_text(f"model: a/b\ndata: rows.csv\n{text}\n")
+    with pytest.raises(ConfigError) as caught:
+        Recipe.load(path, overrides)
+    assert str(caught.value).startswith(line.replace("{}", str(path)))

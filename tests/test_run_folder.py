@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 from phi3v.errors import CheckpointError, ConfigError
 from phi3v.recipe import Recipe
 from phi3v.run_folder import VERSIONED_PACKAGES, RunFolder, gather_versions, to_json
+from phi3v.targets import resolve_target
 from phi3v.whole_files import replace_file, replace_folder
 
 
@@ -50,6 +53,21 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path: Path) 
         RunFolder(foreign / "a.jpg").start(recipe())
     with pytest.raises(ConfigError, match="cannot be used"):
         RunFolder(foreign / "a.jpg" / "below").start(recipe())
+
+
+def test_a_run_that_lost_its_versions_is_told_what_it_lacks(tmp_path: Path) -> None:
+    """Also a copy, whose recipe names the folder of the other: that one is not opened in its place."""
+    RunFolder(tmp_path / "run").start(recipe(f"output={tmp_path / 'run'}"))
+    run = RunFolder(shutil.copytree(tmp_path / "run", tmp_path / "copy"))
+    run.append_metrics({"step": 1, "loss": 2.5})
+    run.versions.unlink()
+    lacks = f"{run.path} holds recipe.yaml and no versions.json, and a run has both: bring versions.json back"
+    with pytest.raises(CheckpointError, match=f"^{re.escape(lacks)}, or name the folder adapter or model in it"):
+        resolve_target(run.path)
+    again = Recipe.load(run.recipe)
+    assert again.output == str(run.path)
+    with pytest.raises(ConfigError, match=f"^output {re.escape(lacks)} to go on with it, or give a folder"):
+        run.look(again)
 
 
 def test_an_empty_folder_and_what_a_killed_start_left_are_taken(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ it, so `--help` is quick, and so is what is wrong with a recipe or a target.
 
 from __future__ import annotations
 
+import os
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -57,6 +59,11 @@ from phi3v.cli_profile import profile
 from phi3v.cli_serve import serve
 from phi3v.cli_session import session
 from phi3v.cli_sweep import sweep
+
+_PHOTO_NAME = re.compile(
+    r"(?:https?://|file://|data:image/|~?/|\.\.?/)\S*|.*\.(?:jpe?g|png|webp|gif|bmp|tiff?|heic|avif)", re.IGNORECASE
+)
+"""What an image is called and a question is not: phto.png, ./photos/scarf, https://shop.example/1."""
 
 
 class Runtime(StrEnum):
@@ -223,8 +230,14 @@ def ask(
         )
     if not all(image.strip() for image in images):
         raise typer.BadParameter("an image is empty; name a file", param_hint="IMAGE")
-    if Path(question).is_file():
+    if os.path.isfile(question):  # which a question longer than any name is not; Path's own would raise
         raise typer.BadParameter(f"{question} is a file; put the question after it, in quotes", param_hint="question")
+    if not images and _PHOTO_NAME.fullmatch(question.strip()):
+        raise typer.BadParameter(
+            f"{question} looks like the name of an image, and no such file is here; name a file, then the question in "
+            "quotes (a question about no image that ends so needs a mark behind it)",
+            param_hint="question",
+        )
     with session(debug or context.obj, as_json) as here:
         from phi3v.targets import graphs_of, holds_graphs, resolve_target
 

@@ -9,6 +9,7 @@ has to be told how long to wait (`cli_hub`), and PIL when a command runs.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 FAILED, INTERRUPTED = 1, 130
+_LONGEST_NAME = 255  # bytes, on the file systems of Linux, macOS and Windows
 _TRAINING = ("checkpoints", "conditions", "disk_space", "step_faults")
 _SHOWN = ("phi3v.generate", "phi3v.evaluation.journal", *(f"phi3v.training.{name}" for name in _TRAINING))
 """Modules whose warnings are lines for people."""
@@ -104,6 +106,10 @@ def session(debug: bool = False, as_json: bool = False, *, on_interrupt: str = "
     except FileNotFoundError as error:
         here.failed(f"no such file: {error.filename}" if error.filename else str(error), debug)
         raise typer.Exit(FAILED) from None
+    except OSError as error:
+        fault = _name_too_long(error) or f"{type(error).__name__}: {error} (run again with --debug to see where)"
+        here.failed(fault, debug)
+        raise typer.Exit(FAILED) from None
     except Exception as error:  # a fault of ours or of a library: still one line, and the way to see more
         if _is_usage_error(error):
             raise
@@ -120,6 +126,17 @@ def _stand_somewhere() -> None:
         os.getcwd()
     except FileNotFoundError as error:
         raise ConfigError("the current folder was deleted: change to another one (cd) and run it again") from error
+
+
+def _name_too_long(error: OSError) -> str | None:
+    """What is wrong with a path whose name no file can have, 255 bytes at most; None for other faults."""
+    if error.errno != errno.ENAMETOOLONG or error.filename is None:
+        return None
+    path = os.fsdecode(error.filename)
+    name = max(path.split(os.sep), key=lambda part: len(os.fsencode(part)))
+    if (size := len(os.fsencode(name))) > _LONGEST_NAME:
+        return f"no file or folder can be called {name[:40]}...: {size:,} bytes, at most {_LONGEST_NAME}; shorten it"
+    return f"the path {path[:40]}... has {len(os.fsencode(path)):,} bytes, more than this system takes; shorten it"
 
 
 def _terminated(number: int, frame: Any) -> None:

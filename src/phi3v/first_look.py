@@ -68,19 +68,25 @@ class RowUse:
     """How many rows a run uses, and why others are left out.
 
     Example: "2736 rows to train on, 304 held out; 12 left out (8 url_gone, 4 missing_value)" are
-    RowUse(train=2736, held_out=304, left_out=12, reasons={"url_gone": 8, "missing_value": 4}).
+    RowUse(train=2736, held_out=304, left_out=12, reasons={"url_gone": 8, "missing_value": 4}, samples_per_step=16).
     """
 
     train: int
     held_out: int
     left_out: int
     reasons: dict[str, int]
+    samples_per_step: int
 
     @classmethod
-    def of(cls, data: LoadedData) -> Self:
+    def of(cls, data: LoadedData, samples_per_step: int) -> Self:
         """The counts of loaded data."""
         reasons = dict(Counter(problem.reason_code for problem in data.problems).most_common())
-        return cls(len(data.train), len(data.validation or []), len(data.problems), reasons)
+        return cls(len(data.train), len(data.validation or []), len(data.problems), reasons, samples_per_step)
+
+    @property
+    def repeated(self) -> int:
+        """How many rows an epoch takes once more, to make its last step whole: 92 of 8 rows in a step of 100."""
+        return -self.train % self.samples_per_step
 
 
 def row_options(recipe: Recipe) -> RowOptions:

@@ -39,6 +39,7 @@ from phi3v.targets import (
     read_json,
     resolve_target,
 )
+from phi3v.weight_files import check_second_embedding
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
@@ -269,6 +270,7 @@ def load_base(
             f"cannot load {name}: {first_line(error)}; config.json and weights must belong together"
         ) from error
     _refuse_incomplete(str(name), info)
+    check_second_embedding(name, revision)
     return model.eval()
 
 

@@ -119,7 +119,10 @@ class TrainingSection(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
     samples_per_step: int = Field(
-        default=16, ge=1, description="Samples in one optimiser step, on all devices together."
+        default=16,
+        ge=1,
+        description="Samples in one optimiser step, on all devices together; an epoch's last step is filled up with "
+        "rows of that epoch.",
     )
     micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         default=1, description="Samples that go through the model at once: memory, not the result; auto: what fits."
@@ -271,16 +274,30 @@ class Recipe(Section):
             reason = error.strerror or str(error)
             raise ConfigError(f"recipe {path} cannot be read: {reason}; give the path of a YAML recipe") from error
         values, overrides = read_yaml(text, f"recipe {path}"), list(overrides)
-        if isinstance(values, Mapping) and path.name == RUN_FILES[0] and (path.parent / RUN_FILES[1]).is_file():
+        beside = (path.parent / name for name in (RUN_FILES[1], "metrics.jsonl"))  # also in a run that lost one
+        if isinstance(values, Mapping) and path.name == RUN_FILES[0] and any(file.is_file() for file in beside):
             values = {**values, "output": os.path.abspath(path.parent)}
         if values is None:
             raise ConfigError(f"recipe {path} is empty; write at least model, data.train and the templates into it")
         try:
             return cls.from_dict(values, overrides, name=name or path.stem)
         except ConfigError as error:
-            if any(override.partition("=")[0].strip() in str(error) for override in overrides):
-                raise  # the mistake is in the command, not in the file
-            raise ConfigError(f"recipe {path}: {error}") from error
+            raise ConfigError(cls._blame(str(error), path, values, overrides)) from error
+
+    @classmethod
+    def _blame(cls, line: str, path: Path, values: Any, overrides: list[str]) -> str:
+        """A mistake with where it is: in an override, or in the file where it is one without them too."""
+        if line.startswith("override "):
+            return line
+        try:
+            cls.from_dict(values)
+        except ConfigError as error:
+            overrides = [] if str(error) == line else overrides
+        for parts in (None, 1):  # the whole key, then its section alone: trainin.seed=1 -> "unknown key trainin"
+            for override in overrides:
+                if ".".join(override.partition("=")[0].strip().split(".")[:parts]) in line:
+                    return f"override {override!r}: {line}"
+        return f"recipe {path}: {line}"
 
     @classmethod
     def from_dict(cls, values: Any, overrides: Iterable[str] = (), name: str = "run") -> Self:

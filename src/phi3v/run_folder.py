@@ -165,6 +165,11 @@ class RunFolder:
             cut_off = found == ["recipe.yaml"] and self.recipe.read_text("utf-8") == recipe.with_places().to_yaml()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"output {self.path} cannot be used ({error}): give another folder") from error
+        if self.recipe.name in found and len(found) > 1:
+            raise ConfigError(
+                f"output {self.path} holds {self.recipe.name} and no {self.versions.name}, and a run has both: bring "
+                f"{self.versions.name} back to go on with it, or give a folder that is new or empty"
+            )
         if found and not cut_off:
             raise ConfigError(
                 f"output {self.path} holds {found[0]} and is no run of phi3v: give a folder that is new or empty"

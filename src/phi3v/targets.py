@@ -67,6 +67,11 @@ def resolve_target(target: str | Path, *, revision: str | None = None) -> Target
         return _resolve_adapter(name, path, "adapter")
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / "recipe.yaml").is_file():
+                raise CheckpointError(
+                    f"{name} holds recipe.yaml and no versions.json, and a run has both: bring versions.json back, or "
+                    "name the folder adapter or model in it"
+                )
             raise CheckpointError(
                 f"{name} is neither a run (recipe.yaml), an adapter ({ADAPTER_CONFIG}) nor a model (config.json): "
                 "name a folder that holds one of these files, or a hub id"

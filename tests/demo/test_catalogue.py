@@ -8,6 +8,7 @@ from PIL import Image, ImageChops
 
 from phi3v import demo
 from phi3v.demo import catalogue, glyphs
+from phi3v.errors import ConfigError
 
 GUIDE_COLUMNS = [
     *("website_name", "competence_date", "country_code", "currency_code", "brand", "category1_code", "category2_code"),
@@ -60,6 +61,10 @@ def test_unseen_products_share_no_combination_and_no_price_with_the_training_par
         (p.title, p.row()["category3_code"], p.full_price) for p in test
     }
     assert {p.item for p in train} == {p.item for p in test} == set(catalogue.ITEMS)
+    for part in (train, test):
+        assert len({(p.title, p.row()["category3_code"], p.full_price) for p in part}) == len(part)
+    with pytest.raises(ConfigError, match="26,800 different products, not 26,801"):
+        catalogue.products("test", 26_801)
 
 
 def test_prices_are_split_as_documented() -> None:

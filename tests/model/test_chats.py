@@ -244,7 +244,8 @@ class TestRefusals:
                 [user({"type": "video", "video": "x"})],
                 "part 0 of message 0 is neither text nor an image: its type is 'video'",
             ),
-            ([user({"type": "text"})], "part 0 of message 0 is neither text nor an image"),
+            ([user({"type": "text"})], "part 0 of message 0 has text of type NoneType: it must be a string"),
+            ([user({"type": "text", "text": 5})], "part 0 of message 0 has text of type int: it must be a string"),
             (
                 [user("a"), user({"type": "image"}, {"type": "text", "text": "x"})],
                 "conversation 0 has an image part without",

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 import phi3v
+from phi3v.cli_screen import repeated_line
 from phi3v.errors import ConfigError, TrainingError
 from phi3v.run_folder import RunFolder
 from phi3v.training import step_trainer
 from phi3v.training import train as training
 from phi3v.training.callbacks import TrainingEvent
+from phi3v.training.module_walks import short_walks
 from phi3v.training.sampling import epoch_order
 
 MakeRecipe = Callable[..., phi3v.Recipe]
@@ -59,6 +62,23 @@ def test_a_step_does_not_walk_over_all_modules(make: MakeRecipe, monkeypatch: py
         phi3v.train(recipe)
         runs[name] = list(told)
     assert runs["short"] == runs["long"] and graded == [0] * 12
+
+
+def test_no_part_of_a_model_is_left_in_another_mode() -> None:
+    """As PEFT's models are around a base that was loaded to answer, and as who asks a part for answers leaves it."""
+    model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Dropout()), torch.nn.Linear(2, 2))
+    with short_walks(model):
+        model[0].eval()
+        assert model.train() is model and all(module.training for module in model.modules())
+        model[0][0].eval()
+        model.train()
+        assert model[0][0].training
+        model.eval()
+        assert not any(module.training for module in model.modules())
+        model.train()(torch.ones(1, 2)).sum().backward()
+        model.zero_grad()
+    assert all(weight.grad is None for weight in model.parameters())
+    assert "train" not in vars(model) and "zero_grad" not in vars(model)
 
 
 def test_a_run_has_all_its_files_and_the_second_call_says_finished(make: MakeRecipe) -> None:
@@ -281,6 +301,20 @@ def test_the_last_loss_is_that_of_the_last_step(make: MakeRecipe, trained: MakeR
     assert all("train_loss" not in line for line in RunFolder(seldom.output).read_metrics())
 
 
+def test_a_step_larger_than_all_rows_repeats_them_and_says_so(make: MakeRecipe) -> None:
+    recipe = make(training={"samples_per_step": 25, "micro_batch_size": 5, "epochs": 1}, evaluation={"rows": 1})
+    events: list[TrainingEvent] = []
+    assert phi3v.train(recipe, on_event=events.append, report=False).steps == 1
+    used = next(event.rows for event in events if event.rows is not None)
+    assert (used.train, used.repeated) == (10, 15)
+    assert repeated_line(used) == (
+        "an epoch is 1 step of 25 samples (training.samples_per_step): 10 rows, and rows once more for the other 15"
+    )
+    last = RunFolder(recipe.output).read_metrics()[-1]
+    assert last["train_samples_per_second"] * last["train_runtime"] == pytest.approx(25, abs=0.1)
+    assert [replace(used, samples_per_step=step).repeated for step in (10, 5, 3, 1)] == [0, 0, 2, 0]
+
+
 def test_another_evaluation_is_made_without_training_again(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = make(data={"split": {"validation": 4}}, training={"max_steps": 1}, evaluation={"max_new_tokens": 2})
     phi3v.train(recipe)
@@ -294,6 +328,11 @@ def test_another_evaluation_is_made_without_training_again(make: MakeRecipe, mon
     assert phi3v.train(again).status == "finished"
     assert run.read_evaluation()["rows"] == 3 == len(run.read_predictions())
     assert run.read_recipe().evaluation.rows == 3 and run.report.is_file()
+    for lost in (run.evaluation, run.predictions):
+        answers = run.read_predictions()
+        lost.unlink()
+        assert phi3v.train(again).status == "finished"
+        assert run.read_evaluation()["rows"] == 3 and run.read_predictions() == answers
     assert_same(adapter(recipe), before)
     with pytest.raises(ConfigError, match="numeric_fields names 'foo'"):
         phi3v.train(again.with_overrides(["evaluation.numeric_fields=[foo]"]))

@@ -5,14 +5,15 @@ colour and one pattern, and a price tag: title, `category3_code` and `full_price
 nothing else tells them. Prices of the test part never occur in the training part, so no combination of title,
 category and price does.
 
-Prices are the numbers whose remainder by 7 is 3, which `scenes` never draws; words and templates differ from its own
-too.
+Prices are numbers whose remainder by 7 is 3, which `scenes` never draws, and which the drill of `echoing` never held;
+titles and templates differ from theirs too. No two products of a part are alike in title, category and price.
 """
 
 from __future__ import annotations
 
 import csv
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from random import Random
 
@@ -20,6 +21,7 @@ from PIL import Image
 
 from phi3v.demo import glyphs, painting
 from phi3v.demo.painting import box, round_outline
+from phi3v.errors import ConfigError
 
 SIDE = 336
 PROMPT = "What is shown in this image?"
@@ -34,6 +36,9 @@ COLOURS = {  # word in the title -> hue in degrees, saturation, value
     "Rose": (340, 0.42, 0.96),
     "Charcoal": (0, 0.0, 0.26),
 }
+DRILLED = (381,)
+"""Not sold, though its remainder is 3: the drill that the packaged model learned to repeat by (`echoing`, seed 0, step
+49) has this number among its random pieces."""
 PATTERNS = {"Solid": "flat", "Breton": "rows", "Pinstripe": "columns", "Polka": "dots", "Check": "checks"}
 
 
@@ -184,28 +189,25 @@ class Product:
 
 def prices(part: str) -> list[int]:
     """The prices of `"train"` or of `"test"`: numbers from 100 to 1999 with n % 7 == 3, every fourth of them for the
-    test.
+    test, those of `DRILLED` for none.
 
     Example: `prices("test")[:2] == [101, 129]` and `prices("train")[:3] == [108, 115, 122]`.
     """
     reserved = [n for n in range(100, 2000) if n % 7 == 3]
-    return [n for i, n in enumerate(reserved) if (i % 4 == 0) == (part == "test")]
+    return [n for i, n in enumerate(reserved) if (i % 4 == 0) == (part == "test") and n not in DRILLED]
 
 
 def products(part: str, count: int, seed: int = 0) -> list[Product]:
-    """`count` random products of one part; numbers run on from 0 for `"train"` and from 50000 for `"test"`."""
+    """`count` random products of one part, no two alike; numbers run on from 0 for `"train"`, 50000 for `"test"`."""
     rng = Random(f"catalogue {part} {seed}")
     first, choice = (50_000 if part == "test" else 0), prices(part)
-    return [
-        Product(
-            first + i,
-            rng.choice(tuple(COLOURS)),
-            rng.choice(tuple(PATTERNS)),
-            rng.choice(tuple(ITEMS)),
-            rng.choice(choice),
-        )
-        for i in range(count)
-    ]
+    kinds = (tuple(COLOURS), tuple(PATTERNS), tuple(ITEMS), choice)
+    if count > (most := prod(map(len, kinds))):
+        raise ConfigError(f"the catalogue's {part} part has at most {most:,} different products, not {count:,}")
+    drawn: dict[tuple[str, str, str, int], None] = {}  # a set that keeps its order
+    while len(drawn) < count:
+        drawn[rng.choice(kinds[0]), rng.choice(kinds[1]), rng.choice(kinds[2]), rng.choice(kinds[3])] = None
+    return [Product(first + i, *facts) for i, facts in enumerate(drawn)]
 
 
 def photo(product: Product, seed: int = 0) -> Image.Image:

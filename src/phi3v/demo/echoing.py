@@ -2,7 +2,11 @@
 
 `echo(seed, index, rows)` is a batch of random pieces of the vocabulary to be repeated. To find the
 same piece again and say what followed it is how a number is read off a picture too, and here the skill is learned
-reliably, from hundreds of answers a step instead of a handful.
+reliably, from hundreds of answers a step instead of a handful. `phrase(tokenizer, seed, index)` is what some scenes ask
+for again.
+
+Any piece may be drawn, so single words of the catalogue's titles and answers are among them. No whole title, no
+template and no price is (a test walks the drill of the packaged model; the one price that it held is not sold).
 
 Letters: B rows, S positions.
 """
@@ -37,3 +41,12 @@ def echo(tokenizer: Any, seed: int, index: int, rows: int = ROWS) -> tuple[torch
     labels = ids.clone()
     labels[:, : len(before) + count + len(between)] = -100
     return ids, labels
+
+
+def phrase(tokenizer: Any, seed: int, index: int) -> str | None:
+    """What the scene with this number asks for again, 3 to 8 random pieces as text; None for every second, by lot."""
+    rng = Random(f"repeat {seed} {index}")
+    if rng.random() >= 0.5:
+        return None
+    pieces = [rng.randrange(FIRST_PIECE, tiny_tokenizer.BASE_SIZE) for _ in range(rng.randint(3, 8))]
+    return tokenizer.decode(pieces).strip() or "x"

@@ -1,10 +1,11 @@
 """Pretraining of the tiny model: from random weights to questions about scenes.
 
 `pretrain(...)` trains the package's own classes and returns the model; `score` asks held-out scenes. Nothing is
-specific to the demo's catalogue. There are three parts: `looking` teaches the tower to see digits and shapes, `echoing`
-teaches the decoder to repeat, and `scenes` teach it to answer. A scene's questions follow each other in one sequence,
-so that every encoded picture teaches several answers; only answers are trained on. Half of the sequences end with a
-few random pieces of the vocabulary to repeat, which gives every entry of the tables a meaning.
+specific to the demo's catalogue; its single words are among the tokenizer's pieces. There are three parts: `looking`
+teaches the tower to see digits and shapes, `echoing` teaches the decoder to repeat, and `scenes` teach it to answer. A
+scene's questions follow each other in one sequence, so that every encoded picture teaches several answers; only answers
+are trained on. Half of the sequences end with a few random pieces of the vocabulary to repeat, which gives every entry
+of the tables a meaning.
 `scripts/pretrain_tiny.py` is the command.
 
 Letters: B rows, S positions.
@@ -13,7 +14,6 @@ Letters: B rows, S positions.
 from __future__ import annotations
 
 import math
-import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from phi3v.demo import tokenizer as tiny_tokenizer
-from phi3v.demo.echoing import echo
+from phi3v.demo.echoing import echo, phrase
 from phi3v.demo.looking import Page, Pages, looking_loss, word_ids
 from phi3v.demo.muon import Muon
 from phi3v.demo.scenes import scene
@@ -186,11 +186,8 @@ class Scenes(Dataset):
         """One scene; every second one, drawn by lot, ends with pieces of the vocabulary to repeat."""
         made = scene(self.seed, index)
         turns = list(made.turns)
-        rng = random.Random(f"repeat {self.seed} {index}")
-        if rng.random() < 0.5:
-            pieces = [rng.randrange(259, tiny_tokenizer.BASE_SIZE) for _ in range(rng.randint(3, 8))]
-            phrase = self.tokenizer.decode(pieces).strip() or "x"
-            turns.append((f"Repeat: {phrase}", phrase))
+        if (again := phrase(self.tokenizer, self.seed, index)) is not None:
+            turns.append((f"Repeat: {again}", again))
         tokens = ONE_VIEW_TOKENS if index < self.one_view else IMAGE_TOKENS
         return *encode_turns(self.tokenizer, turns, tokens), made.image, turns
 

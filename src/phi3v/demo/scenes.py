@@ -1,4 +1,4 @@
-"""Random scenes with questions and answers: what the tiny model is pretrained on.
+"""Random scenes with questions and answers: what the tiny model learns in the third part of its pretraining.
 
 `scene(seed, index)` gives one 336 x 336 picture and a list of question and answer pairs about it; the same arguments
 give the same scene on every machine. Four kinds: lines of numbers, a grid of objects, an object with number plates,

@@ -7,7 +7,7 @@ What is attached here does without that mask:
 
 | `attn_implementation` | what a pack goes through |
 |---|---|
-| sdpa, on a GPU of compute capability 9 or 10 in bfloat16 or float16, with the extra `flash` | FlashAttention 4 |
+| the same, of 9 or 10, with the extra `flash`, where layers are not compiled | FlashAttention 4 |
 | sdpa, on a GPU of compute capability 8.0 in bfloat16 or float16 | `torch.nn.attention.varlen`, torch 2.10 or newer |
 | sdpa, anywhere else | sdpa for one sample after the other |
 | flash_attention_2, _3, _4 | the package's own kernel for several lengths, which transformers calls |
@@ -47,13 +47,15 @@ _MOST_HEAD_SIZE = 256
 Kernel = Callable[..., torch.Tensor]
 
 
-def attach_packed_attention(model: nn.Module) -> str:
+def attach_packed_attention(model: nn.Module, *, compiled: bool = False) -> str:
     """Lets packed rows of a model go through the fastest attention that its device and its choice of attention allow.
 
     The tower keeps its own attention. Attaching twice is attaching once.
 
     Args:
         model: a Phi-3-V, or a PeftModel around one, on the device that it trains on.
+        compiled: the decoder's layers are compiled, which FlashAttention 4 would cut in two: with few tokens that costs
+            more than it gains, so torch's kernel is taken.
     Returns: the name of the attention: `FLASH_4`, `VARLEN`, `SLICES`, or the model's own, which then stays.
     """
     (decoder,) = (module for module in model.modules() if isinstance(module, Phi3VModel))
@@ -65,7 +67,7 @@ def attach_packed_attention(model: nn.Module) -> str:
         decoder.register_forward_pre_hook(_name_for_flash, with_kwargs=True)
     if chosen != "sdpa":
         return chosen
-    name, kernel = fastest_kernel(decoder.embed_tokens.weight.device)
+    name, kernel = fastest_kernel(decoder.embed_tokens.weight.device, compiled=compiled)
     AttentionInterface.register(name, partial(packed_attention, kernel=kernel))
     AttentionMaskInterface.register(name, sdpa_mask)
     decoder.set_attn_implementation({"": name, "vision_config": config.vision_config._attn_implementation})
@@ -156,9 +158,9 @@ def by_slices(
     )
 
 
-def fastest_kernel(device: torch.device) -> tuple[str, Kernel | None]:
+def fastest_kernel(device: torch.device, *, compiled: bool = False) -> tuple[str, Kernel | None]:
     """The name and the kernel of packed attention on a device; `(SLICES, None)` where there is no kernel for it."""
-    if _runs_flash_4(device) and (kernel := flash_4_kernel()) is not None:
+    if not compiled and _runs_flash_4(device) and (kernel := flash_4_kernel()) is not None:
         return FLASH_4, kernel
     if _runs_varlen(device) and (kernel := varlen_kernel()) is not None:
         return VARLEN, kernel

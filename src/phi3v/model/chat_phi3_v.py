@@ -226,7 +226,10 @@ def _read_parts(index: int, content: Sequence[Any], guard: TextGuard) -> list[di
     parts: list[dict[str, Any]] = []
     for number, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text" and isinstance(part.get("text"), str):
+        if kind == "text":
+            if not isinstance(part.get("text"), str):
+                found = type(part.get("text")).__name__
+                raise DataError(f"part {number} of message {index} has text of type {found}: it must be a string")
             if parts and parts[-1]["type"] == "text":
                 parts[-1]["text"] += part["text"]
             else:

@@ -22,15 +22,15 @@ def match_images(texts: list[str], images: Any) -> list[Any]:
         DataError: A tag has no image, an image has no tag, or the images cannot be shared out.
     """
     matched = []
-    numbers = [[_number(tag) for tag in IMAGE_TAG.findall(text)] for text in texts]
+    written = [IMAGE_TAG.findall(text) for text in texts]
+    numbers = [[_number(digits) for digits in tags] for tags in written]
     for index, (tags, own) in enumerate(zip(numbers, _share_out(images, numbers), strict=True)):
-        for tag in tags:
+        for tag, digits in zip(tags, written[index], strict=True):
             if tag == 0:
                 raise DataError(f"prompt {index} holds <|image_0|>: image tags count from 1")
             if tag > len(own):
-                raise DataError(
-                    f"prompt {index} holds <|image_{tag}|> without an image: {_count(len(own))} given for it"
-                )
+                name = f"<|image_{digits if len(digits) < 40 else digits[:40] + '...'}|>"
+                raise DataError(f"prompt {index} holds {name} without an image: {_count(len(own))} given for it")
         unused = sorted(set(range(1, len(own) + 1)) - set(tags))
         if unused:
             hint = "; an image in a chat is a part of the content, a tag in its text is text"

@@ -22,6 +22,7 @@ from phi3v.ranks import Ranks
 from phi3v.recipe import Recipe
 from phi3v.targets import Target, resolve_target
 from phi3v.training.checkpointing import checkpointing, checkpointing_kwargs
+from phi3v.training.faster_layers import compiles
 from phi3v.training.master_weights import same_in
 from phi3v.tuning import attach_lora, freeze, mark_trained, vision_choices
 
@@ -140,10 +141,13 @@ def make_ready(model: Any, recipe: Recipe, compute: torch.dtype, *, on_gpu: bool
     if checkpointing_kwargs(recipe.training.options)["use_reentrant"]:
         model.enable_input_require_grads()  # re-entrant checkpoints need an input that asks for a gradient
     sharded = bool(recipe.training.options.get("fsdp"))  # whole weights are there while a layer runs, and masters never
-    if recipe.training.fast_lora == "auto" and not recipe.training.options.get("torch_compile") and not sharded:
-        attach_fast_lora(model, force=on_gpu)
+    whole_graph = bool(recipe.training.options.get("torch_compile"))
+    replaced = 0
+    if recipe.training.fast_lora == "auto" and not whole_graph and not sharded:
+        replaced = attach_fast_lora(model, force=on_gpu)
     if recipe.training.packing:
-        attach_packed_attention(model)
+        each = compiles(recipe.training.compile_layers, model.device, quantized=recipe.quantization is not None)
+        attach_packed_attention(model, compiled=whole_graph or (each and not replaced))
     if wholly:
         _shorten_frozen_tower(model, compute)
     short = torch.bfloat16 if compute == torch.bfloat16 and not wholly and not sharded else None

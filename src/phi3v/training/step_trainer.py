@@ -108,6 +108,10 @@ class StepTrainer(DurableTrainer):
             self.workers.close()
             self.eval_workers.close()
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """What the Trainer logs, as the meter counts samples."""
+        super().log(self.meter.measured(logs), *args, **kwargs)
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's optimiser, over float32 masters where weights compute in a shorter type.
 
@@ -152,10 +156,8 @@ class StepTrainer(DurableTrainer):
         return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.ranks.count
 
     def get_train_dataloader(self) -> Any:
-        """The Trainer's loader, whose items are steps; that of a stream draws its seed apart from the random state
-        that a checkpoint keeps: a resumed run sets that state first and makes its loader then, which would draw from it
-        once more.
-        """
+        """The Trainer's loader, whose items are steps; that of a stream draws its seed apart from the random state that
+        a checkpoint keeps: a resumed run sets that state first, and its loader, made then, would draw from it again."""
         collate: Any = getattr(self, "data_collator")  # noqa: B009 -- set by the class above, unseen by mypy
         samples: Any = getattr(self, "train_dataset")  # noqa: B009 -- the same
         self.data_collator, self.train_dataset = self.step_collator, self.workers.samples(samples)
@@ -282,10 +284,8 @@ class StepTrainer(DurableTrainer):
         return epoch_order(count, samples, self.args.seed, epoch)[place * samples : (place + 1) * samples]
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The gradient norm, of a step that may be applied.
-
-        Raises: TrainingError when it or the loss is no number, unless such steps are left out.
-        """
+        """The gradient norm, of a step that may be applied. Raises: TrainingError when it or the loss is no number, unless
+        such steps are left out, or when weights are none."""
         norm = whole_number(super()._get_grad_norm(model, grad_norm=grad_norm))
         fault = self.non_finite.fault(self._step_loss, norm, self.accelerator.scaler)
         self.optimizer._is_overflow = fault is not None  # accelerate's word for an update that was left out

@@ -152,12 +152,11 @@ def _locked(run: RunFolder, ranks: Ranks) -> Iterator[None]:
 
 def _report(run: RunFolder, result: RunResult, watch: Watcher, store: FeatureStore | None) -> None:
     """Answers and scores the held-out rows and writes the report, whatever of it is not there."""
-    if run.report.is_file():
+    answered = not result.held_out or (run.evaluation.is_file() and run.predictions.is_file())
+    if run.report.is_file() and answered:
         return
-    if not result.held_out:
-        write_report(run, [])
-    elif run.evaluation.is_file() and run.predictions.is_file():
-        write_report(run, held_out_rows(resolve_target(run.path), None, None).rows)
+    if answered:
+        write_report(run, held_out_rows(resolve_target(run.path), None, None).rows if result.held_out else [])
     else:
         release_memory()
         evaluate(
@@ -365,7 +364,7 @@ def _usable_data(recipe: Recipe, processor: Any, watch: Watcher) -> LoadedData |
 
     data = read_data(recipe, processor, tell)
     if isinstance(data, LoadedData):
-        watch(TrainingEvent("rows", 0, 0, rows=RowUse.of(data)))
+        watch(TrainingEvent("rows", 0, 0, rows=RowUse.of(data, recipe.training.samples_per_step)))
     return data
 
 
