@@ -284,8 +284,8 @@ class StepTrainer(DurableTrainer):
         return epoch_order(count, samples, self.args.seed, epoch)[place * samples : (place + 1) * samples]
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The gradient norm, of a step that may be applied. Raises: TrainingError when it or the loss is no number, unless
-        such steps are left out, or when weights are none."""
+        """The gradient norm, of a step that may be applied. Raises: TrainingError when it or the loss is no number,
+        unless such steps are left out, or when weights are none."""
         norm = whole_number(super()._get_grad_norm(model, grad_norm=grad_norm))
         fault = self.non_finite.fault(self._step_loss, norm, self.accelerator.scaler)
         self.optimizer._is_overflow = fault is not None  # accelerate's word for an update that was left out
