@@ -24,6 +24,7 @@ MakeRecipe = Callable[..., phi3v.Recipe]
     ("options", "expected"),
     [
         ({"lerning_rate": 1e-3}, "training.lerning_rate is no option: did you mean learning_rate"),
+        ({"device": "cuda"}, "training.device is no option: did you mean model.device[?]"),
         *(
             ({slip: 1}, f"^training.{slip} is no option: did you mean {meant}[?]$")
             for slip, meant in {

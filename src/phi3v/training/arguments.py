@@ -170,7 +170,10 @@ def check_options(options: dict[str, Any]) -> None:
             raise ConfigError(f"training.{name} cannot be chosen: take it out of the recipe")
     taken = {*COMPUTED_TRAINING_KEYS, *_DECIDED_ELSEWHERE, *_FIXED}  # are not offered
     known = [field.name for field in fields(TrainingArguments) if field.name not in taken]
-    check_names("training", options, known, near_by=list(TrainingSection.model_fields))
+    elsewhere = {name: f"model.{name}" for name in ("device", "dtype", "attn_implementation", "adapter", "revision")}
+    check_names(
+        "training", options, known, near_by={**elsewhere, **{name: name for name in TrainingSection.model_fields}}
+    )
     for name, value in options.items():
         if name in _CHOICES:
             _check_choice(name, value)
