@@ -162,6 +162,15 @@ def test_a_trace_that_is_not_there_afterwards_is_an_error(tmp_path, capfd):
     assert "profiler_start" not in capfd.readouterr().err
 
 
+def test_a_gpu_that_tells_of_no_kernels_is_not_called_idle(monkeypatch):
+    monkeypatch.setattr(DeviceWatch, "_wait", lambda watch: None)
+    watch = DeviceWatch(torch.device("cpu"), traced=True)
+    watch.start()
+    watch.device = torch.device("cuda")
+    watch.stop()
+    assert watch.busy_seconds is None and watch.seconds > 0
+
+
 def test_intervals_cover_what_they_cover():
     assert covered([(2, 5), (0, 4), (8, 9)]) == 6
     assert covered([(0, 9), (1, 2), (3, 4)]) == 9
