@@ -100,7 +100,10 @@ class RowStream:
                 found = True
                 yield row
             if not found:
-                raise NoUsableRowError(f"{self.sets[number].map.source} has no usable row")
+                raise NoUsableRowError(
+                    f"{self.sets[number].map.source} has no usable row to train on: each is held out or cannot be used "
+                    "(phi3v data check names them); take it out of data.train, or change data.split"
+                )
 
     def _one_pass(self, place: int, tell: Tell, told: set[int]) -> Iterator[Row]:
         """The usable rows of a set in order, its problems told the first time."""
