@@ -40,6 +40,7 @@ class Card:
         base: hub id of the base; None where it is not known.
         facts: of the format: dtype, precision, ...
         recipe: of the run; None for a target that is none.
+        system: template of the system turn that it was tuned with, of the run or of the exported folder.
         summary: of the finished run, `finished.json`.
         evaluation: `evaluation.json`, None where nothing was evaluated.
         versions: of the packages that trained it.
@@ -51,6 +52,7 @@ class Card:
     base: str | None
     facts: Mapping[str, Any]
     recipe: Recipe | None = None
+    system: str | None = None
     summary: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] | None = None
     versions: Mapping[str, Any] = field(default_factory=dict)
@@ -75,14 +77,21 @@ def base_id(place: Target, given: str | None = None) -> str | None:
 
 
 def read_card(
-    run: RunFolder | None, *, title: str, to: str, base: str | None, facts: Mapping[str, Any], repo: str | None = None
+    run: RunFolder | None,
+    *,
+    title: str,
+    to: str,
+    base: str | None,
+    facts: Mapping[str, Any],
+    system: str | None = None,
+    repo: str | None = None,
 ) -> Card:
     """A card of what lies in a run's folder; of the format alone where the target is no run."""
     if run is None:
-        return Card(title, to, base, facts, repo=repo)
+        return Card(title, to, base, facts, system=system, repo=repo)
     evaluation = run.read_evaluation(needed=NEEDED) if run.evaluation.is_file() else None
     summary = run.read_summary() if run.state() == "finished" else {}
-    return Card(title, to, base, facts, run.read_recipe(), summary, evaluation, run.read_versions(), repo)
+    return Card(title, to, base, facts, run.read_recipe(), system, summary, evaluation, run.read_versions(), repo)
 
 
 def render_card(card: Card) -> str:
