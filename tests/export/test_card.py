@@ -14,7 +14,7 @@ from tiny_runs import make_recipe, make_run
 from phi3v.errors import ConfigError
 from phi3v.evaluation.run import evaluate
 from phi3v.export import hub, onnx
-from phi3v.export.card import Card, base_id, fenced, header, plain, render_card, settings, sources
+from phi3v.export.card import Card, base_id, fenced, header, plain, question, render_card, settings, sources
 from phi3v.export.run import export
 from phi3v.generate import ChatModel
 from phi3v.recipe import Recipe
@@ -55,6 +55,7 @@ def test_the_card_says_what_the_run_says(run: RunFolder, tmp_path: Path) -> None
     assert "If neither were better, a difference as large" in body
     for name, check in evaluation["checks"].items():
         assert f"- **{name}: {check['verdict']}.** " in body
+    assert "photo.jpg 'What colour?'\n" in body and '"text": "What colour?"' in body
     assert "- rows.jsonl\n" in body and "| tuned | LoRA, r 16, alpha 32, on qkv\\_proj" in body
     assert "```text\nIt is {colour}.\n```" in body
     assert "````text\nBe brief.\n```\n# Heading <script>\n````" in body  # its own fence ends nothing
@@ -228,3 +229,9 @@ def test_the_system_turn_goes_on_from_export_to_export(
         assert about["system"] == run.read_recipe().data.system, name
         assert "````text\nBe brief.\n```\n# Heading <script>\n````" in (tmp_path / name / "README.md").read_text()
     assert ChatModel.from_target(tmp_path / "again", device="cpu").system == run.read_recipe().data.system
+
+
+@pytest.mark.parametrize("prompt", ["{question}", "What?\nWhere?", "<|image_1|> What?", "a" * 201, " "])
+def test_a_question_that_is_no_plain_line_is_not_the_cards(prompt: str) -> None:
+    recipe = Recipe.from_dict({"model": "some/name", "data": {"train": "a.csv", "prompt": prompt, "answer": "{x}"}})
+    assert question(recipe) == question(None) == "What is shown in this image?"
