@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 
 from phi3v.demo import pretrain
+from phi3v.errors import DeviceError
+from phi3v.loading import resolve_device
 
 
 def main() -> int:
@@ -43,6 +45,10 @@ def main() -> int:
     output: Path = given.pop("output")
     torch.set_num_threads(given.pop("threads"))
     options = pretrain.Options(**given)
+    try:
+        resolve_device(options.device)
+    except DeviceError as error:
+        parser.error(f"--device: {error}")
     output.mkdir(parents=True, exist_ok=True)
     processor = pretrain.new_processor(output)
     began, recent = time.perf_counter(), []

@@ -154,7 +154,10 @@ def save_tuned(model: Any, folder: Path, state_dict: dict[str, Any] | None = Non
     """Writes what was tuned, or a given state of it, without PEFT's README.md, a form with every field left open."""
     if has_adapter(model):
         model.create_or_update_model_card = _no_card
-    model.save_pretrained(folder, state_dict=state_dict)
+    with warnings.catch_warnings():
+        # PEFT takes a bias of LoRA, which has one dimension, for a part of a matrix that was not gathered
+        warnings.filterwarnings("ignore", message=r"Adapter .* invalid shape: \S+\.lora_B\.bias:")
+        model.save_pretrained(folder, state_dict=state_dict)
 
 
 def _no_card(folder: str) -> None:

@@ -6,6 +6,7 @@ between them is numbers and JSON, no pickle. With one process nothing is sent. K
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -57,7 +58,7 @@ class Ranks:
             chosen = backend or ("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
             limit = None if timeout is None else timedelta(seconds=timeout)
             try:
-                dist.init_process_group(chosen, timeout=limit)
+                dist.init_process_group(chosen, timeout=limit, **_meeting_place(limit))
             except (RuntimeError, ValueError) as error:
                 raise ConfigError(f"the {launch.count} ranks do not find each other: {first_line(error)}") from error
         has_gloo = "gloo" in str(dist.get_backend_config())
@@ -201,3 +202,20 @@ def _buckets(gradients: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
             bucket = by_type[gradient.dtype] = []
         bucket.append(gradient)
     yield from by_type.values()
+
+
+def _meeting_place(limit: timedelta | None) -> dict[str, Any]:
+    """Where ranks that torchrun has started again on one machine meet: the store that its agent keeps, under names of
+    this start. Nothing for all others, which torch tells by itself.
+
+    Under the old names lie the addresses of the ranks that are gone (torch 2.13 leaves them there), and a rank that
+    reads one before its owner writes the new one never finds it. Several machines count their starts apart.
+
+    Example: {"store": PrefixStore("start 1", ...), "rank": 0, "world_size": 2} at the first start after a rank died.
+    """
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if start == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    given: dict[str, Any] = {} if limit is None else {"timeout": limit}
+    store, rank, count = next(iter(dist.rendezvous("env://", **given)))
+    return {"store": dist.PrefixStore(f"start {start}", store), "rank": rank, "world_size": count}

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("datasets_cache")
 def test_an_epoch_is_divided_as_the_weights_say() -> None:
     assert shares([100, 20], [1, 1]) == [60, 60]
     assert shares([5, 5], [2, 1]) == [7, 3]
+    assert shares([5, 0, 5], [2, 9, 1]) == [7, 0, 3] and shares([0, 0], [1, 1]) == [0, 0]  # no rows, no share
     assert shares([3, 3, 3], [1, 1, 1]) == [3, 3, 3]
     assert shares([1, 9], [1e-9, 1]) == [0, 10]
     for sizes, weights in (([7, 11, 13], [3, 1, 1.5]), ([1, 1], [1, 2])):

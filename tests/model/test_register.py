@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,21 @@ def test_classes_that_the_files_name_play_no_part(folder, monkeypatch, trust, fo
     for auto, kind in ((AutoVideoProcessor, "video processor"), (AutoFeatureExtractor, "feature extractor")):
         with pytest.raises(ValueError, match=f"it has no {kind}$"):
             auto.from_pretrained(folder, **options)
+
+
+def test_the_processor_beside_an_adapter_is_ours_also_when_transformers_has_one(tmp_path, monkeypatch):
+    """There is no config.json there, and the Auto class goes by the name, which is also that of the other one."""
+    from transformers.models.auto import processing_auto
+
+    theirs = types.ModuleType("transformers.models.phi3_v")
+    theirs.Phi3VProcessor = type("Phi3VProcessor", (), {"__module__": "transformers.models.phi3_v"})
+    monkeypatch.setitem(sys.modules, "transformers.models.phi3_v", theirs)
+    monkeypatch.setitem(processing_auto.PROCESSOR_MAPPING_NAMES, "phi3_v", "Phi3VProcessor")
+    assert processing_auto.processor_class_from_name("Phi3VProcessor") is theirs.Phi3VProcessor
+    Phi3VProcessor.from_pretrained(Path(phi3v.__file__).parent / "demo" / "tiny").save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+    register()
+    assert type(AutoProcessor.from_pretrained(tmp_path)) is Phi3VProcessor
 
 
 def test_other_models_folders_are_asked_about_as_before(folder, monkeypatch):

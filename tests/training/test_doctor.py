@@ -141,6 +141,11 @@ def test_gradients_say_what_trains(world: Path, batch: Batch) -> None:
             weight.data, weight.grad = weight.data.bfloat16(), weight.grad.bfloat16()  # what float16's scaling refuses
     assert any("gradients are bfloat16" in fault for fault in gradient_faults(sound, scaled=True))
 
+    absent = int((~torch.isin(torch.arange(100), batch["input_ids"])).nonzero()[0])
+    tokens = attach_lora(load_base(world / "model"), {"r": 4, "trainable_token_indices": [absent]})
+    backward(tokens, batch)
+    assert gradient_faults(tokens) == []  # a later step may hold that token
+
     guide = get_peft_model(load_base(world / "model"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     backward(guide, batch)
     found = gradient_faults(guide)

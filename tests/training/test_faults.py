@@ -93,7 +93,8 @@ def test_what_is_no_number_never_reaches_the_weights(
     assert str(error.value).startswith(
         f"{fault} at step 4 ({names}): its update was not applied, the last good checkpoint is {last}; look at these"
     )
-    assert len(seen) == 3 and newest_checkpoint(last.parent) == last
+    assert len(seen) == 1 + 3  # one was of a few numbers, before the run
+    assert newest_checkpoint(last.parent) == last
     weights = load_file(last / "adapter_model.safetensors")
     assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
     losses = [line["loss"] for line in RunFolder(recipe.output).read_metrics()]

@@ -1,7 +1,9 @@
 """Features kept over epochs, evaluations and runs: how often the tower is called, and that nothing else changes."""
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_photos, write_tiny_model
 
 import phi3v
+from phi3v.errors import TrainingError
 from phi3v.features.store import FeatureMemory
 from phi3v.features.vision import VisionFeatures
 from phi3v.model.modeling_phi3_v import Phi3VModel
@@ -20,6 +23,7 @@ from phi3v.model.vision_phi3_v import Phi3VVisionTransformer
 from phi3v.run_folder import RunFolder
 from phi3v.training.callbacks import TrainingEvent
 from phi3v.training.feature_cache import FeatureCache, FeatureReport, Packed
+from phi3v.training.loader_watch import WatchedWorkers
 
 MakeRecipe = Callable[..., phi3v.Recipe]
 ROWS, UNIQUE = 14, 12
@@ -237,6 +241,35 @@ def test_the_look_at_images_uses_loader_workers_and_ends_when_nothing_fits(world
     report = cache.report()
     assert (report.images, report.kept, report.rows, report.whole_rows) == (18, 2, 22, 2)
     assert report.needed_bytes == 22 * ENTRY and not report.complete
+
+
+class Ending(list[Any]):
+    """Samples of which one ends or stops the worker that makes it."""
+
+    signal = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        if index == 3 and torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), self.signal)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(
+    ("number", "after", "what"),
+    [(signal.SIGKILL, 45.0, "was ended from outside"), (signal.SIGSTOP, 2.0, "gave no")],
+)
+def test_a_worker_of_the_look_that_is_gone_or_stuck_is_one_line(
+    world: Path, monkeypatch: pytest.MonkeyPatch, number: int, after: float, what: str
+) -> None:
+    from phi3v.loading import load_target
+
+    features = VisionFeatures(load_target(world / "model").model, FeatureMemory(2 * ENTRY))
+    original = WatchedWorkers.__init__
+    monkeypatch.setattr(WatchedWorkers, "__init__", lambda self, workers: original(self, workers, stuck_after=after))
+    samples = Ending({"input_ids": torch.tensor([1])} for _ in range(8))
+    samples.signal = number
+    with pytest.raises(TrainingError, match=f"^a loader worker {what} .* while images were looked at .*num_workers; "):
+        FeatureCache(features, workers=2).keep(samples)
 
 
 def test_a_row_is_packed_without_loss() -> None:

@@ -39,7 +39,7 @@ def test_the_parts_of_a_step_add_up(found):
     assert sum(part.seconds for part in told.parts) == pytest.approx(told.seconds)
     for name in ("waiting for data", "tower", "decoder forward", "loss", "decoder backward", "optimiser"):
         assert told.share(name) > 0, name
-    assert told.tokens > 4 * 300, "four photos of 313 tokens each, and text"
+    assert told.tokens > 4 * 300 and told.images == 4, "four photos of 313 tokens each, and text"
     assert told.decode_seconds > 0 and told.device_idle is None
     assert 0 < told.floor_share < 1
 
@@ -55,12 +55,25 @@ def test_the_trace_is_one_that_perfetto_reads(found):
     assert any("mm" in event.get("name", "") for event in trace["traceEvents"])
 
 
-def test_generated_rows_take_the_place_of_the_recipes(make):
+def test_generated_rows_take_the_place_of_the_recipes(make, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     auto = {"micro_batch_size": "auto", "gradient_checkpointing": "auto", "epochs": 1}
-    recipe = make(data={"train": "there/is/no/such/file.csv"}, training=auto)
-    told = profile(recipe, steps=1, warm=1, rows=8, image=(64, 48), words=20)
+    recipe = make(data={"train": "there/is/no/such/file.csv"}, training=auto, vision={"cache": "disk"})
+    events = {}
+    told = profile(
+        recipe,
+        steps=1,
+        warm=1,
+        rows=3,
+        image=(64, 48),
+        words=20,
+        on_event=lambda event: events.update({event.kind: event}),
+    )
     assert told.steps == 1 and told.tokens > 4 * 300
     assert told.advice is None or "checkpointing" not in told.advice.key  # auto came to false
+    assert events["rows"].rows.train == 2 * 4, "one epoch holds both steps, so no worker begins again between them"
+    assert events["kept"].line.startswith("features of 3 images are kept on disk") and told.images == 0
+    assert not (tmp_path / "cache").exists(), "features of generated photos are not among the user's"
 
 
 def test_generated_rows_are_of_the_stated_shape(tmp_path):
@@ -70,6 +83,9 @@ def test_generated_rows_are_of_the_stated_shape(tmp_path):
     lines = [json.loads(line) for line in Path(section["train"]).read_text().splitlines()]
     assert len(lines) == 3 and all(len(line["answer"].split()) == 10 for line in lines)
     pictures = {Image.open(tmp_path / "rows" / line["image"]).tobytes() for line in lines}
+    again = write_synthetic_rows(tmp_path / "again", 2, (90, 60), 10, lines=5)
+    lines = [json.loads(line)["image"] for line in Path(again["train"]).read_text().splitlines()]
+    assert lines == ["0.jpg", "1.jpg", "0.jpg", "1.jpg", "0.jpg"]
     assert len(pictures) == 3 and all(Image.open(tmp_path / "rows" / f"{n}.jpg").size == (90, 60) for n in range(3))
 
 
@@ -114,15 +130,19 @@ def test_what_cannot_be_is_refused_before_a_step(make, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=f"^--trace {mine} is there and is no trace of phi3v profile: name another"):
         profile(make(), trace=mine)
     assert mine.read_text() == "model: mine\n"
-    monkeypatch.setattr("phi3v.training.profile.write_synthetic_rows", lambda *given: pytest.fail("painted"))
+    monkeypatch.setattr("phi3v.training.profile.write_synthetic_rows", lambda *given, **more: pytest.fail("painted"))
     with pytest.raises(ConfigError, match="^--image 5000x5000 is 25,000,000 pixels, more than image.max_pixels of 20"):
         profile(make(), rows=1, image=(5000, 5000))
     with pytest.raises(ConfigError, match="^--image 70000x9: .* at most 65,500 pixels a side"):
         profile(make(), rows=1, image=(70_000, 9))
+    with pytest.raises(
+        ConfigError, match="^--image 2x3000: an image of 2x3000 pixels is too narrow: at num_crops=1 it"
+    ):
+        profile(make(), rows=1, image=(2, 3000))
     assert sorted(tmp_path.iterdir()) == [fifo, mine]
 
 
-def test_a_trace_that_is_not_there_afterwards_is_an_error(tmp_path):
+def test_a_trace_that_is_not_there_afterwards_is_an_error(tmp_path, capfd):
     def watched() -> DeviceWatch:
         watch = DeviceWatch(torch.device("cpu"), traced=True)
         watch.start()
@@ -139,6 +159,16 @@ def test_a_trace_that_is_not_there_afterwards_is_an_error(tmp_path):
         check_trace(tmp_path / name)  # an earlier one may be written over
     with pytest.raises(ConfigError, match="was not written"):
         watched().write_trace(tmp_path / "gone" / "t.json")
+    assert "profiler_start" not in capfd.readouterr().err
+
+
+def test_a_gpu_that_tells_of_no_kernels_is_not_called_idle(monkeypatch):
+    monkeypatch.setattr(DeviceWatch, "_wait", lambda watch: None)
+    watch = DeviceWatch(torch.device("cpu"), traced=True)
+    watch.start()
+    watch.device = torch.device("cuda")
+    watch.stop()
+    assert watch.busy_seconds is None and watch.seconds > 0
 
 
 def test_intervals_cover_what_they_cover():
@@ -150,9 +180,17 @@ def test_intervals_cover_what_they_cover():
 SHARES = {"waiting for data": 0.0, "tower": 0.02, "decoder forward": 0.4, "decoder backward": 0.58}
 
 
+def profiled(shares=SHARES, **seen) -> Profile:
+    """Steps of four samples in two micro-batches, with some shares of their parts."""
+    parts = [PartTime(name, shares.get(name, 0.0), None) for name in PARTS]
+    values = {"steps": 5, "samples_per_step": 4, "micro_batches": 2.0, "tokens": 900.0, "padding": 0.0, "images": 4.0}
+    values |= {"seconds": sum(part.seconds for part in parts), "parts": parts, "decode_seconds": 0.2}
+    values |= {"device": "cuda", "device_idle": None, "weights_gib": 1.0, "floor_share": 0.3, "rate": 1e12}
+    return Profile(**{**values, "advice": None, "trace": None, **seen})
+
+
 def test_nothing_is_said_against_what_auto_chose(make):
-    parts = [PartTime(name, SHARES.get(name, 0.0), None) for name in PARTS]
-    told = Profile("cuda", 5, 4, 2.0, 900.0, 0.0, 1.0, parts, 0.2, 0.4, 1.0, 0.3, 1e12, None, None)
+    told = profiled(device_idle=0.4)
     keys = ["training.gradient_checkpointing", "training.micro_batch_size"]
     recipe = make(training={"gradient_checkpointing": True})
     assert [advise(recipe, told, chosen=keys[:count]).key for count in (0, 1)] == keys
@@ -160,10 +198,32 @@ def test_nothing_is_said_against_what_auto_chose(make):
 
 
 @pytest.mark.parametrize(
+    ("training", "micro_batches", "change"),
+    [
+        ({"samples_per_step": 12, "micro_batch_size": 4}, 3.0, "training.micro_batch_size=6"),
+        ({"samples_per_step": 16, "micro_batch_size": 1}, 9.0, "training.micro_batch_size=2"),
+        ({"samples_per_step": 4, "micro_batch_size": 4}, 2.0, None),  # halved, as memory was short
+        ({"samples_per_step": 1, "micro_batch_size": 1}, 1.0, None),
+        ({"tokens_per_micro_batch": 500}, 2.0, "training.tokens_per_micro_batch=1000"),
+        ({"tokens_per_micro_batch": 300}, 2.0, "training.tokens_per_micro_batch=900"),  # samples of 450 go alone
+        ({"tokens_per_micro_batch": 900}, 1.0, None),
+    ],
+)
+def test_a_gpu_with_nothing_to_do_gets_more_at_once_where_there_is_more(make, training, micro_batches, change):
+    recipe = make(training=training)
+    advice = advise(recipe, profiled(device_idle=0.4, micro_batches=micro_batches))
+    assert (advice and f"{advice.key}={advice.value}") == change
+    if change:
+        recipe.with_overrides([change])  # which refuses what `train` would
+
+
+@pytest.mark.parametrize(
     ("shares", "changes", "key"),
     [
         ({"waiting for data": 0.5}, {}, "training.dataloader_num_workers"),
+        ({"waiting for data": 0.5}, {"training": {"dataloader_num_workers": 9}}, "image.fast"),
         ({"tower": 0.3}, {}, "vision.cache"),
+        ({"tower": 0.3}, {"training": {"max_steps": 5}}, None),
         ({"tower": 0.3}, {"vision": {"tower": "train"}}, None),
         ({}, {"training": {"gradient_checkpointing": True}}, "training.gradient_checkpointing"),
         ({}, {"training": {"activation_checkpointing": True}}, "training.activation_checkpointing"),
@@ -171,8 +231,20 @@ def test_nothing_is_said_against_what_auto_chose(make):
     ],
 )
 def test_the_advice_follows_from_what_was_seen(make, shares, changes, key):
-    parts = [PartTime(name, {**SHARES, **shares}.get(name, 0.0), None) for name in PARTS]
-    seconds = sum(part.seconds for part in parts)
-    told = Profile("cpu", 5, 4, 2.0, 900.0, 0.0, seconds, parts, 0.2, None, 1.0, 0.3, 1e12, None, None)
-    advice = advise(make(**changes), told)
+    advice = advise(make(**changes), profiled({**SHARES, **shares}))
     assert (advice.key if advice else None) == key
+
+
+def test_advice_about_images_needs_images_and_about_layers_says_how_many(make):
+    workers = make(training={"dataloader_num_workers": 9})
+    assert advise(workers, profiled({**SHARES, "waiting for data": 0.5}, images=0.0)) is None
+
+    def told(every):
+        kwargs = {"every_n_layers": every}
+        return advise(
+            make(training={"activation_checkpointing": True, "activation_checkpointing_kwargs": kwargs}), profiled()
+        )
+
+    assert told(1).reason.startswith("each layer is computed twice")
+    assert told(2).reason.startswith("one layer in 2 is computed twice")
+    assert told(12) is None, "three of 32 layers are not what would change most"

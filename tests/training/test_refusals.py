@@ -1,6 +1,7 @@
 """What a training refuses: one line, before the first step and before the run's folder is made."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import phi3v
 from phi3v.errors import CheckpointError, ConfigError, DataError, DeviceError, MissingPackageError, TrainingError
 from phi3v.recipe import RUN_FILES
 from phi3v.training import train as training
+from phi3v.training.arguments import SHARDED_OPTIMISERS, check_options
 from phi3v.training.callbacks import TrainingEvent
 from phi3v.tuning import PartCount, TrainableReport
 
@@ -22,6 +24,7 @@ MakeRecipe = Callable[..., phi3v.Recipe]
     ("options", "expected"),
     [
         ({"lerning_rate": 1e-3}, "training.lerning_rate is no option: did you mean learning_rate"),
+        ({"device": "cuda"}, "training.device is no option: did you mean model.device[?]"),
         *(
             ({slip: 1}, f"^training.{slip} is no option: did you mean {meant}[?]$")
             for slip, meant in {
@@ -49,6 +52,16 @@ MakeRecipe = Callable[..., phi3v.Recipe]
         ({"device_map": "auto"}, "training.device_map is decided by torchrun, a process for each GPU"),
         ({"fsdp_config": {"version": 1}}, "training.fsdp_config.version is 1: ranks share a model by FSDP2"),
         ({"fsdp": True}, "training.fsdp shares a model among several processes"),
+        *(
+            ({name: value}, f"^training.{name} is {value}, allowed is a finite number, ")
+            for name, value in [
+                ("adam_epsilon", 0.0),
+                ("adam_beta1", 1.0),
+                ("weight_decay", math.nan),
+                ("max_grad_norm", math.nan),
+                ("neftune_noise_alpha", math.inf),
+            ]
+        ),
         ({"weight_decay": "much"}, "training.weight_decay is 'much', allowed is a number"),
         (
             {"dataloader_num_workers": -1},
@@ -78,6 +91,15 @@ def test_options_of_training_are_checked(make: MakeRecipe, options: dict[str, An
     assert not Path(make().output).exists()
 
 
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_32bit", "adafactor", "rmsprop_bnb"])
+def test_optimisers_that_cannot_step_a_sharded_model_are_refused_with_those_that_can(name: str) -> None:
+    check_options({"optim": name})
+    with pytest.raises(ConfigError, match=f"^training.optim is '{name}', .* sharded: .* set one of adamw_torch, ada.*"):
+        check_options({"optim": name, "fsdp": True})
+    for able in (*SHARDED_OPTIMISERS, None):
+        check_options({"fsdp": True, **({"optim": able} if able else {})})
+
+
 def refusals(world: Path) -> list[tuple[dict[str, Any], type[Exception], str]]:
     """Sections of recipes that are refused when options, rows or weights are looked at, and why."""
     (world / "empty.jsonl").write_text("")
@@ -95,6 +117,23 @@ def refusals(world: Path) -> list[tuple[dict[str, Any], type[Exception], str]]:
             {"model": {"name": str(done / "adapter")}},
             ConfigError,
             f"is an adapter and .* model.adapter={done}/adapter$",
+        ),
+        *(
+            ({"training": options}, ConfigError, words)
+            for options, words in [
+                (
+                    {"adam_epsilon": 1e-60},
+                    "^training.learning_rate 0.0002 with .*adamw_torch_fused makes .* no numbers",
+                ),
+                ({"optim": "sgd", "learning_rate": 1e39}, r"^training.learning_rate 1e\+39 with training.optim=sgd: "),
+                ({"optim_args": "a=b"}, "^training.optim_args names 'a', which adamw_torch_fused does not read"),
+                ({"optim": "sgd", "optim_args": "weight_decay=0.1"}, "^training.optim_args names weight_decay, which"),
+                ({"max_steps": 1, "warmup_steps": 100}, "^the learning rate is 0 in each of the 1 steps .*warmup_st"),
+                (
+                    {"samples_per_step": 10, "epochs": 1, "warmup_steps": 0.1},
+                    "^the learning rate is 0 in each of the 1",
+                ),
+            ]
         ),
         ({"lora": {"r": 0}}, ConfigError, "^lora.r is 0, allowed is a whole number, 1 or more"),
         ({"lora": {"lora_dropout": 7.0}}, ConfigError, "^lora: .*between 0 and 1"),
@@ -126,7 +165,7 @@ def refusals(world: Path) -> list[tuple[dict[str, Any], type[Exception], str]]:
     ]
 
 
-@pytest.mark.parametrize("number", range(17))
+@pytest.mark.parametrize("number", range(23))
 def test_what_is_refused_leaves_no_folder(make: MakeRecipe, world: Path, number: int) -> None:
     sections, error, words = refusals(world)[number]
     recipe = make(**sections)

@@ -251,6 +251,26 @@ def test_a_signal_before_the_first_step_leaves_nothing_to_go_on_from(make: MakeR
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "handlers are given back"
 
 
+def test_a_signal_in_a_destructor_is_not_lost_and_prints_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda lost: told.append(lost.exc_type))
+
+    class Last:
+        def __init__(self, act: Callable[[], None]) -> None:
+            self.act = act
+
+        def __del__(self) -> None:
+            self.act()
+
+    with pytest.raises(Interrupted), StopSignals() as signals:
+        Last(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert signals.received == signal.SIGTERM and not told
+        signals.check()
+    with StopSignals():
+        Last(lambda: print(1 / 0))  # what others lose is told as ever
+    assert told == [ZeroDivisionError]
+
+
 def test_a_second_signal_leaves_at_once() -> None:
     child = os.fork()
     if not child:

@@ -1,6 +1,7 @@
 """What can be watched of a training: rates, answers to fixed rows, the curve; in the run and at the trackers."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import phi3v
 from phi3v.run_folder import RunFolder
 from phi3v.training.callbacks import TrainingEvent
 from phi3v.training.meter import Meter, contents
+from phi3v.training.trackers import tracker_callbacks
 
 MakeRecipe = Callable[..., phi3v.Recipe]
 
@@ -94,6 +96,27 @@ def test_the_curve_is_a_picture(watched: dict[str, Any]) -> None:
 def is_png(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(4) == b"\x89PNG" and path.name != "loss.png"
+
+
+def test_a_run_that_goes_on_is_one_run_to_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    found: list[str] = []
+    for done, steps in ((0, (1, 2, 3, 4)), (2, (3, 4, 5))):  # killed after step 4, its checkpoint is of step 2
+        names: list[str] = ["tensorboard", "wandb"]
+        board, _ = tracker_callbacks(names, folder=tmp_path, project=None, run_name="run", config={}, done=done)
+        for step in steps:
+            board.tb_writer.add_scalar("loss", done, step)  # type: ignore[attr-defined]
+        board.tb_writer.close()  # type: ignore[attr-defined]
+        found.append(wandb.run.id)
+        wandb.finish()
+        time.sleep(1)  # names of their files have seconds
+    assert found[0] == found[1]
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(one.step, one.value) for one in shown] == [(1, 0), (2, 0), (3, 2), (4, 2), (5, 2)]
 
 
 def test_trackers_get_answers_with_their_photos(watched: dict[str, Any]) -> None:

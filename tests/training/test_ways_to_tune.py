@@ -1,6 +1,7 @@
 """Ways to tune: vision parts under LoRA, rates by part, going on from adapters, what passes through to libraries."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,15 @@ def test_lora_sits_on_vision_parts_that_ask_for_it(make: MakeRecipe, world: Path
     assert len(moved) == 8 + layers
     found = loading.load_target(recipe.output)
     assert tuning.vision_choices(found.model)[part] == "lora"
+
+
+def test_a_bias_of_lora_is_saved_without_a_warning_of_shards(world: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="merging LoRA weights won't be possible"):
+        tuned = tuning.attach_lora(loading.load_base(world / "model"), {"r": 4, "lora_bias": True})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapters.save_tuned(tuned, tmp_path)
+    assert any(name.endswith("lora_B.bias") for name in load_file(tmp_path / "adapter_model.safetensors"))
 
 
 def test_a_projector_that_peft_wraps_as_a_whole_is_looked_at_by_name(world: Path) -> None:

@@ -30,9 +30,13 @@ class SetUse:
 def shares(sizes: Sequence[int], weights: Sequence[float], most: int | None = None) -> list[int]:
     """Rows of each set in an epoch, which has as many rows as all sets together, or `most`, divided as the weights say.
 
-    The largest remainders are rounded up, the first of equal ones before others.
-    Example: sizes [100, 20] with weights [1, 1] -> [60, 60]; sizes [5, 5] with weights [2, 1] -> [7, 3].
+    The largest remainders are rounded up, the first of equal ones before others. A set without rows has no share, which
+    falls to the others.
+    Example: sizes [100, 20] with weights [1, 1] -> [60, 60]; sizes [5, 0, 5] with weights [2, 9, 1] -> [7, 0, 3].
     """
+    weights = [weight if size else 0.0 for size, weight in zip(sizes, weights, strict=True)]
+    if not any(weights):
+        return [0] * len(sizes)
     total = sum(sizes) if most is None else min(most, sum(sizes))
     exact = [total * weight / sum(weights) for weight in weights]
     whole = [int(share) for share in exact]

@@ -5,6 +5,7 @@ are smooth noise with grain, so a JPEG is about as large as one of a photo, and 
 """
 
 import json
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from PIL import Image
 QUESTION = "What is shown in this image?"
 
 
-def write_synthetic_rows(folder: Path, rows: int, size: tuple[int, int], words: int) -> dict[str, Any]:
+def write_synthetic_rows(
+    folder: Path, rows: int, size: tuple[int, int], words: int, *, lines: int = 0
+) -> dict[str, Any]:
     """Writes photos and `rows.jsonl`; returns the section `data` for them.
 
     Args:
@@ -22,16 +25,19 @@ def write_synthetic_rows(folder: Path, rows: int, size: tuple[int, int], words: 
         rows: how many; each has a photo of its own.
         size: width and height in pixels.
         words: of an answer, about as many tokens and somewhat more.
+        lines: of `rows.jsonl` at least; where that is more than `rows`, they come again in the same order.
+    Example: 2 rows and 5 lines: photos 0, 1, 0, 1, 0.
     """
     folder.mkdir(parents=True)
-    lines = []
+    written = []
     for row in range(rows):
         draw_photo(row, size).save(folder / f"{row}.jpg", quality=88)
         answer = " ".join(
             f"{'number' if word % 2 else 'product'} {(row * 31 + word) % 100}" for word in range(words // 2)
         )
-        lines.append(json.dumps({"image": f"{row}.jpg", "answer": answer or "product"}))
-    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        written.append(json.dumps({"image": f"{row}.jpg", "answer": answer or "product"}))
+    told = islice(cycle(written), max(rows, lines))
+    (folder / "rows.jsonl").write_text("\n".join(told) + "\n", encoding="utf-8")
     return {"train": str(folder / "rows.jsonl"), "split": None, "prompt": QUESTION, "answer": "{answer}"}
 
 

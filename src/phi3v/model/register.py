@@ -130,23 +130,34 @@ def _put_first(auto: Any, ours: Any) -> None:
 
 
 def _is_phi3_v(place: Any, options: dict[str, Any]) -> bool:
-    """Whether a folder, a file in it or a hub id is Phi-3-V's, by the config that is handed over or its config.json."""
+    """Whether a folder, a file in it or a hub id is Phi-3-V's: by the config handed over, by its config.json, or,
+    where that is missing as beside an adapter, by the processor that its files name.
+    """
     from transformers import PreTrainedConfig
-    from transformers.utils import CONFIG_NAME, cached_file
+    from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
     from .configuration_phi3_v import Phi3VConfig
 
     if isinstance(config := options.get("config"), PreTrainedConfig):
         return config.model_type == Phi3VConfig.model_type
-    reasons = ("gated_repo", "missing_entries", "connection_errors")
     try:
-        file = cached_file(
-            os.path.dirname(place) if os.path.isfile(place) else place,
-            CONFIG_NAME,
-            **{name: options[name] for name in _PLACE_OPTIONS if name in options},
-            **{f"_raise_exceptions_for_{reason}": False for reason in reasons},
-        )
-        values = json.loads(Path(file).read_text(encoding="utf-8")) if file else None
+        if (values := _read(place, CONFIG_NAME, options)) is not None:
+            return isinstance(values, dict) and values.get("model_type") == Phi3VConfig.model_type
+        files = [_read(place, name, options) for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)]
     except (OSError, ValueError):  # what is wrong with a place, the Auto class itself says
         return False
-    return isinstance(values, dict) and values.get("model_type") == Phi3VConfig.model_type
+    return any(isinstance(values, dict) and values.get("processor_class") == "Phi3VProcessor" for values in files)
+
+
+def _read(place: Any, name: str, options: dict[str, Any]) -> Any:
+    """A JSON file of a folder or repository; None where it is not there. Raises: OSError, ValueError."""
+    from transformers.utils import cached_file
+
+    reasons = ("gated_repo", "missing_entries", "connection_errors")
+    file = cached_file(
+        os.path.dirname(place) if os.path.isfile(place) else place,
+        name,
+        **{name: options[name] for name in _PLACE_OPTIONS if name in options},
+        **{f"_raise_exceptions_for_{reason}": False for reason in reasons},
+    )
+    return json.loads(Path(file).read_text(encoding="utf-8")) if file else None

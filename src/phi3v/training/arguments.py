@@ -6,6 +6,7 @@ through by its own name, after a check that TrainingArguments has it. Nothing is
 
 import contextlib
 import difflib
+import math
 import re
 from collections.abc import Iterator
 from copy import deepcopy
@@ -13,7 +14,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
+from transformers import SchedulerType, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
 from phi3v.errors import ConfigError
@@ -43,6 +44,19 @@ _DECIDED_ELSEWHERE = {
 }
 _NOT_SHARDED = {"version": 1, "cpu_ram_efficient_loading": True}
 _CHOICES = {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}
+_BETWEEN = {
+    "adam_beta1": (0, 1, "0 or more, below 1"),
+    "adam_beta2": (0, 1, "0 or more, below 1"),
+    "adam_epsilon": (5e-324, math.inf, "above 0"),
+    "weight_decay": (0, math.inf, "0 or more"),
+    "neftune_noise_alpha": (0, math.inf, "0 or more"),
+    "max_grad_norm": (0, math.inf, "0 or more (0 clips nothing)"),
+    "label_smoothing_factor": (0, 1, "0 or more, below 1"),
+}
+"""What an option is at least, what it has to be below, and both in words; beyond it the first update makes weights that
+are no numbers."""
+SHARDED_OPTIMISERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+"""Optimisers that were seen to step weights which FSDP2 has cut; bitsandbytes' and adafactor fail in the first step."""
 _FLAG = re.compile(r"--(?=[a-z])")  # how transformers writes an option, as if it came from a command line
 _FIXED = {"remove_unused_columns", "label_names", "prediction_loss_only", "disable_tqdm", "do_train", "do_eval"}
 
@@ -156,7 +170,10 @@ def check_options(options: dict[str, Any]) -> None:
             raise ConfigError(f"training.{name} cannot be chosen: take it out of the recipe")
     taken = {*COMPUTED_TRAINING_KEYS, *_DECIDED_ELSEWHERE, *_FIXED}  # are not offered
     known = [field.name for field in fields(TrainingArguments) if field.name not in taken]
-    check_names("training", options, known, near_by=list(TrainingSection.model_fields))
+    elsewhere = {name: f"model.{name}" for name in ("device", "dtype", "attn_implementation", "adapter", "revision")}
+    check_names(
+        "training", options, known, near_by={**elsewhere, **{name: name for name in TrainingSection.model_fields}}
+    )
     for name, value in options.items():
         if name in _CHOICES:
             _check_choice(name, value)
@@ -171,6 +188,15 @@ def check_options(options: dict[str, Any]) -> None:
     for option in fields(TrainingArguments):
         if option.name in options:
             _check_plain(option.name, options[option.name], option.default)
+    for name in _BETWEEN:
+        if options.get(name) is not None:
+            _check_between(name, options[name])
+    optimiser = options.get("optim", SHARDED_OPTIMISERS[0])
+    if options.get("fsdp") and optimiser not in SHARDED_OPTIMISERS:
+        raise ConfigError(
+            f"training.optim is {optimiser!r}, which cannot step a model that is sharded: with training.fsdp set one "
+            f"of {', '.join(SHARDED_OPTIMISERS)}, or take fsdp out, as each rank has a whole model then"
+        )
 
 
 def _check_best(recipe: Recipe, validated: bool) -> None:
@@ -222,18 +248,12 @@ def _check_plain(name: str, value: Any, default: Any) -> None:
         raise ConfigError(f"training.{name} is {value!r}, allowed is a number")
 
 
-def check_optimiser(arguments: TrainingArguments, model: Any) -> None:
-    """Refuses an optimiser that cannot be made here, before a training is set up for it.
-
-    Args:
-        arguments: what `training_arguments` gave.
-        model: what trains; some optimisers look at it.
-
-    Raises:
-        ConfigError: a package is not installed, or an argument of theirs is wrong.
-    """
-    with library_errors(f"training.optim={OptimizerNames(arguments.optim).value}"):
-        Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+def _check_between(name: str, value: Any) -> None:
+    """Refuses a number that no optimiser computes with."""
+    least, beyond, words = _BETWEEN[name]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not least <= value < beyond:
+        raise ConfigError(f"training.{name} is {value!r}, allowed is a finite number, {words}")
 
 
 def _check_schedule(arguments: TrainingArguments) -> None:

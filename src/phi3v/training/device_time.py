@@ -57,7 +57,7 @@ class DeviceWatch:
     """Watches kernels from `start` to `stop`.
 
     Attributes:
-        busy_seconds: time in which at least one kernel or copy ran; None without a GPU.
+        busy_seconds: time in which at least one kernel or copy ran; None without a GPU, or where it told of none.
         seconds: time between the two.
     """
 
@@ -75,6 +75,8 @@ class DeviceWatch:
         """Begins, when all that was asked of the device before is done."""
         self._wait()
         if self._profiler is not None:
+            # Kineto tells the screen where it begins and ends, at a level above its errors; it reads this once.
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")
             self._profiler.start()
         self._began = time.perf_counter()
 
@@ -93,7 +95,7 @@ class DeviceWatch:
                 for event in events
                 if event.device_type() == torch.autograd.DeviceType.CUDA
             ]
-            self.busy_seconds = covered(kernels) / 1e9
+            self.busy_seconds = covered(kernels) / 1e9 if kernels else None
 
     def write_trace(self, file: Path) -> None:
         """Writes what was seen as a file for Perfetto.

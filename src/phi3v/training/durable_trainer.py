@@ -31,6 +31,7 @@ from phi3v.targets import ADAPTER_WEIGHTS
 from phi3v.training.checkpoints import STATE, checkpoint_step, find_fault, read_manifest, rotate, save_checkpoint
 from phi3v.training.shards import is_sharded, load_shards, sharded_as, whole, whole_weights
 from phi3v.training.state_files import random_states, read_state, set_random_states, write_state
+from phi3v.training.step_faults import all_finite, refuse_weights
 from phi3v.training.stop_signals import StopSignals
 
 
@@ -98,10 +99,20 @@ class DurableTrainer(Trainer):
         except Interrupted:
             self.save_last_step()
             raise
+        self.check_weights()
         self.signals.release()
         return result
 
     # saving
+
+    def check_weights(self) -> None:
+        """Raises: TrainingError where a weight that trains, its master or the optimiser's state is no number."""
+        groups, states = self.optimizer.param_groups, self.optimizer.state.values()
+        held = [*(one for group in groups for one in group["params"]), *(it for one in states for it in one.values())]
+        weights = [one for one in self.model.parameters() if one.requires_grad]
+        if self.ranks.any(not all_finite(one for one in [*weights, *held] if isinstance(one, torch.Tensor))):
+            with self.ranks.together():  # all of them have found the same
+                refuse_weights(self.state.global_step, self.saved)
 
     def save_last_step(self) -> Path | None:
         """Saves the last whole step, where that is not done yet and no update of the weights was cut off.
@@ -127,7 +138,7 @@ class DurableTrainer(Trainer):
 
     def _write(self) -> None:
         """Writes the checkpoint of the last whole step and removes those that are too many."""
-        assert self.optimizer is not None
+        self.check_weights()
         self.store_flos()
         folder = Path(self.args.output_dir)
         weights, optimizer = self.whole_weights(), whole(self.optimizer.state_dict())

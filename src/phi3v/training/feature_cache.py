@@ -8,7 +8,7 @@ Trainer.
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,10 +17,12 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from phi3v.data.encode import EncodedRows
 from phi3v.data.encode_seen import encode_seen, file_name
-from phi3v.errors import DataError
+from phi3v.errors import DataError, TrainingError
 from phi3v.features.collate import use_features
 from phi3v.features.store import FeatureStore
 from phi3v.features.vision import PIXELS, Example, VisionFeatures, image_name, images_of
+from phi3v.passthrough import first_line
+from phi3v.training.loader_watch import WatchedWorkers, taking_over
 
 _GIVE_UP = 16
 """So many images in a row that do not fit end the look: to open all others for a smaller one, or one that was seen
@@ -237,21 +239,36 @@ class FeatureCache:
         known = KnownRows(samples, self.features)
         told = [known.find(row) for row in range(len(samples))]
         opened = [row for row, found in enumerate(told) if found is None]
+        waiting = self._opened(Subset(_Named(samples, self.features.weights), opened), len(opened))
+        with contextlib.closing(waiting):
+            for row, found in enumerate(told):
+                if found is not None:
+                    yield found[0].example(), found[1]
+                    continue
+                example, names, own = next(waiting)
+                if own:
+                    known.note(row, example, names)
+                yield example, names
+
+    def _opened(self, samples: Dataset[Any], count: int) -> Generator[Any, None, None]:
+        """So many samples, by workers that are watched. Raises: TrainingError for one that is gone or stuck."""
+        watch = WatchedWorkers(self._workers if count else 0)
         loader = DataLoader(
-            Subset(_Named(samples, self.features.weights), opened),
+            watch.samples(samples),
             batch_size=None,
-            num_workers=self._workers if opened else 0,
+            num_workers=self._workers if count else 0,
             generator=torch.Generator(),  # the global one is the training's own: it decides about dropout
         )
         waiting = iter(loader)
-        for row, found in enumerate(told):
-            if found is not None:
-                yield found[0].example(), found[1]
-                continue
-            example, names, own = next(waiting)
-            if own:
-                known.note(row, example, names)
-            yield example, names
+        try:
+            for _ in range(count):
+                watch.wait()
+                with _workers_are_there(watch), taking_over():
+                    sample = next(waiting)
+                watch.got()
+                yield sample
+        finally:
+            watch.close()
 
 
 class KnownRows:
@@ -308,6 +325,25 @@ class _Named(Dataset[tuple[Example, list[str], bool]]):
         example = self._samples[index]
         own = not hasattr(self._samples, "is_own") or self._samples.is_own(index)
         return example, [image_name(self._weights, picture) for picture in images_of(example)], own
+
+
+@contextlib.contextmanager
+def _workers_are_there(watch: WatchedWorkers) -> Iterator[None]:
+    """Turns the end of a loader worker into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error) or str(error).startswith("Caught"):
+            raise
+        what = (
+            "gave no sample any more and was ended"
+            if watch.killed
+            else "was ended from outside (for its memory perhaps)"
+        )
+        raise TrainingError(
+            f"a loader worker {what} while images were looked at before the first step ({first_line(error)}): see "
+            "training.dataloader_num_workers; the same command begins that look again"
+        ) from error
 
 
 def _canvases(example: Example) -> list[tuple[int, int]]:

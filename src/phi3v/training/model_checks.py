@@ -18,6 +18,8 @@ from phi3v.targets import ADAPTER_WEIGHTS, tensor_shapes
 from phi3v.tuning import part_of
 from phi3v.weight_files import read_weights, weight_files
 
+_TOKENS = ".trainable_tokens_"
+"""In names of what peft trains for lora.trainable_token_indices."""
 _PIXELS = ("pixel_values", "global_views", "image_features")
 
 
@@ -61,7 +63,7 @@ def gradient_faults(model: nn.Module, *, pictures: bool = True, finite: bool = T
 
     Each module with an adapter, and each other weight that trains, needs one that is somewhere not zero. (Of a fresh
     adapter one of the two matrices has none but zeros; biases of CLIP's keys, which add the same to all scores of a
-    query, have none but rounding.)
+    query, have none but rounding; single tokens that are trained have none where the samples do not hold them.)
 
     Args:
         model: after `backward`.
@@ -81,7 +83,7 @@ def gradient_faults(model: nn.Module, *, pictures: bool = True, finite: bool = T
         if part != "language model" and not pictures:
             continue
         gradient = _whole(weight.grad)
-        noise = gradient is not None and name.endswith("k_proj.bias")
+        noise = _TOKENS in name or (gradient is not None and name.endswith("k_proj.bias"))
         moved = noise or (gradient is not None and bool((gradient != 0).any()))
         alive[owner] |= moved
         if gradient is None:

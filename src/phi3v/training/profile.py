@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from phi3v.data.synthetic import write_synthetic_rows
-from phi3v.errors import ConfigError
-from phi3v.image_tokens import grid_tokens
-from phi3v.loading import load_config, resolve_device
+from phi3v.errors import ConfigError, ImageError
+from phi3v.image_tokens import CROP_SIZE, grid_tokens
+from phi3v.loading import load_config, load_processor, resolve_device
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.training.callbacks import Watcher
-from phi3v.training.checkpointing import checkpointing
+from phi3v.training.checkpointing import checkpointing, checkpointing_kwargs
 from phi3v.training.device_time import check_trace
 from phi3v.training.floor import useful_operations, vision_operations
 from phi3v.training.memory_plan import adopt
@@ -62,10 +62,11 @@ class Profile:
         micro_batches: micro-batches of a step, the mean.
         tokens: tokens of a step, padding left out, the mean.
         padding: share of padding among all positions.
+        images: of a step that came as pixels, the mean; those with kept features are not among them.
         seconds: of a step.
         parts: where they went, in the order of a step.
         decode_seconds: making one sample from its row, on one core, in the loader; None for a stream.
-        device_idle: share of the time in which nothing ran on the GPU; None without one.
+        device_idle: share of the time in which nothing ran on the GPU; None without one, or where it hides its kernels.
         weights_gib: of the model as loaded.
         floor_share: the least arithmetic of these steps at `rate`, over their time; None when the whole model is tuned.
         rate: operations a second of a large matrix product there.
@@ -79,6 +80,7 @@ class Profile:
     micro_batches: float
     tokens: float
     padding: float
+    images: float
     seconds: float
     parts: list[PartTime]
     decode_seconds: float | None
@@ -115,21 +117,23 @@ def profile(
         recipe: everything about the run.
         steps: that are watched.
         warm: steps before them, in which kernels are chosen and compiled.
-        rows: train on so many generated rows instead of the recipe's.
+        rows: train on so many generated rows instead of the recipe's, again and again where the steps take more.
         image: width and height of generated photos in pixels.
         words: of a generated answer.
         trace: writes what ran to this file, for Perfetto.
         on_event: told what `train` tells.
-    Raises: as `train`; ConfigError for a trace that cannot be written or photos above the limits, before all else.
+    Raises: as `train`; ConfigError for a trace that cannot be written or photos beyond the limits, before all else.
     """
     if trace is not None:
         check_trace(trace)
     if rows is not None:
-        _refuse_large_photos(recipe, image)
+        _refuse_photos(recipe, image)
     with tempfile.TemporaryDirectory(prefix="phi3v_profile_") as folder:
         values = watched_recipe(recipe, steps + warm, Path(folder))
         if rows is not None:
-            values["data"] = write_synthetic_rows(Path(folder) / "rows", rows, image, words)
+            lines = (steps + warm) * recipe.training.samples_per_step  # or an epoch ends, and workers begin again
+            values["data"] = write_synthetic_rows(Path(folder) / "rows", rows, image, words, lines=lines)
+            values["vision"]["cache_folder"] = str(Path(folder) / "features")  # not among features that are wanted
         watched = type(recipe).from_dict(values)
         marks = StepMarks(resolve_device(recipe.model.device), warm, traced=trace is not None)
         train_watched(watched, [marks], on_event=on_event)
@@ -139,8 +143,8 @@ def profile(
     return summarise(settled, marks, trace, chosen=recipe.automatic)
 
 
-def _refuse_large_photos(recipe: Recipe, size: tuple[int, int]) -> None:
-    """Raises: ConfigError for photos that the recipe would refuse, or that no JPEG can be."""
+def _refuse_photos(recipe: Recipe, size: tuple[int, int]) -> None:
+    """Raises: ConfigError for photos that the recipe or its model would refuse, or that no JPEG can be."""
     width, height = size
     if width * height > recipe.image.max_pixels:
         raise ConfigError(
@@ -151,6 +155,12 @@ def _refuse_large_photos(recipe: Recipe, size: tuple[int, int]) -> None:
         raise ConfigError(
             f"--image {width}x{height}: the photos are JPEGs, of at most {_MOST_JPEG_SIDE:,} pixels a side"
         )
+    if max(size) > CROP_SIZE * min(size):  # else no model finds them narrow, and none is asked
+        processor = load_processor(recipe.model.name, revision=recipe.model.revision, **recipe.image.processor_options)
+        try:
+            processor.calc_num_image_tokens_from_image_size(*size)
+        except ImageError as error:
+            raise ConfigError(f"--image {width}x{height}: {error}") from error
 
 
 def watched_recipe(recipe: Recipe, steps: int, folder: Path) -> dict[str, Any]:
@@ -193,6 +203,7 @@ def summarise(recipe: Recipe, marks: StepMarks, trace: Path | None, *, chosen: S
         micro_batches=len(marks.batches) / steps,
         tokens=sum(lengths) / steps,
         padding=1 - sum(lengths) / max(positions, 1),
+        images=sum(len(batch.tower_grids) for batch in marks.batches) / steps,
         seconds=marks.seconds / steps,
         parts=[
             PartTime(name, use.seconds / steps, use.peak_bytes / 2**30 if on_gpu else None)
@@ -245,22 +256,41 @@ def advise(recipe: Recipe, found: Profile, *, chosen: Sequence[str] = ()) -> Adv
                 f"{waiting:.0%} of a step waits for data; a sample takes {1000 * found.decode_seconds:.0f} ms of a core"
             )
             return Advice("training.dataloader_num_workers", str(workers), seen)
-        if not recipe.image.fast:
+        if found.images and not recipe.image.fast:
             return Advice("image.fast", "true", f"{waiting:.0%} of a step waits for data, in spite of all workers")
     if found.padding > 0.1:
         key, value = ("training.packing", "true") if getattr(training, "packing", None) is False else (None, "")
         if key:
             return Advice(key, value, f"{found.padding:.0%} of all positions are padding")
-    if frozen and recipe.vision.cache is None and training.epochs > 1 and found.share("tower") > 0.1:
+    again = training.max_steps is None and training.epochs > 1  # how many rows max_steps go through is not known here
+    if frozen and recipe.vision.cache is None and again and found.share("tower") > 0.1:
         seen = (
             f"{found.share('tower'):.0%} of a step is the frozen tower, and each epoch sends the same images through it"
         )
         return Advice("vision.cache", "memory", seen)
-    if (checkpoints := checkpointing(options)) is not None and f"training.{checkpoints}" not in chosen:
-        seen = "each layer is computed twice; without it memory grows, and more samples fit than one may think"
+    checkpoints, every = checkpointing(options), checkpointing_kwargs(options).get("every_n_layers") or 1
+    if checkpoints and f"training.{checkpoints}" not in chosen and found.share("decoder forward") / every > 0.05:
+        twice = "each layer" if every == 1 else f"one layer in {every}"
+        seen = f"{twice} is computed twice; without it memory grows, and more samples fit than one may think"
         return Advice(f"training.{checkpoints}", "false", seen)
     idle = 0.0 if found.device_idle is None else found.device_idle
     if idle - waiting > 0.15 and "training.micro_batch_size" not in chosen:
         seen = f"the GPU has nothing to do in {idle:.0%} of the time: its kernels are short"
-        return Advice("training.micro_batch_size", str(2 * training.micro_batch), seen)
+        return _more_at_once(recipe, found, seen)
     return None
+
+
+def _more_at_once(recipe: Recipe, found: Profile, seen: str) -> Advice | None:
+    """More samples at once, in a number that the recipe takes; None where no larger one is left.
+
+    Example: 12 samples a step of which 4 go at once -> micro_batch_size 6; packs of 5,000 tokens -> of 10,000.
+    """
+    training = recipe.training
+    if found.micro_batches <= 1:
+        return None
+    if training.tokens_per_micro_batch is not None:
+        pack = max(training.tokens_per_micro_batch, found.tokens / found.micro_batches)  # none is cut to the budget
+        return Advice("training.tokens_per_micro_batch", str(round(2 * pack)), seen)
+    larger = range(training.micro_batch + 1, training.samples_per_step + 1)
+    size = next((size for size in larger if training.samples_per_step % size == 0), None)
+    return None if size is None else Advice("training.micro_batch_size", str(size), seen)

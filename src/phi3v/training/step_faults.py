@@ -6,12 +6,13 @@ and the checkpoint to go on from. Knows nothing of the Trainer.
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from phi3v.data.schema import Row
 from phi3v.errors import TrainingError
@@ -66,6 +67,35 @@ class NonFinite:
             f"{fault} at step {step}{named}{many}: its update was not applied, {again}; look at these rows, take a "
             f"smaller training.learning_rate in another output{way_out}"
         )
+
+
+def refuse_weights(step: int, saved: Path | None) -> None:
+    """Raises: TrainingError for weights that an update has made no numbers."""
+    again = f"the last good checkpoint is {saved}" if saved is not None else "no checkpoint was written yet"
+    raise TrainingError(
+        f"after step {step} weights, or what the optimiser keeps of them, are no numbers: they are not saved, {again}; "
+        "take a smaller training.learning_rate, or other numbers for training.optim, in another output"
+    )
+
+
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether all numbers are finite, with one look at each device; of tensors that are sharded this rank's part.
+
+    Example: [1.0, 3e38] and [2.0] are, [nan, 1.0] is not.
+    """
+    with torch.no_grad():
+        parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        largest: dict[torch.device, list[torch.Tensor]] = {}
+        for part in parts:
+            if part.is_floating_point() and part.numel():
+                largest.setdefault(part.device, []).append(part)
+        norms = [torch.stack(_largest(same)) for same in largest.values()]
+        return all(bool(torch.isfinite(norm).all()) for norm in norms)
+
+
+def _largest(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The largest absolute value of each; NaN where there is one."""
+    return [norm.float() for norm in torch._foreach_norm(tensors, ord=math.inf)]
 
 
 def name_rows(rows: Sequence[Row], numbers: Sequence[int]) -> str:

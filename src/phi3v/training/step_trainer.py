@@ -284,15 +284,14 @@ class StepTrainer(DurableTrainer):
         return epoch_order(count, samples, self.args.seed, epoch)[place * samples : (place + 1) * samples]
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The gradient norm, of a step that may be applied.
-
-        Raises: TrainingError when it or the loss is no number, unless such steps are left out.
-        """
+        """The gradient norm, of a step that may be applied. Raises: TrainingError when it or the loss is no number,
+        unless such steps are left out, or when weights are none."""
         norm = whole_number(super()._get_grad_norm(model, grad_norm=grad_norm))
         fault = self.non_finite.fault(self._step_loss, norm, self.accelerator.scaler)
         self.optimizer._is_overflow = fault is not None  # accelerate's word for an update that was left out
         if fault is None:
             return norm
+        self.check_weights()  # if the update before has spoilt them, these rows have not
         step = self.state.global_step + 1
         with self.ranks.together():  # all of them have found the same
             self.non_finite.judge(fault, step, self.rows_of_step(step), self.saved)

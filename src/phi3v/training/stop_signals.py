@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -41,12 +42,15 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             self._process = os.getpid()
             self._before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+            self._told, sys.unraisablehook = sys.unraisablehook, self._on_lost
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._set(False)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._before:
+            sys.unraisablehook = self._told
         self._before = {}
 
     def hold(self) -> None:
@@ -81,6 +85,13 @@ class StopSignals:
             signal.signal(signal.SIGCHLD, self._of_children)
             self._of_children = None
         self.held = held
+
+    def _on_lost(self, lost: Any) -> None:
+        """What Python calls for an exception that it cannot raise, in a destructor: of ours nothing is printed, as
+        `check` raises it again.
+        """
+        if not isinstance(lost.exc_value, Interrupted):
+            self._told(lost)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """What Python calls."""

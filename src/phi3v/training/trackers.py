@@ -19,7 +19,7 @@ from phi3v.training.sample_answers import SampleAnswer
 
 
 def tracker_callbacks(
-    names: list[str], *, folder: Path, project: str | None, run_name: str, config: dict[str, Any]
+    names: list[str], *, folder: Path, project: str | None, run_name: str, config: dict[str, Any], done: int = 0
 ) -> list[TrainerCallback]:
     """One callback per tracker, each with a method `log_answers(step, answers)`.
 
@@ -29,6 +29,8 @@ def tracker_callbacks(
         project: project at W&B, None for its own default.
         run_name: name of the run.
         config: the recipe as plain values, shown by W&B.
+        done: steps of the checkpoint that the run goes on from: TensorBoard shows no later ones of before, W&B goes on
+            with its own run.
 
     Raises:
         MissingPackageError: a tracker is not installed.
@@ -36,7 +38,7 @@ def tracker_callbacks(
     """
     makers: dict[str, Callable[[], TrainerCallback]] = {
         "wandb": lambda: _wandb(folder, project, run_name, config),
-        "tensorboard": lambda: _tensorboard(folder),
+        "tensorboard": lambda: _tensorboard(folder, done),
     }
     check_trackers(names)
     return [makers[name]() for name in names]
@@ -68,7 +70,8 @@ def _wandb(folder: Path, project: str | None, run_name: str, config: dict[str, A
     import wandb
     from transformers.integrations import WandbCallback
 
-    wandb.init(project=project, name=run_name, dir=str(folder), config=config)
+    again: dict[str, Any] = {"id": number, "resume": "allow"} if (number := _wandb_id(folder)) else {}
+    wandb.init(project=project, name=run_name, dir=str(folder), config=config, **again)
 
     class ClosingWandbCallback(WandbCallback):
         """Closes the run at the end of the training, so that a next one in this process gets its own."""
@@ -132,12 +135,12 @@ def side_by_side(photos: Sequence[Any]) -> Any:
     return wide
 
 
-def _tensorboard(folder: Path) -> TrainerCallback:
+def _tensorboard(folder: Path, done: int) -> TrainerCallback:
     """A TensorBoard writer below the run's folder."""
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
-    writer = SummaryWriter(log_dir=str(folder / "tensorboard"))
+    writer = SummaryWriter(log_dir=str(folder / "tensorboard"), purge_step=done + 1)
 
     class AnsweringTensorBoardCallback(TensorBoardCallback):
         """Writes answers beside the figures."""

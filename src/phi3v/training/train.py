@@ -29,7 +29,7 @@ from phi3v.ranks import ALONE, Ranks
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.targets import resolve_target
-from phi3v.training.arguments import check_optimiser, library_errors, training_arguments
+from phi3v.training.arguments import library_errors, training_arguments
 from phi3v.training.callbacks import TrainingEvent, Watcher
 from phi3v.training.checkpoints import checkpoint_step, logged_lines, newest_checkpoint
 from phi3v.training.conditions import conditions_of, facts_of
@@ -38,6 +38,7 @@ from phi3v.training.doctor import check_base, check_first_batch
 from phi3v.training.faster_layers import check_faster_layers, step_line, use_faster_layers
 from phi3v.training.memory_plan import adopt, settle
 from phi3v.training.meter import Meter, most_memory
+from phi3v.training.optimiser_checks import check_optimiser
 from phi3v.training.preflight import check_recipe_alone, check_upload
 from phi3v.training.prepare import Prepared, join_ranks, prepare_model, training_device
 from phi3v.training.run_faults import one_line_faults
@@ -214,7 +215,7 @@ def _tune(
         arguments = training_arguments(
             recipe, run, device=device, autocast=autocast, validated=validated, ranks=ranks.count
         )
-        check_optimiser(arguments, model)
+        check_optimiser(arguments, model, recipe, data.train)
     ranks.alone(lambda: _begin(run, recipe, data))  # nothing was written so far
     with ranks.together():
         trainer = _trainer(
@@ -261,7 +262,7 @@ def _trainer(
     step_collator.halvings.fill_(facts["halvings"])
     _use_faster_layers(model, recipe, device, step_collator.micro_batches, watch)
     check_first_batch(train_samples, step_collator, processor)
-    meter, trackers = Meter(), run_trackers(recipe, run, ranks)
+    meter, trackers = Meter(), run_trackers(recipe, run, ranks, done or 0)
     trainer = _make_trainer(
         model=model,
         args=arguments,
@@ -382,7 +383,6 @@ def _refuse_idle_training(report: TrainableReport) -> None:
 
 def _save(run: RunFolder, recipe: Recipe, trainer: StepTrainer, processor: Any) -> None:
     """Writes the tuned weights with the processor that belongs to them."""
-
     weights = trainer.whole_weights(float32=recipe.lora is None)  # a frozen tower may have been shortened
 
     def save(folder: Path) -> None:

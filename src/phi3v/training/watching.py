@@ -51,8 +51,8 @@ def run_callbacks(
     ]
 
 
-def run_trackers(recipe: Recipe, run: RunFolder, ranks: Ranks) -> list[TrainerCallback]:
-    """Weights & Biases and TensorBoard, as the recipe asks for them."""
+def run_trackers(recipe: Recipe, run: RunFolder, ranks: Ranks, done: int) -> list[TrainerCallback]:
+    """Weights & Biases and TensorBoard, as the recipe asks for them; `done` steps are behind the run."""
     if not ranks.first:
         return []
     return tracker_callbacks(
@@ -61,6 +61,7 @@ def run_trackers(recipe: Recipe, run: RunFolder, ranks: Ranks) -> list[TrainerCa
         project=recipe.report.project,
         run_name=recipe.report.run_name or run.path.name,
         config=recipe.model_dump(),
+        done=done,
     )
 
 
