@@ -101,7 +101,7 @@ LIBRARIES = {
     "httpx2": ("data.address_guard",),
     "httpcore2": ("data.guarded_network", "data.download", "data.fetch", "serve.images"),
     "fastapi": ("serve.api", "serve.run", "serve.ui"),
-    "uvicorn": ("serve.run", "serve.chat"),
+    "uvicorn": ("serve.run", "serve.chat", "serve.connections"),
     "safetensors": (
         "loading",
         "weight_files",

@@ -16,6 +16,7 @@ from phi3v.errors import ConfigError, ImageError
 from phi3v.generate import ChatModel, conversation
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
+from phi3v.serve.served import load_served
 
 FOUR_BITS = {"load_in_4bit": True}
 RECIPE = {"model": "some/name", "data": "rows.jsonl"}
@@ -176,6 +177,9 @@ def test_a_run_is_loaded_as_its_recipe_says(tmp_path: Path, monkeypatch: pytest.
         assert (chat.processor.image_processor.num_crops, chat.processor.image_processor.fast) == (4, True)
         with pytest.raises(ImageError, match="60x60 pixels, more than the limit of 3000; .*--max-pixels"):
             chat.ask(tmp_path / "large.png", "What?")
+    merged = shutil.copytree(tmp_path / "model", run / "merged")  # of the same bytes as it would be elsewhere
+    for chat in (ChatModel.from_target(merged), load_served(str(merged), {})["merged"].chat):
+        assert (chat.model.dtype, chat.processor.image_processor.num_crops) == (torch.float32, 4)
     assert ChatModel.from_target(run, max_pixels=3600).ask(tmp_path / "large.png", "What?", max_new_tokens=1) != "?"
     given = ChatModel.from_target(run, dtype="float32", attn_implementation="sdpa", num_crops=6, fast=False)
     assert given.model.dtype == torch.float32
@@ -185,8 +189,11 @@ def test_a_run_is_loaded_as_its_recipe_says(tmp_path: Path, monkeypatch: pytest.
     asked: dict[str, Any] = {}
     monkeypatch.setattr(generate, "load_target", lambda target, **options: asked.update(options) or given)
     monkeypatch.setattr(RunFolder, "read_recipe", lambda self: Recipe.from_dict({**RECIPE, "quantization": FOUR_BITS}))
-    ChatModel.from_target(run)
-    assert (asked["quantization"], asked["device"]) == (FOUR_BITS, "auto")
+    for target in (run, run / "adapter", saved):
+        ChatModel.from_target(target)
+        assert (asked["quantization"], asked["device"]) == (FOUR_BITS, "auto"), target
+    ChatModel.from_target(merged)
+    assert (asked["quantization"], asked["dtype"], asked["fast"]) == (None, "auto", False)
 
 
 def test_a_runs_own_system_turn_is_asked_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

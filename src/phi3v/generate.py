@@ -57,11 +57,12 @@ class ChatModel:
         """Loads a run, an adapter, a model folder or a hub id; `options` are those of `loading.load_target`.
 
         A run, or a checkpoint of it, is loaded as its recipe says and `evaluate` does: crops, dtype, device, attention,
-        4-bit, the largest image (`max_pixels`), and data.system as the system turn of `ask`. Options that are given
-        win. A data.system that names columns cannot be filled here: the turn is left out, with a warning.
+        4-bit, the largest image (`max_pixels`), and data.system as the system turn of `ask`; another model in the
+        run's folder in the number type and bits of its own files. Options that are given win. A data.system that
+        names columns cannot be filled here: the turn is left out, with a warning.
         """
         run = run_of(target)
-        recipe = None if run is None else run.read_recipe()
+        recipe = None if run is None else run.recipe_for(target)
         held = {} if recipe is None else recipe.loading_options
         if "num_crops" in options:
             held.pop("max_image_tokens", None)  # it would lower the crops that were asked for

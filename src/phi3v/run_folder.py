@@ -187,6 +187,17 @@ class RunFolder:
             )
         return Recipe.load(self.recipe)
 
+    def recipe_for(self, target: str | Path) -> Recipe:
+        """The recipe that the run, or what lies in it, is loaded by; number type and bits are its own weights' alone.
+
+        Example: of a 4-bit run runs/q, runs/q/merged has it with `quantization: null` and `model.dtype: auto`.
+        """
+        path, recipe = Path(target).absolute(), self.read_recipe()
+        own = self.model if recipe.lora is None else self.adapter
+        if path in (self.path.absolute(), own.absolute()) or path.parent.name == "checkpoints":
+            return recipe
+        return recipe.with_overrides(["quantization=null", "model.dtype=auto"])
+
     def write_versions(self, versions: dict[str, str | None]) -> None:
         """Writes versions.json."""
         replace_file(self.versions, to_json(versions, indent=2) + "\n")

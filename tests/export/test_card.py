@@ -13,8 +13,8 @@ from tiny_runs import make_recipe, make_run
 
 from phi3v.errors import ConfigError
 from phi3v.evaluation.run import evaluate
-from phi3v.export import hub
-from phi3v.export.card import Card, base_id, fenced, header, plain, render_card, settings, sources
+from phi3v.export import hub, onnx
+from phi3v.export.card import Card, base_id, fenced, header, plain, question, render_card, settings, sources
 from phi3v.export.run import export
 from phi3v.generate import ChatModel
 from phi3v.recipe import Recipe
@@ -55,6 +55,7 @@ def test_the_card_says_what_the_run_says(run: RunFolder, tmp_path: Path) -> None
     assert "If neither were better, a difference as large" in body
     for name, check in evaluation["checks"].items():
         assert f"- **{name}: {check['verdict']}.** " in body
+    assert "photo.jpg 'What colour?'\n" in body and '"text": "What colour?"' in body
     assert "- rows.jsonl\n" in body and "| tuned | LoRA, r 16, alpha 32, on qkv\\_proj" in body
     assert "```text\nIt is {colour}.\n```" in body
     assert "````text\nBe brief.\n```\n# Heading <script>\n````" in body  # its own fence ends nothing
@@ -206,3 +207,31 @@ def test_the_system_turn_of_a_run_goes_with_its_weights(to: str, run: RunFolder,
     photo = run.path.parent / "photos" / "0.png"
     answers = [chat.ask(photo, "What colour?", max_new_tokens=6) for chat in asked]
     assert answers[0] == answers[1] != ""
+
+
+def test_the_system_turn_goes_on_from_export_to_export(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an adapter and of merged weights, also into a folder of graphs, whose graphs are not built here."""
+
+    def decoder(config: object, merged: Path, folder: Path, precision: str) -> None:
+        (folder / "genai_config.json").write_text('{"model": {}}')
+
+    for name in ("refuse_without_packages", "write_vision", "write_embedding"):
+        monkeypatch.setattr(onnx, name, lambda *args: None)
+    monkeypatch.setattr(onnx, "build_decoder", decoder)
+    export(run.path, tmp_path / "adapter", to="adapter")
+    export(tmp_path / "adapter", tmp_path / "merged", to="merged")
+    export(tmp_path / "merged", tmp_path / "again", to="merged", dtype="float16")
+    export(tmp_path / "merged", tmp_path / "onnx", to="onnx")
+    for name in ("adapter", "merged", "again", "onnx"):
+        about = json.loads((tmp_path / name / ("phi3v_onnx.json" if name == "onnx" else "phi3v.json")).read_text())
+        assert about["system"] == run.read_recipe().data.system, name
+        assert "````text\nBe brief.\n```\n# Heading <script>\n````" in (tmp_path / name / "README.md").read_text()
+    assert ChatModel.from_target(tmp_path / "again", device="cpu").system == run.read_recipe().data.system
+
+
+@pytest.mark.parametrize("prompt", ["{question}", "What?\nWhere?", "<|image_1|> What?", "a" * 201, " "])
+def test_a_question_that_is_no_plain_line_is_not_the_cards(prompt: str) -> None:
+    recipe = Recipe.from_dict({"model": "some/name", "data": {"train": "a.csv", "prompt": prompt, "answer": "{x}"}})
+    assert question(recipe) == question(None) == "What is shown in this image?"

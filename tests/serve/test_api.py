@@ -72,7 +72,9 @@ def test_an_answer_whole_and_in_pieces() -> None:
         message |= {"temperature": 0.5, "top_p": 1.0, "seed": 3, "stop": ["x"]}
         assert backend.asked == [message] * 2 and backend.images == [[photo(1)]] * 2
         assert (await client.get("/health")).json() == {"status": "ok", "requests": 0, "rows": 0}
-        assert [one["id"] for one in (await client.get("/v1/models")).json()["data"]] == ["tiny"]
+        (one,) = (await client.get("/v1/models")).json()["data"]
+        assert one["id"] == "tiny" and (await client.get("/v1/models/tiny")).json() == one
+        assert_error(await client.get("/v1/models/owner/none"), 404, "model_not_found")
 
     with_app(use, Limits())
 
@@ -139,13 +141,14 @@ def test_the_key_opens_every_route_and_health_needs_none() -> None:
 
 def test_without_a_key_only_names_of_this_machine_are_answered() -> None:
     async def use(client: httpx.AsyncClient, backend: FakeBackend, app: Guard) -> None:
-        for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:1", "[::1]:8000"):
+        for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:1", "127.0.0.2:8000", "[::1]:8000"):
             assert (await client.get("/v1/models", headers={"host": host})).status_code == 200
         for host in (
             "evil.example",
             "localhost.evil.example",
             "127.0.0.1.evil.example",
             "evil@localhost",
+            "127.0.0.evil",
             "",
             "10.0.0.1",
         ):

@@ -65,7 +65,7 @@ def test_malformed_json_is_one_line(body: bytes, says: str) -> None:
         ({"messages": [{"role": "user", "content": []}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "messages.0.content"),
-        ({"messages": [{"role": "assistant", "content": "Hi"}]}, "the last one must be the user's"),
+        ({"messages": [{"role": "assistant", "content": "Hi"}]}, "the last one must not be the assistant's"),
         ({"messages": [{"role": "system", "content": [IMAGE]}, *HI["messages"]]}, "images belong to the user's turns"),
         ({"messages": [{"role": "user", "content": [IMAGE] * 17}]}, "17 images are more than 16"),
         ({"messages": HI["messages"] * 101}, "101 are more than 100"),
@@ -86,6 +86,11 @@ def test_malformed_json_is_one_line(body: bytes, says: str) -> None:
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"modalities": ["audio"]}, "modalities"),
+        ({"service_tier": "flex"}, "service_tier"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"chat_template": "{{ x }}"}, "chat_template: Extra inputs are not permitted"),
         ({"chat_template_kwargs": {}}, "chat_template_kwargs"),
@@ -107,6 +112,11 @@ def test_what_asks_for_nothing_passes() -> None:
         "store": False,
         "metadata": {"a": "b"},
     }
+    neutral |= {"tool_choice": "none", "parallel_tool_calls": True, "functions": [], "function_call": "none"}
+    neutral |= {"top_logprobs": 0, "modalities": ["text"], "reasoning_effort": "none", "verbosity": "medium"}
+    neutral |= {"service_tier": "auto", "prompt_cache_key": "x"}
+    parse({**HI, **dict.fromkeys([*ChatRequest.model_fields.keys() - {"model", "messages"}])})
+    parse({**HI, "messages": [{"role": "system", "content": "Be brief."}]})
     asked = parse({**HI, **neutral, "temperature": 0, "top_p": 1, "seed": -5})
     assert (asked.stops, asked.images, asked.turns) == ([], [], [{"role": "user", "parts": ["Hi"]}])
     turns = [

@@ -210,7 +210,7 @@ def find_questions(
         source, name = recipe.data.validation, recipe.data.validation or f"{recipe.data.train_name} (held out)"
     else:
         plain = {"model": {"name": place.base, "revision": place.revision}, "data": data}
-        recipe = answering(Recipe.from_dict(plain) if run is None else run.read_recipe(), overrides)
+        recipe = answering(Recipe.from_dict(plain) if run is None else run.recipe_for(place.name), overrides)
         source, name = data, data
     if max_pixels is not None:
         recipe = recipe.with_overrides([f"image.max_pixels={max_pixels}"])

@@ -221,7 +221,7 @@ def _resolve_other(against: str | Path | None) -> Literal["base"] | Target | Non
 def _recipe_of(place: Target) -> Recipe:
     """The recipe of the run that a target is or lies in."""
     if (run := run_of(place.name)) is not None:
-        return run.read_recipe()
+        return run.recipe_for(place.name)
     raise ConfigError(
         f"{place.name} is no run, so nothing says which rows and templates to use: give a recipe, --data recipe.yaml"
     )

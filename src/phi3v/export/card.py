@@ -5,15 +5,19 @@ their intervals, what the checks found, the base's licence, and how to use the e
 texts: they are escaped for Markdown and HTML, and no path of the machine is named. Knows nothing about weights.
 """
 
+import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from phi3v import __version__
+from phi3v.data.templates import Template
 from phi3v.errors import CheckpointError
 from phi3v.evaluation import figures
 from phi3v.evaluation.headline import in_words
@@ -26,6 +30,7 @@ from phi3v.targets import Target, resolve_target
 
 MICROSOFT = ("microsoft/Phi-3-vision-128k-instruct", "microsoft/Phi-3.5-vision-instruct")
 """The published models, whose licence is MIT."""
+QUESTION = "What is shown in this image?"
 _SNAPSHOT = re.compile(r"models--([\w.-]+)--([\w.-]+)")
 _MARKS = re.compile(r"([\\`*_{}\[\]()#+!|~<>&$-])")
 
@@ -40,6 +45,7 @@ class Card:
         base: hub id of the base; None where it is not known.
         facts: of the format: dtype, precision, ...
         recipe: of the run; None for a target that is none.
+        system: template of the system turn that it was tuned with, of the run or of the exported folder.
         summary: of the finished run, `finished.json`.
         evaluation: `evaluation.json`, None where nothing was evaluated.
         versions: of the packages that trained it.
@@ -51,6 +57,7 @@ class Card:
     base: str | None
     facts: Mapping[str, Any]
     recipe: Recipe | None = None
+    system: str | None = None
     summary: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] | None = None
     versions: Mapping[str, Any] = field(default_factory=dict)
@@ -75,14 +82,21 @@ def base_id(place: Target, given: str | None = None) -> str | None:
 
 
 def read_card(
-    run: RunFolder | None, *, title: str, to: str, base: str | None, facts: Mapping[str, Any], repo: str | None = None
+    run: RunFolder | None,
+    *,
+    title: str,
+    to: str,
+    base: str | None,
+    facts: Mapping[str, Any],
+    system: str | None = None,
+    repo: str | None = None,
 ) -> Card:
     """A card of what lies in a run's folder; of the format alone where the target is no run."""
     if run is None:
-        return Card(title, to, base, facts, repo=repo)
+        return Card(title, to, base, facts, system=system, repo=repo)
     evaluation = run.read_evaluation(needed=NEEDED) if run.evaluation.is_file() else None
     summary = run.read_summary() if run.state() == "finished" else {}
-    return Card(title, to, base, facts, run.read_recipe(), summary, evaluation, run.read_versions(), repo)
+    return Card(title, to, base, facts, run.read_recipe(), system, summary, evaluation, run.read_versions(), repo)
 
 
 def render_card(card: Card) -> str:
@@ -95,7 +109,13 @@ def render_card(card: Card) -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update(
-        plain=plain, fenced=fenced, figure=figures.figure, ends=figures.ends, duration=figures.duration
+        plain=plain,
+        fenced=fenced,
+        shell=shlex.quote,
+        string=partial(json.dumps, ensure_ascii=False),
+        figure=figures.figure,
+        ends=figures.ends,
+        duration=figures.duration,
     )
     name = card.repo or re.sub(r"[^\w.-]", "-", card.title)
     text = environment.get_template("card.md.j2").render(
@@ -110,6 +130,7 @@ def render_card(card: Card) -> str:
         version=__version__,
         vllm=vllm.READ,
         serve=vllm.serve_command(name),
+        question=question(card.recipe),
     )
     return re.sub(r"\n{3,}", "\n\n", text)
 
@@ -144,6 +165,14 @@ def settings(recipe: Recipe) -> dict[str, str]:
     found[length] = f"{training.epochs:g}" if training.max_steps is None else str(training.max_steps)
     found |= {"samples per step": str(training.samples_per_step), "peak learning rate": f"{training.learning_rate:g}"}
     return {**found, "seed": str(training.seed)}
+
+
+def question(recipe: Recipe | None) -> str:
+    """What the card's commands ask: the run's own question where it is one line and the same for every row."""
+    template = None if recipe is None else Template(recipe.data.prompt, "prompt")
+    asked = "" if template is None or template.columns else template.render({}).strip()
+    is_plain = asked.isprintable() and "<|" not in asked
+    return asked if is_plain and 0 < len(asked) <= 200 else QUESTION
 
 
 def sources(recipe: Recipe) -> list[str]:

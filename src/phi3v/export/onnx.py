@@ -19,7 +19,7 @@ from phi3v.export.layout import write_merged, write_processor
 from phi3v.export.onnx_decoder import build_decoder, check_decoder
 from phi3v.export.onnx_vision import EMBEDDING, VISION, write_embedding, write_vision
 from phi3v.loading import load_config, load_processor
-from phi3v.targets import ONNX_ABOUT, Target, run_of
+from phi3v.targets import ONNX_ABOUT, Target, run_of, system_template
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime", "onnxruntime_genai")
 GENAI_CONFIG = "genai_config.json"
@@ -36,11 +36,11 @@ def export_onnx(place: Target, folder: Path, *, precision: Precision = "fp32") -
     Raises: MissingPackageError without the extra `onnx`; ConfigError for a decoder that the runtime does not have.
     """
     refuse_without_packages(PACKAGES)
-    recipe = None if (run := run_of(place.name)) is None else run.read_recipe()
+    run = run_of(place.name)
     check_decoder(load_config(place.base, revision=place.revision))
     merged = folder / "merged"
     merged.mkdir()
-    seen = {} if recipe is None else recipe.image.processor_options
+    seen = {} if run is None else run.read_recipe().image.processor_options
     write_merged(place, merged, dtype="float32", shard_bytes=SHARD_BYTES, images=seen)
     config, processor = load_config(merged), load_processor(merged)
     number = torch.float16 if precision == "fp16" else torch.float32
@@ -54,8 +54,7 @@ def export_onnx(place: Target, folder: Path, *, precision: Precision = "fp32") -
     _write_json(folder / "processor_config.json", genai_processor())
     built = json.loads((folder / GENAI_CONFIG).read_text())
     _write_json(folder / GENAI_CONFIG, genai_config(built, processor.stop_token_ids))
-    about = {"precision": precision, "system": None if recipe is None else recipe.data.system}
-    _write_json(folder / ONNX_ABOUT, about)
+    _write_json(folder / ONNX_ABOUT, {"precision": precision, "system": system_template(place.name)})
     return {"precision": precision}
 
 

@@ -15,7 +15,7 @@ from phi3v.errors import ConfigError
 from phi3v.export.card import MICROSOFT, base_id, read_card, render_card
 from phi3v.export.folder import fill_whole, refuse_used, write_digests
 from phi3v.run_folder import RunFolder
-from phi3v.targets import EXPORT_ABOUT, Target, resolve_target, run_of
+from phi3v.targets import EXPORT_ABOUT, Target, resolve_target, run_of, system_template
 
 Format = Literal["merged", "adapter", "onnx"]
 SHARD_BYTES = 2 * 10**9
@@ -99,11 +99,11 @@ def export(
             from phi3v.export.onnx import export_onnx
 
             facts.update(export_onnx(place, folder, precision=precision))
-        system = run.read_recipe().data.system if run else None
+        system = system_template(target)
         if to != "onnx" and system is not None:
             about = json.dumps({"system": system}, ensure_ascii=False, indent=2) + "\n"
             (folder / EXPORT_ABOUT).write_text(about, encoding="utf-8")
-        card = read_card(run, title=_title(place, run), to=to, base=named, facts=facts, repo=push)
+        card = read_card(run, title=_title(place, run), to=to, base=named, facts=facts, system=system, repo=push)
         (folder / "README.md").write_text(render_card(card), encoding="utf-8")
         write_digests(folder)
 

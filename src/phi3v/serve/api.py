@@ -242,6 +242,14 @@ def build_app(backend: Backend, limits: Limits, images: ImageSource, *, key: str
         found = [{"id": one["id"], "object": "model", "created": 0, "owned_by": "phi3v"} for one in backend.models]
         return {"object": "list", "data": found}
 
+    @app.get("/v1/models/{name:path}", responses={code: errors[code] for code in (401, 404, 421)})
+    async def model(name: str) -> dict[str, Any]:
+        """One of the names."""
+        for one in (await models())["data"]:
+            if one["id"] == name:
+                return dict(one)
+        raise Refusal(404, "model_not_found", "there is no such model here: GET /v1/models names them")
+
     @app.get("/health", responses={421: errors[421], 503: {"description": "not ready"}})
     async def health() -> JSONResponse:
         """Whether the model is loaded, and how many requests are in the server and with the model."""

@@ -24,6 +24,8 @@ class Limits:
         images: in a request.
         messages: in a request.
         fetch_seconds: for the images of web addresses of a request.
+        connections: that are open at once.
+        header_seconds: that a connection may take from its beginning, or the last answer, to a request's last header.
         drain_seconds: how long a server that is asked to stop lets answers go on.
     """
 
@@ -38,6 +40,8 @@ class Limits:
     images: int = 16
     messages: int = 1000
     fetch_seconds: float = 15.0
+    connections: int = 1024
+    header_seconds: float = 10.0
     drain_seconds: float = 30.0
 
     def __post_init__(self) -> None:

@@ -125,6 +125,22 @@ class ChatRequest(_Strict):
     logprobs: Literal[False] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     response_format: PlainText | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Annotated[list[Any], Field(max_length=0)] | None = None
+    function_call: Literal["none", "auto"] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    audio: None = None
+    prediction: None = None
+    web_search_options: None = None
+    reasoning_effort: Literal["none"] | None = None
+    verbosity: Literal["medium"] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    prompt_cache_key: Short | None = None
+    prompt_cache_retention: Short | None = None
+    prompt_cache_options: None = None
+    moderation: None = None
 
     @property
     def stops(self) -> list[str]:
@@ -189,8 +205,8 @@ def _check(asked: ChatRequest, most_images: int, most_messages: int) -> None:
     """What holds for a request as a whole. Raises: Refusal."""
     if len(asked.messages) > most_messages:
         raise _bad("invalid_request", f"messages: {len(asked.messages)} are more than {most_messages}")
-    if asked.messages[-1].role not in ("user", "system", "developer"):
-        raise _bad("invalid_request", "messages: the last one must be the user's")
+    if asked.messages[-1].role == "assistant":
+        raise _bad("invalid_request", "messages: the last one must not be the assistant's")
     if asked.max_tokens is not None and asked.max_completion_tokens is not None:
         raise _bad("invalid_request", "max_tokens and max_completion_tokens exclude each other")
     for number, turn in enumerate(asked.messages):

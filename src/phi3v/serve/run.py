@@ -125,10 +125,9 @@ async def _serve(
     on_ready: Callable[[str, list[str]], None],
 ) -> None:
     """The life of the server."""
-    import uvicorn
-
     from phi3v.serve.api import build_app
     from phi3v.serve.backend import Backend
+    from phi3v.serve.connections import Connections, Server
     from phi3v.serve.images import ImageSource
 
     limits = options.limits
@@ -136,19 +135,8 @@ async def _serve(
     images = ImageSource(options.allow_hosts, seconds=limits.fetch_seconds, max_bytes=limits.body_bytes)
     # Whoever has the key may name any host; without one, names of other machines are a trick of a web page.
     app = build_app(backend, limits, images, key=options.key, any_host=options.key is not None)
-    config = uvicorn.Config(
-        app,
-        log_level="error",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=5,
-        timeout_graceful_shutdown=int(limits.drain_seconds),
-        lifespan="off",
-        ws="none",
-    )
-    server = uvicorn.Server(config)
-    server.capture_signals = contextlib.nullcontext  # type: ignore[assignment, method-assign]  # it would die of the signal again
+    connections = Connections(limits.connections, limits.header_seconds)
+    server = Server(app, connections, timeout_graceful_shutdown=int(limits.drain_seconds))
     loop = asyncio.get_running_loop()
     asked_to_stop = asyncio.Event()
 

@@ -88,7 +88,7 @@ def load_served(
 def _recipe_options(place: Target) -> dict[str, Any]:
     """How the run of a target loads; nothing where it is no run."""
     run = run_of(place.name)
-    return {} if run is None else dict(run.read_recipe().loading_options)
+    return {} if run is None else dict(run.recipe_for(place.name).loading_options)
 
 
 def _system(found: Target, place: Target) -> str | None:
