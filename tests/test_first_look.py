@@ -6,17 +6,20 @@ import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
 from tiny_tokenizer import build_tokenizer
 
+from phi3v.cli_screen import rows_line
 from phi3v.data.known_sizes import KnownSizes
 from phi3v.data.lengths import row_lengths
+from phi3v.data.mixing import SetUse
 from phi3v.data.schema import Message, Row, TextPart
 from phi3v.data.survey import SurveyOptions
-from phi3v.first_look import measured_rows, open_data, survey_rows
+from phi3v.first_look import RowUse, measured_rows, open_data, survey_rows
 from phi3v.model.image_processing_phi3_v import Phi3VImageProcessor
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.recipe import Recipe
@@ -102,3 +105,11 @@ def test_sizes_are_kept_by_number_of_record() -> None:
     ]
     with pytest.raises(AssertionError):
         both.add(5, [((1, 1), 0)])
+
+
+def test_good_rows_that_no_epoch_has_are_told() -> None:
+    """Sets of 9 and 3 rows, each with half of an epoch: three of the nine never come."""
+    sets = [SetUse("a", rows=9, epoch=6, left_out=3), SetUse("b", rows=3, epoch=6, left_out=0)]
+    rows = RowUse.of(SimpleNamespace(train=[0] * 12, validation=None, problems=[], sets=sets), 4)
+    assert rows.not_drawn == 3
+    assert rows_line(rows).startswith("12 rows to train on, 0 held out; 3 good rows in no epoch (weights")

@@ -150,6 +150,8 @@ class Screen:
 def rows_line(rows: RowUse) -> str:
     """What a run trains on: "38 rows to train on, 4 held out; 2 rows are left out (2 missing_value): ..."."""
     line = f"{counted(rows.train, 'row')} to train on, {rows.held_out} held out"
+    if rows.not_drawn:
+        line += f"; {counted(rows.not_drawn, 'good row')} in no epoch (weights, data.max_rows; phi3v data check RECIPE)"
     if not rows.left_out:
         return line
     reasons = ", ".join(f"{count} {code}" for code, count in rows.reasons.items())

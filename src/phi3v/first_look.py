@@ -69,6 +69,7 @@ class RowUse:
 
     Example: "2736 rows to train on, 304 held out; 12 left out (8 url_gone, 4 missing_value)" are
     RowUse(train=2736, held_out=304, left_out=12, reasons={"url_gone": 8, "missing_value": 4}, samples_per_step=16).
+    `not_drawn` are good rows that no epoch has, because of weights or `data.max_rows`.
     """
 
     train: int
@@ -76,12 +77,14 @@ class RowUse:
     left_out: int
     reasons: dict[str, int]
     samples_per_step: int
+    not_drawn: int = 0
 
     @classmethod
     def of(cls, data: LoadedData, samples_per_step: int) -> Self:
         """The counts of loaded data."""
         reasons = dict(Counter(problem.reason_code for problem in data.problems).most_common())
-        return cls(len(data.train), len(data.validation or []), len(data.problems), reasons, samples_per_step)
+        counts = (len(data.train), len(data.validation or []), len(data.problems))
+        return cls(*counts, reasons, samples_per_step, sum(one.left_out for one in data.sets))
 
     @property
     def repeated(self) -> int:
