@@ -220,7 +220,12 @@ def test_of_a_stream_of_several_sets_each_is_gone_through_and_judged_by_itself(
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for names, split, counts, trouble in (
         (("sound", "sound"), "null", (80, 80, 80, 0), None),
-        (("one", "sound"), "{validation: 10}", (41, 41, 31, 10), None),
+        (
+            ("one", "sound"),
+            "{validation: 10}",
+            (41, 41, 31, 10),
+            "one.jsonl has no usable row to train on: each is held",
+        ),
         (("one", "bad"), "null", (41, 2, 2, 0), "bad.jsonl: 39 of 40 rows cannot be used (39 missing_value): row 1: "),
     ):
         sets = [

@@ -23,7 +23,7 @@ from phi3v.data.reading import Reading
 from phi3v.data.rows import Rows, describe_problems, refusal
 from phi3v.data.schema import Row, RowProblem
 from phi3v.data.sources import LoadedData, StreamedData, load_data, stream_data
-from phi3v.data.streaming import interleaved
+from phi3v.data.streaming import interleaved, nothing_left
 from phi3v.data.survey import RowFacts, SurveyOptions, survey, too_long_problem
 from phi3v.errors import ConfigError, DataError, NoUsableRowError
 from phi3v.recipe import Recipe
@@ -215,6 +215,8 @@ def find_rows(
     refused = next((line for look in looks if (line := look.refusal(*limits)) is not None), None)
     if not rows and not problems:
         refused = _none_left(recipe)
+    elif refused is None and sum(look.seen for look in looks) < STREAM_SAMPLE:  # all sets were read to their end
+        refused = next((nothing_left(look.source) for look in looks if not look.usable), None)
     total = len(rows) + len(held_out) + len(problems)
     found = FoundRows(rows, held_out, problems, stream.origin, total, not_cached, refused, sampled=True)
     return replace(found, not_read=stream.not_read)

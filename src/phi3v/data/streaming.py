@@ -29,6 +29,14 @@ CHECKED_EVERY = 1000
 Tell = Callable[[RowProblem], None]
 
 
+def nothing_left(source: str) -> str:
+    """Why a set of a stream cannot take part. Its share does not fall to the others, as rows come by one at a time."""
+    return (
+        f"{source} has no usable row to train on: each is held out or cannot be used (phi3v data check names them); "
+        "take it out of data.train, or change data.split"
+    )
+
+
 @dataclass(frozen=True)
 class RowStream:
     """Rows of sets without an end.
@@ -100,10 +108,7 @@ class RowStream:
                 found = True
                 yield row
             if not found:
-                raise NoUsableRowError(
-                    f"{self.sets[number].map.source} has no usable row to train on: each is held out or cannot be used "
-                    "(phi3v data check names them); take it out of data.train, or change data.split"
-                )
+                raise NoUsableRowError(nothing_left(self.sets[number].map.source))
 
     def _one_pass(self, place: int, tell: Tell, told: set[int]) -> Iterator[Row]:
         """The usable rows of a set in order, its problems told the first time."""
