@@ -7,8 +7,8 @@ What is attached here does without that mask:
 
 | `attn_implementation` | what a pack goes through |
 |---|---|
-| the same, of 9 or 10, with the extra `flash`, where layers are not compiled | FlashAttention 4 |
 | sdpa, on a GPU of compute capability 8.0 in bfloat16 or float16 | `torch.nn.attention.varlen`, torch 2.10 or newer |
+| the same, of 9 or 10, with the extra `flash`, where layers are not compiled | FlashAttention 4 |
 | sdpa, anywhere else | sdpa for one sample after the other |
 | flash_attention_2, _3, _4 | the package's own kernel for several lengths, which transformers calls |
 | flex_attention | transformers' block mask |
