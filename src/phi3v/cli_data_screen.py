@@ -67,6 +67,9 @@ def set_lines(report: Report) -> Iterator[str]:
     if all(one.epoch == one.rows and not one.left_out for one in report.sets):
         return
     for one in report.sets:
+        if not one.rows:
+            yield f"{one.source}: no row to train on"
+            continue
         different = one.rows - one.left_out
         held = "all" if not one.left_out else short_number(different)
         line = f"{one.source}: {held} of its {counted(one.rows, 'row')} in an epoch"

@@ -22,6 +22,7 @@ def test_images_come_once_and_are_counted(tmp_path: Path) -> None:
     progress: list[tuple[int, int]] = []
     with image_server() as server:
         urls = [server.url(f"/good/{number}.png") for number in (0, 1, 2, 1, 0)]
+        urls[3] = f" {urls[1]} "  # blanks around it are no part of an address
         first = fetch_images(urls, cache, LIMITS, on_progress=lambda done, total: progress.append((done, total)))
         again = fetch_images([*urls, server.url("/good/3.png")], cache, LIMITS)
         requests = len(server.seen)

@@ -34,7 +34,8 @@ ADVICE = {
     "unclear_tags": "say data.format: conversations where <image> is the image's place, messages where it is text",
     "answer_weight": "write 0 or 1, and take a last exchange of weight 0 out, or drop the row",
     "other_media": "save frames of a film as images, or drop the row",
-    "image_missing": "fill the cell, drop the row, or give an empty list [] for a row without images",
+    "image_missing": "fill the cell or drop the row; rows without images have an empty list [] where cells can be "
+    "lists (JSON, Parquet), else a set of their own with data.images: null",
     "image_type": "name the column with the images in data.images; write base64 as data:image/png;base64,...",
     "image_path": "mend the path, or set data.image_root",
     "image_unreadable": "save it again as JPEG or PNG, or drop the row; for its size raise image.max_pixels",

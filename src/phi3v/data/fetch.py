@@ -102,13 +102,14 @@ def fetch_images(
 
 
 def _shard(urls: Iterable[str], shard: tuple[int, int]) -> list[str]:
-    """The different addresses of a part, in their order."""
+    """The different addresses of a part, in their order, without the blanks around them, as rows name them."""
     number, count = shard
     if not 0 <= number < count:
         raise ConfigError(
             f"shard {number}/{count} is none: parts of n count from 0 to n-1, 0/{max(count, 1)} is the first"
         )
-    return [url for url in dict.fromkeys(urls) if int(url_digest(url)[:16], 16) % count == number]
+    different = dict.fromkeys(url.strip(" ") for url in urls)
+    return [url for url in different if int(url_digest(url)[:16], 16) % count == number]
 
 
 @dataclass
