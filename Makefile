@@ -57,14 +57,19 @@ format: .venv/ready-dev
 EXTRAS_demo =
 EXTRAS_test = [test]
 EXTRAS_dev = [dev]
+# What else is there when it is.
+LESS_test = demo
+LESS_dev = demo test
 
+# Not compiled: pip would compile every file of transformers and torch, minutes for one processor; Python compiles those
+# that are imported, once.
 .venv/ready-%: pyproject.toml constraints.txt $(STALE)
 	@test -n '$(PYTHON)' || { echo 'phi3v needs Python 3.11 or newer with its venv module; none was found on the path (on Debian: apt install python3 python3-venv)' >&2; exit 1; }
 	@test -x .venv/bin/python && .venv/bin/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo 'making .venv with $(PYTHON)'; $(PYTHON) -m venv --clear .venv; }
 	@echo 'installing phi3v$(EXTRAS_$*) (minutes the first time: torch is large)'
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(EXTRAS_$*)'
-	@touch $@
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.$(EXTRAS_$*)'
+	@touch $@ $(foreach less,$(LESS_$*),.venv/ready-$(less))
 
 stale:
 	rm -rf .venv
