@@ -286,3 +286,35 @@ def test_answers_that_outgrow_their_room_go_on(
     monkeypatch.setattr(Engine, "_room", 2)
     found = answer_rows(chat.model, chat.processor, rows[:3], batch_size=3, max_new_tokens=9, expected=False)
     assert found.texts == alone(chat, rows[:3], 9)
+
+
+def test_rows_come_and_go_in_place_and_leave_nothing_behind() -> None:
+    """Whole tensors against lists, over 200 joins: rows that left held infinities, which no other row may see."""
+    generator = torch.Generator().manual_seed(3)
+    number = lambda low, high: int(torch.randint(low, high, (1,), generator=generator))  # noqa: E731
+    rows: list[list[float]] = []
+    cache: Any = None
+    ways = {"in place": 0, "anew": 0}
+    for turn in range(200):
+        kept = [place for place in range(len(rows)) if number(0, 8)]
+        for place in set(range(len(rows))) - set(kept):
+            cache.layers[0].keys[place] = torch.inf
+        prompts = [[float(number(1, 9)) for _ in range(number(3, 12))] for _ in range(min(number(0, 4), 6 - len(kept)))]
+        if not kept and not prompts:
+            prompts = [[float(turn)]]
+        fresh = DynamicCache()
+        padded = torch.tensor([one + [-1.0] * (12 - len(one)) for one in prompts]).reshape(len(prompts), 1, 12, 1)
+        fresh.update(padded, -padded, 0)
+        before = None if cache is None else cache.layers[0]._all[0]
+        lengths = [len(rows[place]) for place in kept]
+        cache = joined_rows(cache, kept, lengths, fresh if prompts else None, [len(one) for one in prompts], 4)
+        ways["in place" if cache.layers[0]._all[0] is before else "anew"] += 1
+        rows = [*(rows[place] for place in kept), *prompts]
+        for _ in range(number(1, 4)):
+            step = torch.tensor([float(number(1, 9)) for _ in rows])[:, None, None, None]
+            keys, values = cache.update(step, -step, 0)
+            rows = [[*row, one] for row, one in zip(rows, step.flatten().tolist(), strict=True)]
+        widest = max(len(row) for row in rows)
+        assert keys[:, 0, :, 0].tolist() == [[0.0] * (widest - len(row)) + row for row in rows]
+        assert torch.equal(values, -keys) and cache.get_seq_length() == widest
+    assert min(ways.values()) > 20, ways

@@ -15,6 +15,7 @@ from phi3v.serve.api import build_app
 from phi3v.serve.connections import Connections, Server
 from phi3v.serve.images import ImageSource
 from phi3v.serve.limits import Limits
+from phi3v.serve.run import _bound
 
 HALF = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-a: "
 WHOLE = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -33,7 +34,8 @@ def with_server(use: Callable[[Open], Awaitable[Any]], limits: Limits) -> None:
             FakeBackend(limits, []), limits, ImageSource(seconds=1, max_bytes=10**6), key=None, any_host=False
         )
         server = Server(app, Connections(limits.connections, limits.header_seconds), timeout_graceful_shutdown=1)
-        with socket.create_server(("127.0.0.1", 0)) as listening:
+        with _bound("127.0.0.1", 0) as listening:
+            listening.listen()
 
             async def open_(sent: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
                 reader, writer = await asyncio.open_connection(*listening.getsockname())
@@ -123,3 +125,22 @@ def test_files_that_run_out_are_one_line(caplog: pytest.LogCaptureFixture, monke
     for files, most in ((1024, 824), (256, 128), (10_000, 1000)):
         monkeypatch.setattr(connections, "_files", lambda files=files: files)
         assert Connections(1000, 1.0).most == most
+
+
+def test_pieces_are_sent_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the second piece of a stream waits for the first one's acknowledgement, 40 ms on Linux."""
+    found: list[int] = []
+    original = connections._Timed.connection_made
+
+    def made(self: Any, transport: Any) -> None:
+        found.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        original(self, transport)
+
+    monkeypatch.setattr(connections._Timed, "connection_made", made)
+
+    async def use(open_: Open) -> None:
+        reader, _ = await open_(WHOLE)
+        assert (await reader.read(12)).startswith(b"HTTP/1.1")
+
+    with_server(use, Limits())
+    assert len(found) == 1 and found[0]

@@ -63,7 +63,7 @@ def test_rows_that_cross_the_ropes_limit_answer_as_generate(
     crossing = [length for length in lengths if length <= LIMIT < length + 11]
     assert LIMIT in lengths and len(crossing) > 3 and max(lengths) > LIMIT
     said: list[dict[str, Any]] = []
-    lanes = Lanes({"m": served}, batch=batch, tokens=4000, tell=said.append)
+    lanes = Lanes({"m": served}, batch=batch, tokens=4000, tell=lambda *told: said.extend(told))
     again: list[int] = []
     original = Asked.again
     monkeypatch.setattr(Asked, "again", lambda one: again.append(one.name) or original(one))
@@ -80,7 +80,7 @@ def test_images_are_seen_once_and_cancelled_rows_leave(served: Served, tmp_path:
         Image.new("RGB", (40, 30), colour).save(tmp_path / f"{name}.png")
         photos.append((tmp_path / f"{name}.png").read_bytes())
     said: list[dict[str, Any]] = []
-    lanes = Lanes({"m": served}, batch=3, tokens=10**6, tell=said.append)
+    lanes = Lanes({"m": served}, batch=3, tokens=10**6, tell=lambda *told: said.extend(told))
     before = served.seen.computed
     lanes.lanes["m"].waiting.extend(asked(served, number, "What?", (photos[number % 2],)) for number in range(6))
     lanes.turn(lambda name: False)
@@ -97,7 +97,7 @@ def test_images_are_seen_once_and_cancelled_rows_leave(served: Served, tmp_path:
 
 
 def test_tokens_of_a_batch_are_bounded(served: Served) -> None:
-    lane = Lane(served, batch=8, tokens=200, tell=lambda message: None)
+    lane = Lane(served, batch=8, tokens=200, tell=lambda *told: None)
     lane.waiting.extend(asked(served, number, "a " * 30) for number in range(4))  # each of some 90 tokens at most
     lane.waiting.append(asked(served, 4, "a " * 400))
     with torch.inference_mode():
@@ -107,7 +107,7 @@ def test_tokens_of_a_batch_are_bounded(served: Served) -> None:
 
 def test_a_step_that_fails_loses_its_requests_alone(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[dict[str, Any]] = []
-    lanes = Lanes({"m": served}, batch=2, tokens=4000, tell=said.append)
+    lanes = Lanes({"m": served}, batch=2, tokens=4000, tell=lambda *told: said.extend(told))
     lanes.lanes["m"].waiting.extend(asked(served, number, "Hi") for number in range(3))
     with monkeypatch.context() as broken:
         broken.setattr(type(served.chat.model), "forward", lambda *args, **kwargs: 1 / 0)

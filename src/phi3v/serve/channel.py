@@ -12,13 +12,14 @@ from typing import Any, BinaryIO
 Message = dict[str, Any]
 
 
-def write_message(stream: BinaryIO, message: Message, attachments: Sequence[bytes] = ()) -> None:
-    """Sends one message. Raises: OSError, ValueError where nobody reads any more."""
+def write_message(stream: BinaryIO, message: Message, attachments: Sequence[bytes] = (), *, flush: bool = True) -> None:
+    """Sends one message, or without `flush` leaves it to the next. Raises: OSError, ValueError where nobody reads."""
     head = json.dumps({**message, "attached": [len(one) for one in attachments]}).encode()
     stream.write(struct.pack("!I", len(head)) + head)
     for one in attachments:
         stream.write(one)
-    stream.flush()
+    if flush:
+        stream.flush()
 
 
 def read_message(stream: BinaryIO) -> tuple[Message, list[bytes]] | None:

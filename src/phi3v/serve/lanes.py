@@ -19,7 +19,8 @@ from phi3v.evaluation.running_batch import IMAGE_PARTS, RunningBatch, RunningRow
 from phi3v.generate import PieceStreamer
 from phi3v.serve.served import Served
 
-Tell = Callable[[dict[str, Any]], None]
+Tell = Callable[..., None]
+"""Takes messages, those of one step at once."""
 _logger = logging.getLogger(__name__)
 LEAST_TEMPERATURE = 1e-3
 """Below it logits would leave the range of float32; the likeliest token has all the probability there anyway."""
@@ -241,13 +242,16 @@ class Lane:
 
     def _report(self, rows: list[Asked]) -> None:
         """Tells what is new of some rows."""
+        told: list[dict[str, Any]] = []
         for one in rows:
             piece, reason = one.read(), one.over
             if piece:
-                self._tell({"is": "piece", "id": one.name, "text": piece})
+                told.append({"is": "piece", "id": one.name, "text": piece})
             if reason is not None:
                 done = {"prompt_tokens": one.prompt_tokens, "completion_tokens": len(one.row.new)}
-                self._tell({"is": "done", "id": one.name, "reason": reason, **done})
+                told.append({"is": "done", "id": one.name, "reason": reason, **done})
+        if told:
+            self._tell(*told)
 
 
 class Lanes:
@@ -282,5 +286,4 @@ class Lanes:
                 lane.turn(cancelled)
             except Exception:  # out of memory, mostly: these requests are lost, the server is not
                 _logger.exception("a step failed")
-                for name in lane.fail():
-                    self._tell({"is": "fault", "id": name})
+                self._tell(*({"is": "fault", "id": name} for name in lane.fail()))

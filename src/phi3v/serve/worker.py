@@ -52,12 +52,13 @@ class Worker:
         self._wanted: set[int] = set()  # requests that were neither answered nor cancelled
         self._told_rows = 0
 
-    def tell(self, message: Message) -> None:
-        """Sends one message to the server."""
-        if message["is"] in ("done", "fault", "refused"):
-            self._wanted.discard(message["id"])
+    def tell(self, *messages: Message) -> None:
+        """Sends messages to the server, all at once: each time that it is woken costs as much as a layer's step."""
+        self._wanted.difference_update(one["id"] for one in messages if one["is"] in ("done", "fault", "refused"))
         with self._lock:
-            write_message(self._drain, message)
+            for message in messages:
+                write_message(self._drain, message, flush=False)
+            self._drain.flush()
 
     def run(self) -> None:
         """Says that it is ready, and works until there is nobody to work for."""
