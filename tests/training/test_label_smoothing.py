@@ -52,3 +52,16 @@ def test_the_smoothed_loss_is_torchs_own(tmp_path: Path, way: str) -> None:
     for name, gradient in plain.items():
         limit = 1e-5 * max(float(gradient.abs().max()), 1e-3)
         assert_close(found[name], gradient, rtol=0, atol=limit, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_held_out_losses_are_not_smoothed(tmp_path: Path) -> None:
+    """Runs with and without it are compared by them; training smooths again afterwards."""
+    register()
+    model, batch = tiny_model(image_token_id=IMAGE), rows()
+    arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=EPSILON, use_cpu=True, report_to="none")
+    held_out = [{name: value[row] for name, value in batch.items()} for row in (0, 1)]
+    trainer = StepTrainer(model=model, args=arguments, step_collator=list, eval_dataset=held_out)
+    logits, targets = model(**batch).logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(cross_entropy(logits, targets).item(), rel=1e-6)
+    smoothed = cross_entropy(logits, targets, reduction="sum", label_smoothing=EPSILON) / TOKENS
+    assert_close(trainer.compute_loss(model, dict(batch), num_items_in_batch=TOKENS), smoothed, rtol=1e-6, atol=0)

@@ -321,9 +321,8 @@ class StepTrainer(DurableTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's own loss, or the smoothed one; a loss of the caller's needs all logits, these only some."""
-        if self.in_step is not None and not self.in_step.counts:
-            return 0 * self._loss(model, inputs, *args, **kwargs)
-        return self._loss(model, inputs, *args, **kwargs)
+        loss = self._loss(model, inputs, *args, **kwargs)
+        return loss if self.in_step is None or self.in_step.counts else 0 * loss
 
     def _loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss of a micro-batch."""
@@ -382,7 +381,9 @@ class StepTrainer(DurableTrainer):
         """The Trainer's loop; its loss, a mean of batch means, becomes the mean over all trained tokens."""
         self._evaluated: list[tuple[float, int]] = []
         self.eval_workers.wait()
+        smoother, self.label_smoother = self.label_smoother, None  # held-out losses are plain ones, on one scale
         output = super().evaluation_loop(*args, **kwargs)
+        self.label_smoother = smoother
         self.eval_workers.got()
         name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
         if name in output.metrics:
