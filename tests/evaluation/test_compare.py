@@ -86,6 +86,20 @@ def test_a_moved_set_has_the_same_rows(tmp_path):
     assert second["why_not"] is None and second["beside_first"]["exact_match"]["p"] == 1.0
 
 
+def test_files_of_one_name_in_several_folders_keep_all_their_rows(tmp_path):
+    """A pattern of tables in folders; and a set that is named twice."""
+    for name, folder in (("one", "/here"), ("two", "/there")):
+        run = make_run(tmp_path / name)
+        lines = list(run.read_predictions())
+        run.write_predictions(
+            {**line, "source": f"{folder}/{place}/a.csv"} for place in ("x", "y", "y") for line in lines
+        )
+    [first, second] = phi3v.compare([tmp_path / "one", tmp_path / "two"]).runs
+    assert first["rows"] == 20 and second["why_not"] is None
+    beside = second["beside_first"]["exact_match"]
+    assert beside["won"] + beside["lost"] + beside["tied"] == 60
+
+
 def test_what_cannot_be_compared_is_one_line(tmp_path):
     one = make_run(tmp_path / "one")
     with pytest.raises(ConfigError, match="two runs or more, each once"):

@@ -2,11 +2,13 @@
 
 Runs are compared by what their evaluations wrote. The first run is the one that the others are tested against, row by
 row, where they were evaluated on the same rows: same file, same number, same expected answer.
+Files are told by their names, so a set may have moved, and by as much of their folders as tells them apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -21,7 +23,8 @@ from phi3v.evaluation.row_scores import Column
 from phi3v.run_folder import RunFolder
 from phi3v.whole_files import refuse_foreign, replace_file
 
-RowName = tuple[str, int, str]
+RowName = tuple[str, int, str, int]
+"""Its file as in `_row_names`, its number, its expected answer, and which one of equal ones it is, from 0."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,12 @@ def compare(runs: Sequence[str | Path], out: str | Path | None = None) -> Compar
     if len({Path(run).resolve() for run in runs}) < max(2, len(runs)):
         raise ConfigError("compare takes two runs or more, each once: phi3v compare runs/one runs/other")
     page = None if out is None else _checked(Path(out))
-    read = [_read(Path(run), name) for run, name in zip(runs, _names(runs), strict=True)]
+    files = [_read(Path(run)) for run in runs]
+    depth = max(_depth({one["source"] for one in predictions}) for _, _, predictions in files)
+    read = [
+        _Run(name, folder, evaluation, _row_names(predictions, depth))
+        for name, (folder, evaluation, predictions) in zip(_names(runs), files, strict=True)
+    ]
     first, primary = read[0], str(read[0].evaluation["primary"])
     same = [run for run in read if run.rows.keys() == first.rows.keys()]
     found = Comparison(
@@ -121,8 +129,8 @@ def _names(runs: Sequence[str | Path]) -> list[str]:
     return short if len(set(short)) == len(runs) else [str(Path(run).resolve()) for run in runs]
 
 
-def _read(path: Path, name: str) -> _Run:
-    """A run's evaluation and predictions."""
+def _read(path: Path) -> tuple[RunFolder, Mapping[str, Any], list[dict[str, Any]]]:
+    """A run, its evaluation and predictions."""
     run = RunFolder(path)
     run.read_recipe()
     if not run.evaluation.is_file():
@@ -130,8 +138,28 @@ def _read(path: Path, name: str) -> _Run:
     evaluation, predictions = run.read_evaluation(needed=["metrics", "primary", "rows"]), run.read_predictions()
     if any("scores" not in one for one in predictions):
         raise CheckpointError(f"{run.predictions} has no scores of its rows: phi3v evaluate {path} writes it anew")
-    rows = {(PurePath(one["source"]).name, one["row"], one["expected"]): one for one in predictions}
-    return _Run(name, run, evaluation, rows)
+    return run, evaluation, predictions
+
+
+def _depth(sources: Set[str]) -> int:
+    """How many parts at a path's end tell files apart: {"x/a/rows.csv", "x/b/rows.csv"} -> 2, {"x/rows.csv"} -> 1."""
+    most = max((len(PurePath(one).parts) for one in sources), default=1)
+    return next((n for n in range(1, most) if len({PurePath(one).parts[-n:] for one in sources}) == len(sources)), most)
+
+
+def _row_names(predictions: Iterable[Mapping[str, Any]], depth: int) -> dict[RowName, Mapping[str, Any]]:
+    """Predictions by what each row is.
+
+    Example: depth 1 and two lines of row 7 of "x/rows.csv", both with "red" expected, as a set that is named twice has
+    -> {("rows.csv", 7, "red", 0): ..., ("rows.csv", 7, "red", 1): ...}.
+    """
+    rows: dict[RowName, Mapping[str, Any]] = {}
+    seen: Counter[tuple[str, int, str]] = Counter()
+    for one in predictions:
+        name = (str(PurePath(*PurePath(one["source"]).parts[-depth:])), one["row"], one["expected"])
+        rows[(*name, seen[name])] = one
+        seen[name] += 1
+    return rows
 
 
 def _facts(run: _Run, first: _Run) -> dict[str, Any]:

@@ -50,6 +50,7 @@ class StepTrainer(DurableTrainer):
     """
 
     is_fsdp_enabled: bool
+    label_smoother: Any  # the Trainer's; away while held-out rows are looked at
 
     def __init__(
         self,
@@ -381,7 +382,7 @@ class StepTrainer(DurableTrainer):
         """The Trainer's loop; its loss, a mean of batch means, becomes the mean over all trained tokens."""
         self._evaluated: list[tuple[float, int]] = []
         self.eval_workers.wait()
-        smoother, self.label_smoother = self.label_smoother, None  # held-out losses are plain ones, on one scale
+        smoother, self.label_smoother = self.label_smoother, None  # so held-out losses are on one scale
         output = super().evaluation_loop(*args, **kwargs)
         self.label_smoother = smoother
         self.eval_workers.got()
@@ -392,9 +393,8 @@ class StepTrainer(DurableTrainer):
         if self.in_step is not None:
             self.in_step.leave()
         if self.answer is not None:
-            prefix = name.removesuffix("loss")
             scores = self.answer(self.accelerator.unwrap_model(self.model), self.state.global_step)
-            output.metrics.update({f"{prefix}{key}": value for key, value in scores.items()})
+            output.metrics.update({f"{name[:-4]}{key}": value for key, value in scores.items()})
         if self.is_in_train:
             self.signals.hold()  # its line, what callbacks count of it and which step is the best belong together
         return output
