@@ -191,7 +191,7 @@ def test_what_cannot_be_answered_or_exported_is_one_line(run, tmp_path, monkeypa
 
 def test_a_builder_that_fails_leaves_no_folder(run, tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, stdout="Traceback\nKeyError: 'type'\n")
-    monkeypatch.setattr(onnx_decoder.subprocess, "run", lambda *words, **options: failed)
+    monkeypatch.setattr(onnx_decoder, "run_beside", lambda *words, **options: failed)
     for name in ("write_vision", "write_embedding"):
         monkeypatch.setattr(onnx, name, lambda *arguments: None)
     with pytest.raises(ConfigError, match=r"could not make the decoder \(exit code 1\): KeyError: 'type'"):
