@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from other_process import holding
 from pyarrow import parquet
 from tiny_models import write_photos, write_tiny_model
 from typer.testing import CliRunner
@@ -17,7 +18,7 @@ from phi3v.cli import app
 from phi3v.data.encode import encode_prompt
 from phi3v.errors import ConfigError, DataError
 from phi3v.evaluation import answers as answers_module
-from phi3v.evaluation.answer_files import journal_of, plain_cell
+from phi3v.evaluation.answer_files import journal_of, lock_of, plain_cell
 from phi3v.evaluation.answers import answer_rows
 from phi3v.evaluation.engine import Engine
 from phi3v.evaluation.fields import AnswerTemplate
@@ -202,6 +203,11 @@ def test_a_killed_prediction_ends_as_an_undisturbed_one(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     out = world / "killed.jsonl"
+    with (
+        holding(lock_of(out)) as other,
+        pytest.raises(ConfigError, match=rf"^--out .*killed.jsonl is being written by process {other} on"),
+    ):
+        asking(world, out)
     with pytest.raises(Killed):
         asking(world, out, on_progress=killed_at(12))
     journal = journal_of(out)

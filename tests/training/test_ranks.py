@@ -189,7 +189,10 @@ def numbers(world: Path, name: str) -> dict[tuple[int, str], float]:
     """Losses and norms of a run by step and name."""
     lines = RunFolder(world / name).read_metrics()
     return {
-        (line["step"], key): line[key] for line in lines for key in ("loss", "eval_loss", "grad_norm") if key in line
+        (line["step"], key): line[key]
+        for line in lines
+        for key in ("loss", "eval_loss", "eval_loss_low", "eval_loss_high", "grad_norm")
+        if key in line
     }
 
 
@@ -212,7 +215,9 @@ def assert_alike(world: Path, found: str, expected: str, *, logged: bool = True)
         )
     if logged:
         assert numbers(world, found) == pytest.approx(numbers(world, expected), rel=TOLERANCE)
-        assert {name for _, name in numbers(world, found)} == {"loss", "eval_loss", "grad_norm"}
+        assert {name for _, name in numbers(world, found)} == {
+            *("loss", "eval_loss", "eval_loss_low", "eval_loss_high", "grad_norm")
+        }
 
 
 def test_the_data_are_hard_enough() -> None:

@@ -21,11 +21,11 @@ from phi3v.data.rows import Rows, describe_problems
 from phi3v.data.schema import Row, RowProblem
 from phi3v.data.sources import LoadedData, StreamedData, load_data, load_rows, stream_data
 from phi3v.errors import ConfigError, DataError
-from phi3v.evaluation.answer_files import TableRow, check_out, journal_of, made_of, write_table
+from phi3v.evaluation.answer_files import TableRow, check_out, journal_of, lock_of, made_of, write_table
 from phi3v.evaluation.answers import Answers, answer_rows
 from phi3v.evaluation.fields import AnswerTemplate
 from phi3v.evaluation.journal import Journal
-from phi3v.evaluation.keeping import depends_on, own_device, shared
+from phi3v.evaluation.keeping import depends_on, locked, own_device, shared
 from phi3v.evaluation.run import Progress, answer_options, answering, feature_store, seeing
 from phi3v.features.store import FeatureStore
 from phi3v.fingerprints import name_rows
@@ -134,7 +134,7 @@ def predict(
         overrides: as in `evaluate`.
 
     Raises:
-        ConfigError: nothing says what to ask, or the file is something else.
+        ConfigError: nothing says what to ask, the file is something else, or another process is writing it.
         CheckpointError, DataError: the target or the rows cannot be used.
     """
     out, place = Path(out), resolve_target(target)
@@ -146,7 +146,7 @@ def predict(
     settings |= {"batch_size": batch_size} if batch_size else {}
     settings |= {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
     where = device or asked.recipe.model.device
-    with shared(where, ranks) as together:
+    with shared(where, ranks) as together, locked(lock_of(out), together):
         loaded = load_target(target, **asked.recipe.loading_options | {"device": own_device(where, together)})
         named = name_rows(asked.rows, [str(one) for one in asked.problems], stamps=True)
         how = {**settings, "template": asked.template.template}
