@@ -104,12 +104,8 @@ class StepTrainer(DurableTrainer):
     def train(self, *arguments: Any, **named: Any) -> Any:
         """The training, and the end of what watches its loader workers."""
         walks = contextlib.nullcontext() if self.ranks.several else short_walks(self.model)
-        try:
-            with walks:
-                return super().train(*arguments, **named)
-        finally:
-            self.workers.close()
-            self.eval_workers.close()
+        with self.workers, self.eval_workers, walks:
+            return super().train(*arguments, **named)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """What the Trainer logs, as the meter counts samples."""
