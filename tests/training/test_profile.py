@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from phi3v.cli_screen import rows_line
 from phi3v.data.synthetic import write_synthetic_rows
 from phi3v.errors import ConfigError
+from phi3v.first_look import RowUse
+from phi3v.training.callbacks import TrainingEvent
 from phi3v.training.device_time import DeviceWatch, check_trace, covered
-from phi3v.training.profile import PartTime, Profile, advise, floor_operations, profile
+from phi3v.training.profile import PartTime, Profile, _of_its_own, advise, floor_operations, profile
 from phi3v.training.step_marks import PARTS, SeenBatch
 
 
@@ -74,6 +77,14 @@ def test_generated_rows_take_the_place_of_the_recipes(make, tmp_path, monkeypatc
     assert events["rows"].rows.train == 2 * 4, "one epoch holds both steps, so no worker begins again between them"
     assert events["kept"].line.startswith("features of 3 images are kept on disk") and told.images == 0
     assert not (tmp_path / "cache").exists(), "features of generated photos are not among the user's"
+
+
+def test_that_the_steps_are_few_is_no_word_about_the_recipes_rows():
+    told = []
+    _of_its_own(told.append)(TrainingEvent("rows", 0, 2, rows=RowUse(8, 0, 1, {"url_gone": 1}, 4, not_drawn=16)))
+    _of_its_own(told.append)(TrainingEvent("step", 1, 2))
+    assert rows_line(told[0].rows).startswith("8 rows to train on, 0 held out; 1 row is left out (1 url_gone)")
+    assert told[1].kind == "step"
 
 
 def test_generated_rows_are_of_the_stated_shape(tmp_path):
