@@ -37,6 +37,7 @@ from zlib import crc32
 import numpy as np
 from PIL import Image
 
+from phi3v.data.address_guard import shorten
 from phi3v.data.fast_jpeg import decode_jpeg
 from phi3v.data.image_limits import (
     MeteredBytes,
@@ -169,7 +170,9 @@ def content_digest(image: ImageRef) -> str:
 
 
 def image_name(image: ImageRef) -> str:
-    """What errors call an image: its path, or that it has none; at most 120 characters, half a character as \\ud83d."""
+    """What people are told of an image: its web address, its path, or that it has none; half a character as \\ud83d."""
+    if image.url is not None:
+        return shorten(image.url)
     name = (image.path or "embedded image").encode("utf-8", "backslashreplace").decode()
     return name if len(name) <= 120 else name[:117] + "..."
 
