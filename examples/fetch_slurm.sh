@@ -1,5 +1,5 @@
 #!/bin/bash
-# Images behind web addresses, downloaded by a Slurm job array into one cache. Written from Slurm's manual; not run there.
+# Images behind web addresses, downloaded by a Slurm job array into one cache. Written from Slurm's manual; not run under Slurm.
 #
 #     sbatch --array=0-15 examples/fetch_slurm.sh shop.yaml 16
 #
