@@ -382,21 +382,19 @@ def refuse_bad_stream(recipe: Recipe, data: StreamedData, processor: Any, contex
         data: what `stream_data` found.
         processor: a Phi3VProcessor.
         context: the longest row that the model takes, in tokens.
-    Raises: DataError with the reasons when of a set none of the first 1,000 records is usable,
-        or none of the first 100 rows fits the model.
+    Raises: DataError with the reasons when of a set none of 1,000 records is usable, or none of 100 rows fits.
     """
     options = survey_options(recipe, context, decode=False, hashes=False)
     looks = [_SetLook(records.map.source, held_out=0) for records in data.train.sets]
     passes = data.train.passes(lambda number, problem: looks[number].problems.append(problem))
-    stop = recipe.data.on_problem == "stop"
     for look, rows in zip(looks, passes, strict=True):
         for row in islice(rows, _ASKED_FIRST):
             found = survey_rows([row], processor, options)
             look.problems += found.problems
             look.usable += len(found.kept)
-            if found.kept or stop:
+            if found.kept or recipe.data.on_problem == "stop":
                 break
-        if not look.usable or (look.problems and stop):
+        if not look.usable or (look.problems and recipe.data.on_problem == "stop"):
             left = nothing_left(look.source) if len(looks) > 1 else _none_left(recipe)
             line = look.refusal(recipe.data.max_skipped, recipe.data.on_problem) or left
             raise DataError(line or f"{look.source} has no rows")

@@ -171,9 +171,8 @@ def content_digest(image: ImageRef) -> str:
 
 def image_name(image: ImageRef) -> str:
     """What people are told of an image: its web address, its path, or that it has none; half a character as \\ud83d."""
-    if image.url is not None:
-        return shorten(image.url)
-    name = (image.path or "embedded image").encode("utf-8", "backslashreplace").decode()
+    name = shorten(image.url) if image.url is not None else image.path or "embedded image"
+    name = name.encode("utf-8", "backslashreplace").decode()
     return name if len(name) <= 120 else name[:117] + "..."
 
 
@@ -261,8 +260,7 @@ def _open_file(image: ImageRef, max_pixels: int) -> MeteredFile:
     and must lead to this very file.
     """
     path = _real_path(image)
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags)
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
