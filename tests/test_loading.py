@@ -204,6 +204,7 @@ def test_lora_targets_that_miss_the_language_model_name_the_real_ones(
         ({"layer_replication": [[0, 2], [0, 2]]}, "lora.layer_replication makes a model that answers otherwise"),
         ({"megatron_config": {"a": 1}}, "lora.megatron_config is for Megatron-LM's parallel layers"),
         ({"runtime_config": {"ephemeral_gpu_offload": True}}, "lora.runtime_config is for one that calls peft himself"),
+        ({"trainable_token_indices": {"embed_tokens": [5]}}, ".*: write model.embed_tokens"),
         ({"rank_pattern": ["o_proj"]}, r"lora.rank_pattern is \['o_proj'\], allowed is a mapping .*, {o_proj: 8}"),
         ({"rank_pattern": {"o_proj": 0}}, "lora.rank_pattern: that of 'o_proj' is 0, allowed is a whole number"),
     ],

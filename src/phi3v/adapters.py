@@ -102,7 +102,9 @@ def adapter_state(model: Any, name: str = "default") -> dict[str, Any]:
     """The tensors that an adapter's file holds, by their names there."""
     from peft import get_peft_model_state_dict
 
-    state: dict[str, Any] = get_peft_model_state_dict(model, adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a word that embeddings under LoRA are saved too
+        state: dict[str, Any] = get_peft_model_state_dict(model, adapter_name=name)
     return state
 
 

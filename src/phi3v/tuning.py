@@ -191,6 +191,11 @@ def lora_config(options: Mapping[str, Any], *, tower: Choice = "frozen", project
     for name, reason in _NO_SERVICE.items():
         if options.get(name):
             raise ConfigError(f"lora.{name} {reason}: take it out")
+    if isinstance(rows := options.get("trainable_token_indices"), Mapping) and "embed_tokens" in rows:
+        raise ConfigError(
+            "lora.trainable_token_indices.embed_tokens ends the name of the image embedding too (vision_embed_tokens): "
+            "write model.embed_tokens"
+        )
     for name, rank in {"r": options.get("r", 1), **_pattern(options, "rank_pattern")}.items():
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             where = "lora.r" if name == "r" else f"lora.rank_pattern: that of {name!r}"

@@ -194,9 +194,12 @@ def test_what_keeps_it_from_the_hub_is_told_before_the_export(
 def test_of_an_upload_that_fails_the_folder_stays(run: RunFolder, tmp_path: Path, monkeypatch) -> None:
     there = FakeHub()
     monkeypatch.setattr(there, "upload_folder", lambda **options: (_ for _ in ()).throw(http_error(403)))
-    with pytest.raises(ConfigError, match=r"may not write there .*; .*out is complete, send it with `hf upload"):
-        export(run.path, tmp_path / "out", to="merged", push="owner/shop", api=there)
-    assert (tmp_path / "out" / "digests.json").is_file()
+    with pytest.raises(
+        ConfigError,
+        match=r"may not write there .*; .*out is complete, send it with `hf upload owner/shop '.*my out' --private`",
+    ):
+        export(run.path, tmp_path / "my out", to="merged", push="owner/shop", api=there)
+    assert (tmp_path / "my out" / "digests.json").is_file()
 
 
 @pytest.mark.parametrize("to", ["merged", "adapter"])

@@ -31,6 +31,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "tower": "train",
         "projector": "train",
     },
+    "head and embeddings under lora": {"options": {"r": 2, "target_modules": ["qkv_proj", "lm_head", "embed_tokens"]}},
+    "rows of the embedding": {
+        "options": {"r": 2, "target_modules": ["qkv_proj"], "trainable_token_indices": {"model.embed_tokens": [5, 6]}}
+    },
     "what it began with taken out of the base": {"options": {"r": 2, "init_lora_weights": "pissa"}},
 }
 
@@ -167,6 +171,10 @@ def test_an_adapter_that_changes_no_weight_is_refused(base: Path, tmp_path: Path
     with pytest.raises(CheckpointError, match=r"PROMPT_TUNING.*use --to adapter"):
         export(tmp_path / "prompt", tmp_path / "merged", to="merged")
     export(tmp_path / "prompt", tmp_path / "adapter", to="adapter")
+    alora = peft.LoraConfig(r=2, target_modules=["qkv_proj"], alora_invocation_tokens=[3, 4], task_type="CAUSAL_LM")
+    peft.get_peft_model(load_base(base, device="cpu"), alora).save_pretrained(tmp_path / "alora")
+    with pytest.raises(CheckpointError, match=r"aLoRA.*use --to adapter"):
+        export(tmp_path / "alora", tmp_path / "merged", to="merged")
 
 
 def test_the_processor_goes_out_as_the_run_sees_images(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 In comes a folder and the name of a repository. A repository is private unless its owner says otherwise, here or there.
 """
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def push(folder: Path, repo: str, *, public: bool, api: Any = None) -> str:
         api.create_repo(repo, private=not public, exist_ok=True)
         return str(api.upload_folder(repo_id=repo, folder_path=str(folder), commit_message="phi3v export"))
     except Exception as error:
-        raise _refused(repo, error, f"; {folder} is complete, send it with `hf upload {repo} {folder}`") from error
+        command = shlex.join(["hf", "upload", repo, str(folder), *([] if public else ["--private"])])
+        raise _refused(repo, error, f"; {folder} is complete, send it with `{command}`") from error
 
 
 def _refused(repo: str, error: Exception, rest: str = "") -> ConfigError:

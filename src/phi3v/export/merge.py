@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, TrainableTokensConfig, set_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
 
@@ -25,6 +25,8 @@ from phi3v.targets import ADAPTER_WEIGHTS, Target, tensor_shapes
 
 _PREFIX = "base_model.model."
 """In front of each name in an adapter's file."""
+_TOKEN_ROWS = ".token_adapter."
+"""In the names of single rows of an embedding."""
 
 
 def module_of(name: str) -> str:
@@ -49,7 +51,7 @@ class Merger:
         self.leaves = {name: _leaf(module) for name, module in model.named_modules() if name}
         self.config = PeftConfig.from_pretrained(str(place.adapter))
         self.config.modules_to_save = None  # weights that are there whole are taken by their names
-        if self.config.is_prompt_learning:
+        if self.config.is_prompt_learning or getattr(self.config, "alora_invocation_tokens", None):
             raise _no_weights(place, self.config)
         stored = tensor_shapes(self.file)
         self.of_module = _by_module(stored, self.leaves, place)
@@ -70,16 +72,18 @@ class Merger:
             return dict(weights)
         with safe_open(self.file, framework="pt") as file:
             own = {name: file.get_tensor(name) for name in self.of_module[module]}
+        if (kept := f"{_PREFIX}{module}.base_layer.weight") in own:  # beside LoRA on an embedding: the base's, as it is
+            own[f"{_PREFIX}{module}.weight"] = own.pop(kept)
         whole = {name: own.pop(_PREFIX + name, weight).float() for name, weight in weights.items()}
         if not own:
             return whole
         leaf = copy.deepcopy(self.leaves[module])
         for name, weight in whole.items():
             setattr(leaf, name.rpartition(".")[2], nn.Parameter(weight, requires_grad=False))
-        root = _nest(module, leaf)
+        root, (config, own) = _nest(module, leaf), self._alone(module, own)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it would say about the tensors is checked below
-            tuned = PeftModel(root, copy.deepcopy(self.config)).eval()
+            tuned = PeftModel(root, config).eval()
             set_peft_model_state_dict(tuned, own)
         if (found := {*adapter_state(tuned)}) != {*own}:
             raise CheckpointError(
@@ -88,11 +92,30 @@ class Merger:
         merged = tuned.merge_and_unload().get_submodule(module)
         return {name: getattr(merged, name.rpartition(".")[2]).detach() for name in weights}
 
+    def _alone(self, module: str, own: dict[str, torch.Tensor]) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+        """The configuration and tensors by which PEFT takes one module.
+
+        Rows of an embedding that LoRA's `trainable_token_indices` trains beside its own modules are an adapter of
+        their own kind where they are alone.
+
+        Example: "...embed_tokens.token_adapter.trainable_tokens_delta" -> "...embed_tokens.trainable_tokens_delta".
+        """
+        if not any(_TOKEN_ROWS in name for name in own):
+            config = copy.deepcopy(self.config)
+            config.trainable_token_indices = None
+            return config, own
+        rows = self.config.trainable_token_indices
+        if isinstance(rows, dict):
+            rows = next(at for name, at in rows.items() if f".{module}".endswith(f".{name}"))
+        alone = TrainableTokensConfig(target_modules=[module], token_indices=rows, init_weights=False)
+        return alone, {name.replace(_TOKEN_ROWS, "."): tensor for name, tensor in own.items()}
+
 
 def _no_weights(place: Target, config: Any) -> CheckpointError:
     """The line for a kind of adapter that cannot be merged."""
+    kind = "aLoRA" if getattr(config, "alora_invocation_tokens", None) else config.peft_type.value
     return CheckpointError(
-        f"adapter {place.adapter} is of kind {config.peft_type.value}, which is no change of the weights: it cannot be "
+        f"adapter {place.adapter} is of kind {kind}, which is no change of the weights: it cannot be "
         "merged, use --to adapter"
     )
 

@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from phi3v.data.collate import StepCollator
 from phi3v.errors import TrainingError
+from phi3v.evaluation.validation_loss import ValidationLoss
 from phi3v.passthrough import first_line
 from phi3v.training.durable_trainer import DurableTrainer
 from phi3v.training.in_step import InStep
@@ -82,6 +83,7 @@ class StepTrainer(DurableTrainer):
         self.short_dtype = short_dtype
         self.part_rates, self.answer, self.meter = part_rates or {}, answer, meter or Meter()
         self.masters: dict[str, torch.nn.Parameter] = {}
+        self._validated = ValidationLoss()
 
     def create_accelerator_and_postprocess(self) -> None:
         """accelerate as the arguments ask for it; FSDP2 on CPUs too, which it knows but takes up on GPUs alone."""
@@ -321,12 +323,15 @@ class StepTrainer(DurableTrainer):
         super()._track_num_input_tokens({"attention_mask": flat, "input_ids": flat})
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's own loss, or the smoothed one; a loss of the caller's needs all logits, these only some."""
-        loss = self._loss(model, inputs, *args, **kwargs)
-        return loss if self.in_step is None or self.in_step.counts else 0 * loss
+        """The model's own loss, or the smoothed one."""
+        result = self._loss(model, inputs, *args, **kwargs)
+        if isinstance(result, tuple):  # with outputs: of a validation batch
+            self._validated.see(result[1]["logits"], inputs["labels"])
+            return result
+        return 0 * result if self.in_step is not None and not self.in_step.counts else result
 
     def _loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The loss of a micro-batch."""
+        """The loss of a micro-batch; one of the caller's needs all logits, the model's own only some."""
         if self.compute_loss_func is None and self.label_smoother is not None:
             return self._smoothed_loss(model, inputs, *args, **kwargs)
         if self.compute_loss_func is not None:
@@ -336,11 +341,7 @@ class StepTrainer(DurableTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _smoothed_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The Trainer's label smoother at trained positions, where each logit is beside the token behind it.
 
@@ -369,18 +370,16 @@ class StepTrainer(DurableTrainer):
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """One validation batch, noted with its number of trained tokens."""
         self.eval_workers.got()
-        known = inputs.get("trained_positions")
-        tokens = int((inputs["labels"][:, 1:] != -100).sum()) if known is None else len(known)
         if self.in_step is not None:
             self.in_step.alone(inputs)
         result = super().prediction_step(model, inputs, *args, **kwargs)
-        self._evaluated.append((float(result[0]) * tokens if tokens else 0.0, tokens))
+        self._validated.add(float(result[0]), inputs["labels"])
         self.eval_workers.wait()
         return result
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The Trainer's loop; its loss, a mean of batch means, becomes the mean over all trained tokens."""
-        self._evaluated: list[tuple[float, int]] = []
+        self._validated = ValidationLoss()
         self.eval_workers.wait()
         smoother, self.label_smoother = self.label_smoother, None  # so held-out losses are on one scale
         output = super().evaluation_loop(*args, **kwargs)
@@ -388,8 +387,7 @@ class StepTrainer(DurableTrainer):
         self.eval_workers.got()
         name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
         if name in output.metrics:
-            total, tokens = self.ranks.totals([sum(one) for one in zip(*self._evaluated, strict=True)] or [0.0, 0])
-            output.metrics[name] = total / max(tokens, 1)
+            output.metrics.update(self._validated.metrics(name, self.ranks))
         if self.in_step is not None:
             self.in_step.leave()
         if self.answer is not None:
