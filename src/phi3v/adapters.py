@@ -21,11 +21,19 @@ _KEEP_THE_BASE = ("gaussian", "eva", "orthogonal")
 """Ways of `init_lora_weights`, true and false aside, that leave the weights below the adapter alone. The others (pissa,
 olora, corda, loftq, ...) take what the adapter begins with out of them."""
 
+_PICKLE = "adapter_model.bin"
+"""What peft wrote by default before 0.7."""
+
 
 def check_adapter(folder: Path) -> None:
     """Refuses an adapter whose files are not whole or are of no kind that peft has, before its base is read."""
     from peft import PeftType
 
+    if not (folder / ADAPTER_WEIGHTS).exists() and (folder / _PICKLE).is_file():
+        raise CheckpointError(
+            f"{folder} has no {ADAPTER_WEIGHTS}, only {_PICKLE}, a pickle, which is never opened here: if you trust "
+            "it, load it with peft elsewhere and write it by save_pretrained(FOLDER, safe_serialization=True)"
+        )
     tensor_shapes(folder / ADAPTER_WEIGHTS)
     values = read_json(folder / ADAPTER_CONFIG)
     kind, begun = values.get("peft_type"), values.get("init_lora_weights")

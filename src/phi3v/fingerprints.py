@@ -1,6 +1,6 @@
 """Short names for what answers and trainings depend on: rows and weights.
 
-In come rows or a model, out comes a text that is another one where anything changed. Decides nothing.
+In come rows or tensors, out comes a text that is another one where anything changed. Decides nothing.
 """
 
 import hashlib
@@ -58,13 +58,13 @@ def _facts(row: Row) -> tuple[Any, ...]:
 
 
 @torch.no_grad()
-def name_weights(model: torch.nn.Module) -> str:
-    """A name for a model's weights: a sum over the bits of each tensor, which any changed value changes.
+def name_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A name for weights in their order: a sum over the bits of each tensor, which any changed value changes.
 
     Two passes of additions on the device where they are, milliseconds on a GPU; digests of files would read them again.
     """
     digest = hashlib.sha256()
-    for name, weight in model.state_dict().items():
+    for name, weight in weights:
         bits = weight.detach().contiguous().view(-1).view(torch.uint8)
         whole = bits.numel() // 4 * 4
         words = bits[:whole].view(torch.int32)

@@ -1,6 +1,8 @@
 """Ways to tune: vision parts under LoRA, rates by part, going on from adapters, what passes through to libraries."""
 
 import json
+import math
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -183,6 +185,16 @@ def test_a_run_goes_on_from_another_on_new_data(make: MakeRecipe, world: Path) -
         phi3v.train(make("wrong", model=model, training=STEP, vision={"tower": "lora"}))
     with pytest.raises(CheckpointError, match="holds no adapter"):
         phi3v.train(make("none", model={**model, "adapter": str(world / "model")}))
+    spoilt = shutil.copytree(RunFolder(first.output).adapter, Path(first.output).with_name("spoilt"))
+    begun[min(begun)][0, 0] = math.nan
+    save_file(begun, spoilt / "adapter_model.safetensors")
+    none = make("none", model={**model, "adapter": str(spoilt)}, training=STEP)
+    with pytest.raises(CheckpointError, match=f"{spoilt}: 1 of its tensors hold NaN or infinity, {min(begun)} for ins"):
+        phi3v.train(none)
+    (spoilt / "adapter_model.safetensors").rename(spoilt / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match=r"only adapter_model.bin, a pickle, .* peft .*safe_serialization=True\)"):
+        phi3v.train(none)
+    assert not Path(none.output).exists()
 
 
 def foreign_adapter(world: Path, folder: Path) -> Path:

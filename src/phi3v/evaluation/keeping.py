@@ -91,7 +91,7 @@ def depends_on(model: Any, processor: Any, rows: str, settings: Mapping[str, Any
         "stops": list(processor.stop_token_ids),
         "versions": gather_versions(),
     }
-    named = {"weights": name_weights(model), "rows": rows}
+    named = {"weights": name_weights(model.state_dict().items()), "rows": rows}
     return named | {"settings": sha256(to_json(how).encode()).hexdigest()[:32]}
 
 

@@ -1,8 +1,9 @@
 """What a run was trained under so far: its rows and photos, its base, and what it ran on.
 
-In come rows and a model, out come short names for them that a checkpoint keeps; a run that goes on compares them. Other
-rows, photos or another base are refused: steps done would no longer be steps of this run. Other versions and devices
-compute a little differently and are listed. The recipe itself is compared in `run_folder`.
+In come rows and a recipe, out come short names for them that a checkpoint keeps; a run that goes on compares them.
+Other rows, photos, another base or another adapter to begin with are refused: steps done would no longer be steps of
+this run. So are other settings of answers by whose score the run ends or its best weights are chosen. Other versions
+and devices compute a little differently and are listed. The rest of the recipe is compared in `run_folder`.
 """
 
 import hashlib
@@ -16,48 +17,69 @@ import torch
 from phi3v.checkpoint_files import PROCESSOR_FILES
 from phi3v.data.sources import LoadedData, StreamedData
 from phi3v.errors import ConfigError
-from phi3v.fingerprints import name_photos, name_rows
-from phi3v.recipe import ModelSection
+from phi3v.fingerprints import name_photos, name_rows, name_weights
+from phi3v.recipe import Recipe
+from phi3v.recipe_report import EvaluationSection
 from phi3v.run_folder import gather_versions
-from phi3v.targets import read_json
+from phi3v.targets import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, tensor_shapes
 from phi3v.training.checkpoints import read_manifest
-from phi3v.weight_files import find_file
+from phi3v.training.prepare import adapter_place
+from phi3v.weight_files import find_file, read_weights
 
 _BASE_FILES = ("config.json", *PROCESSOR_FILES)
+_ANSWERING = ("during_training", "max_new_tokens", "metrics", "numeric_fields")
+"""What of `evaluation` answers during a training, and their scores, follow from."""
 _REFUSED = {
     "rows": "the training rows",
     "photos": "the photos of the training rows",
     "held_out": "the validation rows or their photos",
     "base": "the weights of the base model",
     **{file: f"the values in {file} of the base model" for file in _BASE_FILES},
+    "adapter": "the weights of model.adapter",
+    ADAPTER_CONFIG: f"the values in {ADAPTER_CONFIG} of model.adapter",
+    **{f"evaluation.{name}": f"values of evaluation.{name}, by which this run is judged," for name in _ANSWERING},
 }
-_NOTES = ("_name_or_path", "auto_map", "transformers_version")
+_NOTES = tuple(
+    "_name_or_path auto_map transformers_version base_model_name_or_path revision auto_mapping inference_mode "
+    "peft_version".split()
+)
 """Values of such files that change nothing."""
+_SETS = ("target_modules", "exclude_modules", "modules_to_save")
+"""Values of such files that peft writes in any order."""
 _log = logging.getLogger(__name__)
 
 
 def conditions_of(
-    data: LoadedData | StreamedData, model: ModelSection, base: str, device: torch.device, dtype: torch.dtype
+    data: LoadedData | StreamedData,
+    recipe: Recipe,
+    base: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    judged_by: str | None = None,
 ) -> dict:
     """What a checkpoint keeps, by name.
 
     Args:
         data: the run's rows; training rows of a stream are not known.
-        model: whose name and revision, for the small files of the base.
+        recipe: its sections model and evaluation.
         base: what `name_weights` gave for the model as it was loaded.
         device: what trains.
         dtype: what it computes in.
+        judged_by: the score of validations by which the run ends, its best weights are chosen or its learning rate
+            falls, "eval_loss" for instance; None where none of this happens.
     Example: {"config.json": "1c9b...", ..., "base": "77ab...", "rows": "9f2c...", "photos": "08d1...",
     "held_out": "5e00...", "device": "cpu", "dtype": "float32", "torch": "2.13.0+cpu", ...}.
     """
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     train, held_out = data.train if isinstance(data, LoadedData) else None, data.validation or []
     return {
-        **name_files(model.name, model.revision),  # first, as rows have other lengths under other values
+        **name_files(recipe.model.name, recipe.model.revision),  # first, as rows have other lengths under other values
         "base": base,
+        **name_adapter(recipe.model.adapter),
         "rows": None if train is None else name_rows(train, getattr(data, "lengths", [])),
         "photos": None if train is None else name_photos(train),
         "held_out": name_rows(held_out) + name_photos(held_out),
+        **_judging(recipe.evaluation, judged_by),
         "device": where,
         "dtype": str(dtype).removeprefix("torch."),
         **{name: version for name, version in gather_versions().items() if name != "platform"},
@@ -83,7 +105,7 @@ def facts_of(checkpoint: Path | None, now: dict[str, Any], ranks: int = 1) -> di
 def compare(then: dict[str, Any], now: dict[str, Any], where: str) -> None:
     """Compares the conditions of a checkpoint with those of today; what differs is one warning.
 
-    Raises: ConfigError for other rows, photos or another base.
+    Raises: ConfigError for other rows, photos, another base and what else is refused.
     """
     changed = [name for name in now if name in then and then[name] != now[name]]
     for name in changed:
@@ -105,7 +127,30 @@ def name_files(base: str, revision: str | None) -> dict[str, str | None]:
     return {file: None if place is None else _name_values(read_json(place)) for file, place in places.items()}
 
 
+def name_adapter(name: str | None) -> dict[str, str]:
+    """Names for the adapter that a run begins with: {"adapter": "40d1...", "adapter_config.json": "c2f7..."}, or {}."""
+    folder = None if name is None else adapter_place(name).adapter
+    if folder is None:
+        return {}
+    file = folder / ADAPTER_WEIGHTS
+    weights = name_weights(read_weights(dict.fromkeys(tensor_shapes(file), file)))
+    return {"adapter": weights, ADAPTER_CONFIG: _name_values(read_json(folder / ADAPTER_CONFIG))}
+
+
+def _judging(evaluation: EvaluationSection, judged_by: str | None) -> dict[str, Any]:
+    """Settings that a score follows from: its batches, in which numbers are rounded otherwise, and for one of answers
+    how they are made. Example: {"evaluation.batch_size": 8} for "eval_loss".
+    """
+    of_answers = () if judged_by in ("loss", "eval_loss") else _ANSWERING
+    names = () if judged_by is None else ("batch_size", *of_answers)
+    return {f"evaluation.{name}": getattr(evaluation, name) for name in names}
+
+
 def _name_values(values: dict[str, Any]) -> str:
     """A name for the values of a file, notes aside."""
-    told = {key: value for key, value in values.items() if key not in _NOTES}
+    told = {
+        key: sorted(value) if key in _SETS and isinstance(value, list) else value
+        for key, value in values.items()
+        if key not in _NOTES
+    }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]

@@ -278,6 +278,7 @@ class DurableTrainer(Trainer):
         """
         if self._resumed is None:
             return
+        self.args.eval_on_start = False  # that was before the first step
         self._take_up_callbacks()
         if best := read_manifest(self._resumed).get("best"):
             self.state.best_model_checkpoint = self._path_of(best)

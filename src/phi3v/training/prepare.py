@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from phi3v.adapters import check_adapter, load_adapter
+from phi3v.adapters import adapter_state, check_adapter, load_adapter
 from phi3v.errors import CheckpointError, ConfigError, DeviceError
 from phi3v.fingerprints import name_weights
 from phi3v.kernels.lora_layer import attach_fast_lora
@@ -24,6 +24,7 @@ from phi3v.targets import Target, resolve_target
 from phi3v.training.checkpointing import checkpointing, checkpointing_kwargs
 from phi3v.training.faster_layers import compiles
 from phi3v.training.master_weights import same_in
+from phi3v.training.step_faults import all_finite
 from phi3v.tuning import attach_lora, freeze, mark_trained, vision_choices
 
 
@@ -81,8 +82,8 @@ def join_ranks(recipe: Recipe) -> Ranks:
     return ranks
 
 
-def prepare_model(recipe: Recipe, device: torch.device) -> Prepared:
-    """Loads the base of a recipe and makes it ready to train on a device."""
+def prepare_model(recipe: Recipe, device: torch.device, checkpoint: Path | None = None) -> Prepared:
+    """Loads the base of a recipe and makes it ready to train on a device, or to go on from a checkpoint."""
     compute = resolve_dtype(recipe.model.dtype, device)
     model = load_base(
         recipe.model.name,
@@ -92,8 +93,8 @@ def prepare_model(recipe: Recipe, device: torch.device) -> Prepared:
         quantization=recipe.quantization,
         revision=recipe.model.revision,
     )
-    base = name_weights(model)
-    return replace(make_ready(model, recipe, compute), base=base)
+    base = name_weights(model.state_dict().items())
+    return replace(make_ready(model, recipe, compute, checkpoint=checkpoint), base=base)
 
 
 def compute_twice(model: Any, options: Mapping[str, Any], *, offload: bool = True) -> None:
@@ -118,7 +119,9 @@ def base_dtype(recipe: Recipe) -> str:
     return "float32" if recipe.lora is None else recipe.model.dtype
 
 
-def make_ready(model: Any, recipe: Recipe, compute: torch.dtype, *, on_gpu: bool = False) -> Prepared:
+def make_ready(
+    model: Any, recipe: Recipe, compute: torch.dtype, *, on_gpu: bool = False, checkpoint: Path | None = None
+) -> Prepared:
     """Makes a base ready to train.
 
     Under LoRA on a bfloat16 base everything computes in bfloat16 and the optimiser keeps float32 masters. float16,
@@ -129,13 +132,14 @@ def make_ready(model: Any, recipe: Recipe, compute: torch.dtype, *, on_gpu: bool
         recipe: lora, vision and training are read.
         compute: the number type of the recipe's model.dtype.
         on_gpu: a model on the meta device stands for one on a GPU.
+        checkpoint: of a run that goes on, whose adapter then takes the place of model.adapter.
     """
     wholly = recipe.lora is None
     vision = {"tower": recipe.vision.tower, "projector": recipe.vision.projector}
     if recipe.lora is None:
         freeze(model, language_model=True, **vision)
     elif recipe.model.adapter is not None:
-        model = _go_on(model, recipe, recipe.model.adapter)
+        model = _go_on(model, recipe, str(checkpoint or recipe.model.adapter))
     else:
         model = attach_lora(model, recipe.lora, revision=recipe.model.revision, **vision)
     if checkpointing_kwargs(recipe.training.options)["use_reentrant"]:
@@ -158,12 +162,19 @@ def _go_on(base: Any, recipe: Recipe, name: str) -> Any:
     """The base with a trained adapter on it, ready for more training.
 
     Raises: ConfigError when it does otherwise to the vision parts than the recipe; CheckpointError when it does not
-        fit the base.
+        fit the base, or holds what is no number.
     """
     place = adapter_place(name)
     place = replace(place, base=str(recipe.model.name))
     freeze(base, language_model=False, tower="frozen", projector="frozen")
     tuned = load_adapter(base, place, trainable=True, on_meta=next(base.parameters()).device.type == "meta")
+    if spoilt := [
+        key for key, weight in adapter_state(tuned).items() if not weight.is_meta and not all_finite([weight])
+    ]:
+        raise CheckpointError(
+            f"model.adapter {name}: {len(spoilt)} of its tensors hold NaN or infinity, {spoilt[0]} for instance: name "
+            "another adapter, one of an earlier checkpoint say, or tune it again"
+        )
     for part, does in vision_choices(tuned).items():
         if does != (wanted := getattr(recipe.vision, part)):
             raise ConfigError(f"model.adapter {name} has its {part} {does}: set vision.{part}={does}, it is {wanted}")

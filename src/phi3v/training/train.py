@@ -204,18 +204,18 @@ def _tune(
     if recipe.automatic:
         recipe = Recipe.from_dict(ranks.told(lambda: settle(recipe, data, processor, device).model_dump()))
     with ranks.together():
-        prepared = prepare_model(recipe, device)
+        prepared = prepare_model(recipe, device, checkpoint)
         model = prepared.model
         check_base(model, recipe)
         _refuse_idle_training(report := trainable_report(model))
         written = fast_lora_state(model)  # of a layer that is compiled no other reason is known
         dtype = resolve_dtype(recipe.model.dtype, device)
-        conditions = conditions_of(data, recipe.model, prepared.base, device, dtype)
-        facts = facts_of(checkpoint, conditions, ranks.count)
         validated, autocast = bool(data.validation), prepared.autocast
         arguments = training_arguments(
             recipe, run, device=device, autocast=autocast, validated=validated, ranks=ranks.count
         )
+        conditions = conditions_of(data, recipe, prepared.base, device, dtype, arguments.metric_for_best_model)
+        facts = facts_of(checkpoint, conditions, ranks.count)
         check_optimiser(arguments, model, recipe, data.train)
     ranks.alone(lambda: _begin(run, recipe, data))  # nothing was written so far
     with ranks.together():

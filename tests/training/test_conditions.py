@@ -1,0 +1,99 @@
+"""What a run goes on under besides its rows and base: the adapter that it began with, the scores that judge it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_ends import assert_same_end, end_of
+from safetensors.torch import load_file, save_file
+
+import phi3v
+from phi3v.errors import ConfigError
+from phi3v.run_folder import RunFolder
+from phi3v.targets import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phi3v.training import conditions
+from phi3v.training.callbacks import TrainingEvent
+
+MakeRecipe = Callable[..., phi3v.Recipe]
+
+
+def stop_behind(step: int) -> Callable[[TrainingEvent], None]:
+    """Ends a run behind a step, without a checkpoint of it."""
+
+    def stop(event: TrainingEvent) -> None:
+        if (event.kind, event.step) == ("step", step):
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def set_value(file: Path, key: str, value: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+
+
+def test_an_adapter_to_go_on_from_that_is_another_is_refused(
+    make: MakeRecipe, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what a resumed run computes by is its checkpoint's own adapter, whatever the first one says by then."""
+    first = make("first", training={"max_steps": 1})
+    phi3v.train(first)
+    source = shutil.copytree(RunFolder(first.output).adapter, Path(first.output).with_name("source"))
+    model, training = {"name": str(world / "model"), "adapter": str(source)}, {"max_steps": 4, "save_steps": 2}
+    undisturbed, recipe = (make(name, model=model, training=training) for name in ("undisturbed", "stopped"))
+    phi3v.train(undisturbed)
+    with pytest.raises(KeyboardInterrupt):
+        phi3v.train(recipe, on_event=stop_behind(3))
+
+    config, weights = source / ADAPTER_CONFIG, source / ADAPTER_WEIGHTS
+    named, values, stored = conditions.name_adapter(str(source)), json.loads(config.read_text()), load_file(weights)
+    set_value(config, "target_modules", sorted(values["target_modules"], reverse=True))
+    set_value(config, "base_model_name_or_path", str(world))
+    assert conditions.name_adapter(str(source)) == named, "the order of a set, and notes, are no change"
+    set_value(config, "base_model_name_or_path", values["base_model_name_or_path"])
+
+    changed = {name: weight.clone() for name, weight in stored.items()}
+    changed[min(changed)][0, 0] += 1
+    save_file(changed, weights)
+    with pytest.raises(ConfigError, match="^the weights of model.adapter are not those that checkpoint-2 was trained"):
+        phi3v.train(recipe)
+    save_file(stored, weights)
+    set_value(config, "lora_alpha", 8 * values["lora_alpha"])
+    with pytest.raises(ConfigError, match="^the values in adapter_config.json of model.adapter are not those that che"):
+        phi3v.train(recipe)
+    monkeypatch.setattr(conditions, "name_adapter", lambda name: {})  # as with a checkpoint that does not name it yet
+    assert phi3v.train(recipe).resumed_from == 2
+    assert_same_end(end_of(recipe.output), end_of(undisturbed.output))
+    saved = json.loads((RunFolder(recipe.output).adapter / ADAPTER_CONFIG).read_text())
+    assert saved["lora_alpha"] == values["lora_alpha"]
+
+
+def test_settings_by_which_a_run_is_judged_are_those_it_began_with(
+    make: MakeRecipe, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Answers whose score ends a run or chooses its weights are made one way; beside a loss they decide nothing."""
+    often = {"max_steps": 3, "save_steps": 1, "eval_steps": 1, "early_stopping": 3}
+    shared: dict[str, Any] = {"data": {"split": {"validation": 3}}}
+    shared["evaluation"] = {"during_training": 2, "max_new_tokens": 2, "against": None}
+    by_score = make("score", **shared, training={**often, "metric_for_best_model": "similarity"})
+    by_loss = make("loss", **shared, training=often)
+    for recipe in (by_score, by_loss):
+        with pytest.raises(KeyboardInterrupt):
+            phi3v.train(recipe, on_event=stop_behind(3), report=False)
+    for name, value in (
+        ("max_new_tokens", "3"),
+        ("during_training", "1"),
+        ("metrics", "[chrf]"),
+        ("numeric_fields", "[colour]"),
+    ):
+        line = f"^values of evaluation.{name}, by which this run is judged, are not those that checkpoint-2 was trained"
+        with pytest.raises(ConfigError, match=line):
+            phi3v.train(by_score.with_overrides([f"evaluation.{name}={value}"]), report=False)
+    less = [f"evaluation.{name}" for name in ("max_new_tokens=3", "during_training=0", "batch_size=2")]
+    for recipe, overrides in ((by_score, less[2:]), (by_loss, less)):
+        caplog.clear()
+        assert phi3v.train(recipe.with_overrides(overrides), report=False).resumed_from == 2
+        assert "going on from checkpoint-2 with evaluation.batch_size 2 (8 until then): the run will" in caplog.text
+    assert phi3v.train(by_score.with_overrides(less[:1]), report=False).status == "finished"
