@@ -125,3 +125,11 @@ def test_ctrl_c_before_a_command_has_begun_is_one_line(tmp_path, module, ignored
     code, line = (1, "nowhere.yaml cannot be read") if ignored else (130, "interrupted")
     assert done.returncode == code and line in json.loads(done.stdout)["error"]
     assert done.stderr.startswith("phi3v: ") and done.stderr.count("\n") == 1
+
+
+def test_python_ends_without_a_look_through_all_objects():
+    """It took seconds of each command's end, when its last line was on the screen."""
+    program = "import atexit, gc\nfrom phi3v.__main__ import main\n"
+    program += "atexit.register(lambda: print(len(gc.get_objects())))\nmain()"
+    done = subprocess.run([sys.executable, "-c", program, "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and int(done.stdout.split()[-1]) < 1000, "objects that are looked through for cycles"

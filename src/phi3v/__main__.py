@@ -4,6 +4,7 @@ Ctrl-C ends them in one line from the first moment: until a command catches it i
 command line, half a second, would show a traceback.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ def main() -> None:
 
         command()
     finally:
+        gc.freeze()  # else Python looks through half a million objects of libraries for cycles before it ends: seconds
         if caught:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is said: what is left is Python's own end
 

@@ -64,7 +64,9 @@ SETTINGS = tuple(
     "training.fast_lora training.non_finite training.fsdp training.fsdp_config training.ddp_backend "
     "training.ddp_timeout".split()
 )
-"""Sections and keys that do not change what is trained: where and how fast it happens, and what is done afterwards."""
+"""Sections and keys that do not change what is trained: where and how fast it happens, and what is done afterwards.
+
+What of `evaluation` a score follows from that judges a run is compared in `training.conditions`."""
 
 
 def _fill_lora(value: Any) -> Any:

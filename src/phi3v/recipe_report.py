@@ -1,6 +1,6 @@
 """The recipe's sections `evaluation` and `report`: how answers are made and scored, and who is told about a run.
 
-Plain values and their limits, which change nothing of what is trained.
+Plain values and their limits, which change nothing of what is trained, unless a score of answers judges it.
 """
 
 from typing import Annotated, Any, Literal
