@@ -114,19 +114,29 @@ def test_lengths_are_read_off_whatever_says_them():
 def test_the_floor_counts_the_tower_for_images_without_features(make):
     borders, labels, sizes = torch.tensor([0, 400, 900]), torch.ones(1, 900), [[336, 336], [672, 672]]
 
-    def operations(sizes, features=None):
-        return floor_operations(make(), [SeenBatch((1, 900), borders, None, labels, sizes, features)])
+    def operations(sizes, features=None, tower="frozen"):
+        recipe = make(vision={"tower": tower})
+        return floor_operations(recipe, [SeenBatch((1, 900), borders, None, labels, sizes, features)])
 
     none, first = operations(None), torch.empty(313, 0)
     small, large = operations(sizes[:1]) - none, operations(sizes[1:]) - none
     assert 0 < small < large
     assert operations(sizes) - none == pytest.approx(small + large)
+    for tower, passes in (("lora", 2), ("train", 3)):  # back through it too, and what its weights learn
+        assert operations(sizes, tower=tower) - none == pytest.approx(passes * (small + large))
     assert operations(torch.tensor(sizes), [first, None]) - none == pytest.approx(large)
     assert operations(sizes, [torch.empty(313 + 757, 0)]) == none
 
 
 def test_what_cannot_be_is_refused_before_a_step(make, tmp_path, monkeypatch):
     monkeypatch.setattr("phi3v.training.profile.train_watched", lambda *given, **more: pytest.fail("trained"))
+    with (
+        monkeypatch.context() as ranks,
+        pytest.raises(ConfigError, match="one process, and here are 2: start it alone"),
+    ):
+        ranks.setenv("RANK", "0")
+        ranks.setenv("WORLD_SIZE", "2")
+        profile(make())
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     mine = tmp_path / "shop.yaml"
