@@ -63,5 +63,10 @@ def test_held_out_losses_are_not_smoothed(tmp_path: Path) -> None:
     trainer = StepTrainer(model=model, args=arguments, step_collator=list, eval_dataset=held_out)
     logits, targets = model(**batch).logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(cross_entropy(logits, targets).item(), rel=1e-6)
+    kept = [row for batch in trainer._validated._rows for row in batch]  # what the loss's interval is made of
+    assert [count for _, count in kept] == (batch["labels"][:, 1:] != -100).sum(1).tolist()
+    assert sum(one for one, _ in kept) == pytest.approx(
+        cross_entropy(logits, targets, reduction="sum").item(), rel=1e-5
+    )
     smoothed = cross_entropy(logits, targets, reduction="sum", label_smoothing=EPSILON) / TOKENS
     assert_close(trainer.compute_loss(model, dict(batch), num_items_in_batch=TOKENS), smoothed, rtol=1e-6, atol=0)

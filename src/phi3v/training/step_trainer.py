@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from phi3v.data.collate import StepCollator
 from phi3v.errors import TrainingError
+from phi3v.evaluation.validation_loss import ValidationLoss
 from phi3v.passthrough import first_line
 from phi3v.training.durable_trainer import DurableTrainer
 from phi3v.training.in_step import InStep
@@ -50,7 +51,7 @@ class StepTrainer(DurableTrainer):
     """
 
     is_fsdp_enabled: bool
-    label_smoother: Any  # the Trainer's; away while held-out rows are looked at
+    label_smoother: Any  # the Trainer's; away while held-out rows are looked at, whose losses are on one scale
 
     def __init__(
         self,
@@ -79,7 +80,7 @@ class StepTrainer(DurableTrainer):
         self.step_collator = step_collator
         self.non_finite = non_finite or NonFinite()
         self.workers, self.eval_workers = (WatchedWorkers(self.args.dataloader_num_workers) for _ in range(2))
-        self.short_dtype = short_dtype
+        self.short_dtype, self._validated = short_dtype, ValidationLoss()
         self.part_rates, self.answer, self.meter = part_rates or {}, answer, meter or Meter()
         self.masters: dict[str, torch.nn.Parameter] = {}
 
@@ -321,12 +322,15 @@ class StepTrainer(DurableTrainer):
         super()._track_num_input_tokens({"attention_mask": flat, "input_ids": flat})
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's own loss, or the smoothed one; a loss of the caller's needs all logits, these only some."""
-        loss = self._loss(model, inputs, *args, **kwargs)
-        return loss if self.in_step is None or self.in_step.counts else 0 * loss
+        """The model's own loss, or the smoothed one."""
+        result = self._loss(model, inputs, *args, **kwargs)
+        if isinstance(result, tuple):  # with outputs: of a validation batch
+            self._validated.see(result[1]["logits"], inputs["labels"])
+            return result
+        return 0 * result if self.in_step is not None and not self.in_step.counts else result
 
     def _loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The loss of a micro-batch."""
+        """The loss of a micro-batch; one of the caller's needs all logits, the model's own only some."""
         if self.compute_loss_func is None and self.label_smoother is not None:
             return self._smoothed_loss(model, inputs, *args, **kwargs)
         if self.compute_loss_func is not None:
@@ -369,27 +373,23 @@ class StepTrainer(DurableTrainer):
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """One validation batch, noted with its number of trained tokens."""
         self.eval_workers.got()
-        known = inputs.get("trained_positions")
-        tokens = int((inputs["labels"][:, 1:] != -100).sum()) if known is None else len(known)
         if self.in_step is not None:
             self.in_step.alone(inputs)
         result = super().prediction_step(model, inputs, *args, **kwargs)
-        self._evaluated.append((float(result[0]) * tokens if tokens else 0.0, tokens))
+        self._validated.add(float(result[0]), inputs["labels"])
         self.eval_workers.wait()
         return result
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The Trainer's loop; its loss, a mean of batch means, becomes the mean over all trained tokens."""
-        self._evaluated: list[tuple[float, int]] = []
+        smoother, self.label_smoother, self._validated = self.label_smoother, None, ValidationLoss()
         self.eval_workers.wait()
-        smoother, self.label_smoother = self.label_smoother, None  # so held-out losses are on one scale
         output = super().evaluation_loop(*args, **kwargs)
         self.label_smoother = smoother
         self.eval_workers.got()
         name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
         if name in output.metrics:
-            total, tokens = self.ranks.totals([sum(one) for one in zip(*self._evaluated, strict=True)] or [0.0, 0])
-            output.metrics[name] = total / max(tokens, 1)
+            output.metrics.update(self._validated.metrics(name, self.ranks))
         if self.in_step is not None:
             self.in_step.leave()
         if self.answer is not None:
