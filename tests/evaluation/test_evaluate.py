@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import os
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,6 +169,22 @@ def test_a_folder_of_something_else_is_refused(world, tmp_path):
         evaluate(world / "run", world / "photos" / "rows.jsonl", **options, out=tmp_path / "one")
     with pytest.raises(ConfigError, match="holds the evaluation of"):
         evaluate(world / "run", rows=1, against=world / "model", out=tmp_path / "one")
+    for changed, line in (
+        ({"rows": 2}, r"\(evaluation.rows: 1 there, 2 here\)"),
+        ({"against": "base"}, r'\(evaluation.against: null there, "base" here\)'),
+        ({"metrics": ["chrf"]}, r'\(evaluation.metrics: \["exact_match", .*\] there, \["chrf", .*\] here\)'),
+        ({"checks": ["form"]}, r'\(evaluation.checks: \["overlap", "form"\] there, \["form"\] here\)'),
+        ({"overrides": ["evaluation.max_new_tokens=3"]}, r"\(evaluation.max_new_tokens: 5 there, 3 here\)"),
+    ):
+        with pytest.raises(ConfigError, match=r"one holds an evaluation under other settings " + line):
+            evaluate(world / "run", **options | changed, out=tmp_path / "one")
+    before = (tmp_path / "one" / "predictions.jsonl").read_bytes()
+    evaluate(world / "run", **options, out=tmp_path / "one")  # the same again
+    assert (tmp_path / "one" / "predictions.jsonl").read_bytes() == before
+    photo = next(Path(image) for image in json.loads(before)["images"])
+    os.utime(world / "photos" / photo.name, (1, 1))
+    with pytest.raises(ConfigError, match=r"under other settings \(other rows or images\): name another folder"):
+        evaluate(world / "run", **options, out=tmp_path / "one")
     with pytest.raises(ConfigError, match="adapter, which is of no evaluation"):
         evaluate(world / "run", **options, out=world / "run")
     (tmp_path / "file").write_text("")
