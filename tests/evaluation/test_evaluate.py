@@ -121,6 +121,7 @@ def test_a_killed_evaluation_goes_on_and_ends_as_an_undisturbed_one(world, evalu
     with pytest.raises(KeyboardInterrupt) as caught:
         evaluate(run.path, on_progress=stop)
     assert caught.value.__notes__[0].startswith("0 of 5 rows are answered and kept")
+    assert caught.value.__notes__[1:] == ["kept too: 5 in answers-base.jsonl"]
     assert len(run.answers("base").read_text().splitlines()) == 2
     asked, original = [], Engine.answer
     monkeypatch.setattr(Engine, "answer", lambda self, these: asked.append(self) or original(self, these))
@@ -144,7 +145,8 @@ def test_an_evaluation_of_other_rows_has_a_folder_and_goes_on(world, tmp_path, m
     whole = evaluate(run, **data, out=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt) as caught:
         evaluate(run, **data, out=tmp_path / "cut", on_progress=stop)
-    assert "rows are answered and kept" in caught.value.__notes__[0]
+    assert caught.value.__notes__[0].startswith("0 of 5 rows are answered and kept")
+    assert caught.value.__notes__[1:] == ["kept too: 5 in answers-tuned.jsonl"]
     assert [path.name for path in (tmp_path / "cut").glob("answers-tuned*")] == ["answers-tuned.jsonl"]
     monkeypatch.setattr(Engine, "answer", lambda self, these: asked.append(self) or original(self, these))
     evaluate(run, **data, out=tmp_path / "cut")

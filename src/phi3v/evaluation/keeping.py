@@ -72,6 +72,18 @@ class Keeping:
             self._named.append((rows, named))
         return named
 
+    @contextmanager
+    def said(self) -> Iterator[None]:
+        """An interruption says what is kept beside the answers that were being made, which it names itself."""
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            named = self._opened[:-1] if getattr(error, "__notes__", []) else self._opened
+            counts = {one.path.name: sum(map(len, one.windows.values())) for one in named if one.windows}
+            if counts:
+                error.add_note("kept too: " + ", ".join(f"{count} in {name}" for name, count in counts.items()))
+            raise
+
     def done(self) -> None:
         """What was kept is elsewhere now."""
         for journal in self._opened:

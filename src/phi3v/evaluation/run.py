@@ -126,12 +126,14 @@ def evaluate(
     with shared(device or held_out.recipe.model.device, ranks) as together, locked(lone, together):
         keeping = Keeping(folder.answers if kept else None, together)
         named = other.name if isinstance(other, Target) else other
-        own = {"against": named, "metrics": scoring.metrics, "checks": plan.names} | ({"rows": rows} if rows else {})
-        settings = together.told(lambda: _settings(held_out, own, keeping.name(held_out.rows)))
+        asked_for: dict[str, Any] = {"against": named, "metrics": scoring.metrics, "checks": plan.names}
+        asked_for |= {} if rows is None else {"rows": rows}
+        settings = together.told(lambda: _settings(held_out, asked_for, keeping.name(held_out.rows)))
         if out is not None:
             together.alone(lambda: refuse_another(folder, place, other, held_out, settings))
         asked = _Asking(held_out, plan.asked(held_out), on_progress or _ignore, keeping)
-        tuned, beside = _answer_both(place, asked, other, device, store)
+        with keeping.said():
+            tuned, beside = _answer_both(place, asked, other, device, store)
         seconds = {"evaluation": time.monotonic() - began}
         evaluation = build_evaluation(place.name, held_out, scoring, tuned, beside, seconds)
         how = plan, held_out, scoring, tuned, beside, asked.more
@@ -182,12 +184,12 @@ def answering(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     return recipe.with_overrides(overrides) if overrides else recipe
 
 
-def _settings(held_out: HeldOut, own: Mapping[str, Any], rows: str) -> dict[str, Any]:
+def _settings(held_out: HeldOut, asked_for: Mapping[str, Any], rows: str) -> dict[str, Any]:
     """What figures depend on besides the target: values of the recipe, those of `evaluate` among them, and the rows.
 
     Example: {"image.num_crops": 4, ..., "evaluation.rows": 100, ..., "rows": "9f2c..."}.
     """
-    values = held_out.recipe.flat() | {f"evaluation.{name}": value for name, value in own.items()}
+    values = held_out.recipe.flat() | {f"evaluation.{name}": value for name, value in asked_for.items()}
     for key in [key for key in values if key.partition(".")[0] in (*_OF_TRAINING, "report")]:
         del values[key]
     del values["model.device"]
