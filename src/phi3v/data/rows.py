@@ -70,6 +70,11 @@ class RecordSet:
         at = bisect_right(self._firsts, number) - 1
         return self.parts[at].name, number - self._firsts[at]
 
+    @property
+    def sources(self) -> list[str]:
+        """What records are read from, as `place` names it, in order: ["a.jsonl", "b.jsonl"]."""
+        return [part.name for part in self.parts] or [self.map.source]
+
     def number(self, source: str, row: int) -> int | None:
         """The record of a place, see `place`; None where it is none of these: ("b.jsonl", 1) -> 4."""
         if not self.parts:
@@ -183,6 +188,11 @@ class Rows(Sequence[Row]):
             if (number := records.number(source, row)) is not None:
                 return records.images_named(number)
         return []
+
+    @property
+    def sources(self) -> list[str]:
+        """What the records of these sets are read from, in order, each once, also that of which no record is a row."""
+        return list(dict.fromkeys(source for records in self._sets for source in records.sources))
 
     @property
     def set_numbers(self) -> Sequence[int]:
