@@ -10,8 +10,10 @@ import datasets
 import pytest
 from PIL import Image
 
+from phi3v.data import opening
 from phi3v.data.columns import RowOptions
 from phi3v.data.folder import FolderFiles, find_files, matching
+from phi3v.data.images import open_image
 from phi3v.data.not_read import NamedFiles, NotRead, unnamed
 from phi3v.data.opening import open_set
 from phi3v.data.reading import Reading
@@ -156,6 +158,42 @@ def test_rows_of_several_files_are_named_by_file_and_number_there(kind: str, str
         (f"b.{kind}", 2),
     ]
     assert [str(problem) for problem in problems] == [f"{tmp_path}/b.{kind}, row 1: column 'title' is empty"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "chats"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_of_a_pattern_lie_beside_the_file_of_their_row(kind: str, streaming: bool, tmp_path: Path) -> None:
+    """Each folder has a 0.png of its own width; an image root holds for all of them."""
+    ending, told = ("jsonl" if kind == "chats" else kind), []
+    for width, name in enumerate(("a", "b", "c"), start=1):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.new("RGB", (width, 8)).save(tmp_path / "set" / name / "0.png")
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": name}]
+        row = {"messages": turns, "images": ["0.png"]} if kind == "chats" else {"title": name, "image": "0.png"}
+        rows = datasets.Dataset.from_list([row, row])
+        file = str(tmp_path / "set" / name / f"rows.{ending}")
+        {"csv": rows.to_csv, "jsonl": rows.to_json, "parquet": rows.to_parquet}[ending](file)
+    pattern = str(tmp_path / "set" / "*" / f"rows.{ending}")
+    for image_root in (None, str(tmp_path / "set" / "b")):
+        shape = {"format": "conversations"} if kind == "chats" else {"prompt": "?", "answer": "{title}"}
+        images = "images" if kind == "chats" else "image"
+        options = RowOptions(images=images, image_root=image_root, **shape)
+        if streaming:
+            found = stream_data(pattern, options=options, validation_split=5).validation or []
+        else:
+            found = load_data(pattern, options=options, validation_split=None).train
+        told.append([(row.answer, open_image(row.images[0]).width, row.index) for row in found][:5])
+    assert told[0] == [("a", 1, 0), ("a", 1, 1), ("b", 2, 0), ("b", 2, 1), ("c", 3, 0)]
+    assert told[1] == [(answer, 2, number) for answer, _, number in told[0]]
+
+
+def test_a_pattern_whose_rows_have_no_known_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another reading of the files counts other rows: the folder that image paths count from is then unknown."""
+    fill(tmp_path / "set", "a/1.csv", "b/1.csv", "b/2.csv")
+    monkeypatch.setattr(opening, "count_rows", lambda path: 3)
+    assert answers(tmp_path / "set" / "b" / "*.csv") == ["a", "b"] * 2
+    with pytest.raises(DataError, match=r"a/1.csv and \S*b/2.csv: it is not known which rows .* as a set of its own"):
+        answers(tmp_path / "set" / "*" / "*.csv")
 
 
 def test_what_is_not_read_is_named_with_its_reason(tmp_path: Path) -> None:

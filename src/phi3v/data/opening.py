@@ -109,8 +109,23 @@ def _open_local(path: Path, streaming: bool, confined: bool) -> dict[str, Opened
     if path.is_dir():
         return _open_folder(path, streaming, confined)
     if path.suffix.lower() in (*KINDS, ".tar") and (files := matching(str(path))):
-        return {"train": _open_shards(files) if path.suffix.lower() == ".tar" else _open_data(files, streaming)}
+        its = _open_shards(files) if path.suffix.lower() == ".tar" else _by_folder(_open_data(files, streaming), files)
+        return {"train": its}
     return None
+
+
+def _by_folder(opened: OpenedTable, files: Sequence[Path]) -> OpenedTable:
+    """The files of a pattern, each of which names images from its own folder on: a/rows.csv a.jpg in a, not in b.
+
+    Raises: DataError where they lie in several folders and it is not known which records come from which.
+    """
+    if len({file.parent for file in files}) == 1:
+        return opened
+    if len({file.parent for file in opened.files or files}) > 1 and not opened.parts:
+        told = "it is not known which rows come from which file, and image paths count from the file's folder"
+        raise DataError(f"data set {files[0]} and {files[-1]}: {told}: name each folder's files as a set of its own")
+    parts = tuple(replace(part, root=str(Path(part.name).parent)) for part in opened.parts)
+    return replace(opened, root=str((opened.files or files)[0].parent), parts=parts)
 
 
 def _open_folder(path: Path, streaming: bool, confined: bool) -> dict[str, OpenedTable]:

@@ -67,8 +67,12 @@ class RecordSet:
         """
         if not self.parts:
             return self.map.source, number
-        at = bisect_right(self._firsts, number) - 1
+        at = self._part(number)
         return self.parts[at].name, number - self._firsts[at]
+
+    def _part(self, number: int) -> int:
+        """The place in `parts` of the file that a record comes from."""
+        return bisect_right(self._firsts, number) - 1
 
     @property
     def sources(self) -> list[str]:
@@ -104,8 +108,13 @@ class RecordSet:
         row = self.map.row(record, number)
         if not self.parts:
             return row
-        source, number = self.place(number)
-        return replace(row, source=source, index=number)
+        source, place = self.place(number)
+        row = replace(row, source=source, index=place)
+        root = self.parts[self._part(number)].root
+        if root is None:
+            return row
+        lying = (replace(one, root=root) if one.url is None and one.data is None else one for one in row.images)
+        return replace(row, images=tuple(lying))
 
     def row(self, number: int) -> Row:
         """The row of a record, its images with what is known of them. Raises: UnusableRecord."""
