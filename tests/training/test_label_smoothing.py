@@ -58,15 +58,16 @@ def test_held_out_losses_are_not_smoothed(tmp_path: Path) -> None:
     """Runs with and without it are compared by them; training smooths again afterwards."""
     register()
     model, batch = tiny_model(image_token_id=IMAGE), rows()
-    arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=EPSILON, use_cpu=True, report_to="none")
+    arguments = TrainingArguments(
+        str(tmp_path), label_smoothing_factor=EPSILON, use_cpu=True, report_to="none", per_device_eval_batch_size=1
+    )
     held_out = [{name: value[row] for name, value in batch.items()} for row in (0, 1)]
     trainer = StepTrainer(model=model, args=arguments, step_collator=list, eval_dataset=held_out)
     logits, targets = model(**batch).logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(cross_entropy(logits, targets).item(), rel=1e-6)
-    kept = [row for batch in trainer._validated._rows for row in batch]  # what the loss's interval is made of
+    kept = [row for (row,) in trainer._validated._rows]  # what the interval is made of, a row a batch
     assert [count for _, count in kept] == (batch["labels"][:, 1:] != -100).sum(1).tolist()
-    assert sum(one for one, _ in kept) == pytest.approx(
-        cross_entropy(logits, targets, reduction="sum").item(), rel=1e-5
-    )
+    total = cross_entropy(logits, targets, reduction="sum").item()
+    assert sum(one for one, _ in kept) == pytest.approx(total, rel=1e-5)
     smoothed = cross_entropy(logits, targets, reduction="sum", label_smoothing=EPSILON) / TOKENS
     assert_close(trainer.compute_loss(model, dict(batch), num_items_in_batch=TOKENS), smoothed, rtol=1e-6, atol=0)

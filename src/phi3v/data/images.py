@@ -45,7 +45,7 @@ from phi3v.data.image_limits import (
     check_scans,
     check_size,
     end_header,
-    late_exif,
+    find_exif,
 )
 from phi3v.data.schema import ImageRef
 from phi3v.errors import ImageError, ImagePathError
@@ -329,8 +329,7 @@ def _orientation(image: Image.Image, file: MeteredBytes | MeteredFile) -> int:
     if image.format == "TIFF":
         return 1
     try:
-        if image.format == "PNG" and "exif" not in image.info and (block := late_exif(file)):
-            image.info["exif"] = block
+        find_exif(image.info, file, png=image.format == "PNG")
         value = Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)
     except Exception:  # a damaged EXIF block says nothing about the pixels, which may be sound
         return 1

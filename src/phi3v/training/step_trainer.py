@@ -51,7 +51,7 @@ class StepTrainer(DurableTrainer):
     """
 
     is_fsdp_enabled: bool
-    label_smoother: Any  # the Trainer's; away while held-out rows are looked at, whose losses are on one scale
+    label_smoother: Any  # the Trainer's; away while held-out rows are looked at
 
     def __init__(
         self,
@@ -80,9 +80,10 @@ class StepTrainer(DurableTrainer):
         self.step_collator = step_collator
         self.non_finite = non_finite or NonFinite()
         self.workers, self.eval_workers = (WatchedWorkers(self.args.dataloader_num_workers) for _ in range(2))
-        self.short_dtype, self._validated = short_dtype, ValidationLoss()
+        self.short_dtype = short_dtype
         self.part_rates, self.answer, self.meter = part_rates or {}, answer, meter or Meter()
         self.masters: dict[str, torch.nn.Parameter] = {}
+        self._validated = ValidationLoss()
 
     def create_accelerator_and_postprocess(self) -> None:
         """accelerate as the arguments ask for it; FSDP2 on CPUs too, which it knows but takes up on GPUs alone."""
@@ -340,11 +341,7 @@ class StepTrainer(DurableTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _smoothed_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The Trainer's label smoother at trained positions, where each logit is beside the token behind it.
 
@@ -382,8 +379,9 @@ class StepTrainer(DurableTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The Trainer's loop; its loss, a mean of batch means, becomes the mean over all trained tokens."""
-        smoother, self.label_smoother, self._validated = self.label_smoother, None, ValidationLoss()
+        self._validated = ValidationLoss()
         self.eval_workers.wait()
+        smoother, self.label_smoother = self.label_smoother, None  # so held-out losses are on one scale
         output = super().evaluation_loop(*args, **kwargs)
         self.label_smoother = smoother
         self.eval_workers.got()
