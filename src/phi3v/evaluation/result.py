@@ -65,6 +65,7 @@ class Evaluation:
         created: when, in UTC.
         predictions: one dict per row, see `prediction_rows`.
         checks: name -> verdict, line and figures, see `checks`.
+        settings: what the figures depend on besides the target: values of the recipe, and a name of the rows.
     """
 
     target: str
@@ -85,6 +86,7 @@ class Evaluation:
     created: str
     predictions: list[dict[str, Any]] = field(repr=False)
     checks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the predictions, as plain values for JSON."""
@@ -101,6 +103,7 @@ class Evaluation:
             "categories": self.categories,
             "notes": list(self.scoring.notes),
             "checks": self.checks,
+            "settings": self.settings,
             "scores": {
                 "base": self.base_scores.to_dict() if self.base_scores else None,
                 "tuned": self.tuned.to_dict(),
