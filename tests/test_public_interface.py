@@ -16,7 +16,7 @@ SIGNATURES = {
     "train": ["recipe", "on_event", "features", "report"],
     "evaluate": [
         *["target", "data", "against", "metrics", "checks"],
-        *["rows", "out", "device", "on_progress", "features", "ranks", "overrides"],
+        *["rows", "out", "device", "on_progress", "features", "ranks", "overrides", "lock"],
     ],
     "compare": ["runs", "out"],
     "predict": [

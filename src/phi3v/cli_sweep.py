@@ -85,21 +85,25 @@ def short(value: Any) -> str:
 
 
 def show_sweep(console: Console, result: SweepResult) -> None:
-    """The ranking's first ten, and where things lie."""
+    """The ranking's first ten beside the base, what they say, and where things lie."""
     from rich.table import Table
     from rich.text import Text
 
-    from phi3v.evaluation.figures import counted, short_number
+    from phi3v.evaluation.figures import counted, ends, short_number
 
     ranking = result.ranking
     keys = list(ranking["search"])
-    table = Table("", "trial", ranking["metric"], title_justify="left", box=None, title="the best trials")
+    table = Table("", "trial", ranking["metric"], "95 %", title_justify="left", box=None, title="the best trials")
     for key in keys:
         table.add_column(Text(key.rpartition(".")[2]))
     for line in [line for line in ranking["trials"] if line["state"] == "complete"][:10]:
         cells = [Text(short(line["values"].get(key))) for key in keys]
-        table.add_row(str(line["rank"]), str(line["trial"]), short_number(line["value"]), *cells)
+        table.add_row(str(line["rank"]), str(line["trial"]), short_number(line["value"]), ends(line, "number"), *cells)
+    if ranking["base"] and "error" not in ranking["base"]:
+        table.add_row("", "base", short_number(ranking["base"]["value"]), ends(ranking["base"], "number"))
     console.print(table)
+    for line in ranking["remarks"]:
+        console.print(printable(line), markup=False, soft_wrap=True)
     states = ", ".join(f"{count} {name}" for name, count in ranking["states"].items())
     told = {
         "finished": "was finished before; ask for more with sweep.trials to go on",

@@ -6,7 +6,7 @@
     features.json      how many images have kept features, where the recipe keeps them
     metrics.jsonl      one JSON object per logged step, appended
     checkpoints/       what resuming needs, filled by the trainer
-    run.lock           held by the process that trains, see `run_lock`
+    run.lock           held by the process that trains or evaluates, see `run_lock`
     adapter/           the tuned adapter with the processor, or
     model/             the whole model, when all of it was tuned
     answers-*.jsonl    answers of an evaluation that is not done, tuned and base: what it goes on from

@@ -1,7 +1,8 @@
-"""One run in one folder at a time: a lock that the system takes back from a process that is gone.
+"""One process that writes into a folder, or one file, at a time: a lock that the system takes back from a process that
+is gone.
 
-The lock is held on `run.lock`, which says who holds it and stays where it is. A process that dies, however, holds it no
-more, so the next one takes it over; a process that was forked from its holder does not hold it.
+The lock is held on `run.lock`, which says who holds it for what and stays where it is. A process that dies, however,
+holds it no more, so the next one takes it over; a process that was forked from its holder does not hold it.
 """
 
 import errno
@@ -22,11 +23,23 @@ class RunLock:
 
     Example: `lock = RunLock("runs/shop"); lock.take()` while process 12 trains there raises "runs/shop is being trained
     by process 12 on this machine: ...".
+
+    A process must not take a lock that it holds by another `RunLock`: giving back either would give back both.
     """
 
-    def __init__(self, folder: str | Path, name: str = LOCK_FILE) -> None:
-        """Name the folder, which has to be there when the lock is taken, and the file."""
+    def __init__(
+        self, folder: str | Path, name: str = LOCK_FILE, *, doing: str = "trained", what: str | None = None
+    ) -> None:
+        """Name the lock; nothing is taken.
+
+        Args:
+            folder: it has to be there when the lock is taken.
+            name: the file.
+            doing: what is being done with the folder while this lock is held, for others to read.
+            what: what others are told is in use; None for the folder.
+        """
         self.file = Path(folder) / name
+        self.doing, self.what = doing, what or str(folder)
         self._handle: Any = None
 
     @property
@@ -51,15 +64,16 @@ class RunLock:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _TAKEN:
-                holder = _holder(handle)
+                held = _how_held(handle, self.doing)
                 handle.close()
                 raise ConfigError(
-                    f"{self.file.parent} is being trained by {holder}: wait for it, end it, or give another output"
+                    f"{self.what} is being {held}: wait for it, end it, or give another output"
                 ) from error
             handle.close()  # ENOLCK, ENOTSUP: a network's file system without locks
             return
         handle.truncate(0)
-        handle.write(json.dumps({"process": os.getpid(), "machine": platform.node()}) + "\n")
+        told = {"process": os.getpid(), "machine": platform.node(), "doing": self.doing}
+        handle.write(json.dumps(told) + "\n")
         handle.flush()
         self._handle = handle
 
@@ -70,11 +84,11 @@ class RunLock:
             self._handle = None
 
 
-def _holder(handle: Any) -> str:
-    """Who holds the lock, in words."""
+def _how_held(handle: Any, doing: str) -> str:
+    """What is done by whom, in words: "trained by process 12 on mill"."""
     try:
         handle.seek(0)
         told = json.loads(handle.read())
-        return f"process {told['process']} on {told['machine']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
+        return f"{told.get('doing', doing)} by process {told['process']} on {told['machine']}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{doing} by another process"

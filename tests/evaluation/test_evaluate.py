@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from other_process import holding
 from tiny_models import write_photos, write_tiny_model
 from tiny_runs import HELD_OUT, make_recipe, make_run
 
@@ -25,6 +26,7 @@ from phi3v.evaluation.running_batch import prompt_of
 from phi3v.generate import ChatModel
 from phi3v.loading import load_processor, load_target
 from phi3v.run_folder import RunFolder
+from phi3v.run_lock import RunLock
 from phi3v.targets import resolve_target
 
 
@@ -146,7 +148,7 @@ def test_an_evaluation_of_other_rows_has_a_folder_and_goes_on(world, tmp_path, m
     evaluate(run, **data, out=tmp_path / "cut")
     assert len(asked) == 1, "the first target was asked again"
     ends = [RunFolder(tmp_path / name) for name in ("whole", "cut")]
-    left = ["evaluation.json", "predictions.jsonl", "predictions.parquet", "report.html"]
+    left = ["evaluation.json", "predictions.jsonl", "predictions.parquet", "report.html", "run.lock"]
     assert all(sorted(file.name for file in end.path.iterdir()) == left for end in ends)
     assert ends[0].predictions.read_bytes() == ends[1].predictions.read_bytes()
     assert ends[0].read_predictions() == whole.predictions
@@ -170,6 +172,22 @@ def test_a_folder_of_something_else_is_refused(world, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="file cannot be used"):
         evaluate(world / "run", **options, out=tmp_path / "file")
+
+
+def test_a_second_evaluation_in_a_folder_is_refused_until_the_first_is_dead(world, tmp_path):
+    """A run's own, and one in a folder; what writes nothing asks for no lock."""
+    (tmp_path / "one").mkdir()
+    told = r"one is being evaluated by process {} on .*: wait for it, end it, or give another output$"
+    with (
+        holding(RunLock(tmp_path / "one", doing="evaluated")) as other,
+        pytest.raises(ConfigError, match="^--out .*" + told.format(other)),
+    ):
+        evaluate(world / "run", rows=1, against=None, out=tmp_path / "one")
+    with holding(RunLock(world / "run")) as other:
+        with pytest.raises(ConfigError, match=f"run is being trained by process {other} on"):
+            evaluate(world / "run")
+        assert evaluate(world / "run", rows=1, against=None).tuned.rows == 1
+    evaluate(world / "run", rows=1, against=None, out=tmp_path / "one")
 
 
 def test_other_rows_leave_the_run_as_it_is(world, evaluation):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from other_process import holding
 from pyarrow import parquet
 from tiny_models import write_photos, write_tiny_model
 from typer.testing import CliRunner
@@ -17,7 +18,7 @@ from phi3v.cli import app
 from phi3v.data.encode import encode_prompt
 from phi3v.errors import ConfigError, DataError
 from phi3v.evaluation import answers as answers_module
-from phi3v.evaluation.answer_files import journal_of, plain_cell
+from phi3v.evaluation.answer_files import journal_of, lock_of, plain_cell
 from phi3v.evaluation.answers import answer_rows
 from phi3v.evaluation.engine import Engine
 from phi3v.evaluation.fields import AnswerTemplate
@@ -69,11 +70,18 @@ def test_every_row_is_in_the_file_with_its_answer_or_its_reason(
 ) -> None:
     found = lines_of(done.out)
     assert [row["row"] for row in found] == list(range(PHOTOS + 2)) == list(range(done.rows))
-    assert list(found[0]) == ["source", "row", "colour", "image", "question", "answer", "problem"] == done.columns
+    assert (
+        list(found[0])
+        == ["source", "row", "colour", "image", "question", "answer", "reason_code", "problem"]
+        == (done.columns)
+    )
     assert (found[0]["image"], found[0]["question"], found[0]["problem"]) == ("0.png", "Is it red?", None)
     wrong = [row for row in found if row["problem"] is not None]
     assert [row["row"] for row in wrong] == [3, PHOTOS + 1] and all(row["answer"] is None for row in wrong)
-    assert "nowhere-0.png does not exist" in wrong[0]["problem"]
+    assert "nowhere-0.png does not exist" in wrong[0]["problem"] and found[0]["reason_code"] is None
+    assert [(row["image"], row["reason_code"]) for row in wrong] == [
+        (f"nowhere-{number}.png", "image_path") for number in range(2)
+    ]
     assert done.answered == PHOTOS and len(done.problems) == 2 and "row 3: image" in done.problems[0]
     asked = find_questions(resolve_target(world / "model"), str(world / "photos" / "rows.jsonl"), "Is it {colour}?", 4)
     assert [row.index for row in asked.rows] == [0, 1, 2] and [one.row for one in asked.problems] == [3]
@@ -151,7 +159,7 @@ def test_fields_of_the_answer_have_columns(world: Path) -> None:
     asked = find_questions(resolve_target(world / "model"), str(world / "photos" / "rows.jsonl"), "Is it {colour}?", 3)
     asked = Questions(asked.rows, asked.problems, "x", asked.recipe, AnswerTemplate("{colour} for {price}, {answer}"))
     names = ["source", "row", "colour", "image", "question", "answer"]
-    assert list(columns_of(asked)) == [*names, "answer.colour", "price", "answer.answer", "problem"]
+    assert list(columns_of(asked)) == [*names, "answer.colour", "price", "answer.answer", "reason_code", "problem"]
     texts = ["red for 470, yes", "nonsense", ""]
     said = answers_module.Answers(texts, [0.0] * 3, [0] * 3, {}, {2: f"{asked.rows[2].source}, row 2: gone"})
     first, second, third = table_rows(asked, said)
@@ -202,6 +210,11 @@ def test_a_killed_prediction_ends_as_an_undisturbed_one(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     out = world / "killed.jsonl"
+    with (
+        holding(lock_of(out)) as other,
+        pytest.raises(ConfigError, match=rf"^--out .*killed.jsonl is being written by process {other} on"),
+    ):
+        asking(world, out)
     with pytest.raises(Killed):
         asking(world, out, on_progress=killed_at(12))
     journal = journal_of(out)
@@ -242,6 +255,7 @@ def test_a_question_that_turns_out_to_be_none_is_its_own_problem(world: Path, tm
     finally:
         lost.write_bytes(content)
     assert list(found.problems) == [1] and "1.png" in found.problems[1] and found.texts[1] == ""
+    assert found.reasons == {1: "image_unreadable"}
     assert all(found.texts[at] for at in (0, 2, 3, 4)) and found.ways == {"together": 4}
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from tiny_models import write_photos, write_tiny_model
+from tiny_runs import make_run
 
 import phi3v
-from phi3v.evaluation.answer_files import journal_of
+from phi3v.evaluation.answer_files import journal_of, lock_of
 from phi3v.recipe import Recipe
+from phi3v.run_folder import RunFolder
 
 WORKER = Path(__file__).resolve().parents[1] / "rank_worker.py"
 
@@ -52,12 +54,20 @@ def test_ranks_share_rows_and_the_first_writes_what_one_process_would(tmp_path: 
     two = {**asked, "out": str(tmp_path / "two.jsonl"), "max_new_tokens": 3}
     sections = {"data": {"train": "none", "validation": str(table), "prompt": "?", "answer": "It is {colour}."}}
     recipe = Recipe.from_dict({"model": str(model), **sections, "evaluation": {"batch_size": 1, "max_new_tokens": 2}})
-    (tmp_path / "recipe.yaml").write_text(
-        recipe.with_overrides([f"data.train={table}", "data.max_skipped=1.0"]).to_yaml()
-    )
-    scored = {"target": str(model), "data": str(tmp_path / "recipe.yaml"), "rows": 17, "device": "cpu"}
-    jobs = [{"predict": two}, {"predict": {**two, "max_new_tokens": 2}}, {"evaluate": scored}]
-    answered, refused, evaluated = on_two(tmp_path, jobs)
+    recipe = recipe.with_overrides([f"data.train={table}", "data.max_skipped=1.0", f"output={tmp_path / 'run'}"])
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    make_run(tmp_path, recipe)
+    scored = {"target": str(tmp_path / "run"), "data": str(tmp_path / "recipe.yaml"), "rows": 17, "device": "cpu"}
+    scored |= {"checks": ["overlap", "form", "images"]}
+    held = lock_of(tmp_path / "held.jsonl")
+    jobs = [{"predict": two}, {"predict": {**two, "max_new_tokens": 2}}]
+    jobs.append({"predict": {**two, "out": str(tmp_path / "held.jsonl")}})
+    jobs.append({"evaluate": {**scored, "out": str(tmp_path / "two")}})
+    held.take()
+    try:
+        answered, refused, locked, evaluated = on_two(tmp_path, jobs)
+    finally:
+        held.give_back()
 
     assert [told["status"] for told in answered] == ["answered", "answered"]
     alone = phi3v.predict(**asked, out=tmp_path / "one.jsonl", max_new_tokens=3)
@@ -66,5 +76,16 @@ def test_ranks_share_rows_and_the_first_writes_what_one_process_would(tmp_path: 
     assert not journal_of(tmp_path / "two.jsonl").exists()
     assert "holds answers of other settings" in refused[0]["error"]
     assert refused[1]["error"] == "OtherRankError: rank 0 failed"
-    wanted = json.loads(json.dumps(phi3v.evaluate(**scored).predictions))
-    assert [told["told"] for told in evaluated] == [wanted] * 2
+    assert f"held.jsonl is being written by process {os.getpid()} on " in locked[0]["error"]
+    assert locked[1]["error"] == "OtherRankError: rank 0 failed" and not (tmp_path / "held.jsonl").exists()
+    wanted = phi3v.evaluate(**scored, out=tmp_path / "one")
+    assert [told["told"] for told in evaluated] == [json.loads(json.dumps(wanted.predictions))] * 2
+    one, both = (RunFolder(tmp_path / name).read_evaluation() for name in ("one", "two"))
+    clock = {"seconds": None, "created": None}
+    assert both | clock == one | clock and both["checks"].keys() == {"overlap", "form", "images"}
+    assert both["checks"]["images"]["rows"] == 17 and "skipped" not in [
+        one["verdict"] for one in both["checks"].values()
+    ]
+    assert (tmp_path / "two" / "predictions.jsonl").read_bytes() == (
+        tmp_path / "one" / "predictions.jsonl"
+    ).read_bytes()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from other_process import holding
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from tiny_models import write_photos, write_tiny_model
@@ -298,24 +299,11 @@ def is_alive(process: int) -> bool:
 def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(make: MakeRecipe) -> None:
     recipe = make(training={**STEPS, "max_steps": 1})
     phi3v.train(recipe)
-    child = os.fork()
-    if not child:
-        lock = RunLock(recipe.output)
-        lock.take()
-        time.sleep(60)
-        os._exit(0)
-    try:
-        deadline = time.monotonic() + 20
-        while f'"process": {child}' not in (Path(recipe.output) / "run.lock").read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        with pytest.raises(
-            ConfigError, match=f"is being trained by process {child} on .*: wait for it, end it, or giv"
-        ):
-            phi3v.train(recipe)
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+    with (
+        holding(RunLock(recipe.output)) as child,
+        pytest.raises(ConfigError, match=f"is being trained by process {child} on .*: wait for it, end it, or giv"),
+    ):
+        phi3v.train(recipe)
     assert phi3v.train(recipe).status == "finished"
 
 

@@ -45,6 +45,12 @@ def test_the_smoothed_loss_is_torchs_own(tmp_path: Path, way: str) -> None:
     inputs = step_batch(batch, IMAGE) if way == "step" else dict(batch)
     loss, outputs = trainer.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=TOKENS)
     assert_close(loss, expected, rtol=1e-6, atol=0)
+    if way != "transformers":  # what the interval of a validation's loss is made of
+        trainer._validated.add(0.0, batch["labels"])
+        (kept,) = trainer._validated._rows
+        assert [count for _, count in kept] == (batch["labels"][:, 1:] != -100).sum(1).tolist()
+        plain_sum = float(cross_entropy(logits, targets, reduction="sum").detach())  # never smoothed
+        assert sum(one for one, _ in kept) == pytest.approx(plain_sum, rel=1e-5)
     trained = int((targets != -100).sum())
     assert outputs["logits"].shape[:-1] == (batch["labels"].shape if way == "transformers" else (trained,))
     plain, found = gradients(model, expected), gradients(model, loss)

@@ -36,6 +36,7 @@ weights, which are below 1, relative for losses and norms."""
 pytestmark = pytest.mark.timeout(600)  # on a machine with one core one launch takes minutes
 WHOLE = {"lora": None, "vision": {"tower": "train", "projector": "train", "projector_learning_rate": 1e-4}}
 SMOOTH = {"label_smoothing_factor": 0.1}
+LOGGED = ("loss", "eval_loss", "eval_loss_low", "eval_loss_high", "grad_norm")
 DROPOUT = {"lora": {"r": 4, "lora_dropout": 0.2}}
 
 
@@ -188,9 +189,7 @@ def more(world: Path, outcomes: dict[str, list[dict[str, Any]]]) -> dict[str, li
 def numbers(world: Path, name: str) -> dict[tuple[int, str], float]:
     """Losses and norms of a run by step and name."""
     lines = RunFolder(world / name).read_metrics()
-    return {
-        (line["step"], key): line[key] for line in lines for key in ("loss", "eval_loss", "grad_norm") if key in line
-    }
+    return {(line["step"], key): line[key] for line in lines for key in LOGGED if key in line}
 
 
 def weights(world: Path, name: str) -> dict[str, torch.Tensor]:
@@ -212,7 +211,7 @@ def assert_alike(world: Path, found: str, expected: str, *, logged: bool = True)
         )
     if logged:
         assert numbers(world, found) == pytest.approx(numbers(world, expected), rel=TOLERANCE)
-        assert {name for _, name in numbers(world, found)} == {"loss", "eval_loss", "grad_norm"}
+        assert {name for _, name in numbers(world, found)} == set(LOGGED)
 
 
 def test_the_data_are_hard_enough() -> None:

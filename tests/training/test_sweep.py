@@ -12,14 +12,17 @@ import phi3v
 from phi3v.cli import app
 from phi3v.data import encode as encode_module
 from phi3v.errors import ConfigError, Interrupted, TrainingError
+from phi3v.evaluation.run import evaluate
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.training.callbacks import TrainingEvent
 
 pytest.importorskip("optuna", reason="sweeps need Optuna")
 
+from phi3v.sweep import run as sweep_module
 from phi3v.sweep.run import SweepResult, TrialNews, sweep
 from phi3v.sweep.space import default_space, search_space, with_values
+from phi3v.sweep.verdict import remarks
 
 MakeRecipe = Callable[..., phi3v.Recipe]
 SEARCH = {"training.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}, "lora.r": [2, 4]}
@@ -43,7 +46,14 @@ def plain(result: SweepResult) -> list[dict[str, Any]]:
     return [{key: line[key] for key in line if key not in ("seconds", "folder")} for line in result.ranking["trials"]]
 
 
-def test_a_sweep_ranks_its_trials_and_a_killed_one_ends_as_an_undisturbed_one(make_sweep: MakeRecipe) -> None:
+def file_of(recipe: phi3v.Recipe) -> Path:
+    """The sweep's own copy of its recipe."""
+    return Path(recipe.output) / "sweep.yaml"
+
+
+def test_a_sweep_ranks_its_trials_and_a_killed_one_ends_as_an_undisturbed_one(
+    make_sweep: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed between two trials, in a trial's second epoch, and while a trial's values are stored."""
     news: list[TrialNews] = []
     recipe = make_sweep("whole")
@@ -56,9 +66,26 @@ def test_a_sweep_ranks_its_trials_and_a_killed_one_ends_as_an_undisturbed_one(ma
     run = RunFolder(best["folder"])
     assert best["value"] == [line["eval_loss"] for line in run.read_metrics() if "eval_loss" in line][-1]
     assert best["validations"].keys() == {"1", "2"} and best["validations"]["2"] == best["value"]
+    last = [line for line in run.read_metrics() if "eval_loss" in line][-1]
+    assert (best["low"], best["high"]) == (last["eval_loss_low"], last["eval_loss_high"])
+    assert best["low"] < best["value"] < best["high"]
     assert not run.checkpoints.exists()
     table = (run.path.parent.parent / "ranking.csv").read_text().splitlines()
-    assert table[0] == ",".join(["rank", "trial", "state", "value", "steps", "seconds", "error", *SEARCH])
+    assert table[0] == ",".join(
+        ["rank", "trial", "state", "value", "low", "high", "steps", "seconds", "error", *SEARCH]
+    )
+    base = whole.ranking["base"]
+    assert base["rows"] == 4 and base["low"] < base["value"] < base["high"]
+    assert table[-1].startswith(f",,base,{base['value']},{base['low']},") and len(table) == 5
+    untuned = evaluate(recipe.model.name, file_of(recipe), against=None).metrics["loss"]["tuned"]
+    assert [base[name] for name in ("value", "low", "high")] == pytest.approx(
+        [untuned[name] for name in ("value", "low", "high")], rel=1e-5
+    )
+    chosen, ahead, beside = whole.ranking["remarks"]
+    assert f"trial {best['trial']} was chosen as the best of 3" in chosen and "on rows that no trial saw" in chosen
+    assert "first and second" in ahead and "the base" in beside
+    head = whole.best_recipe.read_text(encoding="utf-8").split("\nmodel:")[0]
+    assert all(f"# {line}" in head for line in whole.ranking["remarks"]) and "95 %: " in head
     written = Recipe.load(whole.best_recipe)
     assert (written.training.learning_rate, written.lora["r"]) == tuple(best["values"].values())
     assert (
@@ -67,7 +94,11 @@ def test_a_sweep_ranks_its_trials_and_a_killed_one_ends_as_an_undisturbed_one(ma
         and Path(written.output) == run.path.absolute()
     )
     assert {plot.stem for plot in whole.plots} >= {"history", "slice", "curves"}
+    monkeypatch.setattr(sweep_module, "score_untuned", lambda *args: pytest.fail("the base is asked once"))
     assert sweep(recipe).status == "finished"
+    whole.best_recipe.unlink()  # as a kill leaves it between the last trial and the end
+    assert sweep(recipe).status == "complete" and whole.best_recipe.is_file()
+    monkeypatch.undo()
 
     killed = make_sweep("killed")
 
@@ -92,7 +123,7 @@ def test_a_sweep_ranks_its_trials_and_a_killed_one_ends_as_an_undisturbed_one(ma
     again: list[TrialNews] = []
     ended = sweep(killed, on_trial=again.append)
     assert (again[0].number, again[0].state, again[0].resumed) == (1, "running", True)
-    assert plain(ended) == plain(whole)
+    assert plain(ended) == plain(whole) and ended.ranking["base"] == base
     more = sweep(make_sweep("killed", trials=4))
     assert more.status == "complete" and [line for line in plain(more) if line["trial"] < 3]
     with pytest.raises(ConfigError, match=r"holds a sweep of another recipe \(training.epochs"):
@@ -199,10 +230,47 @@ def test_the_command_shows_a_line_a_trial_and_says_what_is_missing(
     scores = [line["value"] for line in ranking["trials"]]
     assert ranking["better"] == "higher" and scores == sorted(scores, reverse=True)
     told = RunFolder(ranking["trials"][0]["folder"]).read_evaluation()
-    assert told["metrics"]["similarity"]["tuned"]["value"] == scores[0] and told["base"] is None
+    score = told["metrics"]["similarity"]["tuned"]
+    assert [score[name] for name in ("value", "low", "high")] == [
+        ranking["trials"][0][name] for name in ("value", "low", "high")
+    ]
+    assert told["base"] is None and ranking["base"]["rows"] == score["rows"] == 4
+    rows = [line for line in said.output.splitlines() if " to " in line and not line.startswith("trial")]
+    assert len([line for line in rows if "base" in line]) >= 1, "the base stands in the table, with its interval"
+    assert "phi3v compare " in said.output or "differ beyond chance" in said.output
     monkeypatch.setattr("phi3v.cli_sweep.find_spec", lambda name: None)
     said = CliRunner().invoke(app, ["sweep", str(file)])
     assert said.exit_code == 1 and 'a sweep needs Optuna: pip install "phi3v[sweep]"' in said.output
+
+
+def test_what_is_said_of_a_ranking() -> None:
+    def line(
+        trial: int, value: float, low: float | None, high: float | None, state: str = "complete"
+    ) -> dict[str, Any]:
+        return {"trial": trial, "state": state, "value": value, "low": low, "high": high, "folder": f"t/{trial}"}
+
+    def said(base: dict[str, Any] | None, *lines: dict[str, Any], better: str = "lower") -> list[str]:
+        metric = "eval_loss" if better == "lower" else "anls"
+        return remarks({"metric": metric, "better": better, "base": base, "trials": list(lines)})
+
+    base = {"value": 2.0, "low": 1.5, "high": 2.5}
+    assert said(base, line(0, 1.0, 0.9, 1.1, "pruned")) == [] == said(None, line(0, 1.0, 0.9, 1.1))
+    near = said(base, line(4, 1.0, 0.9, 1.2), line(2, 1.1, 1.0, 1.3), line(3, 9.0, 8.0, 9.5))
+    assert near[0].startswith("trial 4 was chosen as the best of 3 on these held-out rows")
+    assert near[1] == (
+        "trials 4 and 2, first and second: nothing shows that they differ, 1 (0.9 to 1.2) and 1.1 (1 to 1.3), their "
+        "intervals overlap"
+    )
+    assert near[2] == (
+        "trial 4 beats the base beyond chance: 1 (0.9 to 1.2) against 2 (1.5 to 2.5), intervals that do not overlap"
+    )
+    far = said(base, line(4, 0.9, 0.8, 0.95), line(2, 0.5, 0.4, 0.6), better="higher")
+    assert far[1].startswith("trials 4 and 2, first and second, differ beyond chance: ")
+    assert far[2].startswith("the base beats trial 4, the best one, beyond chance: ")
+    unsure = said(base, line(4, 1.8, 1.4, 2.2), line(2, 1.7, None, None), better="higher")
+    assert "one of them has no interval; phi3v compare t/4 t/2 tests them row by row" in unsure[1]
+    assert unsure[2].startswith("nothing shows that trial 4 beats the base: ")
+    assert said({"error": "gone"}, line(0, 1.0, 0.9, 1.1)) == ["the base has no score to compare with: gone"]
 
 
 def test_a_trial_of_one_validation_has_a_dot_and_the_pruner_is_not_told() -> None:

@@ -95,6 +95,9 @@ def test_a_run_has_all_its_files_and_the_second_call_says_finished(make: MakeRec
     assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4]
     losses, validated = ([line for line in lines if name in line] for name in ("loss", "eval_loss"))
     assert result.metrics == {"loss": losses[-1]["loss"], "eval_loss": validated[-1]["eval_loss"]}
+    last, asked = validated[-1], run.read_evaluation()["metrics"]["loss"]["tuned"]  # the same rows by another way
+    ends = [last["eval_loss_low"], last["eval_loss"], last["eval_loss_high"]]
+    assert ends == pytest.approx([asked[name] for name in ("low", "value", "high")], rel=1e-4) and ends == sorted(ends)
 
     kinds = [event.kind for event in events]
     assert kinds[0] == "look" and kinds.count("start") == 1

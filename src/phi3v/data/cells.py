@@ -142,6 +142,16 @@ class Cells:
         raise UnusableRecord("url_not_cached", f"{shorten(url)} is not in the image cache: run the command again")
 
 
+def named_image(cell: Any) -> str | None:
+    """What an image cell says where its image lies: "a.jpg", {"path": "a.jpg", "bytes": None} -> "a.jpg"; an address
+    without its query; None for bytes, for a data URI, and for a cell that says nothing.
+    """
+    path = cell.get("path") if isinstance(cell, Mapping) else cell
+    if not isinstance(path, str) or not path.strip() or path.lstrip(" ")[:5].lower() == "data:" or _is_base64(path):
+        return None
+    return shorten(path.strip(" ")) if _SCHEME.match(path.strip(" ")) else path
+
+
 def _is_base64(text: str) -> bool:
     """Whether a text is an encoded image in base64: "iVBORw0KGgoAAAANSUhEUg..." -> True, "/9j/a.jpg" -> False."""
     if len(text) < _SHORTEST_BASE64:

@@ -16,7 +16,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from phi3v.data.cells import Looks, check_images, group_keys
+from phi3v.data.cells import Looks, check_images, group_keys, named_image
 from phi3v.data.columns import ColumnMap
 from phi3v.data.conversations import ConversationMap
 from phi3v.data.image_cache import FetchFailure
@@ -69,6 +69,25 @@ class RecordSet:
             return self.map.source, number
         at = bisect_right(self._firsts, number) - 1
         return self.parts[at].name, number - self._firsts[at]
+
+    def number(self, source: str, row: int) -> int | None:
+        """The record of a place, see `place`; None where it is none of these: ("b.jsonl", 1) -> 4."""
+        if not self.parts:
+            return row if source == self.map.source else None
+        return next(
+            (first + row for part, first in zip(self.parts, self._firsts, strict=True) if part.name == source), None
+        )
+
+    def images_named(self, number: int) -> list[str | None]:
+        """What a record says of its images, usable or not: paths and addresses, None for what is none.
+
+        Example: ["gone.jpg"]; an address loses its query; [] where the record has no image, or does not say which.
+        """
+        try:
+            cells = self.map.image_cells(self.table[number])
+        except UnusableRecord:
+            return []
+        return [named_image(cell) for cell in cells]
 
     def problem(self, number: int, error: UnusableRecord) -> RowProblem:
         """The problem of a record."""
@@ -157,6 +176,13 @@ class Rows(Sequence[Row]):
             return self, range(len(self))
         order = np.argsort(firsts)
         return self.take(firsts[order].tolist()), array("q", np.argsort(order)[numbers].tolist())
+
+    def images_named(self, source: str, row: int) -> list[str | None]:
+        """What a record of these sets says of its images, also one that became no row, see `RecordSet.images_named`."""
+        for records in self._sets:
+            if (number := records.number(source, row)) is not None:
+                return records.images_named(number)
+        return []
 
     @property
     def set_numbers(self) -> Sequence[int]:

@@ -93,6 +93,10 @@ class StandIns(torch.utils.data.Dataset[Example]):
 
 def row_problem(row: Row, error: DataError) -> RowProblem:
     """An error of encoding as the problem of its row."""
-    code = "image_unreadable" if isinstance(error, ImageError) else getattr(error, "reason_code", "not_encoded")
     name = f"{row.source}, row {row.index}: "
-    return RowProblem(row.index, code, str(error).removeprefix(name), row.source)
+    return RowProblem(row.index, reason_code_of(error), str(error).removeprefix(name), row.source)
+
+
+def reason_code_of(error: DataError) -> str:
+    """One word for an error of encoding: "image_unreadable", "too_long", or "not_encoded"."""
+    return "image_unreadable" if isinstance(error, ImageError) else str(getattr(error, "reason_code", "not_encoded"))

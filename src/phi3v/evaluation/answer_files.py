@@ -19,6 +19,7 @@ from typing import Any
 
 from phi3v.errors import ConfigError
 from phi3v.run_folder import to_json
+from phi3v.run_lock import RunLock
 from phi3v.whole_files import fill_file, replace_file
 
 TableRow = dict[str, Any]
@@ -54,6 +55,11 @@ def made_of(out: Path) -> dict[str, Any] | None:
 def journal_of(out: Path) -> Path:
     """Where answers are kept until the file is written: answers.csv -> .answers.csv.phi3v.jsonl."""
     return out.with_name(f".{out.name}.phi3v.jsonl")
+
+
+def lock_of(out: Path) -> RunLock:
+    """What one process at a time holds that answers rows for a file: answers.csv -> .answers.csv.phi3v.lock."""
+    return RunLock(out.parent, f".{out.name}.phi3v.lock", doing="written", what=f"--out {out}")
 
 
 def _note(out: Path) -> Path:

@@ -24,6 +24,7 @@ from phi3v.data.encode import encode, encode_prompt
 from phi3v.data.images import MAX_PIXELS
 from phi3v.data.lengths import RowLength, row_lengths
 from phi3v.data.schema import ImageRef, Row, TrainOn
+from phi3v.data.stand_ins import reason_code_of
 from phi3v.errors import DataError
 from phi3v.evaluation.engine import Answered, Engine
 from phi3v.evaluation.journal import Journal
@@ -49,6 +50,7 @@ class Answers:
         tokens: how many these are.
         ways: how many rows were answered in which way, see `engine.Answered`.
         problems: place of a row -> why it could not be answered.
+        reasons: the same -> one word for it, "image_unreadable" for instance.
         ended: of each row whether the model ended its answer, and not the limit of new tokens; None where that is not
             known.
     """
@@ -59,6 +61,7 @@ class Answers:
     ways: dict[str, int] = field(default_factory=dict)
     problems: dict[int, str] = field(default_factory=dict)
     ended: list[bool | None] = field(default_factory=list)
+    reasons: dict[int, str] = field(default_factory=dict)
 
     @property
     def loss(self) -> float | None:
@@ -75,6 +78,7 @@ class Answers:
             dict(Counter(one["way"] for one in records if one["way"] is not None)),
             {place: one["problem"] for place, one in enumerate(records) if one.get("problem") is not None},
             [one.get("ended") for one in records],
+            {place: one["reason_code"] for place, one in enumerate(records) if one.get("reason_code") is not None},
         )
 
 
@@ -178,14 +182,16 @@ class _Window:
         """The records of some rows, each with its place in the span, as they become known.
 
         Example: {"text": "A hat.", "loss": 2.5, "tokens": 4, "way": "together", "ended": true}; of a question that
-        cannot be asked {"text": "", "loss": 0.0, "tokens": 0, "way": None, "problem": "image a.jpg does not exist"}.
+        cannot be asked {"text": "", "loss": 0.0, "tokens": 0, "way": None, "problem": "image a.jpg does not exist",
+        "reason_code": "image_unreadable"}.
         """
         order = self._longest_first(span)
-        problems: dict[int, str] = {}
+        problems: dict[int, DataError] = {}
         for place, found in self.engine.answer(self._examples(span, order, problems)):
             yield place, _record(found)
-        for place, problem in problems.items():
-            yield place, {"text": "", "loss": 0.0, "tokens": 0, "way": None, "problem": problem}
+        for place, error in problems.items():
+            told = {"problem": str(error), "reason_code": reason_code_of(error)}
+            yield place, {"text": "", "loss": 0.0, "tokens": 0, "way": None, **told}
 
     def _longest_first(self, span: range) -> list[int]:
         """Places in the span by the length of their rows: 3, 9 and 5 tokens -> [1, 2, 0]."""
@@ -195,7 +201,9 @@ class _Window:
         lengths = [one.total if isinstance(one, RowLength) else 0 for one in found]
         return sorted(range(len(lengths)), key=lambda place: -lengths[place])
 
-    def _examples(self, span: range, order: Sequence[int], problems: dict[int, str]) -> Iterator[tuple[int, Example]]:
+    def _examples(
+        self, span: range, order: Sequence[int], problems: dict[int, DataError]
+    ) -> Iterator[tuple[int, Example]]:
         """Examples in this order; a thread makes the next ones while the model answers."""
         ready: deque[tuple[int, Future[tuple[Row, Example]]]] = deque()
         with ThreadPoolExecutor(1) as pool:
@@ -216,7 +224,7 @@ class _Window:
         return row, (encode if self.expected else encode_prompt)(row, self.chat.processor, **how)
 
     def _seen(
-        self, place: int, made: Future[tuple[Row, Example]], problems: dict[int, str]
+        self, place: int, made: Future[tuple[Row, Example]], problems: dict[int, DataError]
     ) -> Iterator[tuple[int, Example]]:
         """An example with features of its images; none for a question with a problem."""
         try:
@@ -224,7 +232,7 @@ class _Window:
         except DataError as error:
             if self.expected:
                 raise
-            problems[place] = str(error)
+            problems[place] = error
             return
         if self.see is not None:
             example = self.see(example)

@@ -19,6 +19,7 @@ from phi3v.fingerprints import name_rows, name_weights
 from phi3v.loading import rank_device
 from phi3v.ranks import ALONE, Ranks
 from phi3v.run_folder import gather_versions, to_json
+from phi3v.run_lock import RunLock
 
 
 class Keeping:
@@ -97,6 +98,21 @@ def depends_on(model: Any, processor: Any, rows: str, settings: Mapping[str, Any
 def own_device(wanted: str, ranks: Ranks) -> str:
     """Where a process has its model: of several each has the GPU of its number."""
     return str(rank_device(wanted)) if ranks.several else wanted
+
+
+@contextmanager
+def locked(lock: RunLock | None, ranks: Ranks) -> Iterator[None]:
+    """Nobody else writes where this is written as long as the context lasts; None locks nothing.
+
+    Raises: ConfigError where another process is at it, on the first rank; OtherRankError on the others.
+    """
+    try:
+        if lock is not None:
+            ranks.alone(lock.take)
+        yield
+    finally:
+        if lock is not None:
+            lock.give_back()
 
 
 @contextmanager

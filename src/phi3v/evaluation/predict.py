@@ -21,11 +21,11 @@ from phi3v.data.rows import Rows, describe_problems
 from phi3v.data.schema import Row, RowProblem
 from phi3v.data.sources import LoadedData, StreamedData, load_data, load_rows, stream_data
 from phi3v.errors import ConfigError, DataError
-from phi3v.evaluation.answer_files import TableRow, check_out, journal_of, made_of, write_table
+from phi3v.evaluation.answer_files import TableRow, check_out, journal_of, lock_of, made_of, write_table
 from phi3v.evaluation.answers import Answers, answer_rows
 from phi3v.evaluation.fields import AnswerTemplate
 from phi3v.evaluation.journal import Journal
-from phi3v.evaluation.keeping import depends_on, own_device, shared
+from phi3v.evaluation.keeping import depends_on, locked, own_device, shared
 from phi3v.evaluation.run import Progress, answer_options, answering, feature_store, seeing
 from phi3v.features.store import FeatureStore
 from phi3v.fingerprints import name_rows
@@ -35,7 +35,7 @@ from phi3v.ranks import Ranks
 from phi3v.recipe import Recipe
 from phi3v.targets import Target, resolve_target, run_of
 
-OWN = ("source", "row", "image", "images", "question", "answer", "problem")
+OWN = ("source", "row", "image", "images", "question", "answer", "reason_code", "problem")
 """Columns of the file that are not the rows' own."""
 
 
@@ -113,7 +113,8 @@ def predict(
 
     The file has a row for each one of the data, in its order: `source` and `row` (its number there, from 0), the
     columns that the question's templates name, `image` (or `images`, where a row has several), `answer`, a column for
-    each field of the run's answer template, and `problem`, which says why a row has no answer. The same call again
+    each field of the run's answer template, and `reason_code` and `problem`, which say why a row has no answer. The
+    same call again
     goes on where an earlier one was killed, or says that the file is finished. Under torchrun each process takes its
     share of the rows, and the first one writes.
 
@@ -134,7 +135,7 @@ def predict(
         overrides: as in `evaluate`.
 
     Raises:
-        ConfigError: nothing says what to ask, or the file is something else.
+        ConfigError: nothing says what to ask, the file is something else, or another process is writing it.
         CheckpointError, DataError: the target or the rows cannot be used.
     """
     out, place = Path(out), resolve_target(target)
@@ -146,7 +147,7 @@ def predict(
     settings |= {"batch_size": batch_size} if batch_size else {}
     settings |= {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
     where = device or asked.recipe.model.device
-    with shared(where, ranks) as together:
+    with shared(where, ranks) as together, locked(lock_of(out), together):
         loaded = load_target(target, **asked.recipe.loading_options | {"device": own_device(where, together)})
         named = name_rows(asked.rows, [str(one) for one in asked.problems], stamps=True)
         how = {**settings, "template": asked.template.template}
@@ -265,12 +266,13 @@ def columns_of(asked: Questions) -> dict[str, type]:
     """The columns of the file, with the types of their values.
 
     Example: prompt "What does {brand} show?", answer "{title} for {price}" -> source, row, brand, image, question,
-    answer, title, price, problem. A name that is taken gets a prefix: a field `brand` of the answer is `answer.brand`.
+    answer, title, price, reason_code, problem. A name that is taken gets a prefix: a field `brand` of the answer is
+    `answer.brand`.
     """
     own = [name for name in OWN if name != ("image" if asked.several_images else "images")]
     data, fields = _own_names(asked)
     kinds: dict[str, type] = {"row": int, "images": list}
-    order = [*own[:2], *data, *own[2:-1], *fields, own[-1]]
+    order = [*own[:2], *data, *own[2:-2], *fields, *own[-2:]]
     return {name: kinds.get(name, str) for name in order}
 
 
@@ -291,7 +293,8 @@ def table_rows(asked: Questions, answers: Answers) -> Iterator[TableRow]:
     """The rows of the file, those with problems at their places.
 
     Example: {"source": "shop.csv", "row": 3, "image": "a.jpg", "question": "What is it?", "answer": "Scarf for 470",
-    "title": "Scarf", "price": "470", "problem": None}.
+    "title": "Scarf", "price": "470", "reason_code": None, "problem": None}; of a row that cannot be asked source, row,
+    reason_code and problem, and the images that it names.
     """
     order = {source: number for number, source in enumerate(dict.fromkeys(row.source for row in asked.rows))}
     waiting = deque(asked.problems)
@@ -299,23 +302,34 @@ def table_rows(asked: Questions, answers: Answers) -> Iterator[TableRow]:
     data, fields = _own_names(asked)
     for at, row in enumerate(asked.rows):
         while waiting and (order.get(waiting[0].source, len(order)), waiting[0].row) < (order[row.source], row.index):
-            yield _problem_row(columns, waiting.popleft())
-        images = [shorten(image.url) if image.url else str(image.path) for image in row.images]
+            yield _problem_row(asked, waiting.popleft())
+        images = [shorten(image.url) if image.url else image.path for image in row.images]
         found: TableRow = dict.fromkeys(columns) | {"source": row.source, "row": row.index, "question": row.question}
-        found |= {"images": images} if "images" in columns else {"image": images[0] if images else None}
+        found |= _of_images(columns, images)
         found |= {name: row.fields.get(column) for name, column in data.items()}
-        found |= (
-            {"problem": _reason(row, answers.problems[at])} if at in answers.problems else {"answer": answers.texts[at]}
-        )
+        if at in answers.problems:
+            found |= {"reason_code": answers.reasons.get(at), "problem": _reason(row, answers.problems[at])}
+        else:
+            found |= {"answer": answers.texts[at]}
         parsed = asked.template.parse(answers.texts[at]) if fields and at not in answers.problems else None
         yield found | ({name: parsed[field] for name, field in fields.items()} if parsed else {})
-    yield from (_problem_row(columns, one) for one in waiting)
+    yield from (_problem_row(asked, one) for one in waiting)
 
 
-def _problem_row(columns: Mapping[str, type], problem: RowProblem) -> TableRow:
-    """A row that nobody could ask about."""
-    told = {"source": problem.source, "row": problem.row, "problem": problem.message}
-    return dict.fromkeys(columns) | told
+def _problem_row(asked: Questions, problem: RowProblem) -> TableRow:
+    """A row that nobody could ask about, with the images that it names."""
+    told = {"source": problem.source, "row": problem.row}
+    told |= {"reason_code": problem.reason_code, "problem": problem.message}
+    named = asked.rows.images_named(problem.source, problem.row) if isinstance(asked.rows, Rows) else []
+    columns = columns_of(asked)
+    return dict.fromkeys(columns) | told | _of_images(columns, named)
+
+
+def _of_images(columns: Mapping[str, type], images: Sequence[str | None]) -> TableRow:
+    """The images of a row in the columns that are there; what has no name is nothing, or in a list an empty text."""
+    if "images" in columns:
+        return {"images": [image or "" for image in images]}
+    return {"image": images[0] if images else None}
 
 
 def _reason(row: Row, problem: str) -> str:

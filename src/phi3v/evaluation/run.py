@@ -23,7 +23,7 @@ from phi3v.data.sources import LoadedData, StreamedData, load_data, load_rows, s
 from phi3v.errors import ConfigError, DataError
 from phi3v.evaluation.answers import Answers, answer_rows
 from phi3v.evaluation.checks import Asked, plan_checks, run_checks
-from phi3v.evaluation.keeping import Keeping, own_device, shared
+from phi3v.evaluation.keeping import Keeping, locked, own_device, shared
 from phi3v.evaluation.result import Beside, Evaluation, HeldOut, build_evaluation, scoring_of
 from phi3v.evaluation.written import open_folder, refuse_another, write_evaluation
 from phi3v.features.opening import open_store
@@ -34,6 +34,7 @@ from phi3v.loading import LoadedTarget, load_config, load_processor, load_target
 from phi3v.ranks import Ranks
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
+from phi3v.run_lock import RunLock
 from phi3v.targets import Target, resolve_target, run_of
 
 Progress = Callable[[str, int, int], None]
@@ -69,14 +70,15 @@ def evaluate(
     features: FeatureStore | None = None,
     ranks: Ranks | None = None,
     overrides: Sequence[str] = (),
+    lock: bool = True,
 ) -> Evaluation:
     """Answers held-out rows with a target and with what stands beside it, and scores both.
 
     A run's own held-out rows, all that its recipe asks for, are the run's evaluation: predictions.jsonl,
     evaluation.json and report.html are written into it. With `data`, `rows` or another target they are written into
     `out`, and where there is none nothing is. What is written was kept meanwhile: an evaluation that was killed goes on
-    where it was, and ends as one that was not. Under torchrun each process takes its share of the rows, all return the
-    same, and the first one writes.
+    where it was, and ends as one that was not. Of two that would write into one folder at once the second is refused.
+    Under torchrun each process takes its share of the rows, all return the same, and the first one writes.
 
     Args:
         target: run, adapter, model folder or hub id.
@@ -96,10 +98,11 @@ def evaluate(
             one by itself.
         overrides: `key=value` for the recipe that says how rows are read and answered, "data.format=conversations" for
             instance; what is found is the run's own only where there is none.
+        lock: whether the folder is locked while it is written into; False where the caller holds its lock.
 
     Raises:
         ConfigError: the target is no run and `data` is no recipe, so nothing says which rows and templates; a name that
-            is no metric; `out` holds something else.
+            is no metric; `out` holds something else, or another process writes there.
         CheckpointError, DataError: a target or the rows cannot be used.
         MissingPackageError: a named metric's package is not installed.
     """
@@ -109,15 +112,17 @@ def evaluate(
         resolve_device(device)  # what is not there is said before rows are read
     folder = RunFolder(target) if out is None else open_folder(out)
     held_out = held_out_rows(place, data, rows, overrides)
-    if out is not None:
-        refuse_another(folder, place, other, held_out)
     scoring = scoring_of(held_out, metrics)
     plan = plan_checks(held_out, checks, lambda: kept_rows(place, held_out.recipe))
     began = time.monotonic()
     store = feature_store(held_out.recipe, features)
     own = place.kind == "run" and data is None and rows is None and not overrides and not isinstance(other, Target)
     kept = own or out is not None
-    with shared(device or held_out.recipe.model.device, ranks) as together:
+    what = None if out is None else f"--out {out}"
+    lone = RunLock(folder.path, doing="evaluated", what=what) if kept and lock else None
+    with shared(device or held_out.recipe.model.device, ranks) as together, locked(lone, together):
+        if out is not None:
+            together.alone(lambda: refuse_another(folder, place, other, held_out))
         keeping = Keeping(folder.answers if kept else None, together)
         asked = _Asking(held_out, plan.asked(held_out), on_progress or _ignore, keeping)
         tuned, beside = _answer_both(place, asked, other, device, store)

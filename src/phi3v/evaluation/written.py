@@ -16,9 +16,11 @@ from phi3v.evaluation.answer_files import WRITERS, writable
 from phi3v.evaluation.prediction_table import prediction_table
 from phi3v.evaluation.result import Evaluation, HeldOut
 from phi3v.run_folder import RunFolder
+from phi3v.run_lock import LOCK_FILE
 from phi3v.targets import Target
 
-_LEFT = ("predictions.jsonl", "predictions.parquet", "evaluation.json", "report.html", "answers-*.jsonl", ".*.tmp")
+_FILES = ("predictions.jsonl", "predictions.parquet", "evaluation.json", "report.html", LOCK_FILE)
+_LEFT = (*_FILES, "answers-*.jsonl", ".*.tmp")
 """Names of what stands in a folder of its own; the last two are those of a start that was cut off."""
 
 

@@ -6,7 +6,8 @@
     trials/0007/     a trial: a run as `phi3v train` makes it, without checkpoints once it has ended
     trials/0007.lock held by the process whose trial it is
     ranking.json     all trials, the best first; ranking.csv is the same as a table
-    best.yaml        the best trial's recipe
+    base.json        the score of what trials begin with
+    best.yaml        the best trial's recipe, written last
     *.png            Optuna's plots
     worker-1.log     what a worker process said
 
@@ -48,6 +49,7 @@ class SweepFolder:
         self.ranking = self.path / "ranking.json"
         self.table = self.path / "ranking.csv"
         self.best = self.path / "best.yaml"
+        self.base = self.path / "base.json"
         self.lock = self.path / "sweep.lock"
 
     def start(self, recipe: Recipe) -> None:
@@ -101,22 +103,37 @@ class SweepFolder:
         shutil.rmtree(self.run(number).checkpoints, ignore_errors=True)
 
     def write_ranking(self, ranking: dict[str, Any]) -> None:
-        """Writes ranking.json and ranking.csv."""
+        """Writes ranking.json and ranking.csv, in which the base has the last row."""
         replace_file(self.ranking, to_json(ranking, indent=2) + "\n")
         keys = list(ranking["search"])
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        plain = ("rank", "trial", "state", "value", "steps", "seconds", "error")
+        plain = ("rank", "trial", "state", "value", "low", "high", "steps", "seconds", "error")
         writer.writerow([*plain, *keys])
         for line in ranking["trials"]:
             values = [line["values"].get(key) for key in keys]
             writer.writerow([*(line[name] for name in plain), *(_cell(value) for value in values)])
+        if base := ranking["base"]:
+            writer.writerow([*({"state": "base", **base}.get(name) for name in plain), *([None] * len(keys))])
         replace_file(self.table, text.getvalue())
 
-    def write_best(self, recipe: Recipe, head: str) -> None:
-        """Writes best.yaml; each line of the head becomes a comment."""
-        comment = "".join(f"# {line}\n" for line in head.splitlines())
-        replace_file(self.best, comment + recipe.with_places().to_yaml())
+    def write_best(self, text: str) -> None:
+        """Writes best.yaml."""
+        replace_file(self.best, text)
+
+    def write_base(self, score: dict[str, Any]) -> None:
+        """Writes base.json."""
+        replace_file(self.base, to_json(score, indent=2) + "\n")
+
+    def read_base(self) -> dict[str, Any] | None:
+        """What `write_base` wrote, None where it did not or the file is broken: then the base is asked again."""
+        try:
+            found = json.loads(self.base.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return (
+            found if isinstance(found, dict) and ("error" in found or {"value", "low", "high"} <= set(found)) else None
+        )
 
 
 def _is_free(line: str) -> bool:

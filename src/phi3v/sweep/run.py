@@ -7,7 +7,7 @@ stopped or killed, or says that the sweep is finished.
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,8 @@ from typing import Any, Literal
 from optuna.trial import FrozenTrial, TrialState
 
 from phi3v.data.scratch import alone
-from phi3v.errors import ConfigError, TrainingError
+from phi3v.errors import ConfigError, Phi3VError, TrainingError
+from phi3v.evaluation.figures import ends
 from phi3v.evaluation.run import feature_store
 from phi3v.features.store import FeatureStore
 from phi3v.launch import Launch
@@ -23,9 +24,10 @@ from phi3v.recipe import Recipe
 from phi3v.recipe_sweep import SweepSection
 from phi3v.sweep.folder import SweepFolder
 from phi3v.sweep.plots import write_plots
-from phi3v.sweep.space import search_space, values_of
+from phi3v.sweep.space import Dimension, search_space, values_of
 from phi3v.sweep.study import OwnTrial, SweepStudy, validations
-from phi3v.sweep.trial import Outcome, run_trial, trial_recipe
+from phi3v.sweep.trial import Outcome, run_trial, score_untuned, trial_recipe
+from phi3v.sweep.verdict import remarks
 from phi3v.sweep.workers import Workers
 from phi3v.training.callbacks import Watcher
 from phi3v.training.preflight import check_recipe_alone
@@ -38,6 +40,8 @@ _STATES = {
     TrialState.WAITING: "waiting",
 }
 _OF = {name: state for state, name in _STATES.items()}
+_NO_ONE_BASE = ("data.", "model.", "quantization", "evaluation.")
+"""Beginnings of keys whose values make another base, or other questions to it, of each trial."""
 _HOPELESS = 5
 """So many failed trials and no other end a sweep."""
 
@@ -164,7 +168,7 @@ class _Work:
             finally:
                 own.lock.give_back()  # the trial of an interrupted call is anybody's
         stopped = not self._finished()
-        if not worked and not stopped and self.folder.ranking.is_file():
+        if not worked and not stopped and self._is_told():
             return self._result("finished", write=False)
         return self._result("stopped" if stopped else "complete", write=True)
 
@@ -212,7 +216,7 @@ class _Work:
             outcome = run_trial(recipe, self.settings, judge, self.on_event, self.features)
         except ConfigError as error:  # a combination that no recipe can have
             outcome = Outcome("failed", None, 0, 0.0, str(error))
-        for name in ("steps", "seconds", "error", "last"):
+        for name in ("steps", "seconds", "error", "last", "ends"):
             own.trial.set_user_attr(name, getattr(outcome, name))
         self.study.done(own, outcome.value, _OF[outcome.state])
         self.folder.drop_checkpoints(own.number)
@@ -248,10 +252,13 @@ class _Work:
 
     def _line(self, trial: FrozenTrial) -> dict[str, Any]:
         """A trial as ranking.json holds it, without its rank."""
+        low, high = trial.user_attrs.get("ends") or (None, None)
         return {
             "trial": trial.number,
             "state": _STATES[trial.state],
             "value": trial.value if trial.state == TrialState.COMPLETE else None,
+            "low": low,
+            "high": high,
             "values": values_of(self.space, trial.params),
             "validations": {str(count): score for count, score in sorted(validations(trial).items())},
             "steps": trial.user_attrs.get("steps", 0),
@@ -273,7 +280,7 @@ class _Work:
     def _ranking(self) -> dict[str, Any]:
         """What ranking.json holds."""
         lines = [{"rank": rank, **line} for rank, line in enumerate(self._lines(self.study.trials()), start=1)]
-        return {
+        ranking = {
             "metric": self.settings.metric,
             "better": "lower" if self.study.minimize else "higher",
             "search": {
@@ -281,33 +288,69 @@ class _Work:
             },
             "states": {name: count for name in _OF if (count := sum(line["state"] == name for line in lines))},
             "best": next((line["trial"] for line in lines if line["state"] == "complete"), None),
+            "base": self.folder.read_base(),
             "trials": lines,
         }
+        return {**ranking, "remarks": remarks(ranking)}
+
+    def _ask_base(self) -> None:
+        """Has the base scored, once for a sweep; why it cannot be is kept in its place."""
+        with alone(self.folder.path / "base.lock"):
+            if self.folder.read_base() is not None:
+                return
+            keys = {inner for key, one in self.space.items() for inner in _keys(key, one)}
+            changed = sorted(key for key in keys if key.startswith(_NO_ONE_BASE))
+            try:
+                if changed:
+                    raise ConfigError(f"trials differ in {changed[0]}, so there is no one base")
+                found = score_untuned(self.recipe, self.folder.recipe, self.settings.metric, self.on_event)
+            except Phi3VError as error:
+                found = {"error": str(error)}
+            self.folder.write_base(found)
 
     def _result(self, status: Literal["finished", "complete", "stopped"], *, write: bool) -> SweepResult:
         """What was found, written where there is something new."""
+        if write and status == "complete" and self._ranking()["best"] is not None:
+            self._ask_base()
         ranking = self._ranking()
         if write:
             with alone(self.folder.lock):
                 self.folder.write_ranking(ranking)
-                self._write_best(ranking)
                 write_plots(
                     self.study.study, self.folder.path, "held-out loss" if self.study.minimize else self.settings.metric
                 )
+                if text := self._best(ranking):
+                    self.folder.write_best(text)
         best = self.folder.best if self.folder.best.is_file() else None
         return SweepResult(status, self.folder.path, ranking, best, sorted(self.folder.path.glob("*.png")))
 
-    def _write_best(self, ranking: dict[str, Any]) -> None:
-        """The best trial's recipe; its run is the recipe's output, so that training it adds what is missing there."""
+    def _is_told(self) -> bool:
+        """Whether all was written that a finished sweep leaves; best.yaml comes last."""
+        ranking = self._ranking()
+        if ranking["best"] is None or not self.folder.best.is_file():
+            return ranking["best"] is None and self.folder.ranking.is_file()
+        return self.folder.best.read_text(encoding="utf-8") == self._best(ranking)
+
+    def _best(self, ranking: dict[str, Any]) -> str | None:
+        """The best trial's recipe as a file; its run is the recipe's output, so that training it adds what is missing
+        there.
+        """
         if ranking["best"] is None:
-            return
+            return None
         best = next(line for line in ranking["trials"] if line["trial"] == ranking["best"])
         trial = trial_recipe(self.recipe, best["values"], best["folder"])
         recipe = Recipe.from_dict({**trial.model_dump(), "evaluation": self.recipe.evaluation.model_dump()})
         head = (
             f"The best of {len(ranking['trials'])} trials: trial {best['trial']}, {ranking['metric']} "
-            f"{best['value']:.6g} on held-out rows ({ranking['better']} is better).\n"
-            f"Its run is the output below: phi3v train on this file adds answers and report there; give another output "
-            "to train anew."
+            f"{best['value']:.6g} on held-out rows (95 %: {ends(best, 'number')}; {ranking['better']} is better).",
+            *ranking["remarks"],
+            "Its run is the output below: phi3v train on this file adds answers and report there; give another output "
+            "to train anew.",
         )
-        self.folder.write_best(recipe, head)
+        return "".join(f"# {line}\n" for text in head for line in text.splitlines()) + recipe.with_places().to_yaml()
+
+
+def _keys(key: str, dimension: Dimension) -> Iterator[str]:
+    """The keys of the recipe that a key of the space sets: its own, or those of choices that are mappings."""
+    for value in dimension if isinstance(dimension, list) else [None]:
+        yield from value if isinstance(value, Mapping) else [key]

@@ -1,20 +1,29 @@
-"""One trial: a training with a trial's values, ended early where it is worse than others, and its score.
+"""One trial: a training with a trial's values, ended early where it is worse than others, and its score with an
+interval; and the score of what trials begin with.
 
 In come a recipe and who is asked at each validation; out comes an `Outcome`. The run is what `phi3v train` makes, so a
 trial that was killed goes on from its checkpoint. Knows nothing of Optuna.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from phi3v.errors import ConfigError, DataError, TrainingError
+from phi3v.evaluation.answers import answer_rows
+from phi3v.evaluation.intervals import estimate
+from phi3v.evaluation.result import scoring_of
+from phi3v.evaluation.row_scores import score_rows
+from phi3v.evaluation.run import answer_options, held_out_rows
 from phi3v.features.store import FeatureStore
+from phi3v.loading import load_target
 from phi3v.recipe import Recipe
 from phi3v.recipe_sweep import SweepSection
 from phi3v.run_folder import RunFolder
 from phi3v.sweep.space import with_values
+from phi3v.targets import resolve_target
 from phi3v.training.callbacks import TrainingEvent, Watcher
 from phi3v.training.train import release_memory, train
 
@@ -30,6 +39,7 @@ class Outcome:
     Attributes:
         state: complete with a value; pruned at a validation; failed with an error's line.
         value: the sweep's metric on held-out rows; None unless complete.
+        ends: lower and upper end of its 95 % interval; None where there is none.
         steps: optimiser steps of the run.
         seconds: time of this call.
         error: why it failed, None where it did not.
@@ -42,6 +52,7 @@ class Outcome:
     seconds: float
     error: str | None = None
     last: tuple[int, float] | None = None
+    ends: tuple[float, float] | None = None
 
 
 class _Pruned(Exception):
@@ -84,19 +95,20 @@ def run_trial(recipe: Recipe, sweep: SweepSection, judge: Judge, watch: Watcher,
             if event.step < event.total and judge(count, _score(event.metrics, sweep.metric)):
                 raise _Pruned
 
-    def outcome(state: State, value: float | None, error: str | None = None) -> Outcome:
+    def outcome(state: State, score: dict[str, Any] | None = None, error: str | None = None) -> Outcome:
         steps = max((line.get("step", 0) for line in run.read_metrics()), default=0)
-        return Outcome(state, value, steps, time.monotonic() - began, error)
+        value, ends = (None, None) if score is None else (score["value"], _ends(score))
+        return Outcome(state, value, steps, time.monotonic() - began, error, ends=ends)
 
     try:
         train(recipe, on_event=look, features=store, report=sweep.metric != "eval_loss")
-        return replace(outcome("complete", _value(run, recipe, sweep.metric)), last=_last(run, sweep.metric))
+        return replace(outcome("complete", _found(run, recipe, sweep.metric)), last=_last(run, sweep.metric))
     except _Pruned:
-        return outcome("pruned", None)
+        return outcome("pruned")
     except (ConfigError, DataError, TrainingError) as error:
         if isinstance(error.__cause__, OSError):
             raise
-        return outcome("failed", None, str(error))
+        return outcome("failed", error=str(error))
     finally:
         release_memory()
 
@@ -119,21 +131,61 @@ def _last(run: RunFolder, metric: str) -> tuple[int, float] | None:
     return (len(lines), _score(lines[-1], metric)) if lines else None
 
 
-def _value(run: RunFolder, recipe: Recipe, metric: str) -> float:
+def _found(run: RunFolder, recipe: Recipe, metric: str) -> dict[str, Any]:
     """The score of a finished run: of the weights that it kept, the last ones or, where it says so, the best.
 
+    Example: {"value": 0.31, "low": 0.28, "high": 0.35}, with more of an evaluation's.
     Raises: TrainingError when the run has none.
     """
     if metric != "eval_loss":
         found = run.read_evaluation()["metrics"].get(metric) if run.evaluation.is_file() else None
-        if found is None:
+        if found is None or found["tuned"]["value"] is None:
             raise TrainingError(f"the run has no {metric}: it holds out no rows, or their answers have no such score")
-        return float(found["tuned"]["value"])
-    losses = [line["eval_loss"] for line in run.read_metrics() if line.get("eval_loss") is not None]
-    if not losses:
+        return dict(found["tuned"])
+    lines = [line for line in run.read_metrics() if line.get("eval_loss") is not None]
+    if not lines:
         raise TrainingError(
             "the run has no held-out loss: hold out rows (data.split, data.validation), and leave "
             "training.eval_strategy as it is"
         )
     best = recipe.training.early_stopping is not None or recipe.training.options.get("load_best_model_at_end")
-    return float(min(losses) if best else losses[-1])
+    line = min(lines, key=lambda line: line["eval_loss"]) if best else lines[-1]
+    return {"value": line["eval_loss"], "low": line.get("eval_loss_low"), "high": line.get("eval_loss_high")}
+
+
+def _ends(score: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The interval of a score, where it has one."""
+    return None if score["low"] is None or score["high"] is None else (score["low"], score["high"])
+
+
+def score_untuned(recipe: Recipe, file: Path, metric: str, watch: Watcher) -> dict[str, Any]:
+    """What trials begin with, the base or the adapter that the recipe goes on from, on the same held-out rows.
+
+    For the loss one token of each answer is asked for, so it costs the loading of the model and a validation.
+
+    Args:
+        recipe: of the sweep.
+        file: where it stands.
+        metric: what the sweep makes best.
+        watch: told of the answers.
+    Returns: {"value": 2.1, "low": 1.9, "high": 2.4, "interval": "bca", "rows": 50}.
+    Raises: Phi3VError where it cannot be asked.
+    """
+    loss = metric == "eval_loss"
+    changes = ["evaluation.rows=null", "evaluation.max_new_tokens=1"] if loss else []
+    name, revision = recipe.model.adapter or recipe.model.name, recipe.model.revision
+    held_out = held_out_rows(resolve_target(name, revision=revision), file, None, changes)
+    rows = held_out.rows
+    scoring = scoring_of(held_out, [] if loss else [metric])
+
+    def tell(done: int) -> None:
+        watch(TrainingEvent("answers", done, len(rows), stage="base answers"))
+
+    try:
+        loaded = load_target(name, revision=revision, **held_out.recipe.loading_options)
+        said = answer_rows(loaded.model, loaded.processor, rows, **answer_options(held_out.recipe), on_row=tell)
+    finally:
+        release_memory()
+    expected, questions = [row.answer for row in rows], [row.question for row in rows]
+    columns = score_rows(scoring, expected, said.texts, questions, said.losses, said.tokens)
+    return estimate([columns["loss" if loss else metric]])[0][0].to_dict()

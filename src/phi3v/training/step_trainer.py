@@ -4,8 +4,7 @@ A step is N samples and its loss the mean over all their trained tokens, however
 are computed at trained positions only; the validation loss is a mean over tokens too, whatever the batch size. For the
 Trainer a step is one batch of N samples without accumulation: the loader's item is the list of its micro-batches, of
 which packing makes now more, now fewer. A step that does not fit into memory is done again in smaller micro-batches;
-one whose loss or gradient is no number changes nothing. How the Trainer saves and resumes is changed in
-`durable_trainer`.
+one whose loss or gradient is no number changes nothing. `durable_trainer` changes how the Trainer saves and resumes.
 """
 
 import contextlib
@@ -19,6 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from phi3v.data.collate import StepCollator
 from phi3v.errors import TrainingError
+from phi3v.evaluation.validation_loss import ValidationLoss
 from phi3v.passthrough import first_line
 from phi3v.training.durable_trainer import DurableTrainer
 from phi3v.training.in_step import InStep
@@ -82,6 +82,7 @@ class StepTrainer(DurableTrainer):
         self.short_dtype = short_dtype
         self.part_rates, self.answer, self.meter = part_rates or {}, answer, meter or Meter()
         self.masters: dict[str, torch.nn.Parameter] = {}
+        self._validated = ValidationLoss()
 
     def create_accelerator_and_postprocess(self) -> None:
         """accelerate as the arguments ask for it; FSDP2 on CPUs too, which it knows but takes up on GPUs alone."""
@@ -321,16 +322,19 @@ class StepTrainer(DurableTrainer):
         super()._track_num_input_tokens({"attention_mask": flat, "input_ids": flat})
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's own loss, or the smoothed one; a loss of the caller's needs all logits, these only some."""
-        loss = self._loss(model, inputs, *args, **kwargs)
-        return loss if self.in_step is None or self.in_step.counts else 0 * loss
+        """The model's own loss, or the smoothed one."""
+        result = self._loss(model, inputs, *args, **kwargs)
+        if isinstance(result, tuple):  # with outputs: of a validation batch
+            self._validated.see(result[1]["logits"], inputs["labels"])
+            return result
+        return 0 * result if self.in_step is not None and not self.in_step.counts else result
 
     def _loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The loss of a micro-batch."""
-        if self.compute_loss_func is None and self.label_smoother is not None:
-            return self._smoothed_loss(model, inputs, *args, **kwargs)
+        """The loss of a micro-batch; one of the caller's needs all logits, the model's own only some."""
         if self.compute_loss_func is not None:
             inputs = {name: value for name, value in inputs.items() if name != "trained_positions"}
+        elif self.label_smoother is not None:
+            return self._smoothed_loss(model, inputs, *args, **kwargs)
         elif "trained_positions" not in inputs:
             inputs = {**inputs, "trained_logits_only": True}
         return super().compute_loss(model, inputs, *args, **kwargs)
@@ -353,8 +357,7 @@ class StepTrainer(DurableTrainer):
         else:
             targets = labels.flatten().index_select(0, positions + 1)
         outputs = model(**inputs)
-        logits = {"logits": outputs["logits"].float()}
-        loss = self.label_smoother(logits, targets, num_items_in_batch=num_items_in_batch)
+        loss = self.label_smoother({"logits": outputs["logits"].float()}, targets, False, num_items_in_batch)
         if num_items_in_batch is not None:
             loss = loss * self.ranks.count  # as the Trainer's own: gradients become means over ranks
         return (loss, outputs) if return_outputs else loss
@@ -369,18 +372,16 @@ class StepTrainer(DurableTrainer):
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """One validation batch, noted with its number of trained tokens."""
         self.eval_workers.got()
-        known = inputs.get("trained_positions")
-        tokens = int((inputs["labels"][:, 1:] != -100).sum()) if known is None else len(known)
         if self.in_step is not None:
             self.in_step.alone(inputs)
         result = super().prediction_step(model, inputs, *args, **kwargs)
-        self._evaluated.append((float(result[0]) * tokens if tokens else 0.0, tokens))
+        self._validated.add(float(result[0]), inputs["labels"])
         self.eval_workers.wait()
         return result
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The Trainer's loop; its loss, a mean of batch means, becomes the mean over all trained tokens."""
-        self._evaluated: list[tuple[float, int]] = []
+        self._validated = ValidationLoss()
         self.eval_workers.wait()
         smoother, self.label_smoother = self.label_smoother, None  # so held-out losses are on one scale
         output = super().evaluation_loop(*args, **kwargs)
@@ -388,8 +389,7 @@ class StepTrainer(DurableTrainer):
         self.eval_workers.got()
         name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
         if name in output.metrics:
-            total, tokens = self.ranks.totals([sum(one) for one in zip(*self._evaluated, strict=True)] or [0.0, 0])
-            output.metrics[name] = total / max(tokens, 1)
+            output.metrics.update(self._validated.metrics(name, self.ranks))
         if self.in_step is not None:
             self.in_step.leave()
         if self.answer is not None:

@@ -165,6 +165,7 @@ def _report(run: RunFolder, result: RunResult, watch: Watcher, store: FeatureSto
             on_progress=lambda stage, done, total: watch(TrainingEvent("answers", done, total, stage=stage)),
             features=store,
             ranks=ALONE,
+            lock=False,  # which this process holds
         )
     log_predictions(run)
 
