@@ -29,7 +29,7 @@ from phi3v.evaluation.shares import wilson_interval
 
 RESAMPLES = 2000
 FEW = 10  # rows, or groups of them, that differ from the most frequent score
-FEWEST = 5  # rows that an interval of errors is read from
+FEWEST = 3  # rows that an interval of errors is read from
 _BLOCK = 1 << 17  # drawn rows at once
 _NORMAL = NormalDist()
 
@@ -46,7 +46,7 @@ class Estimate:
     Attributes:
         value: the mean; None where no row has a score.
         low: lower end; None where no interval can be given, since all rows agree on a figure without an upper end, or
-            are fewer than 5 of one.
+            are fewer than 3 of one.
         high: upper end.
         interval: "bca", "studentized", "wilson", "newcombe", or None.
         rows: rows that have a score.
