@@ -101,7 +101,7 @@ def test_an_evaluation_takes_them_together(tmp_path: Path):
     assert together.categories["name"]["0"]["tuned"]["low"] < 0.21 < apart.categories["name"]["0"]["tuned"]["low"]
     found = json.loads(json.dumps(together.to_dict()))
     assert found["images"] == {"rows": 60, "different": 12} and apart.images == {"rows": 60, "different": 60}
-    assert found["notes"][-1] == "rows about the same photo are taken together in intervals and tests"
+    assert found["notes"][0] == "rows about the same photo are taken together in intervals and tests"
     assert [one["image_group"] for one in together.predictions] == np.repeat(np.arange(12), 5).tolist()
     columns, table = prediction_table(together.predictions)
     assert columns["image_group"] is int and table[5]["image_group"] == 1
@@ -109,7 +109,7 @@ def test_an_evaluation_takes_them_together(tmp_path: Path):
     show_evaluation(console, found)
     page = render_report(ReportContent("a", found, predictions=together.predictions))
     for text in (console.export_text(), page):
-        assert "60 held-out rows about 12 photos" in text and found["notes"][-1] in text
+        assert "60 held-out rows about 12 photos" in text and found["notes"][0] in text
     assert "about 60 photos" not in render_report(ReportContent("a", apart.to_dict(), predictions=apart.predictions))
 
 
