@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from counter import Counter, Counts, span
 from ours import part
-from results import draw_bars, machine, write
+from results import draw_bars, machine, to_write, write
 from sizes import config_of, image_tokens
 from torch import nn
 from ways import WAYS, Way, make_way
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=COUNTED, default=list(COUNTED))
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--size", default="full", help="full, cpu or tiny")
-    parser.add_argument("--out", type=Path, default=Path("count"), help="name of the .json and the .png")
+    parser.add_argument("--out", type=to_write, default=Path("count"), help="name of the .json and the .png")
     parser.add_argument("--write-limits", action="store_true", help="write step_limits.json from ours and do no more")
     given = parser.parse_args()
     warnings.simplefilter("ignore")

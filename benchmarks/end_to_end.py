@@ -6,7 +6,7 @@ Paints the photos, writes a model of full size with random weights, and trains L
 through everything that a run goes through: decoding, resizing, crops, batches, transfer, steps. Told are samples a
 second from the fifth step on, the share of the host's time in which the loop waits for its next batch, and, on a GPU,
 the share of a step in which no kernel runs: the kernels of ten steps are watched, which makes the host slower, and set
-against the median of the steps that are not watched. `--quick` is a tiny model, 8 small photos and the CPU.
+against the median of the steps that are not watched. `--quick` is a tiny model, 12 photos of one crop, and the CPU.
 """
 
 import argparse
@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from results import draw_bars, machine, write
+from results import draw_bars, machine, to_write, write
 from sizes import build, config_of
 
 SAMPLES_PER_STEP, MICRO_BATCH = 16, 4
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--num-crops", type=int, default=16)
     parser.add_argument("--quick", action="store_true", help="a tiny model on the CPU, to try the program")
-    parser.add_argument("--out", type=Path, default=Path("end_to_end"), help="name of the .json and the .png")
+    parser.add_argument("--out", type=to_write, default=Path("end_to_end"), help="name of the .json and the .png")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     if not given.quick and not torch.cuda.is_available():

@@ -33,7 +33,7 @@ from unittest.mock import patch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from results import draw_bars, machine, write
+from results import draw_bars, machine, to_write, write
 
 import phi3v.demo
 from phi3v.data.encode import encode_prompt
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--short", action="store_true", help="ask for short answers too")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("evaluate"), help="name of the .json and the .png")
+    parser.add_argument("--out", type=to_write, default=Path("evaluate"), help="name of the .json and the .png")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(given.threads)

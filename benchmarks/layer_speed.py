@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from lora_layer import HEADS, INNER, PROJECTIONS, WIDTH
 from peft import LoraConfig, get_peft_model
-from results import machine, write
+from results import machine, to_write, write
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from phi3v.kernels.lora_layer import attach_fast_lora, detach_fast_lora, fast_lora_state
@@ -186,7 +186,7 @@ def measure(tell: Callable[[str, Any], None]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("layer_speed.json"), help="the .json file")
+    parser.add_argument("--out", type=to_write, default=Path("layer_speed.json"), help="the .json file")
     given = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("no GPU here")

@@ -16,12 +16,12 @@ import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock, patch
 
 import torch
 from peft import LoraConfig, get_peft_model
+from results import to_write
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, Phi3Config, Phi3ForCausalLM
@@ -246,7 +246,7 @@ def table_row(moved: float, launches: int, kept: float, seconds: float) -> dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="a .json file")
+    parser.add_argument("--out", type=to_write, help="a .json file")
     given = parser.parse_args()
     ways = {
         "PEFT, float32 adapters": lambda: count_eager(make_layer("meta", adapters=torch.float32)),

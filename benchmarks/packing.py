@@ -25,7 +25,7 @@ from count import Grid
 from floor import matrix_rate
 from others import joined, joined_batches
 from ours import part
-from results import draw_bars, machine, write
+from results import draw_bars, machine, to_write, write
 from sizes import config_of, image_tokens, make_example
 from ways import Example, Way, make_optimiser, make_way, run_step, trained_tokens
 
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--vocabulary", type=int, default=1024)
     parser.add_argument("--quick", action="store_true", help="a tiny model, to try the program")
-    parser.add_argument("--out", type=Path, default=Path("packing"), help="name of the .json and the .png")
+    parser.add_argument("--out", type=to_write, default=Path("packing"), help="name of the .json and the .png")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(given.threads)

@@ -121,12 +121,14 @@ def in_a_process(what: str, name: str, folder: Path, given: argparse.Namespace) 
 
 
 def main() -> None:
+    from results import to_write
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--size", default="full", help="full, mid, cpu or tiny")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--image", default="1200x1600")
-    parser.add_argument("--out", type=Path, default=None, help="name of the .json")
+    parser.add_argument("--out", type=to_write, default=None, help="name of the .json")
     parser.add_argument("--one", nargs=3, metavar=("WHAT", "CASE", "FOLDER"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     width, _, height = given.image.partition("x")

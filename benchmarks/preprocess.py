@@ -25,6 +25,8 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
+from results import to_write
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -161,7 +163,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--num-crops", type=int, default=16)
-    parser.add_argument("--out", type=Path, default=Path("preprocess"), help="name of the .json and the .png")
+    parser.add_argument("--out", type=to_write, default=Path("preprocess"), help="name of the .json and the .png")
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,5 +1,6 @@
 """What a program here leaves behind: the machine it ran on, a JSON file, bars."""
 
+import argparse
 import importlib.util
 import json
 import platform
@@ -39,6 +40,14 @@ def _processor() -> str:
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def to_write(name: str) -> Path:
+    """The place of `--out`, before anything is measured. Raises: ArgumentTypeError for one in no folder."""
+    place = Path(name)
+    if not place.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{place.parent} is no folder: make it, or name a file in one that is there")
+    return place
 
 
 def write(result: dict[str, Any], out: Path) -> None:

@@ -32,6 +32,7 @@ from typing import Any
 
 import httpx
 import torch
+from results import to_write
 
 import phi3v.demo
 from phi3v.demo.scenes import scene
@@ -179,7 +180,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--without-others", action="store_true", help="leave transformers serve out")
-    parser.add_argument("--out", type=Path, default=Path("serve"), help="name of the .json")
+    parser.add_argument("--out", type=to_write, default=Path("serve"), help="name of the .json")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(given.threads)

@@ -18,7 +18,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from results import machine, write
+from results import machine, to_write, write
 
 from phi3v.demo.catalogue import write_catalogue
 from phi3v.demo.run import demo_recipe
@@ -46,7 +46,7 @@ def losses(folder: Path) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="path of the result without .json")
+    parser.add_argument("--out", type=to_write, required=True, help="path of the result without .json")
     parser.add_argument("--trials", type=int, default=4)
     parser.add_argument("--rows", type=int, default=200, help="training rows; a quarter as many are held out")
     parser.add_argument("--steps", type=int, default=150, help="of four rows: three epochs")

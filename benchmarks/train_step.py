@@ -25,7 +25,7 @@ from count import SHAPES, TEXT, TRAINED, Grid
 from floor import matrix_rate
 from measure import Measured, measure_if_it_fits, release
 from ours import Parts, paths_of
-from results import draw_bars, machine, write
+from results import draw_bars, machine, to_write, write
 from sizes import config_of, image_tokens, make_example
 from ways import WAYS, make_way
 
@@ -331,7 +331,9 @@ def main() -> None:
         options.set_defaults(run=run)
         options.add_argument("--quick", action="store_true", help="a tiny model on the CPU, to try the program")
         options.add_argument("--minutes", type=float, default=4.5, help="begin no new measurement after so many")
-        options.add_argument("--out", type=Path, default=Path(f"train_{mode}"), help="name of the .json and the .png")
+        options.add_argument(
+            "--out", type=to_write, default=Path(f"train_{mode}"), help="name of the .json and the .png"
+        )
         if mode == "step":
             options.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(ORDER))
             options.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))

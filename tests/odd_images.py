@@ -98,7 +98,6 @@ def costly_images() -> dict[str, Callable[[], bytes]]:
     jpeg = encoded(Image.new("RGB", (8, 8)), "JPEG")
     megabyte = zlib.compress(b"a" * 1_000_000, 9)
     huge = zlib.compress(b"a" * 50_000_000, 9)
-    exif = b"\xff\xe1\xff\xffExif\0\0" + bytes(65533 - 6)
     strips: list[int] = [-1] * 150_000
     return {
         "text of 50 MB.png": lambda: png(8, 8, chunk(b"zTXt", b"Comment\0\0" + huge)),
@@ -107,12 +106,17 @@ def costly_images() -> dict[str, Callable[[], bytes]]:
         "profile of 50 MB.png": lambda: png(8, 8, chunk(b"iCCP", b"p\0\0" + huge)),
         "300,000 texts.png": lambda: png(8, 8, chunk(b"tEXt", b"C\0a") * 300_000),
         "pixels in crumbs.png": lambda: png(700, 700, pixels=_pieces(zlib.compress(bytes(701 * 700), 0))),
-        "exif of 60,000 tags.png": lambda: png(8, 8, chunk(b"eXIf", b"MM\0*\0\0\0\x08\xea\x60" + _overlapping(60_000))),
+        "exif of 60,000 tags.png": lambda: png(8, 8, chunk(b"eXIf", _tags(60_000))),
+        "raw exif of 30,000 tags.png": lambda: png(8, 8, _raw_profile(_tags(30_000))),
+        "exif of 60,000 tags.jpg": lambda: jpeg[:2] + _segments(_tags(60_000)) + jpeg[2:],
+        "index of 5,000 tags.mpo": lambda: jpeg[:2] + _segment(0xE2, b"MPF\0" + _tags(5000, 5000)) + jpeg[2:],
+        "60,000 tags.tif": lambda: _tags(60_000),
         "comments.gif": lambda: _gif(b"\x21\xfe\x01a\0"),
         "extensions.gif": lambda: _gif(b"\x21\xff\x01a\0"),
         "segments.jpg": lambda: jpeg[:2] + b"\xff\xe5\0\x02" * 300_000 + jpeg[2:],
         "fill bytes.jpg": lambda: jpeg[:2] + b"\xff" * 1_000_000 + jpeg[2:],
-        "exif of 12 MB.jpg": lambda: jpeg[:2] + exif * 190 + jpeg[2:],
+        "profile of 12 MB.jpg": lambda: jpeg[:2] + _segment(0xE2, bytes(65533)) * 190 + jpeg[2:],
+        "exif of 2 MB.jpg": lambda: jpeg[:2] + _segments(bytes(2_000_000)) + jpeg[2:],
         "1,000 scans.jpg": lambda: _scans(1000),
         "150,000 strips.tif": lambda: tiff(4, 150_000, 1, bytes(4), {273: strips, 278: [1], 279: [4] * len(strips)}),
         "one strip of 4 GB.tif": lambda: tiff(100, 100, 8, huge, {273: [-1], 278: [100], 279: [0xFFFFFFF0]}),
@@ -121,9 +125,27 @@ def costly_images() -> dict[str, Callable[[], bytes]]:
     }
 
 
-def _overlapping(tags: int) -> bytes:
-    """Entries of an EXIF block that all name the same 100 kB."""
-    return b"".join(struct.pack(">HHLL", tag, 7, 100_000, 8) for tag in range(tags)) + bytes(100_000)
+def _tags(count: int, size: int = 100_000) -> bytes:
+    """A TIFF's directory, or an EXIF block, of entries that all name the same bytes."""
+    entries = b"".join(struct.pack(">HHLL", tag, 7, size, 8) for tag in range(count))
+    return b"MM\0*" + struct.pack(">LH", 8, count) + entries + bytes(size)
+
+
+def _segment(marker: int, data: bytes) -> bytes:
+    """A segment of a JPEG."""
+    return struct.pack(">BBH", 0xFF, marker, len(data) + 2) + data
+
+
+def _segments(block: bytes) -> bytes:
+    """An EXIF block in as many segments as it takes, which PIL joins."""
+    pieces = (block[start : start + 65_000] for start in range(0, len(block), 65_000))
+    return b"".join(_segment(0xE1, b"Exif\0\0" + piece) for piece in pieces)
+
+
+def _raw_profile(block: bytes) -> bytes:
+    """An EXIF block as older programs put it into a PNG, in hexadecimal digits."""
+    text = b"\nexif\n%8d\n" % len(block) + block.hex().encode()
+    return chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(text))
 
 
 def _scans(times: int) -> bytes:

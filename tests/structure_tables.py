@@ -101,6 +101,7 @@ LIBRARIES = {
     "httpx2": ("data.address_guard",),
     "httpcore2": ("data.guarded_network", "data.download", "data.fetch", "serve.images"),
     "fastapi": ("serve.api", "serve.run", "serve.ui"),
+    "starlette": ("serve.api",),
     "uvicorn": ("serve.run", "serve.chat", "serve.connections"),
     "safetensors": (
         "loading",

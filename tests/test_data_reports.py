@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import test_data_cli
+from image_server import image_server
 from test_data_cli import write_rows
 
 folder, model, run = test_data_cli.folder, test_data_cli.model, test_data_cli.run
@@ -107,3 +108,31 @@ def test_show_writes_over_its_own_pages_and_nothing_else(run: Any, folder: Path)
     for rows in (1, 2):
         assert run("show", folder / "recipe.yaml", "--quick", "--rows", rows, "--out", "own.html").exit_code == 0
         assert Path("own.html").read_text().count("<article>") == rows
+
+
+@pytest.mark.parametrize(("hosts", "code"), [("['127.0.0.1']", "url_busy"), ("[]", "url_private")])
+def test_a_part_whose_images_do_not_come_fails_and_names_each(run: Any, folder: Path, hosts: str, code: str) -> None:
+    with image_server() as server:
+        urls = [server.url(f"/429-hour/{number}.png") for number in range(40)]
+        if hosts == "[]":  # a literal address is a problem of its row at once; a name has to be looked up
+            urls = [url.replace("127.0.0.1", "localhost") for url in urls]
+        write_rows(folder, [{"image": url, "colour": "red"} for url in urls])
+        words = ["check", folder / "recipe.yaml", f"data.allow_hosts={hosts}", "data.image_cache=images", "--fetch"]
+        done = run(*words, "--shard", "0/2", "--json")
+        part = json.loads(done.stdout)["part"]
+        assert (done.exit_code, part["total"], part["downloaded"]) == (1, len(part["failures"]), 0)
+        assert 0 < part["total"] < 40 and {failure["reason_code"] for failure in part["failures"]} == {code}
+        assert {failure["url"] for failure in part["failures"]} < set(urls)
+        lines = run(*words, "--shard", "0/2").stdout.splitlines()
+        assert sum(line.startswith(f"  {code}: image {urls[0][:16]}") for line in lines) == part["total"]
+        assert f"part 0/2: {part['total']} images to download, 0 came, {part['total']} did not" in lines
+        # a part that is a small share of all rows fails too
+        alone = run(*words, "--shard", "0/2", "data.max_skipped=0.9", "--json")
+        found = json.loads(alone.stdout)
+        assert (alone.exit_code, found["trouble"], found["usable"]) == (1, None, 40 - part["total"])
+        assert f"{part['total']} of {part['total']} images did not come" in found["part"]["trouble"]
+
+
+@pytest.mark.parametrize("words", [["--shard", "0/2"], ["--shard", "2/2", "--fetch"], ["--shard", "x", "--fetch"]])
+def test_parts_that_are_none_are_wrong_usage(run: Any, folder: Path, words: list[str]) -> None:
+    assert run("check", folder / "recipe.yaml", *words).exit_code == 2

@@ -5,6 +5,7 @@ Text of a data set is printed as it is, never read as markup, and control charac
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,9 @@ def image_line(report: Report) -> str:
     looked = "each decoded" if report.decoded else "headers read, none decoded"
     if missing and report.decoded:
         looked = "decoded where nothing of the row is still to be downloaded"
+    if report.part is not None:
+        number, count = report.part.shard
+        looked = f"those of part {number}/{count} {'decoded' if report.decoded else 'by their headers'}"
     line = f"{counted(images.count - missing, 'image')} of different content, {looked}"
     if images.from_web:
         line += f"; {images.from_web} from the web, {images.from_web - missing} in the cache, {missing} not yet"
@@ -122,16 +126,17 @@ def part_lines(report: Report) -> Iterator[str]:
     yield f"part {number}/{count}: {counted(part.total, 'image')} to download, {came}"
     for failure in part.failures:
         yield f"  {failure['reason_code']}: {failure['message']}"
+    yield "lengths, prices and repeated rows are those of this part; without --shard all rows are looked at"
 
 
 def _show_problems(console: Console, report: Report) -> None:
     """The reasons with their counts and ways out, then the first rows one by one."""
     if not report.problems:
         return
-    fixes = {problem["reason_code"]: problem["fix"] for problem in report.problems}
+    ways = Counter((problem["reason_code"], problem["fix"]) for problem in report.problems)
     table = Table("rows", "reason", "what to do", title="left out", title_justify="left", box=None)
-    for code, count in report.reasons.items():
-        table.add_row(str(count), Text(code), Text(fixes[code]))
+    for (code, fix), count in ways.most_common():
+        table.add_row(str(count), Text(code), Text(fix))
     console.print(table)
     for code, count in report.reasons.items():
         named = [problem for problem in report.problems if problem["reason_code"] == code][:SHOWN_PROBLEMS]

@@ -375,26 +375,26 @@ def measured_rows(
 
 
 def refuse_bad_stream(recipe: Recipe, data: StreamedData, processor: Any, context: int) -> None:
-    """Takes rows of a stream until one can be trained on, by header and text: of a sound stream that is one row.
+    """Takes rows of each set of a stream until one can be trained on, by header and text: of a sound set that is one.
 
     Args:
         recipe: whose limits apply.
         data: what `stream_data` found.
         processor: a Phi3VProcessor.
         context: the longest row that the model takes, in tokens.
-    Raises: DataError as `find_refusal` says, with the reasons, when none of the first 1,000 records is usable, or none
-        of the first 100 rows fits the model.
+    Raises: DataError with the reasons when of a set none of 1,000 records is usable, or none of 100 rows fits.
     """
     options = survey_options(recipe, context, decode=False, hashes=False)
-    problems: list[RowProblem] = []
-    passes = data.train.passes(lambda _, problem: problems.append(problem))
-    for _, row in islice(interleaved(passes, data.train.weights), _ASKED_FIRST):
-        look = survey_rows([row], processor, options)
-        problems += look.problems
-        if look.kept and not (problems and recipe.data.on_problem == "stop"):
-            return
-        if recipe.data.on_problem == "stop":
-            break
-    refused = None if problems else _none_left(recipe)
-    found = FoundRows([], [], problems, data.origin, len(problems), [], refused, sampled=True)
-    raise DataError(find_refusal(recipe, found, problems, 0) or "")
+    looks = [_SetLook(records.map.source, held_out=0) for records in data.train.sets]
+    passes = data.train.passes(lambda number, problem: looks[number].problems.append(problem))
+    for look, rows in zip(looks, passes, strict=True):
+        for row in islice(rows, _ASKED_FIRST):
+            found = survey_rows([row], processor, options)
+            look.problems += found.problems
+            look.usable += len(found.kept)
+            if found.kept or recipe.data.on_problem == "stop":
+                break
+        if not look.usable or (look.problems and recipe.data.on_problem == "stop"):
+            left = nothing_left(look.source) if len(looks) > 1 else _none_left(recipe)
+            line = look.refusal(recipe.data.max_skipped, recipe.data.on_problem) or left
+            raise DataError(line or f"{look.source} has no rows")

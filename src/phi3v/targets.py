@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from phi3v.errors import CheckpointError, ConfigError
 from phi3v.run_folder import RunFolder
+from phi3v.whole_files import is_unfinished
 
 MODEL_TYPE = "phi3_v"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -61,6 +62,8 @@ def resolve_target(target: str | Path, *, revision: str | None = None) -> Target
         CheckpointError: nothing is there, a run has no tuned weights yet, or an adapter does not name its base.
     """
     name, path = str(target), Path(target)
+    if is_unfinished(path.absolute()):
+        raise CheckpointError(f"{name} was never completed, whatever wrote it was killed: remove it, and make it again")
     if RunFolder.is_run(path):
         return _resolve_run(name, path)
     if (path / ADAPTER_CONFIG).is_file():

@@ -17,6 +17,15 @@ from phi3v.errors import ConfigError
 _BEGINNING = 4096  # bytes in which a file of ours has its mark
 
 
+_FILLING = ".new.tmp"
+"""Ends the name of a folder that is being filled."""
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a folder is what a crash left of `replace_folder`: ".shop.new.tmp" -> True."""
+    return path.name.startswith(".") and path.name.endswith(_FILLING)
+
+
 def refuse_foreign(option: str, file: Path, mark: str, kind: str) -> None:
     """Refuses to write over anything but a file of ours, which holds `mark` in its first 4 KiB (unpacked, of gzip).
 
@@ -66,7 +75,7 @@ def replace_folder(path: Path, save: Callable[[Path], Any]) -> None:
     After a crash `path` is the old folder, or the new one, or (between two renames) absent with the old one beside it
     as `.<name>.old.tmp`, which the next call puts back before it begins. Of a `save` that fails nothing stays.
     """
-    fresh, old = path.with_name(f".{path.name}.new.tmp"), path.with_name(f".{path.name}.old.tmp")
+    fresh, old = path.with_name(f".{path.name}{_FILLING}"), path.with_name(f".{path.name}.old.tmp")
     if old.exists() and not path.exists():
         os.replace(old, path)
     for leftover in (fresh, old):

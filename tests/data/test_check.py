@@ -12,12 +12,14 @@ from PIL import Image
 from tiny_tokenizer import build_tokenizer
 
 from phi3v.cli_data_screen import duplicate_lines
-from phi3v.data.advice import ADVICE, TOO_LONG, advice
+from phi3v.data.advice import ADVICE, advice
 from phi3v.data.check import count_images, crop_prices, listed, rows_beyond, spread
 from phi3v.data.duplicates import find_duplicates
+from phi3v.data.fit import OnTooLong, fit
 from phi3v.data.lengths import row_lengths
 from phi3v.data.schema import ImagePart, ImageRef, Message, Row, RowProblem, TextPart
 from phi3v.data.survey import RowFacts, SurveyOptions, survey, too_long_problem
+from phi3v.errors import TooLongError
 from phi3v.model.image_processing_phi3_v import Phi3VImageProcessor
 from phi3v.model.processing_phi3_v import Phi3VProcessor
 
@@ -187,7 +189,6 @@ def test_every_reason_has_its_own_way_out_and_the_documents_say_the_same() -> No
     told = ways_out(document, "reason")
     assert sorted(raised) == sorted(told)
     assert {code: advice(code) for code in told} == told == ADVICE
-    assert ways_out(document, "data.on_too_long") == TOO_LONG
     assert advice("of_another_version") not in ADVICE.values()
 
 
@@ -201,10 +202,20 @@ def ways_out(document: str, first: str) -> dict[str, str]:
     return {code: row[-1] for row in rows for code in row[0].removesuffix(" (for good)").split(", ")}
 
 
-def test_a_row_that_is_too_long_is_not_advised_what_the_recipe_does_already() -> None:
-    problem = RowProblem(0, "too_long", "2609 tokens", "shop.csv")
-    for how, way_out in TOO_LONG.items():
-        assert listed([problem], how)[0]["fix"] == way_out and how not in way_out
-        at_one = listed([problem], how, 1)[0]["fix"]
-        assert "crops" not in at_one and set(at_one.split()) <= {*way_out.split(), "cut_text,"}
-    assert listed([RowProblem(0, "url_gone", "gone", "shop.csv")], "cut_text")[0]["fix"] == "drop the row"
+def test_what_to_do_about_a_row_that_is_too_long_is_what_its_message_says() -> None:
+    document = (SOURCE.parents[1] / "docs" / "data.md").read_text(encoding="utf-8").replace("`", "")
+    messages = row(0, ImageRef("a.png")).messages  # 42 tokens with the counter below, of which cut_text can take 11
+    told: dict[str, str] = {}
+    cases: tuple[tuple[OnTooLong, int, int], ...] = (("skip", 4, 790), ("fewer_crops", 1, 350), ("cut_text", 4, 760))
+    for how, crops, limit in cases:
+        with pytest.raises(TooLongError) as caught:
+            fit(messages, [(9, 9)], count=letters, num_crops=crops, max_length=limit, on_too_long=how)
+        told[how] = listed([RowProblem(0, "too_long", str(caught.value), "shop.csv")])[0]["fix"]
+        assert str(caught.value).endswith(told[how]) and how not in told[how]
+    assert told == ways_out(document, "data.on_too_long") and told["skip"] == advice("too_long")
+    assert listed([RowProblem(0, "url_gone", "gone", "shop.csv")])[0]["fix"] == "drop the row"
+
+
+def letters(messages: tuple[Message, ...]) -> int:
+    """A token a character, and 10 a turn."""
+    return sum(10 + len(message.text) for message in messages)

@@ -178,7 +178,7 @@ def test_images_come_with_the_crops_they_need(processor: Phi3VProcessor) -> None
 def test_a_row_that_is_too_long_is_refused_and_never_cut(processor: Phi3VProcessor) -> None:
     whole = encode(ROWS["image"], processor)["input_ids"]
     assert torch.equal(encode(ROWS["image"], processor, max_length=len(whole))["input_ids"], whole)
-    tokens = rf"shop.csv, row 7: {len(whole)} tokens \(757 for images\), and the limit is {len(whole) - 1}: lower"
+    tokens = rf"shop.csv, row 7: {len(whole)} tokens \(757 for images\), and the limit is {len(whole) - 1}: set data"
     with pytest.raises(DataError, match=tokens):
         encode(ROWS["image"], processor, max_length=len(whole) - 1)
 

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -193,6 +194,26 @@ def test_the_example_for_ray_downloads_as_one_machine_does(tmp_path: Path, monke
         answers = fetch_batch(batch, ImageCache(tmp_path), LIMITS)
     assert answers["reason"] == ["url_not_found"] and "token" not in answers["message"][0]
     assert ImageCache(tmp_path).path(batch["url"][0]).read_bytes() == picture(1)
+
+
+def test_the_example_for_slurm_asks_for_the_part_that_its_task_is(tmp_path: Path) -> None:
+    """Of a task that is started again alone (--array=3) Slurm says COUNT=1, MIN=3 and MAX=3."""
+    (tmp_path / "phi3v").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "phi3v").chmod(0o755)
+    script = Path(__file__).resolve().parents[2] / "examples" / "fetch_slurm.sh"
+    slurm = {
+        f"SLURM_ARRAY_TASK_{name}": value for name, value in (("ID", "3"), ("COUNT", "1"), ("MIN", "3"), ("MAX", "3"))
+    }
+
+    def started(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        found = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **variables}
+        return subprocess.run(["bash", str(script), *arguments], env=found, capture_output=True, text=True, check=False)
+
+    done = started("my shop.yaml", "16", **slurm)
+    assert (done.returncode, done.stdout) == (0, "data check my shop.yaml --fetch --shard 3/16\n")
+    for arguments, variables in ((["shop.yaml"], slurm), ([], slurm), (["shop.yaml", "16"], {})):
+        wrong = started(*arguments, **variables)
+        assert wrong.returncode != 0 and wrong.stdout == "" and wrong.stderr.count("\n") == 1
 
 
 def test_connections_are_kept(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Rows that are too long: what is cut, what never is, and that image spans stay whole whatever the limit."""
 
 import random
-import re
 from io import BytesIO
 from itertools import groupby
 from typing import Any
@@ -12,7 +11,7 @@ from PIL import Image
 from tiny_tokenizer import build_tokenizer
 
 from phi3v.data.encode import EncodedRows, encode, text_tokens
-from phi3v.data.fit import Fitted, cut_front, fit, without_old_exchanges
+from phi3v.data.fit import Fitted, cut_front, fit, way_out, without_old_exchanges
 from phi3v.data.schema import ImagePart, ImageRef, Message, Row, TextPart
 from phi3v.errors import ImageError, TooLongError
 from phi3v.image_tokens import crops_within, grid_tokens, most_image_tokens, num_image_tokens
@@ -54,7 +53,7 @@ def test_the_best_number_of_crops_within_the_limit() -> None:
         TooLongError, match=r"413 tokens \(313 for images\), and the limit is 412: even at 1 crop an im"
     ):
         fit(messages, [(50, 50)], count=letters, num_crops=16, max_length=412, on_too_long="fewer_crops")
-    with pytest.raises(TooLongError, match=r"2609 tokens \(2509 for images\), and the limit is 2608: lower image.num_"):
+    with pytest.raises(TooLongError, match=r"2609 tokens \(2509 for images\), and the limit is 2608: set data.on_too_"):
         fit(messages, [(50, 50)], count=letters, num_crops=16, max_length=2608)
     assert fit(messages, [(50, 50)], count=letters, num_crops=16, max_length=None).tokens == 2609
 
@@ -108,18 +107,56 @@ def test_text_is_cut_to_the_limit_at_a_word() -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "crops", "way_out"),
+    ("how", "crops", "limit", "told"),
     [
-        ("skip", 4, "the limit is 9: lower image.num_crops, shorten the text, or raise data.max_length"),
-        ("skip", 1, "the limit is 9: shorten the text, or raise data.max_length"),
-        ("cut_text", 4, "even with all text cut that may be; lower image.num_crops, or raise data.max_length"),
-        ("cut_text", 1, "even with all text cut that may be; raise data.max_length"),
+        (
+            "skip",
+            4,
+            785,
+            "set data.on_too_long to fewer_crops or cut_text, lower image.num_crops, shorten the text, or ",
+        ),
+        ("skip", 4, 400, "set data.on_too_long to fewer_crops, lower image.num_crops, or "),
+        ("skip", 4, 340, "lower image.num_crops and shorten the text, or "),
+        ("skip", 4, 310, ""),
+        ("skip", 1, 340, "set data.on_too_long to cut_text, shorten the text, or "),
+        ("skip", 1, 310, ""),
+        ("skip", 1, 320, ""),
+        (
+            "cut_text",
+            4,
+            760,
+            "even with all text cut that may be; set data.on_too_long to fewer_crops, lower image.num_c",
+        ),
+        ("cut_text", 4, 340, "even with all text cut that may be; lower image.num_crops, or "),
+        ("cut_text", 4, 310, "even with all text cut that may be; "),
+        ("cut_text", 1, 330, "even with all text cut that may be; "),
+        ("fewer_crops", 4, 340, "even at 1 crop an image; shorten the text, or "),
+        ("fewer_crops", 4, 310, "even at 1 crop an image; "),
+        ("fewer_crops", 1, 340, "even at 1 crop an image; set data.on_too_long to cut_text, shorten the text, or "),
     ],
 )
-def test_one_crop_is_not_advised_to_be_fewer(how: Any, crops: int, way_out: str) -> None:
+def test_ways_out_are_those_that_would_do(how: Any, crops: int, limit: int, told: str) -> None:
+    """A square image and 34 tokens of text, of which 22 must be, and 24 without what may be cut."""
     messages = (turn("user", 0, "what is it?"), ANSWER)
-    with pytest.raises(TooLongError, match=f"{re.escape(way_out)}$"):
-        fit(messages, [(9, 9)], count=letters, num_crops=crops, max_length=9, on_too_long=how)
+
+    def error(length: int, how: Any, messages: Any = messages, crops: int = crops) -> str:
+        try:
+            fit(messages, [(9, 9)], count=letters, num_crops=crops, max_length=length, on_too_long=how)
+        except TooLongError as error:
+            return str(error)
+        return ""
+
+    assert f"the limit is {limit}: {told}" in error(limit, how) and error(limit, how).endswith("raise data.max_length")
+    bare = (turn("user", 0, "w"), turn("assistant", "y"))
+    for length in range(300, 790):
+        if (found := way_out(error(length, how))) and how != "cut_text":
+            assert ("fewer_crops" in found) == (how != "fewer_crops" and not error(length, "fewer_crops"))
+            assert ("cut_text" in found) == (not error(length, "cut_text"))
+            assert ("shorten" in found and "num_crops and" not in found) == (not error(length, how, bare))
+        if found:
+            assert ("num_crops" in found and "num_crops and" not in found) == (not error(length, how, crops=1))
+            assert not ("num_crops and" in found and error(length, how, bare, 1))
+            assert found == "raise data.max_length" or found.endswith(", or raise data.max_length")
 
 
 def test_the_budget_of_an_image() -> None:

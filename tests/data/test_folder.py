@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,27 @@ def test_a_link_out_of_the_folder_is_refused(name: str, tmp_path: Path) -> None:
         load_rows(str(tmp_path / "set"), options=OPTIONS)
     if name == "train.csv":
         assert answers(tmp_path / "set", ANYWHERE) == ["secret"]
+
+
+@pytest.mark.timeout(60)  # a FIFO that is opened is waited for
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "parquet", "tar", "txt"])
+def test_a_set_that_is_no_regular_file_is_refused_before_it_is_opened(kind: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / f"pipe.{kind}")
+    (tmp_path / f"device.{kind}").symlink_to("/dev/null")
+    fill(tmp_path, "good.csv")
+    good = str(tmp_path / "good.csv")
+    for path in (str(tmp_path / f"pipe.{kind}"), str(tmp_path / f"device.{kind}")):
+        mixed = [{"source": good, "weight": 1}, {"source": path, "weight": 1}]
+        calls: list[Any] = [
+            *(partial(call, train) for call in (load_data, stream_data) for train in (path, mixed)),
+            *(partial(call, good, validation=path) for call in (load_data, stream_data)),
+            partial(load_rows, path),
+        ]
+        if kind != "txt":
+            calls.append(partial(load_rows, path.replace(f".{kind}", f"*.{kind}")))
+        for call in calls:
+            with pytest.raises(DataError, match=rf"^data file {re.escape(path)} is no regular file$"):
+                call(options=OPTIONS)
 
 
 def test_links_inside_the_folder_and_odd_names_are_files(tmp_path: Path) -> None:

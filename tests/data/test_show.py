@@ -4,6 +4,7 @@ import io
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,16 @@ def test_a_page_holds_rows_images_and_tokens_and_nothing_of_them_is_markup(proce
         assert words in page.text, words
     assert "<script>document.title='owned'</script>" in page.text.replace("↵", "")
     assert html_of(sample_rows(processor)) == html_of(sample_rows(processor))
+
+
+def test_names_that_would_turn_or_break_a_line_are_shown_as_escapes(processor: Phi3VProcessor) -> None:
+    odd = "a\x1b[31m\u202e\nb.png"
+    shown = show_row(replace(make_row(photo(9, 9, name=odd)), source=odd), processor)
+    html = html_of([shown, replace(shown, problem=odd)], title=odd)
+    assert not any(sign in html for sign in "\x1b\u202e")
+    named = "a\\x1b[31m\\u202e\\nb.png"
+    wanted = (f"{named}, 9×9 pixels", f"{named}, row 4</h2>", f"left out: {named}<", f"<title>{named} ")
+    assert all(words in html for words in (*wanted, f"<h1>{named}</h1>"))
 
 
 def browse(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -122,11 +122,16 @@ def test_whole_floats_lose_their_point_and_labels_show_their_names(tmp_path: Pat
             "b": datasets.Value("float32"),
             "c": datasets.ClassLabel(names=["hat", "bag"]),
             "d": datasets.Value("bool"),
+            "e": datasets.Value("float16"),
         }
     )
-    source = write(tmp_path, "a.parquet", [{"a": 470.0, "b": 0.1, "c": 1, "d": True}], features)
-    rows, _ = load_rows(source, options=RowOptions(images=None, prompt="?", answer="{a} {b} {c} {d}"))
-    assert rows[0].answer == "470 0.1 bag true"
+    values = [
+        {"a": 470.0, "b": 0.1, "c": 1, "d": True, "e": 0.1},
+        {"a": -0.0, "b": 1e9, "c": 0, "d": False, "e": 10008.0},
+    ]
+    source = write(tmp_path, "a.parquet", values, features)
+    rows, _ = load_rows(source, options=RowOptions(images=None, prompt="?", answer="{a} {b} {c} {d} {e}"))
+    assert [row.answer for row in rows] == ["470 0.1 bag true 0.1", "0 1000000000 hat false 10008"]
 
 
 def test_several_images_in_a_row_keep_their_order(tmp_path: Path) -> None:

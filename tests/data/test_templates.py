@@ -53,6 +53,7 @@ def test_an_unknown_column_names_those_that_exist(template: str) -> None:
         (470, "470"),
         (470.0, "470"),
         (-0.5, "-0.5"),
+        (-0.0, "0"),
         (19.9, "19.9"),
         (1e-5, "0.00001"),
         (1.5e-7, "0.00000015"),

@@ -292,5 +292,8 @@ def test_the_command(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     assert "no answer: " in done.output and "3 of 4 rows answered" in done.output
+    with open(out, encoding="utf-8", newline="") as file:
+        (wrong,) = [row for row in csv.DictReader(file) if row["problem"]]
+    assert wrong["image"].endswith("broken.png") and wrong["reason_code"] == "image_unreadable"
     again = CliRunner().invoke(app, [*words, "--json"])
     assert json.loads(again.stdout)["status"] == "finished" and len(out.read_text().splitlines()) == 5

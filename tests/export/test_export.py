@@ -154,6 +154,14 @@ run.export(sys.argv[1], Path(sys.argv[2]), to="merged", shard_bytes=50_000)
 """
 
 
+def test_what_is_half_made_does_not_load(run: RunFolder, tmp_path: Path) -> None:
+    """Killed when all files are there, and not yet in their place."""
+    half = shutil.copytree(run.adapter, tmp_path / ".shop.new.tmp")
+    with pytest.raises(CheckpointError, match=r"\.shop\.new\.tmp was never completed"):
+        resolve_target(half)
+    assert resolve_target(half.rename(tmp_path / "shop")).adapter == tmp_path / "shop"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shards", [1, 5])
 def test_a_killed_export_leaves_nothing_that_loads(shards: int, run: RunFolder, tmp_path: Path) -> None:
@@ -167,7 +175,7 @@ def test_a_killed_export_leaves_nothing_that_loads(shards: int, run: RunFolder, 
     left = [*tmp_path.iterdir()]
     assert left
     for place in left:
-        with pytest.raises(CheckpointError, match="is neither a run"):
+        with pytest.raises(CheckpointError, match="was never completed"):
             resolve_target(place)
     export(run.path, tmp_path / "out", to="merged")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -176,6 +176,12 @@ def test_what_cannot_be_answered_or_exported_is_one_line(run, tmp_path, monkeypa
     odd = write_tiny_model(tmp_path / "odd", hidden_size=48, rope_scaling=None)
     with pytest.raises(ConfigError, match="heads are 24 wide .* takes multiples of 16: export it as --to merged"):
         export(odd, tmp_path / "out", to="onnx")
+    settings = model / "generation_config.json"
+    before = settings.read_text() if settings.exists() else None
+    settings.write_text(json.dumps({"repetition_penalty": 1.5}))
+    with pytest.raises(ConfigError, match=r"cannot follow its generation_config\.json \(repetition_penalty is 1\.5\)"):
+        export(model, tmp_path / "out", to="onnx")
+    settings.unlink() if before is None else settings.write_text(before)
     with monkeypatch.context() as here:
         here.setattr(onnx.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else "there")
         with pytest.raises(MissingPackageError, match=r"^ONNX needs onnxscript: pip install 'phi3v\[onnx\]'$"):
@@ -185,7 +191,7 @@ def test_what_cannot_be_answered_or_exported_is_one_line(run, tmp_path, monkeypa
 
 def test_a_builder_that_fails_leaves_no_folder(run, tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, stdout="Traceback\nKeyError: 'type'\n")
-    monkeypatch.setattr(onnx_decoder.subprocess, "run", lambda *words, **options: failed)
+    monkeypatch.setattr(onnx_decoder, "run_beside", lambda *words, **options: failed)
     for name in ("write_vision", "write_embedding"):
         monkeypatch.setattr(onnx, name, lambda *arguments: None)
     with pytest.raises(ConfigError, match=r"could not make the decoder \(exit code 1\): KeyError: 'type'"):

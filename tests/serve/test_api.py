@@ -255,6 +255,28 @@ def test_a_client_that_leaves_ends_its_request(stream: bool, events: int) -> Non
     with_app(use, Limits(), script=[{"is": "piece", "text": "A"}] * events)
 
 
+def test_a_client_that_leaves_while_it_sends_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+    """Half a body and then nothing: the place is free, and no stack goes into the log."""
+
+    async def use(client: httpx.AsyncClient, backend: FakeBackend, app: Guard) -> None:
+        sent = [{"type": "http.disconnect"}, {"type": "http.request", "body": b"{", "more_body": True}]
+        answered: list[Any] = []
+
+        async def receive() -> dict[str, Any]:
+            return sent.pop()
+
+        async def send(message: Any) -> None:
+            answered.append(message)
+
+        heads = [(b"content-type", b"application/json"), (b"host", b"localhost")]
+        await app(scope_of("POST", "/v1/chat/completions", heads), receive, send)
+        assert answered[0]["status"] == 499 and not sent
+        assert (await client.get("/health")).json()["requests"] == 0
+
+    with_app(use)
+    assert not caplog.records
+
+
 def test_a_fault_tells_nothing() -> None:
     async def use(client: httpx.AsyncClient, backend: FakeBackend, app: Guard) -> None:
         backend.script = [{"is": "fault"}]

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from phi3v.cli_screen import rows_line
 from phi3v.data.synthetic import write_synthetic_rows
 from phi3v.errors import ConfigError
+from phi3v.first_look import RowUse
+from phi3v.training.callbacks import TrainingEvent
 from phi3v.training.device_time import DeviceWatch, check_trace, covered
-from phi3v.training.profile import PartTime, Profile, advise, floor_operations, profile
+from phi3v.training.profile import PartTime, Profile, _of_its_own, advise, floor_operations, profile
 from phi3v.training.step_marks import PARTS, SeenBatch
 
 
@@ -76,6 +79,14 @@ def test_generated_rows_take_the_place_of_the_recipes(make, tmp_path, monkeypatc
     assert not (tmp_path / "cache").exists(), "features of generated photos are not among the user's"
 
 
+def test_that_the_steps_are_few_is_no_word_about_the_recipes_rows():
+    told = []
+    _of_its_own(told.append)(TrainingEvent("rows", 0, 2, rows=RowUse(8, 0, 1, {"url_gone": 1}, 4, not_drawn=16)))
+    _of_its_own(told.append)(TrainingEvent("step", 1, 2))
+    assert rows_line(told[0].rows).startswith("8 rows to train on, 0 held out; 1 row is left out (1 url_gone)")
+    assert told[1].kind == "step"
+
+
 def test_generated_rows_are_of_the_stated_shape(tmp_path):
     from PIL import Image
 
@@ -103,19 +114,29 @@ def test_lengths_are_read_off_whatever_says_them():
 def test_the_floor_counts_the_tower_for_images_without_features(make):
     borders, labels, sizes = torch.tensor([0, 400, 900]), torch.ones(1, 900), [[336, 336], [672, 672]]
 
-    def operations(sizes, features=None):
-        return floor_operations(make(), [SeenBatch((1, 900), borders, None, labels, sizes, features)])
+    def operations(sizes, features=None, tower="frozen"):
+        recipe = make(vision={"tower": tower})
+        return floor_operations(recipe, [SeenBatch((1, 900), borders, None, labels, sizes, features)])
 
     none, first = operations(None), torch.empty(313, 0)
     small, large = operations(sizes[:1]) - none, operations(sizes[1:]) - none
     assert 0 < small < large
     assert operations(sizes) - none == pytest.approx(small + large)
+    for tower, passes in (("lora", 2), ("train", 3)):  # back through it too, and what its weights learn
+        assert operations(sizes, tower=tower) - none == pytest.approx(passes * (small + large))
     assert operations(torch.tensor(sizes), [first, None]) - none == pytest.approx(large)
     assert operations(sizes, [torch.empty(313 + 757, 0)]) == none
 
 
 def test_what_cannot_be_is_refused_before_a_step(make, tmp_path, monkeypatch):
     monkeypatch.setattr("phi3v.training.profile.train_watched", lambda *given, **more: pytest.fail("trained"))
+    with (
+        monkeypatch.context() as ranks,
+        pytest.raises(ConfigError, match="one process, and here are 2: start it alone"),
+    ):
+        ranks.setenv("RANK", "0")
+        ranks.setenv("WORLD_SIZE", "2")
+        profile(make())
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     mine = tmp_path / "shop.yaml"

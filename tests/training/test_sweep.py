@@ -193,7 +193,9 @@ def test_trials_open_no_image_again(make_sweep: MakeRecipe, monkeypatch: pytest.
     )
     news: list[tuple[int, int]] = []
     recipe = make_sweep("shared", search={"lora.r": [2, 4], "data.answer": ["{colour}", "It is {colour}."]}, trials=2)
-    sweep(recipe, on_trial=lambda one: news.append((one.number, len(opened))))
+    found = sweep(recipe, on_trial=lambda one: news.append((one.number, len(opened))))
+    assert found.ranking["base"] == {"error": "trials differ in data.answer, so there is no one base"}
+    assert "no one base" in found.ranking["remarks"][-1] and sweep(recipe).status == "finished"
     assert news == [(0, 0), (0, 10), (1, 10), (1, 10)]
     trial = Recipe.load(RunFolder(Path(recipe.output) / "trials" / "0001").recipe)
     assert trial.vision.cache == "memory"

@@ -4,21 +4,7 @@ The sentences are those of the tables in docs/data.md; a test holds them against
 are raised.
 """
 
-from phi3v.data.fit import OnTooLong
-
-TOO_LONG: dict[OnTooLong, str] = {
-    "skip": "set data.on_too_long to fewer_crops or cut_text, lower image.num_crops, or raise data.max_length",
-    "fewer_crops": "shorten the text, set data.on_too_long to cut_text, or raise data.max_length",
-    "cut_text": "set data.on_too_long to fewer_crops, lower image.num_crops, or raise data.max_length",
-}
-"""What the recipe does about long rows -> the way out where a row is too long all the same."""
-
-TOO_LONG_AT_ONE: dict[OnTooLong, str] = {
-    "skip": "set data.on_too_long to cut_text, or raise data.max_length",
-    "fewer_crops": TOO_LONG["fewer_crops"],
-    "cut_text": "raise data.max_length",
-}
-"""The same where images are one crop already."""
+from phi3v.data.fit import way_out
 
 ADVICE = {
     "missing_value": "fill the cell, or take the column out of the template",
@@ -42,7 +28,8 @@ ADVICE = {
     "data_uri": "write it as data:image/png;base64,... or save the image as a file",
     "held_out_image": "nothing; or give data.validation",
     "image_narrow": "crop it to a less extreme shape, or raise image.num_crops",
-    "too_long": TOO_LONG["skip"],
+    "too_long": "set data.on_too_long to fewer_crops or cut_text, lower image.num_crops, shorten the text, "
+    "or raise data.max_length",
     "no_answer": "end the conversation with a turn of the assistant",
     "image_places": "place each image once, in the order of the list",
     "not_encoded": "mend what the line says, or drop the row",
@@ -76,11 +63,11 @@ _UNKNOWN = "mend the row, or drop it"
 """For a failure that another version of phi3v wrote into the cache of images."""
 
 
-def advice(reason_code: str, on_too_long: OnTooLong = "skip", num_crops: int | None = None) -> str:
-    """The way out for a reason code, where rows that are too long are handled as the recipe says, at so many crops.
+def advice(reason_code: str, message: str = "") -> str:
+    """The way out for a reason code; of a row that is too long that of its message, which knows what would do.
 
     Example: advice("missing_value") -> "fill the cell, or take the column out of the template".
     """
-    if reason_code == "too_long":
-        return (TOO_LONG_AT_ONE if num_crops == 1 else TOO_LONG)[on_too_long]
+    if reason_code == "too_long" and message:
+        return way_out(message)
     return ADVICE.get(reason_code, _UNKNOWN)

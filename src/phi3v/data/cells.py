@@ -45,7 +45,7 @@ class Cells:
         confined: True refuses image paths that leave `root`, or `within`.
         within: folder above `root` that paths and links in it may lead to; None for `root` alone.
         labels: column -> names of its numbers, for columns of class labels.
-        single_floats: columns of 32-bit floats, whose values are shown with their own few digits.
+        short_floats: columns of floats of 32 or 16 bits ("float32", "float16"), whose values have few digits.
         cache: where downloaded images lie; None refuses web addresses.
         wait_for_download: True takes a web address that is not cached as an image that is still to come.
         failures: web address -> why it could not be downloaded just now, beside what the cache remembers.
@@ -57,7 +57,7 @@ class Cells:
     confined: bool = True
     within: str | None = None
     labels: Mapping[str, list[str]] = field(default_factory=dict)
-    single_floats: frozenset[str] = frozenset()
+    short_floats: Mapping[str, str] = field(default_factory=dict)
     cache: ImageCache | None = None
     wait_for_download: bool = False
     failures: Mapping[str, FetchFailure] = field(default_factory=dict)
@@ -67,8 +67,9 @@ class Cells:
         """A cell as text. Raises: UnusableRecord."""
         if column in self.labels and isinstance(value, int):
             value = self.labels[column][value] if 0 <= value < len(self.labels[column]) else None
-        if column in self.single_floats and isinstance(value, float):
-            value = float(str(np.float32(value)))
+        if column in self.short_floats and isinstance(value, float) and (value % 1 or abs(value) > 2**24):
+            # whole numbers stay: the shortest that reads back as the half float 10008 is 10010
+            value = float(str(np.dtype(self.short_floats[column]).type(value)))
         try:
             text = cell_text(value)
         except TypeError as error:
@@ -199,8 +200,7 @@ def check_images(row: Row, max_pixels: int, *, digests: bool = False) -> Looks:
         except ImagePathError as error:
             raise UnusableRecord("image_path", str(error)) from error
         except ImageError as error:
-            told = str(error) if image.url is None else str(error).replace(image_name(image), shorten(image.url), 1)
-            raise UnusableRecord("image_unreadable", told) from error
+            raise UnusableRecord("image_unreadable", str(error)) from error
     return looks
 
 

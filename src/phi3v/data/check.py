@@ -21,7 +21,6 @@ from phi3v.data.advice import advice
 from phi3v.data.duplicates import Duplicates
 from phi3v.data.fact_table import digest_array
 from phi3v.data.fetch import FetchSummary
-from phi3v.data.fit import OnTooLong
 from phi3v.data.mixing import SetUse
 from phi3v.data.not_read import NotRead
 from phi3v.data.schema import RowProblem
@@ -325,15 +324,13 @@ class Report:
         return {**asdict(self), "skipped_share": self.skipped_share, "passed": self.passed}
 
 
-def listed(
-    problems: Sequence[RowProblem], on_too_long: OnTooLong, num_crops: int | None = None
-) -> list[dict[str, Any]]:
+def listed(problems: Sequence[RowProblem]) -> list[dict[str, Any]]:
     """Problems as plain values with the way out.
 
     Example: [{"source": "shop.csv", "row": 3, "reason_code": "missing_value", "message": "column 'title' is empty",
     "fix": "fill the cell, or take the column out of the template"}].
     """
-    return [{**asdict(problem), "fix": advice(problem.reason_code, on_too_long, num_crops)} for problem in problems]
+    return [{**asdict(problem), "fix": advice(problem.reason_code, problem.message)} for problem in problems]
 
 
 def count_reasons(problems: Sequence[RowProblem]) -> dict[str, int]:

@@ -20,7 +20,7 @@ import httpcore2
 
 from phi3v.data.address_guard import AddressError, AllowedHosts, parse_address, shorten
 from phi3v.data.download import Downloader, FetchLimits, PausedHost, UrlProblem
-from phi3v.data.image_cache import CacheWriter, FetchFailure, ImageCache, url_digest
+from phi3v.data.image_cache import CacheWriter, FetchFailure, ImageCache, in_shard
 from phi3v.errors import ConfigError
 
 _DECODERS = 2
@@ -109,7 +109,7 @@ def _shard(urls: Iterable[str], shard: tuple[int, int]) -> list[str]:
             f"shard {number}/{count} is none: parts of n count from 0 to n-1, 0/{max(count, 1)} is the first"
         )
     different = dict.fromkeys(url.strip(" ") for url in urls)
-    return [url for url in different if int(url_digest(url)[:16], 16) % count == number]
+    return [url for url in different if in_shard(url, shard)]
 
 
 @dataclass

@@ -13,6 +13,7 @@ headers, and encoding alike. Knows no tokenizer, no pixels, no files.
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -77,11 +78,19 @@ def fit(
     whole = Fitted(messages, num_crops, count(messages), _image_tokens(sizes, num_crops))
     if max_length is None or whole.tokens <= max_length:
         return whole
+    least = _least_image_tokens(sizes, num_crops)
     if on_too_long == "fewer_crops":
-        return _fewer_crops(whole, sizes, max_length)
+        return _fewer_crops(whole, sizes, count, max_length)
     if on_too_long == "cut_text":
-        return _cut_text(whole, count, max_length)
-    raise _too_long(whole, max_length, f"{_lower_crops(whole)}shorten the text, or raise data.max_length")
+        return _cut_text(whole, count, max_length, least)
+    crops, text = least + whole.text_tokens <= max_length, count(_bare(messages))
+    cut = whole.image_tokens + count(cut_front(*_most_cut(messages))) <= max_length
+    ways = ["lower image.num_crops"] * crops + ["shorten the text"] * (whole.image_tokens + text <= max_length)
+    if policies := ["fewer_crops"] * crops + ["cut_text"] * cut:
+        ways.insert(0, f"set data.on_too_long to {' or '.join(policies)}")
+    elif not ways and least + text <= max_length:
+        ways = ["lower image.num_crops and shorten the text"]
+    raise _too_long(whole, max_length, ways)
 
 
 def without_old_exchanges(messages: Messages, fits: Callable[[Messages], bool]) -> Messages:
@@ -127,7 +136,7 @@ def cut_front(messages: Messages, characters: int) -> Messages:
     return tuple(cut)
 
 
-def _fewer_crops(whole: Fitted, sizes: Sequence[tuple[int, int]], max_length: int) -> Fitted:
+def _fewer_crops(whole: Fitted, sizes: Sequence[tuple[int, int]], count: Counter, max_length: int) -> Fitted:
     """The row with the largest number of crops at which it fits."""
     fewer = whole
     for num_crops in range(whole.num_crops - 1, 0, -1):
@@ -138,11 +147,21 @@ def _fewer_crops(whole: Fitted, sizes: Sequence[tuple[int, int]], max_length: in
         if fewer.tokens <= max_length:
             return fewer
     crops = f"even at {fewer.num_crops} crop{'s' * (fewer.num_crops > 1)} an image; " if sizes else ""
-    raise _too_long(fewer, max_length, f"{crops}shorten the text, or raise data.max_length")
+    cut = whole.image_tokens + count(cut_front(*_most_cut(whole.messages)))
+    ways = ["set data.on_too_long to cut_text"] * (cut <= max_length)
+    ways += ["shorten the text"] * (fewer.image_tokens + count(_bare(whole.messages)) <= max_length)
+    raise _too_long(fewer, max_length, ways, crops)
 
 
-def _cut_text(whole: Fitted, count: Counter, max_length: int) -> Fitted:
-    """The row without old exchanges and without as little of the users' text as makes it fit."""
+def _cut_text(whole: Fitted, count: Counter, max_length: int, least: int) -> Fitted:
+    """The row without old exchanges and without as little of the users' text as makes it fit.
+
+    Args:
+        whole: the row.
+        count: counts tokens of messages.
+        max_length: the limit.
+        least: tokens of its images at the fewest crops, for the error.
+    """
 
     def fitted(messages: Messages) -> Fitted:
         return replace(whole, messages=messages, text_tokens=count(messages))
@@ -153,21 +172,40 @@ def _cut_text(whole: Fitted, count: Counter, max_length: int) -> Fitted:
     messages = without_old_exchanges(whole.messages, fits)
     if fits(messages):
         return fitted(messages)
-    text = "".join(message.text for message in messages if message.role == "user")
-    question = next((message.text for message in reversed(messages) if message.role == "user"), "")
-    most = len(text.rstrip()) - 1 if question.strip() else len(text)
-    shortest = fitted(cut_front(messages, max(most, 0)))
+    _, most = _most_cut(messages)
+    shortest = fitted(cut_front(messages, most))
     if shortest.tokens > max_length:
-        way_out = f"{_lower_crops(whole)}or raise data.max_length" if _lower_crops(whole) else "raise data.max_length"
-        raise _too_long(shortest, max_length, f"even with all text cut that may be; {way_out}")
+        ways = ["set data.on_too_long to fewer_crops"] * (least + whole.text_tokens <= max_length)
+        ways += ["lower image.num_crops"] * (least + shortest.text_tokens <= max_length)
+        raise _too_long(shortest, max_length, ways, "even with all text cut that may be; ")
     low, high = 0, most  # `high` fits, `low` does not
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(cut_front(messages, middle)) else (middle, high)
+    text = "".join(message.text for message in messages if message.role == "user")
     word = re.compile(r"\s\S").search(text, high - 1, high + _TO_NEXT_WORD)
     if word and word.start() < most and fits(cut_front(messages, word.start() + 1)):
         high = word.start() + 1
     return fitted(cut_front(messages, high))
+
+
+def _most_cut(messages: Messages) -> tuple[Messages, int]:
+    """The messages with which `cut_text` ends, and the characters of the users' text that it may cut from them."""
+    messages = without_old_exchanges(messages, lambda _: False)
+    text = "".join(message.text for message in messages if message.role == "user")
+    question = next((message.text for message in reversed(messages) if message.role == "user"), "")
+    return messages, max(len(text.rstrip()) - 1, 0) if question.strip() else len(text)
+
+
+def _bare(messages: Messages) -> Messages:
+    """The same turns and images with one character of each text: no text is shorter."""
+    return tuple(
+        replace(
+            message,
+            parts=tuple(TextPart(part.text[:1]) if isinstance(part, TextPart) else part for part in message.parts),
+        )
+        for message in messages
+    )
 
 
 def _image_tokens(sizes: Sequence[tuple[int, int]], num_crops: int) -> int:
@@ -175,13 +213,26 @@ def _image_tokens(sizes: Sequence[tuple[int, int]], num_crops: int) -> int:
     return sum(num_image_tokens(width, height, num_crops) for width, height in sizes)
 
 
-def _lower_crops(row: Fitted) -> str:
-    """A way out, where there is room for it: of a row without images, or at one crop, there is none."""
-    return "lower image.num_crops, " if row.image_tokens and row.num_crops > 1 else ""
+def _least_image_tokens(sizes: Sequence[tuple[int, int]], num_crops: int) -> int:
+    """Tokens of all images at the fewest crops that each of them can be cut into: of a square one 313."""
+    for fewer in range(1, num_crops):
+        with suppress(ImageError):  # a very narrow image
+            return _image_tokens(sizes, fewer)
+    return _image_tokens(sizes, num_crops)
 
 
-def _too_long(row: Fitted, max_length: int, way_out: str) -> TooLongError:
-    """The error of a row, with its length at the best that could be done."""
+def _too_long(row: Fitted, max_length: int, ways: Sequence[str], tried: str = "") -> TooLongError:
+    """The error of a row, with its length at the best that could be done, and what would do; `way_out` reads it back.
+
+    Example: ways ["shorten the text"] -> "330 tokens (313 for images), and the limit is 320: shorten the text, or raise
+    data.max_length"; none -> "...: raise data.max_length".
+    """
+    way_out = ", ".join([*ways, "or raise data.max_length"]) if ways else "raise data.max_length"
     return TooLongError(
-        f"{row.tokens} tokens ({row.image_tokens} for images), and the limit is {max_length}: {way_out}"
+        f"{row.tokens} tokens ({row.image_tokens} for images), and the limit is {max_length}: {tried}{way_out}"
     )
+
+
+def way_out(message: str) -> str:
+    """What would make a row fit, from its error: "330 tokens ...: raise data.max_length" -> "raise data.max_length"."""
+    return re.split("[:;] ", message)[-1]

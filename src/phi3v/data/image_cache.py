@@ -165,3 +165,8 @@ def _is_whole(path: Path, size: int, *, before: int = 0) -> bool:
 def url_digest(url: str) -> str:
     """The hash that names an address in the cache, and its shard."""
     return hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def in_shard(url: str, shard: tuple[int, int]) -> bool:
+    """Whether an address belongs to the i-th of n parts: its hash, the first 16 digits, divided by n leaves i."""
+    return int(url_digest(url)[:16], 16) % shard[1] == shard[0]

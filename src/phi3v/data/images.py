@@ -37,6 +37,7 @@ from zlib import crc32
 import numpy as np
 from PIL import Image
 
+from phi3v.data.address_guard import shorten
 from phi3v.data.fast_jpeg import decode_jpeg
 from phi3v.data.image_limits import (
     MeteredBytes,
@@ -45,7 +46,7 @@ from phi3v.data.image_limits import (
     check_scans,
     check_size,
     end_header,
-    late_exif,
+    find_exif,
 )
 from phi3v.data.schema import ImageRef
 from phi3v.errors import ImageError, ImagePathError
@@ -169,8 +170,9 @@ def content_digest(image: ImageRef) -> str:
 
 
 def image_name(image: ImageRef) -> str:
-    """What errors call an image: its path, or that it has none; at most 120 characters, half a character as \\ud83d."""
-    name = (image.path or "embedded image").encode("utf-8", "backslashreplace").decode()
+    """What people are told of an image: its web address, its path, or that it has none; half a character as \\ud83d."""
+    name = shorten(image.url) if image.url is not None else image.path or "embedded image"
+    name = name.encode("utf-8", "backslashreplace").decode()
     return name if len(name) <= 120 else name[:117] + "..."
 
 
@@ -258,8 +260,7 @@ def _open_file(image: ImageRef, max_pixels: int) -> MeteredFile:
     and must lead to this very file.
     """
     path = _real_path(image)
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags)
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
@@ -329,8 +330,7 @@ def _orientation(image: Image.Image, file: MeteredBytes | MeteredFile) -> int:
     if image.format == "TIFF":
         return 1
     try:
-        if image.format == "PNG" and "exif" not in image.info and (block := late_exif(file)):
-            image.info["exif"] = block
+        find_exif(image.info, file, png=image.format == "PNG")
         value = Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)
     except Exception:  # a damaged EXIF block says nothing about the pixels, which may be sound
         return 1

@@ -104,13 +104,15 @@ def open_set(
 
 def _open_local(path: Path, streaming: bool, confined: bool) -> dict[str, OpenedTable] | None:
     """A file, a folder or a pattern of files; None when nothing is there."""
-    if path.is_file():
-        return {"train": _open_file(path, streaming)}
     if path.is_dir():
         return _open_folder(path, streaming, confined)
-    if path.suffix.lower() in (*KINDS, ".tar") and (files := matching(str(path))):
-        return {"train": _open_shards(files) if path.suffix.lower() == ".tar" else _open_data(files, streaming)}
-    return None
+    known = path.suffix.lower() in (*KINDS, ".tar")
+    files = [path] if path.exists() else matching(str(path)) if known else []
+    for file in files:  # before anything opens it: a FIFO is waited for, and a device has no end
+        contained(file, file.parent, confined=False)
+    if files in ([], [path]):
+        return {"train": _open_file(path, streaming)} if files else None
+    return {"train": _open_shards(files) if path.suffix.lower() == ".tar" else _open_data(files, streaming)}
 
 
 def _open_folder(path: Path, streaming: bool, confined: bool) -> dict[str, OpenedTable]:
@@ -126,9 +128,7 @@ def _open_folder(path: Path, streaming: bool, confined: bool) -> dict[str, Opene
         elif found.kind == "metadata":
             table = _open_metadata(files, path, streaming, confined)
         elif found.kind == "images":
-            table = OpenedTable(
-                PhotosTable(files, found.labels[name] if labelled else None), str(path), {}, frozenset()
-            )
+            table = OpenedTable(PhotosTable(files, found.labels[name] if labelled else None), str(path), {}, {})
         else:
             table = _open_data(files, streaming)
             table = replace(table, not_read=(*table.not_read, *partitions(files, path.resolve())))
@@ -146,7 +146,7 @@ def _open_shards(files: Sequence[Path]) -> OpenedTable:
             raise DataError(f"data set {path} cannot be read: it is {packed}, and no tar: unpack it first")
     table = TarTable(files)
     parts = _parts(files, table.counts)
-    return OpenedTable(table, str(files[0].parent), {}, frozenset(), parts=parts, not_read=tuple(table.not_read))
+    return OpenedTable(table, str(files[0].parent), {}, {}, parts=parts, not_read=tuple(table.not_read))
 
 
 def _parts(files: Sequence[Path], counts: Sequence[int]) -> tuple[FilePart, ...]:
@@ -180,7 +180,7 @@ def _open_metadata(files: Sequence[Path], folder: Path, streaming: bool, confine
         return opened[0]
     places = [file.parent.relative_to(folder).as_posix() for file in files]
     table = JoinedTables([its.table for its in opened], places, images)
-    floats = frozenset(name for its in opened for name in its.single_floats)
+    floats = {name: kind for its in opened for name, kind in its.short_floats.items()}
     counts = [_count(its.table, file) for its, file in zip(opened, files, strict=True)]
     not_read = tuple(chain.from_iterable(its.not_read for its in opened))
     return OpenedTable(table, str(folder), {}, floats, tuple(files), _parts(files, counts), not_read)
@@ -215,7 +215,7 @@ def _open_data(paths: Sequence[Path], streaming: bool) -> OpenedTable:
             raise DataError(f"data set {path} cannot be read: {wrong}")
     if builder == "json":
         records = JsonTable(paths)
-        return OpenedTable(records, root, {}, frozenset(), tuple(paths), _parts(paths, records.counts))
+        return OpenedTable(records, root, {}, {}, tuple(paths), _parts(paths, records.counts))
     try:
         empty = [path for path in paths if builder == "parquet" and not count_records(path)]
         if empty == list(paths):
@@ -273,7 +273,7 @@ def _open_csv(paths: Sequence[Path], streaming: bool) -> OpenedTable:
     if len(opened) == 1:
         return replace(opened[0], not_read=tuple(nameless))
     joined = JoinedTables([one.table for one in opened], [root] * len(opened), images=())
-    return OpenedTable(joined, root, {}, frozenset(), not_read=tuple(nameless))
+    return OpenedTable(joined, root, {}, {}, not_read=tuple(nameless))
 
 
 def _csv_options(path: Path, columns: Sequence[str]) -> dict[str, Any]:
@@ -289,13 +289,14 @@ def _undecoded(table: Any, root: str) -> OpenedTable:
         table = undecoded(table)
     features = table.features or {}
     labels = {name: kind.names for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
-    floats = (name for name, kind in features.items() if getattr(kind, "dtype", None) in ("float32", "float16"))
+    dtypes = {name: getattr(kind, "dtype", None) for name, kind in features.items()}
+    floats = {name: dtype for name, dtype in dtypes.items() if dtype in ("float32", "float16")}
     opened = StreamTable(table) if isinstance(table, datasets.IterableDataset) else table
     if opened is table and date_columns(features):
         opened = DatedTable(table)
     if parsed := json_columns(features):
         opened = ParsedTable(opened, parsed)
-    return OpenedTable(opened, root, labels, frozenset(floats))
+    return OpenedTable(opened, root, labels, floats)
 
 
 _NARROWED = datasets.Dataset | StreamTable | ParsedTable | DatedTable

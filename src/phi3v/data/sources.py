@@ -320,7 +320,7 @@ def _records(opened: OpenedTable, source: str, choice: SetChoice, how: Reading) 
         confined=not options.allow_outside_root,
         within=opened.within if options.image_root is None else None,
         labels=opened.labels,
-        single_floats=opened.single_floats,
+        short_floats=opened.short_floats,
         cache=how.cache,
         failures=how.failures,
         allowed=AllowedHosts.parse(how.limits.allow_hosts),

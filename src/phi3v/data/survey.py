@@ -14,7 +14,8 @@ from typing import Any
 
 from phi3v.data.encode import text_tokens
 from phi3v.data.fit import OnTooLong, fit
-from phi3v.data.images import MAX_PIXELS, image_size, open_image, resolve_path
+from phi3v.data.image_cache import in_shard
+from phi3v.data.images import MAX_PIXELS, image_name, image_size, open_image, resolve_path
 from phi3v.data.lengths import RowLength, row_lengths
 from phi3v.data.schema import ImageRef, Row, RowProblem, TrainOn
 from phi3v.errors import ImageError, TooLongError
@@ -31,8 +32,8 @@ class RowFacts:
     Attributes:
         source: what it was read from.
         row: its number there.
-        length: its tokens; None without a processor, or while an image is still to be downloaded.
-        sizes: width and height of each upright image; empty while one is still to be downloaded.
+        length: its tokens; None without a processor, while an image is still to be downloaded, or in another part.
+        sizes: width and height of each upright image; empty while one is still to be downloaded, or in another part.
         images: a hash of each image's content: of its pixels where it was decoded, else of its file, else (it is still
             to be downloaded) of its address.
         text: a hash of all roles and texts.
@@ -62,6 +63,8 @@ class SurveyOptions:
         max_pixels: larger images are refused.
         max_length: the limit of a row in tokens; None for none.
         on_too_long: what is done about a longer row, see `fit`.
+        part: (i, n) looks at rows with an image behind an address of the i-th of n parts alone, at those without such
+            images in the first; the others are taken as if they were still to be downloaded. None for all.
         threads: that decode at once, each with a decoded photo in memory: up to 320 MB at the largest that is allowed.
     """
 
@@ -71,6 +74,7 @@ class SurveyOptions:
     max_pixels: int = MAX_PIXELS
     max_length: int | None = None
     on_too_long: OnTooLong = "skip"
+    part: tuple[int, int] | None = None
     threads: int = 2
 
 
@@ -99,11 +103,19 @@ def is_pending(row: Row) -> bool:
     return any(image.url is not None and image.path is None for image in row.images)
 
 
+def _is_left(row: Row, part: tuple[int, int] | None) -> bool:
+    """Whether nothing of a row is opened here: it waits for a download, or is another part's."""
+    web = [image.url for image in row.images if image.url is not None]
+    others = part is not None and not any(in_shard(url, part) for url in web) and (bool(web) or part[0] > 0)
+    return others or is_pending(row)
+
+
 def _look(
     rows: Sequence[Row], processor: Any | None, options: SurveyOptions, pool: Executor
 ) -> Iterator[RowFacts | RowProblem]:
     """The facts of some rows."""
-    present = [row for row in rows if not is_pending(row)]
+    left = [_is_left(row, options.part) for row in rows]
+    present = [row for row, is_left in zip(rows, left, strict=True) if not is_left]
     contents: Iterator[tuple[bytes, ...] | str]
     if options.decode or options.hash_images:
         contents = iter(list(pool.map(lambda row: _content(row, options), present)))
@@ -113,9 +125,9 @@ def _look(
         lengths: Iterator[RowLength | RowProblem] = iter([_sizes(row, options.max_pixels) for row in present])
     else:
         lengths = row_lengths(present, processor, train_on=options.train_on, max_pixels=options.max_pixels)
-    for row in rows:
+    for row, is_left in zip(rows, left, strict=True):
         text = _text_digest(row)
-        if is_pending(row):
+        if is_left:
             yield RowFacts(row.source, row.index, None, (), _names(row), text, _web(row))
             continue
         content, length = next(contents), next(lengths)
@@ -175,7 +187,7 @@ def _content(row: Row, options: SurveyOptions) -> tuple[bytes, ...] | str:
     except ImageError as error:
         return str(error)
     except OSError as error:  # the file went away, or its disk does
-        return f"image {image.path} cannot be read: {error.strerror or error}"
+        return f"image {image_name(image)} cannot be read: {error.strerror or error}"
 
 
 def _names(row: Row) -> tuple[bytes, ...]:

@@ -3,7 +3,7 @@
 Readers of all formats give these; nothing here opens a file or knows a format.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,7 +79,7 @@ class OpenedTable:
         root: folder that image paths count from.
         within: folder that they may not leave, where that is not `root`: of a hub set its repository in the cache.
         labels: column -> names of its numbers, for columns of class labels.
-        single_floats: columns of 32-bit floats.
+        short_floats: columns of floats of 32 or 16 bits: "float32", "float16".
         files: what the records are read from, where these are files of this machine that `datasets` reads.
         parts: the records by file, where there are several files and it is known how many are in each.
         not_read: what else lies there.
@@ -88,7 +88,7 @@ class OpenedTable:
     table: Table
     root: str
     labels: dict[str, list[str]]
-    single_floats: frozenset[str]
+    short_floats: Mapping[str, str]
     files: tuple[Path, ...] = ()
     parts: tuple[FilePart, ...] = ()
     not_read: tuple[NotRead, ...] = ()

@@ -144,9 +144,9 @@ def whole_text(text: str) -> str:
 
 
 def _number(value: float) -> str | None:
-    """A float without exponent and without a useless ".0": 470.0 -> 470, 1e-05 -> 0.00001, nan -> None."""
+    """A float without exponent and without a useless ".0": 470.0 -> 470, 1e-05 -> 0.00001, -0.0 -> 0, nan -> None."""
     if math.isnan(value):
         return None
     if math.isinf(value):
         raise TypeError("holds a number that is infinite, or larger than any that is kept (1e308)")
-    return format(Decimal(repr(value)), "f").removesuffix(".0")
+    return format(Decimal(repr(value + 0.0)), "f").removesuffix(".0")

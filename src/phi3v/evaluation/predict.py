@@ -114,9 +114,8 @@ def predict(
     The file has a row for each one of the data, in its order: `source` and `row` (its number there, from 0), the
     columns that the question's templates name, `image` (or `images`, where a row has several), `answer`, a column for
     each field of the run's answer template, and `reason_code` and `problem`, which say why a row has no answer. The
-    same call again
-    goes on where an earlier one was killed, or says that the file is finished. Under torchrun each process takes its
-    share of the rows, and the first one writes.
+    same call again goes on where an earlier one was killed, or says that the file is finished. Under torchrun each
+    process takes its share of the rows, and the first one writes.
 
     Args:
         target: run, adapter, model folder or hub id.

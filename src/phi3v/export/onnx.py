@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import GenerationConfig
 
-from phi3v.errors import MissingPackageError
+from phi3v.errors import ConfigError, MissingPackageError
+from phi3v.evaluation.engine import settings_reason
 from phi3v.export.layout import write_merged, write_processor
 from phi3v.export.onnx_decoder import build_decoder, check_decoder
 from phi3v.export.onnx_vision import EMBEDDING, VISION, write_embedding, write_vision
 from phi3v.loading import load_config, load_processor
-from phi3v.targets import ONNX_ABOUT, Target, run_of, system_template
+from phi3v.targets import ONNX_ABOUT, Target, read_json, run_of, system_template
+from phi3v.weight_files import find_file
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime", "onnxruntime_genai")
 GENAI_CONFIG = "genai_config.json"
@@ -38,6 +41,7 @@ def export_onnx(place: Target, folder: Path, *, precision: Precision = "fp32") -
     refuse_without_packages(PACKAGES)
     run = run_of(place.name)
     check_decoder(load_config(place.base, revision=place.revision))
+    refuse_settings(place)
     merged = folder / "merged"
     merged.mkdir()
     seen = {} if run is None else run.read_recipe().image.processor_options
@@ -56,6 +60,17 @@ def export_onnx(place: Target, folder: Path, *, precision: Precision = "fp32") -
     _write_json(folder / GENAI_CONFIG, genai_config(built, processor.stop_token_ids))
     _write_json(folder / ONNX_ABOUT, {"precision": precision, "system": system_template(place.name)})
     return {"precision": precision}
+
+
+def refuse_settings(place: Target) -> None:
+    """Raises: ConfigError where the base's generation_config.json asks for what answers from graphs do not do."""
+    published = find_file(place.base, "generation_config.json", place.revision)
+    settings = GenerationConfig.from_dict({} if published is None else read_json(published))
+    if (reason := settings_reason(settings)) is not None:
+        raise ConfigError(
+            f"{place.base}: graphs cannot follow its generation_config.json ({reason}): take it out there, or use "
+            "--to merged"
+        )
 
 
 def refuse_without_packages(packages: tuple[str, ...]) -> None:

@@ -2,19 +2,17 @@
 
 In come a folder of merged weights and an empty one, out go `model.onnx` and a first `genai_config.json`. The builder
 reads checkpoints of transformers' Phi-3, so the merged one is given such a config; it runs as a process of its own, for
-it prints, and its memory goes with it. Knows nothing of images.
+it prints, and its memory goes with it (and it with us, see `beside`). Knows nothing of images.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from transformers import Phi3Config
 
 from phi3v.errors import ConfigError
+from phi3v.export.beside import run_beside
 from phi3v.model.rope_phi3_v import Phi3VRotaryEmbedding
 
 DECODER = "model.onnx"
@@ -63,15 +61,8 @@ def build_decoder(config: Any, merged: Path, folder: Path, precision: str) -> No
     read_as_phi3(config, merged)
     words = ["-i", merged, "-o", folder, "-p", precision, "-e", "cpu", "-c", merged / "cache"]
     options = ["--extra_options", "exclude_embeds=true", "hf_token=false"]
-    command = [sys.executable, "-P", "-m", "onnxruntime_genai.models.builder", *map(str, words), *options]
-    done = subprocess.run(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"},
-    )
+    module, offline = "onnxruntime_genai.models.builder", {"HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
+    done = run_beside(module, [*map(str, words), *options], **offline)
     if done.returncode or not (folder / DECODER).is_file():
         said = [line.strip() for line in done.stdout.splitlines() if line.strip()] or ["nothing"]
         raise ConfigError(

@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from phi3v import __version__
 from phi3v.serve.backend import Answer, Backend
@@ -119,6 +120,8 @@ class _Chat:
                     body += piece
                     if len(body) > most:
                         raise too_large
+        except ClientDisconnect as error:
+            raise _Gone from error
         except TimeoutError as error:
             raise Refusal(408, "too_slow", "the body did not arrive in time") from error
         return bytes(body)

@@ -8,7 +8,7 @@ made at a time, whoever asks. Knows no page and no server.
 import contextlib
 import queue
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -186,12 +186,13 @@ class SideBySide:
             turn = replace(turn, answers={**turn.answers, column: ""}, answering=column)
             yield turn
             row = _row(turns, column, turn, self._model.system)
-            for piece in self._pieces(row, column, settings):
-                turn = replace(turn, answers={**turn.answers, column: turn.answers[column] + piece})
-                yield turn
+            with contextlib.closing(self._pieces(row, column, settings)) as pieces:
+                for piece in pieces:
+                    turn = replace(turn, answers={**turn.answers, column: turn.answers[column] + piece})
+                    yield turn
         yield replace(turn, answering=None)
 
-    def _pieces(self, row: Row, column: str, settings: Settings) -> Iterator[str]:
+    def _pieces(self, row: Row, column: str, settings: Settings) -> Generator[str, None, None]:
         """The answer to a row, piece by piece, made in a thread that has ended when this has."""
         pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
         stopped = threading.Event()

@@ -20,6 +20,7 @@ from phi3v.evaluation.figures import ends
 from phi3v.evaluation.run import feature_store
 from phi3v.features.store import FeatureStore
 from phi3v.launch import Launch
+from phi3v.passthrough import first_line
 from phi3v.recipe import Recipe
 from phi3v.recipe_sweep import SweepSection
 from phi3v.sweep.folder import SweepFolder
@@ -31,6 +32,7 @@ from phi3v.sweep.verdict import remarks
 from phi3v.sweep.workers import Workers
 from phi3v.training.callbacks import Watcher
 from phi3v.training.preflight import check_recipe_alone
+from phi3v.training.step_faults import is_out_of_memory
 
 _STATES = {
     TrialState.COMPLETE: "complete",
@@ -306,6 +308,10 @@ class _Work:
                 found = score_untuned(self.recipe, self.folder.recipe, self.settings.metric, self.on_event)
             except Phi3VError as error:
                 found = {"error": str(error)}
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                found = {"error": f"out of memory ({first_line(error)}): take a smaller evaluation.batch_size"}
             self.folder.write_base(found)
 
     def _result(self, status: Literal["finished", "complete", "stopped"], *, write: bool) -> SweepResult:
@@ -327,8 +333,10 @@ class _Work:
     def _is_told(self) -> bool:
         """Whether all was written that a finished sweep leaves; best.yaml comes last."""
         ranking = self._ranking()
-        if ranking["best"] is None or not self.folder.best.is_file():
-            return ranking["best"] is None and self.folder.ranking.is_file()
+        if ranking["best"] is None:
+            return self.folder.ranking.is_file()
+        if ranking["base"] is None or not self.folder.best.is_file():
+            return False
         return self.folder.best.read_text(encoding="utf-8") == self._best(ranking)
 
     def _best(self, ranking: dict[str, Any]) -> str | None:

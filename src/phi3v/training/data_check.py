@@ -4,7 +4,7 @@ In comes a recipe, out comes a `data.check.Report`. Reads the model's config, to
 weights; prints nothing.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from typing import Any
 
@@ -51,7 +51,8 @@ def check_recipe(
         model: False counts no tokens: the recipe's model is only a stand-in.
         decode: decode every image; False is quicker and takes the header for enough.
         fetch: download images that are not in the cache.
-        shard: (i, n) downloads the i-th of n parts, from 0, so that n machines share the work and one cache.
+        shard: (i, n) downloads the i-th of n parts, from 0, so that n machines share the work and one cache, and looks
+            closely at its rows alone.
         on_progress: called as rows are looked at.
     Raises: DataError, CheckpointError: the set or the model's small files cannot be read at all.
     """
@@ -59,11 +60,12 @@ def check_recipe(
     processor, config = _model_files(recipe) if model else (None, None)
     context = config.max_position_embeddings if config is not None else None
     limit = recipe.data.max_length if context is None else recipe.data.longest(context)
-    part = _fetch_part(recipe, shard, on_progress) if fetch and shard != (0, 1) else None
+    whole, in_part = fetch and shard == (0, 1), fetch and shard != (0, 1)
+    part = _fetch_part(recipe, shard, on_progress) if in_part else None
     failures = {} if part is None else part.failures
-    whole = fetch and shard == (0, 1)
     data, unsplit = _open(recipe, download=whole, failures=failures, on_progress=on_progress)
     options = survey_options(recipe, context, decode=decode, hashes=True)
+    options = replace(options, part=shard if in_part else None)
     train, held_out, problems = survey_data(data, processor, options, on_progress=on_progress)
     facts = FactTable(chain(train.facts, held_out.facts))
     crops = recipe.image.num_crops if processor is None else processor.image_processor.num_crops
@@ -75,7 +77,7 @@ def check_recipe(
         train=len(train.kept),
         validation=len(held_out.kept),
         origin=data.origin,
-        problems=listed(problems, recipe.data.on_too_long, crops),
+        problems=listed(problems),
         reasons=count_reasons(problems),
         **_limits(recipe),
         trouble=data.refusal or unsplit or find_refusal(recipe, data, problems, len(train.kept)),
@@ -95,7 +97,7 @@ def check_recipe(
         crops=crop_prices(facts, num_crops=crops, max_tokens=recipe.image.max_tokens, context=limit),
         sets=data.sets,
         not_read=data.not_read,
-        part=None if whole or not fetch else FetchedPart.of(shard, part, **_limits(recipe)),
+        part=None if not in_part else FetchedPart.of(shard, part, **_limits(recipe)),
         outlook=_outlook(recipe, train, config, crops) if model else None,
     )
 

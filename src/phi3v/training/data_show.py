@@ -79,8 +79,7 @@ def show_recipe(recipe: Recipe, *, rows: int = 8, decode: bool = True, on_progre
         for row in _with_images(chosen, wrong, recipe, on_progress)
     ]
     usable = data.rows_in - len(problems)
-    told = listed(problems, recipe.data.on_too_long, processor.image_processor.num_crops)
-    return Shown(recipe.data.train_name, name, data.rows_in, usable, told, decode, shown)
+    return Shown(recipe.data.train_name, name, data.rows_in, usable, listed(problems), decode, shown)
 
 
 def _with_images(

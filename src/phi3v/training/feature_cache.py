@@ -260,15 +260,13 @@ class FeatureCache:
             generator=torch.Generator(),  # the global one is the training's own: it decides about dropout
         )
         waiting = iter(loader)
-        try:
+        with watch:
             for _ in range(count):
                 watch.wait()
                 with _workers_are_there(watch), taking_over():
                     sample = next(waiting)
                 watch.got()
                 yield sample
-        finally:
-            watch.close()
 
 
 class KnownRows:

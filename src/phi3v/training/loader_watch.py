@@ -7,13 +7,14 @@ main process, as it does where the system killed one. Workers end with their par
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
@@ -61,9 +62,20 @@ class WatchedWorkers:
         """It waits no more."""
         self._waiting_since = None
 
-    def close(self) -> None:
-        """The loader is not used any more."""
+    def __enter__(self) -> Self:
+        """The loader is used from now on."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """The loader is not used any more. Of an error its workers end at once: whoever holds the error holds them."""
         self._closed = True
+        if kind is None or not len(self._notes):
+            return
+        _raise_where_it_waits()
+        own = set(self._notes[:, _PROCESS].tolist())
+        for child in multiprocessing.active_children():
+            if child.pid in own:
+                child.kill()
 
     def _look(self) -> None:
         """Runs in a thread of its own, until the end or until workers were killed."""

@@ -14,13 +14,14 @@ from typing import Any
 from phi3v.data.synthetic import write_synthetic_rows
 from phi3v.errors import ConfigError, ImageError
 from phi3v.image_tokens import CROP_SIZE, grid_tokens
+from phi3v.launch import Launch
 from phi3v.loading import load_config, load_processor, resolve_device
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.training.callbacks import Watcher
 from phi3v.training.checkpointing import checkpointing, checkpointing_kwargs
 from phi3v.training.device_time import check_trace
-from phi3v.training.floor import useful_operations, vision_operations
+from phi3v.training.floor import TOWER_PASSES, useful_operations, vision_operations
 from phi3v.training.memory_plan import adopt
 from phi3v.training.outlook import measure_rate
 from phi3v.training.step_marks import SeenBatch, StepMarks
@@ -124,6 +125,8 @@ def profile(
         on_event: told what `train` tells.
     Raises: as `train`; ConfigError for a trace that cannot be written or photos beyond the limits, before all else.
     """
+    if (count := Launch.here().count) > 1:
+        raise ConfigError(f"phi3v profile watches the steps of one process, and here are {count}: start it alone")
     if trace is not None:
         check_trace(trace)
     if rows is not None:
@@ -136,11 +139,16 @@ def profile(
             values["vision"]["cache_folder"] = str(Path(folder) / "features")  # not among features that are wanted
         watched = type(recipe).from_dict(values)
         marks = StepMarks(resolve_device(recipe.model.device), warm, traced=trace is not None)
-        train_watched(watched, [marks], on_event=on_event)
+        train_watched(watched, [marks], on_event=on_event and _of_its_own(on_event))
         settled = adopt(recipe, RunFolder(watched.output))
     if trace is not None:
         marks.device_watch.write_trace(trace)
     return summarise(settled, marks, trace, chosen=recipe.automatic)
+
+
+def _of_its_own(told: Watcher) -> Watcher:
+    """A caller who is not told that good rows are in no epoch: so few steps are ours, not the recipe's."""
+    return lambda event: told(event if event.rows is None else replace(event, rows=replace(event.rows, not_drawn=0)))
 
 
 def _refuse_photos(recipe: Recipe, size: tuple[int, int]) -> None:
@@ -221,7 +229,7 @@ def summarise(recipe: Recipe, marks: StepMarks, trace: Path | None, *, chosen: S
 
 
 def floor_operations(recipe: Recipe, batches: Sequence[SeenBatch]) -> float:
-    """The least arithmetic of these micro-batches under LoRA."""
+    """The least arithmetic of these micro-batches under LoRA; a projector counts as often as the tower below it."""
     config = load_config(recipe.model.name, revision=recipe.model.revision)
     rank = int((recipe.lora or {}).get("r", 16))
     total = 0.0
@@ -234,7 +242,8 @@ def floor_operations(recipe: Recipe, batches: Sequence[SeenBatch]) -> float:
         grids = batch.tower_grids
         if grids:
             tokens = sum(grid_tokens(*grid) for grid in grids)
-            total += vision_operations(config, tokens, sum(h * w + 1 for h, w in grids))
+            passes = TOWER_PASSES[recipe.vision.tower]
+            total += passes * vision_operations(config, tokens, sum(h * w + 1 for h, w in grids))
     return total
 
 

@@ -4,7 +4,8 @@ A step is N samples and its loss the mean over all their trained tokens, however
 are computed at trained positions only; the validation loss is a mean over tokens too, whatever the batch size. For the
 Trainer a step is one batch of N samples without accumulation: the loader's item is the list of its micro-batches, of
 which packing makes now more, now fewer. A step that does not fit into memory is done again in smaller micro-batches;
-one whose loss or gradient is no number changes nothing. `durable_trainer` changes how the Trainer saves and resumes.
+one whose loss or gradient is no number changes nothing. How the Trainer saves and resumes is changed in
+`durable_trainer`.
 """
 
 import contextlib
@@ -103,12 +104,8 @@ class StepTrainer(DurableTrainer):
     def train(self, *arguments: Any, **named: Any) -> Any:
         """The training, and the end of what watches its loader workers."""
         walks = contextlib.nullcontext() if self.ranks.several else short_walks(self.model)
-        try:
-            with walks:
-                return super().train(*arguments, **named)
-        finally:
-            self.workers.close()
-            self.eval_workers.close()
+        with self.workers, self.eval_workers, walks:
+            return super().train(*arguments, **named)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """What the Trainer logs, as the meter counts samples."""
@@ -331,20 +328,16 @@ class StepTrainer(DurableTrainer):
 
     def _loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss of a micro-batch; one of the caller's needs all logits, the model's own only some."""
+        if self.compute_loss_func is None and self.label_smoother is not None:
+            return self._smoothed_loss(model, inputs, *args, **kwargs)
         if self.compute_loss_func is not None:
             inputs = {name: value for name, value in inputs.items() if name != "trained_positions"}
-        elif self.label_smoother is not None:
-            return self._smoothed_loss(model, inputs, *args, **kwargs)
         elif "trained_positions" not in inputs:
             inputs = {**inputs, "trained_logits_only": True}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _smoothed_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The Trainer's label smoother at trained positions, where each logit is beside the token behind it.
 
@@ -357,7 +350,8 @@ class StepTrainer(DurableTrainer):
         else:
             targets = labels.flatten().index_select(0, positions + 1)
         outputs = model(**inputs)
-        loss = self.label_smoother({"logits": outputs["logits"].float()}, targets, False, num_items_in_batch)
+        logits = {"logits": outputs["logits"].float()}
+        loss = self.label_smoother(logits, targets, num_items_in_batch=num_items_in_batch)
         if num_items_in_batch is not None:
             loss = loss * self.ranks.count  # as the Trainer's own: gradients become means over ranks
         return (loss, outputs) if return_outputs else loss

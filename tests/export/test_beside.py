@@ -1,0 +1,59 @@
+"""A program beside an export: what it says comes back, and it does not outlive a killed export."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import phi3v
+from phi3v.export.beside import run_beside
+
+SLEEPER = """
+import os, sys, time
+from pathlib import Path
+Path(sys.argv[1]).with_suffix(".new").write_text(str(os.getpid()))
+os.replace(Path(sys.argv[1]).with_suffix(".new"), sys.argv[1])
+time.sleep(120)
+"""
+PARENT = "import sys; from phi3v.export.beside import run_beside; run_beside('sleeper', sys.argv[1:])"
+
+
+def test_words_and_outputs_are_those_of_the_module(tmp_path: Path) -> None:
+    (tmp_path / "said.py").write_text("import sys; print(__name__, sys.argv[1:]); sys.exit('and why')")
+    done = run_beside("said", ["-a", "b c"], PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1 and sorted(done.stdout.splitlines()) == ["__main__ ['-a', 'b c']", "and why"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_it_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    source = str(Path(phi3v.__file__).resolve().parents[1])
+    environment = {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{tmp_path}"}
+    told = tmp_path / "number"
+    with subprocess.Popen([sys.executable, "-c", PARENT, str(told)], env=environment) as parent:
+        wait(told.exists)
+        child = int(told.read_text())
+        os.kill(child, 0)
+        parent.send_signal(signal.SIGKILL)
+    wait(lambda: has_ended(child))
+
+
+def wait(until) -> None:
+    end = time.monotonic() + 60
+    while not until():
+        assert time.monotonic() < end, "in vain"
+        time.sleep(0.02)
+
+
+def has_ended(process: int) -> bool:
+    """Also where nobody has asked for its exit code: a container may have no init that does."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    stat = Path(f"/proc/{process}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z"
