@@ -332,11 +332,13 @@ def test_predictions_hold_the_fields_of_every_answer(world):
     rows = held_out_rows(resolve_target(world / "run"), world / "photos" / "rows.jsonl", 1).rows
     column = Column("exact_match", None, np.array([1.0]))
     scores = {"exact_match": column}, {"exact_match": column}
-    found = prediction_rows(rows, [" It is red.\n"], ["a red thing"], AnswerTemplate("It is {colour}."), *scores)
+    said, one = ([" It is red.\n"], ["a red thing"]), np.array([0])
+    found = prediction_rows(rows, *said, AnswerTemplate("It is {colour}."), *scores, one)
     assert found[0]["right"] is True and found[0]["row"] == 0 and found[0]["images"] == ["0.png"]
+    assert found[0]["image_group"] == 0
     assert found[0]["fields"] == {"colour": {"expected": "red", "base": None, "tuned": "red"}}
     assert found[0]["scores"] == {"tuned": {"exact_match": 1.0}, "base": {"exact_match": 1.0}}
-    alone = prediction_rows(rows, ["x"], None, AnswerTemplate("free text"), {}, None)[0]
+    alone = prediction_rows(rows, ["x"], None, AnswerTemplate("free text"), {}, None, one)[0]
     assert alone["fields"] == {} and alone["scores"] == {"tuned": {}, "base": None}
 
 
