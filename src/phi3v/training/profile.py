@@ -5,6 +5,7 @@ on the recipe's rows or on generated ones; nothing of its own run is touched. It
 """
 
 import math
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,9 +29,9 @@ from phi3v.training.step_marks import SeenBatch, StepMarks
 from phi3v.training.train import train_watched
 
 NOT_WATCHED = tuple(
-    "save eval load_best_model metric_for_best_model greater_is_better push_to_hub early_stopping".split()
+    "save eval load_best_model metric_for_best_model greater_is_better push_to_hub early_stopping fsdp".split()
 )
-"""Beginnings of TrainingArguments that say what happens beside steps."""
+"""Beginnings of TrainingArguments that say what happens beside steps, or among several processes."""
 _MOST_JPEG_SIDE = 65_500
 
 
@@ -229,7 +230,7 @@ def summarise(recipe: Recipe, marks: StepMarks, trace: Path | None, *, chosen: S
 
 
 def floor_operations(recipe: Recipe, batches: Sequence[SeenBatch]) -> float:
-    """The least arithmetic of these micro-batches under LoRA; a projector counts as often as the tower below it."""
+    """The least arithmetic of these micro-batches; LoRA counts on all four projections, a projector as its tower."""
     config = load_config(recipe.model.name, revision=recipe.model.revision)
     rank = int((recipe.lora or {}).get("r", 16))
     total = 0.0
@@ -259,7 +260,8 @@ def advise(recipe: Recipe, found: Profile, *, chosen: Sequence[str] = ()) -> Adv
     frozen = recipe.vision.frozen and not recipe.data.streaming
     if waiting > 0.05 and found.decode_seconds:
         computing = max(found.seconds * (1 - waiting), 1e-3)
-        workers = math.ceil(1.5 * found.decode_seconds * found.samples_per_step / computing)
+        wanted = math.ceil(1.5 * found.decode_seconds * found.samples_per_step / computing)
+        workers = min(wanted, os.cpu_count() or 1)  # more than cores would wait for each other
         if workers > int(options.get("dataloader_num_workers") or 0):
             seen = (
                 f"{waiting:.0%} of a step waits for data; a sample takes {1000 * found.decode_seconds:.0f} ms of a core"
