@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from phi3v.data.data_uri import photo_uri
@@ -50,7 +51,7 @@ def make_predictions(rows: int, base: bool = True) -> tuple[list[dict[str, Any]]
         for i in range(rows)
     ]
     beside = (wrong, theirs) if base else (None, None)
-    predictions = prediction_rows(found, tuned, beside[0], TEMPLATE, ours, beside[1])
+    predictions = prediction_rows(found, tuned, beside[0], TEMPLATE, ours, beside[1], np.arange(rows))
     for one in predictions:
         one["images"] = [f"<s>{one['row']}.jpg"]
     return predictions, {
@@ -58,6 +59,7 @@ def make_predictions(rows: int, base: bool = True) -> tuple[list[dict[str, Any]]
         "base": "tiny/base" if base else None,
         "against": "base" if base else None,
         "rows": rows,
+        "images": {"rows": rows, "different": rows},
         "created": "2026-01-02T03:04:05Z",
         "kind": {"name": scoring.kind, "why": scoring.why},
         "primary": scoring.metrics[0],

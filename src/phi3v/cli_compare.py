@@ -45,7 +45,7 @@ def show_comparison(console: Console, found: Comparison) -> None:
     from rich.text import Text
 
     from phi3v.cli_screen import align
-    from phi3v.evaluation.figures import counted, ends, figure, gain, p_value
+    from phi3v.evaluation.figures import counted, ends, figure, gain, p_value, rows_about
 
     label = found.runs[0]["metrics"][found.primary]["label"]
     table = Table("", label, "95 % interval", "base", "same answer to all", "difference", "p", "won", "lost", box=None)
@@ -68,6 +68,8 @@ def show_comparison(console: Console, found: Comparison) -> None:
     align(table)
     console.print(table)
     for run in found.runs:
+        if " about " in (about := rows_about(run, "row")):
+            console.print(f"{run['name']}: {about}, which are taken together", markup=False, soft_wrap=True)
         if run["why_not"]:
             console.print(f"{run['name']}: {run['why_not']}", markup=False, soft_wrap=True)
     rows, keys = counted(len(found.disagreements), "row"), counted(len(found.recipes), "setting")

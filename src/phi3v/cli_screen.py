@@ -33,6 +33,7 @@ from phi3v.evaluation.figures import (
     interval,
     p_value,
     percent,
+    rows_about,
     short_number,
 )
 from phi3v.evaluation.headline import column_names
@@ -184,7 +185,7 @@ def show_trainable(console: Console, report: TrainableReport) -> None:
 def show_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
     """Every metric of the target and of what stands beside it, from `Evaluation.to_dict()`."""
     names, metrics = column_names(evaluation), evaluation["metrics"].values()
-    table = Table("", title=counted(evaluation["rows"], "held-out row"), title_justify="left", box=None)
+    table = Table("", title=rows_about(evaluation, "held-out row"), title_justify="left", box=None)
     for name in names.values():
         table.add_column(Text(name))
     table.add_column("same answer to all")

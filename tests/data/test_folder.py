@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from phi3v.data.columns import RowOptions
-from phi3v.data.folder import FolderFiles, find_files, matching
+from phi3v.data.folder import FolderFiles, find_files
 from phi3v.data.not_read import NamedFiles, NotRead, unnamed
 from phi3v.data.opening import open_set
 from phi3v.data.reading import Reading
@@ -296,22 +296,6 @@ def test_metadata_in_folders_of_classes_names_photos_from_its_own_place(
         ("dog", "dog/../cat/b.png"),
     ]
     assert train[2].source == f"{tmp_path}/dog/metadata.{kind}" and train[2].index == 1
-
-
-def test_patterns_name_files_with_braces(tmp_path: Path) -> None:
-    fill(tmp_path, "08.csv", "09.csv", "10.csv", "a{b}.csv", "x.jsonl")
-    names = [f"{tmp_path}/{name}.csv" for name in ("08", "09", "10")]
-    assert [str(path) for path in matching(f"{tmp_path}/{{08..10}}.csv")] == names
-    assert [str(path) for path in matching(f"{tmp_path}/{{0,0}}{{8..9}}.csv")] == [*names[:2], *names[:2]]
-    assert [str(path) for path in matching(f"{tmp_path}/{{08,1*}}.csv")] == [names[0], names[2]]
-    assert [str(path) for path in matching(f"{tmp_path}/[01]*.csv")] == names
-    assert matching(f"{tmp_path}/none*.csv") == [] == matching(f"{tmp_path}/none.csv")
-    with pytest.raises(DataError, match=r"data file .*/11.csv, which .*/\{08..11\}.csv names, does not exist"):
-        load_rows(f"{tmp_path}/{{08..11}}.csv", options=OPTIONS)
-    with pytest.raises(DataError, match="names more than 100,000 files"):
-        matching(f"{tmp_path}/{{0..999999999}}.csv")
-    assert len(load_rows(f"{tmp_path}/{{08..10}}.csv", options=OPTIONS)[0]) == 6
-    assert len(load_rows(f"{tmp_path}/a{{b}}.csv", options=OPTIONS)[0]) == 2
 
 
 @pytest.mark.parametrize(

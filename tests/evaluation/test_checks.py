@@ -89,7 +89,8 @@ def test_a_leaked_split_is_caught(shop):
     found = check_overlap(train, test, right, Column("exact_match", None, np.zeros(12))).to_dict()
     assert found["verdict"] == "fail"
     assert found["line"] == (
-        "2 of 12 rows (16.7 %) are in the training data as well; the score of the other 10 is 20.0 %, of all 33.3 %"
+        "2 of 12 rows (16.7 %) are in the training data as well; the score of the other 10 is 20.0 % "
+        "(5.7 % to 51.0 %), of all 33.3 %"
     )
     assert (found["leaked"], found["seen_images"], found["same_texts"], found["looked_at"]) == (2, 3, 2, 43)
     pairs = [(pair["row"], pair["train_row"], pair["shares"]) for pair in found["pairs"]]
@@ -157,13 +158,20 @@ def test_a_row_of_several_pictures_leaks_with_all_of_them(shop, known, asked, ve
 def test_a_model_that_ignores_its_images_is_caught():
     names = ["red", "blue", "green", "white"]
     expected = [f"It is {names[number % 4]}." for number in range(40)]
-    rows = [make_row(number, text, Path("a.png")) for number, text in enumerate(expected)]
+    rows = [make_row(number, text, Path(f"{number}.png")) for number, text in enumerate(expected)]
     scoring = scoring_for(expected)
     blind = said(["It is red."] * 40, [3.0] * 40)
     looking = check_images(scoring, rows, said(expected, [0.1] * 40), blind).to_dict()
     assert looking["verdict"] == "pass" and looking["p"] < 1e-6
     assert (looking["with_images"]["value"], looking["with_grey_images"]["value"]) == (1.0, 0.25)
-    assert looking["constant"] == 0.25 and looking["same_answers"] == 0.25 and looking["loss"]["p"] < 0.001
+    assert looking["constant"] == 0.25 and looking["same_answers"]["value"] == 0.25 and looking["loss"]["p"] < 0.001
+    assert looking["line"] == (
+        "exact match 100 % (91.2 % to 100 %) with the images, 25.0 % (12.5 % to 40.0 %) with grey ones in their place, "
+        "25.0 % by the most frequent answer (p < 0.001, 40 rows)"
+    )
+    same = [make_row(number, text, Path(f"{number // 10}.png")) for number, text in enumerate(expected)]
+    few = check_images(scoring, same, said(expected), blind)
+    assert few.verdict == "skipped" and few.line.startswith("40 rows with images about 4 photos are too few")
     for answers in (["It is red."] * 40, expected):  # a constant answer, and one that the question gives away
         ignoring = check_images(scoring, rows, said(answers), said(answers))
         assert ignoring.verdict == "fail" and "nothing shows that answers depend on the images" in ignoring.line
@@ -175,7 +183,7 @@ def test_a_model_that_ignores_its_images_is_caught():
 def test_a_model_tuned_on_shuffled_answers_is_caught():
     """Its answers have the right form and belong to other pictures, with the image or without."""
     expected = [f"It is product {number}." for number in range(40)]
-    rows = [make_row(number, text, Path("a.png")) for number, text in enumerate(expected)]
+    rows = [make_row(number, text, Path(f"{number}.png")) for number, text in enumerate(expected)]
     dealt = [Random(seed).sample(expected, 40) for seed in (1, 2)]
     scoring = scoring_for(expected)
     assert check_images(scoring, rows, said(dealt[0]), said(dealt[1])).verdict == "fail"
@@ -192,7 +200,7 @@ def test_a_model_tuned_on_shuffled_answers_is_caught():
 )
 def test_what_was_forgotten_is_told(before, after, verdict, words):
     expected = [f"It is product {number}." for number in range(40)]
-    rows = [make_row(number, text, Path("a.png")) for number, text in enumerate(expected)]
+    rows = [make_row(number, text, Path(f"{number}.png")) for number, text in enumerate(expected)]
     answers = [said([*expected[:right], *["no"] * (40 - right)]) for right in (before, after)]
     found = check_forgetting(scoring_for(expected), rows, *answers)
     assert found.verdict == verdict and words in found.line
@@ -203,7 +211,7 @@ def test_what_was_forgotten_is_told(before, after, verdict, words):
 
 @pytest.mark.parametrize(
     ("expected", "answers", "name", "share"),
-    [
+    [  # of 4 answers 3 are needed: 1 is 4.6 % to 69.9 %, 2 are 15 % to 85 %, 3 are 30.1 % to 95.4 %
         ("It is red.", ["It is red.", "It is blue.", "red", "It is"], "formless", 0.5),
         ('{"a": 1}', ['{"a": 2}', "{}", "a: 1", '```{"a": 1}```'], "formless", 0.5),
         ("470", ["12", "about 12", "1,200", "none"], "formless", 0.5),
@@ -216,16 +224,24 @@ def test_what_was_forgotten_is_told(before, after, verdict, words):
 )
 def test_form_of_answers(expected, answers, name, share):
     found = check_form(scoring_for([expected] * 4), [expected] * 4, ["What?"] * 4, said(answers), said([expected] * 4))
-    assert found.figures["tuned"][name] == share and found.figures["base"][name] == 0.0
-    assert found.verdict == "fail" and "of 4 answers" in found.line
+    assert found.figures["tuned"][name]["value"] == share and found.figures["base"][name]["value"] == 0.0
+    assert found.verdict == ("fail" if share == 0.75 else "warn") and "of 4 answers" in found.line
+    ends = {0.25: "25.0 % (4.6 % to 69.9 %)", 0.5: "50.0 % (15.0 % to 85.0 %)", 0.75: "75.0 % (30.1 % to 95.4 %)"}
+    assert ends[share] in found.line and "(beside it 0 % (0 % to 49.0 %))" in found.line
+    assert "8 times as long as expected (beside it 1 times)" in found.line or expected != "B"
 
 
 def test_form_of_length_and_end():
     expected = ["It is red."] * 50
     scoring = scoring_for(expected)
-    assert check_form(scoring, expected, expected, said(expected)).verdict == "pass"
+    fine = check_form(scoring, expected, expected, said(expected))
+    assert fine.verdict == "pass" and "100 % (92.9 % to 100 %) in the form that is expected" in fine.line
     cut = check_form(scoring, expected, expected, said(expected, ended=[False] * 2 + [True] * 48))
-    assert cut.verdict == "warn" and "4.0 % are cut off at evaluation.max_new_tokens" in cut.line
+    assert cut.verdict == "warn" and "4.0 % (1.1 % to 13.5 %) are cut off at evaluation.max_new_tokens" in cut.line
+    late = said(expected, ended=[False] * 16 + [True] * 34)
+    assert check_form(scoring, expected, expected, late).verdict == "fail"
+    together = check_form(scoring, expected, expected, late, groups=np.arange(50) // 5)
+    assert together.verdict == "warn", "of 10 photos 3 and a fifth of one are cut off: 8 % to 60 % or so"
     long = check_form(scoring, expected, expected, said(["It is red and of a very long kind indeed."] * 50))
     assert long.verdict == "warn" and "4.1 times as long as expected" in long.line
     unknown = Answers(expected, [1.0] * 50, [1] * 50, ended=[None] * 50)

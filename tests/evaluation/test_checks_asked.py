@@ -58,7 +58,7 @@ def test_all_checks_of_a_run(world, monkeypatch):
         "photos of 4 colours are the same"
     )
     assert checks["overlap"]["looked_at"] == 18 and len(checks["overlap"]["pairs"]) == 6
-    assert checks["form"]["tuned"]["formless"] == 1.0 and checks["form"]["tuned"]["cut_off"] > 0
+    assert checks["form"]["tuned"]["formless"]["low"] > 0.6 and checks["form"]["tuned"]["cut_off"]["value"] > 0
     assert checks["images"]["rows"] == 6 and checks["images"]["verdict"] == "fail"
     assert checks["forgetting"]["kind"] == "number" and checks["forgetting"]["before"]["rows"] == 4
     run = RunFolder(world / "run")

@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import os
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,6 +121,7 @@ def test_a_killed_evaluation_goes_on_and_ends_as_an_undisturbed_one(world, evalu
     with pytest.raises(KeyboardInterrupt) as caught:
         evaluate(run.path, on_progress=stop)
     assert caught.value.__notes__[0].startswith("0 of 5 rows are answered and kept")
+    assert caught.value.__notes__[1:] == ["kept too: 5 in answers-base.jsonl"]
     assert len(run.answers("base").read_text().splitlines()) == 2
     asked, original = [], Engine.answer
     monkeypatch.setattr(Engine, "answer", lambda self, these: asked.append(self) or original(self, these))
@@ -142,7 +145,8 @@ def test_an_evaluation_of_other_rows_has_a_folder_and_goes_on(world, tmp_path, m
     whole = evaluate(run, **data, out=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt) as caught:
         evaluate(run, **data, out=tmp_path / "cut", on_progress=stop)
-    assert "rows are answered and kept" in caught.value.__notes__[0]
+    assert caught.value.__notes__[0].startswith("0 of 5 rows are answered and kept")
+    assert caught.value.__notes__[1:] == ["kept too: 5 in answers-tuned.jsonl"]
     assert [path.name for path in (tmp_path / "cut").glob("answers-tuned*")] == ["answers-tuned.jsonl"]
     monkeypatch.setattr(Engine, "answer", lambda self, these: asked.append(self) or original(self, these))
     evaluate(run, **data, out=tmp_path / "cut")
@@ -167,6 +171,22 @@ def test_a_folder_of_something_else_is_refused(world, tmp_path):
         evaluate(world / "run", world / "photos" / "rows.jsonl", **options, out=tmp_path / "one")
     with pytest.raises(ConfigError, match="holds the evaluation of"):
         evaluate(world / "run", rows=1, against=world / "model", out=tmp_path / "one")
+    for changed, line in (
+        ({"rows": 2}, r"\(evaluation.rows: 1 there, 2 here\)"),
+        ({"against": "base"}, r'\(evaluation.against: null there, "base" here\)'),
+        ({"metrics": ["chrf"]}, r'\(evaluation.metrics: \["exact_match", .*\] there, \["chrf", .*\] here\)'),
+        ({"checks": ["form"]}, r'\(evaluation.checks: \["overlap", "form"\] there, \["form"\] here\)'),
+        ({"overrides": ["evaluation.max_new_tokens=3"]}, r"\(evaluation.max_new_tokens: 5 there, 3 here\)"),
+    ):
+        with pytest.raises(ConfigError, match=r"one holds an evaluation under other settings " + line):
+            evaluate(world / "run", **options | changed, out=tmp_path / "one")
+    before = (tmp_path / "one" / "predictions.jsonl").read_bytes()
+    evaluate(world / "run", **options, out=tmp_path / "one")  # the same again
+    assert (tmp_path / "one" / "predictions.jsonl").read_bytes() == before
+    photo = next(Path(image) for image in json.loads(before)["images"])
+    os.utime(world / "photos" / photo.name, (1, 1))
+    with pytest.raises(ConfigError, match=r"under other settings \(other rows or images\): name another folder"):
+        evaluate(world / "run", **options, out=tmp_path / "one")
     with pytest.raises(ConfigError, match="adapter, which is of no evaluation"):
         evaluate(world / "run", **options, out=world / "run")
     (tmp_path / "file").write_text("")
@@ -312,11 +332,13 @@ def test_predictions_hold_the_fields_of_every_answer(world):
     rows = held_out_rows(resolve_target(world / "run"), world / "photos" / "rows.jsonl", 1).rows
     column = Column("exact_match", None, np.array([1.0]))
     scores = {"exact_match": column}, {"exact_match": column}
-    found = prediction_rows(rows, [" It is red.\n"], ["a red thing"], AnswerTemplate("It is {colour}."), *scores)
+    said, one = ([" It is red.\n"], ["a red thing"]), np.array([0])
+    found = prediction_rows(rows, *said, AnswerTemplate("It is {colour}."), *scores, one)
     assert found[0]["right"] is True and found[0]["row"] == 0 and found[0]["images"] == ["0.png"]
+    assert found[0]["image_group"] == 0
     assert found[0]["fields"] == {"colour": {"expected": "red", "base": None, "tuned": "red"}}
     assert found[0]["scores"] == {"tuned": {"exact_match": 1.0}, "base": {"exact_match": 1.0}}
-    alone = prediction_rows(rows, ["x"], None, AnswerTemplate("free text"), {}, None)[0]
+    alone = prediction_rows(rows, ["x"], None, AnswerTemplate("free text"), {}, None, one)[0]
     assert alone["fields"] == {} and alone["scores"] == {"tuned": {}, "base": None}
 
 

@@ -19,7 +19,7 @@ from phi3v.data.encode import encode_prompt
 from phi3v.errors import ConfigError, DataError
 from phi3v.evaluation import answers as answers_module
 from phi3v.evaluation.answer_files import journal_of, lock_of, plain_cell
-from phi3v.evaluation.answers import answer_rows
+from phi3v.evaluation.answers import Answers, answer_rows
 from phi3v.evaluation.engine import Engine
 from phi3v.evaluation.fields import AnswerTemplate
 from phi3v.evaluation.journal import Journal, read_journal
@@ -135,6 +135,24 @@ def test_photos_alone_need_a_prompt_and_no_column(world: Path, tmp_path: Path) -
 
 def photo_words(world: Path) -> tuple[str, str, None]:
     return str(world / "only"), "What?", None
+
+
+def test_rows_of_a_file_without_a_good_one_keep_their_place(world: Path, tmp_path: Path) -> None:
+    """Of three files the first and the last are broken as a whole; `--rows` counts broken rows with the others."""
+    for name, images in (("a", ["x.png", "y.png"]), ("b", ["0.png", "z.png", "1.png"]), ("c", ["v.png"])):
+        lines = [str(world / "photos" / image) for image in images]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["image", *lines]) + "\n")
+    what = {"place": resolve_target(world / "model"), "data": str(tmp_path / "*.csv"), "prompt": "What is it?"}
+    how = ["data.images=image", "data.allow_outside_root=true"]
+    for limit, expected in ((None, "aabbbc"), (3, "aab"), (4, "aabb")):
+        asked = find_questions(**what, limit=limit, overrides=how)
+        answers = Answers(["red"] * len(asked.rows), [], [])
+        rows = list(table_rows(asked, answers))
+        assert "".join(Path(row["source"]).stem for row in rows) == expected
+        assert [row["row"] for row in rows] == [0, 1, 0, 1, 2, 0][: len(rows)]
+        assert [row["answer"] for row in rows] == [None, None, "red", None, "red", None][: len(rows)]
+    with pytest.raises(DataError, match=r"2 of 2 rows cannot be used .*so there is nothing to answer"):
+        find_questions(**what, limit=2, overrides=how)
 
 
 def test_questions_of_chats_need_no_answer(world: Path, tmp_path: Path) -> None:

@@ -3,14 +3,16 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from phi3v.evaluation.fields import AnswerTemplate
-from phi3v.evaluation.intervals import _resampled_sums, bca_intervals, estimate, mean, newcombe_interval
+from phi3v.evaluation.headline import in_words
+from phi3v.evaluation.intervals import _resampled_sums, bootstrap_intervals, estimate, mean, newcombe_interval
 from phi3v.evaluation.kinds import choose_scoring
-from phi3v.evaluation.metric_table import constant_scores, metric_table
+from phi3v.evaluation.metric_table import constant_scores, metric_table, remarks
 from phi3v.evaluation.paired import FEW_ROWS, mcnemar_p, paired_test, sign_flip_p
 from phi3v.evaluation.row_scores import Column, score_rows
 from phi3v.evaluation.shares import wilson_interval
@@ -34,25 +36,37 @@ def test_resampled_sums_are_sums_over_drawn_rows():
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_bootstrap_is_the_known_one(weighted):
-    """scipy's BCa with other draws, 20,000 of them: ends agree to a twentieth of the interval."""
+    """scipy's BCa with other draws, 20,000 of them: ends agree to a twentieth of the interval; and the studentized one
+    by the book, without what widens spreads by half a row's, which is more than that wider where rows are few."""
     bootstrap = pytest.importorskip("scipy.stats", reason="scipy comes with scikit-learn").bootstrap
     random = np.random.default_rng(1)
     values, weights = random.lognormal(0, 1, 60), random.integers(1, 30, 60).astype(float)
     weights = weights if weighted else np.ones(60)
-    found = interval(values, "loss", weights)
+    ((mine, other),) = bootstrap_intervals([(values * weights, weights)])
     options = {"paired": True, "n_resamples": 20_000, "method": "BCa", "vectorized": True}
     known = bootstrap((values * weights, weights), lambda a, b, axis: a.sum(axis) / b.sum(axis), **options, rng=0)
     low, high = known.confidence_interval
-    assert found.interval == "bca" and found.value == pytest.approx((values * weights).sum() / weights.sum())
-    assert abs(found.low - low) < 0.05 * (high - low) and abs(found.high - high) < 0.05 * (high - low)
+    assert abs(mine - low) < 0.05 * (high - low) and abs(other - high) < 0.05 * (high - low)
+    found = interval(values, "loss", weights)
+    assert found.interval == "studentized"
+    assert found.value == pytest.approx((values * weights).sum() / weights.sum())
     assert found.high - found.value > 1.2 * (found.value - found.low)  # skewed as the errors are
+    drawn = np.random.default_rng(7).integers(0, 60, (20_000, 60))
+    tops, below = (values * weights)[drawn], weights[drawn]
+    ratios = tops.sum(1) / below.sum(1)
+    errors = np.sqrt(((tops - ratios[:, None] * below) ** 2).sum(1)) / below.sum(1)
+    error = math.sqrt(((values - found.value) ** 2 * weights**2).sum()) / weights.sum()
+    far, near = found.value - error * np.quantile((ratios - found.value) / errors, (0.975, 0.025))
+    assert abs(found.low - far) < 0.05 * (near - far) and abs(found.high - near) < 0.08 * (near - far)
 
 
 COVERED = {  # what rows are drawn from -> the true mean, rows, the least share of intervals that hold it
     "half": (0.5, 60, 0.92, "exact_match", lambda random, n: random.random(n) < 0.5),
     "almost all": (0.97, 150, 0.92, "exact_match", lambda random, n: random.random(n) < 0.97),
     "mostly right": (0.975, 80, 0.92, "anls", lambda random, n: np.where(random.random(n) < 0.95, 1, random.random(n))),
-    "errors": (math.exp(0.5), 100, 0.89, "absolute_error", lambda random, n: random.lognormal(0, 1, n)),
+    "errors": (math.exp(0.5), 100, 0.91, "absolute_error", lambda random, n: random.lognormal(0, 1, n)),
+    "few errors": (math.exp(0.5), 12, 0.84, "absolute_error", lambda random, n: random.lognormal(0, 1, n)),
+    "some errors": (1.0, 8, 0.91, "absolute_error", lambda random, n: random.exponential(1, n)),
 }
 
 
@@ -65,6 +79,57 @@ def test_19_of_20_intervals_hold_the_truth(name):
         found = interval(draw(random, rows), metric)
         held += found.low <= truth <= found.high
     assert least <= held / 200
+
+
+def test_rows_about_one_photo_are_no_news():
+    """Each row ten times over, as rows of one group: every figure is that of the rows once; without groups none is."""
+    random = np.random.default_rng(8)
+    right, errors = random.random((2, 30)) < 0.6, random.lognormal(0, 1, (2, 30))
+    right[:, :3] = right[:, 3:4]
+    for values, metric in (
+        (right, "exact_match"),
+        (right | True, "anls"),
+        (random.random((2, 30)), "anls"),
+        (errors, "absolute_error"),
+    ):
+        once = [column(one, metric) for one in values]
+        alone = [replace(one, groups=np.arange(30) * 2) for one in once]
+        often = [column(np.repeat(one, 10), metric) for one in values]
+        together = [replace(one, groups=np.repeat(np.arange(30), 10)) for one in often]
+        figures = [estimate([one], [(one, other)]) for one, other in (once, alone, together, often)]
+        assert figures[0] == figures[1], "groups of one row change nothing"
+        for found in (0, 1):
+            (mine,), (wanted,), (naive,) = (figures[place][found] for place in (2, 0, 3))
+            assert mine.rows == 300 and mine.interval == wanted.interval
+            assert (mine.value, mine.low, mine.high) == pytest.approx((wanted.value, wanted.low, wanted.high), abs=1e-9)
+            assert naive.high - naive.low < 0.6 * (mine.high - mine.low)
+        tests = [paired_test(*one) for one in (once, alone, together)]
+        assert tests[0] == tests[1] and tests[2].p == pytest.approx(tests[0].p, abs=1e-12)
+        assert (tests[2].won, tests[2].lost) == (10 * tests[0].won, 10 * tests[0].lost)
+
+
+def test_rows_of_a_photo_that_are_alike_by_more_than_chance():
+    """20 photos with 10 questions each, which a model gets mostly right or mostly wrong: drawn by rows 3 in 5 hold."""
+    random, held, naive, alarms = np.random.default_rng(9), 0, 0, 0
+    groups = np.repeat(np.arange(20), 10)
+    for _ in range(60):
+        one, other = (
+            replace(column(random.random(200) < np.repeat(random.beta(0.5, 0.5, 20), 10)), groups=groups) for _ in "ab"
+        )
+        found, rows = estimate([one])[0][0], estimate([replace(one, groups=None)])[0][0]
+        held, naive = held + (found.low <= 0.5 <= found.high), naive + (rows.low <= 0.5 <= rows.high)
+        alarms += paired_test(one, other).p < 0.05
+    assert held >= 0.88 * 60 and naive <= 0.75 * 60 and alarms <= 0.15 * 60
+
+
+def test_few_photos_are_told_as_few():
+    """All right: of 20 photos as of 20 rows; of 100 about one photo and 9 about others not even as of 10."""
+    one = replace(column([1] * 200), groups=np.repeat(np.arange(20), 10))
+    assert estimate([one])[0][0].low == pytest.approx(wilson_interval(20, 20)[0])
+    uneven = replace(column([1] * 109), groups=np.maximum(np.arange(109) - 99, 0))
+    assert estimate([uneven])[0][0].low == pytest.approx(wilson_interval(1.187, 1.187)[0], abs=1e-3)
+    only = replace(column([1, 0] * 20), groups=np.zeros(40, int))
+    assert estimate([only])[0][0].high - estimate([only])[0][0].low > 0.85
 
 
 def test_19_of_20_intervals_hold_the_difference():
@@ -91,6 +156,7 @@ def test_19_of_20_intervals_hold_the_difference():
         ([1, math.nan, 1], "anls", (1.0, 0.3424, 1.0, "wilson", 2)),
         ([0] * 30, "absolute_error", (0.0, None, None, None, 30)),  # how large an error could be is not known
         ([3], "absolute_error", (3.0, None, None, None, 1)),
+        ([0, 1], "absolute_error", (0.5, None, None, None, 2)),  # 0 to 1 would be a guess
         ([math.nan] * 3, "absolute_error", (None, None, None, None, 0)),
         ([], "exact_match", (None, None, None, None, 0)),
     ],
@@ -190,6 +256,8 @@ def test_which_test_and_who_won():
     assert vars(likeness) == {"p": 1.0, "test": "sign_flip", "won": 2, "lost": 1, "tied": 0}
     error = paired_test(column([1, 0], "absolute_error"), column([3, 0], "absolute_error"))
     assert (error.test, error.won, error.lost, error.tied) == ("sign_flip", 1, 0, 1)  # a smaller error wins
+    photo = [replace(column(one), groups=np.array([0, 0, 1])) for one in ([1, 1, 1], [0, 0, 0])]
+    assert vars(paired_test(*photo)) == {"p": 0.5, "test": "sign_flip", "won": 3, "lost": 0, "tied": 0}
     nothing = paired_test(column([math.nan]), column([1]))
     assert vars(nothing) == {"p": None, "test": "mcnemar", "won": 0, "lost": 0, "tied": 0}
 
@@ -212,10 +280,30 @@ def test_the_table_of_metrics():
     assert error["constant"] == 19.5 and error["unit"] == "number" and error["better"] == "lower"
     assert table["loss"]["tuned"] == {"value": 2.0, "low": None, "high": None, "interval": None, "rows": 40}
     assert table["well_formed"]["constant"] is None
+    assert remarks(table, {"rows": 40, "different": 40}) == []
+    assert remarks(table, {"rows": 40, "different": 4})[0] == (
+        "rows about the same photo are taken together in intervals and tests"
+    )
     alone = metric_table(ours, None, {})
     assert alone["exact_match"]["base"] is alone["exact_match"]["difference"] is alone["exact_match"]["p"] is None
     assert alone["exact_match"]["tuned"] == exact["tuned"]
 
 
+def test_what_figures_need_to_be_read_with():
+    """Six rows a little better, the others the same: Newcombe's interval holds 0, the test says 2 in 64."""
+    ours, theirs = column([1.0] * 6 + [0.7] * 34, "anls"), column([0.6] * 6 + [0.7] * 34, "anls")
+    errors = [column([*(np.arange(12) + at), *[math.nan] * 28], "absolute_error") for at in (0, 1)]
+    columns = {"anls": ours, "absolute_error": errors[0]}, {"anls": theirs, "absolute_error": errors[1]}
+    table = metric_table(*columns, {})
+    gap = table["anls"]["difference"]
+    assert table["anls"]["p"] == 2 / 64 and gap["low"] < 0 < gap["high"] and gap["interval"] == "newcombe"
+    assert remarks(table, {"rows": 0, "different": 0}) == [
+        "mean absolute error: intervals over fewer than 20 rows or photos are too short where a few errors are large",
+        "ANLS: interval and test of the difference disagree, and the test decides",
+    ]
+    assert in_words(table["anls"]).endswith("Here the two disagree, and the test decides.")
+    assert "disagree" not in in_words(table["absolute_error"])
+
+
 def test_bootstrap_of_nothing():
-    assert bca_intervals([]) == [] and bca_intervals([(np.zeros(0), np.zeros(0))]) == [(None, None)]
+    assert bootstrap_intervals([]) == [] and bootstrap_intervals([(np.zeros(0), np.zeros(0))]) == [(None, None)]

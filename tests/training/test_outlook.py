@@ -51,6 +51,8 @@ def test_operations_of_the_real_sizes(config: Phi3VConfig) -> None:
     assert language_operations(lora, config, tokens) == pytest.approx(matrices + attention + head, rel=1e-3)
     # five crops through 23 layers of ViT-L/14 are 1.86e12, counted operation by operation
     assert vision_operations(lora, config, SQUARE, 4) == pytest.approx(1.86e12, rel=0.03)
+    tuned = [vision_operations(recipe(vision={"tower": way}), config, SQUARE, 4) for way in ("frozen", "lora", "train")]
+    assert tuned == [passes * tuned[0] for passes in (1, 2, 3)]
     again = recipe(training={"gradient_checkpointing": True})
     more = language_operations(again, config, tokens) - language_operations(lora, config, tokens)
     today = recipe(training={"activation_checkpointing": True})  # TrainingArguments' newer name

@@ -114,19 +114,29 @@ def test_lengths_are_read_off_whatever_says_them():
 def test_the_floor_counts_the_tower_for_images_without_features(make):
     borders, labels, sizes = torch.tensor([0, 400, 900]), torch.ones(1, 900), [[336, 336], [672, 672]]
 
-    def operations(sizes, features=None):
-        return floor_operations(make(), [SeenBatch((1, 900), borders, None, labels, sizes, features)])
+    def operations(sizes, features=None, tower="frozen"):
+        recipe = make(vision={"tower": tower})
+        return floor_operations(recipe, [SeenBatch((1, 900), borders, None, labels, sizes, features)])
 
     none, first = operations(None), torch.empty(313, 0)
     small, large = operations(sizes[:1]) - none, operations(sizes[1:]) - none
     assert 0 < small < large
     assert operations(sizes) - none == pytest.approx(small + large)
+    for tower, passes in (("lora", 2), ("train", 3)):  # back through it too, and what its weights learn
+        assert operations(sizes, tower=tower) - none == pytest.approx(passes * (small + large))
     assert operations(torch.tensor(sizes), [first, None]) - none == pytest.approx(large)
     assert operations(sizes, [torch.empty(313 + 757, 0)]) == none
 
 
 def test_what_cannot_be_is_refused_before_a_step(make, tmp_path, monkeypatch):
     monkeypatch.setattr("phi3v.training.profile.train_watched", lambda *given, **more: pytest.fail("trained"))
+    with (
+        monkeypatch.context() as ranks,
+        pytest.raises(ConfigError, match="one process, and here are 2: start it alone"),
+    ):
+        ranks.setenv("RANK", "0")
+        ranks.setenv("WORLD_SIZE", "2")
+        profile(make())
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     mine = tmp_path / "shop.yaml"
@@ -241,9 +251,11 @@ def test_a_gpu_with_nothing_to_do_gets_more_at_once_where_there_is_more(make, tr
         ({}, {}, None),
     ],
 )
-def test_the_advice_follows_from_what_was_seen(make, shares, changes, key):
+def test_the_advice_follows_from_what_was_seen(make, shares, changes, key, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # more workers are never advised
     advice = advise(make(**changes), profiled({**SHARES, **shares}))
     assert (advice.key if advice else None) == key
+    assert advice is None or not advice.key.endswith("workers") or advice.value == "1"
 
 
 def test_advice_about_images_needs_images_and_about_layers_says_how_many(make):

@@ -13,6 +13,7 @@ from phi3v.cli import app
 from phi3v.data import encode as encode_module
 from phi3v.errors import ConfigError, Interrupted, TrainingError
 from phi3v.evaluation.run import evaluate
+from phi3v.first_look import open_data
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.training.callbacks import TrainingEvent
@@ -128,6 +129,27 @@ def test_a_sweep_ranks_its_trials_and_a_killed_one_ends_as_an_undisturbed_one(
     assert more.status == "complete" and [line for line in plain(more) if line["trial"] < 3]
     with pytest.raises(ConfigError, match=r"holds a sweep of another recipe \(training.epochs"):
         sweep(make_sweep("killed", training={"epochs": 3}))
+    refuse_other_rows(make_sweep("killed", trials=5), make_sweep("killed", trials=4))
+
+
+def refuse_other_rows(more: phi3v.Recipe, ended: phi3v.Recipe) -> None:
+    """A sweep goes on with the rows and photos that its trials had; one that has ended looks at none.
+
+    Args:
+        more: of a sweep that has trials and wants one more.
+        ended: the same of one that wants none.
+    """
+    table = Path(more.data.train)
+    photo = table.parent / open_data(more).validation[0].images[0].path
+    kept = {file: file.read_bytes() for file in (table, photo)}
+    changes = {table: kept[table].replace(b'"colour": "', b'"colour": "dark '), photo: kept[photo] + b"x"}
+    for file in (table, photo):  # a photo's contents say where its row is held out too
+        file.write_bytes(changes[file])
+        with pytest.raises(ConfigError, match="^the training rows are not those that sweep .*killed was trained with:"):
+            sweep(more, on_trial=lambda one: pytest.fail("a trial began"))
+        assert sweep(ended).status == "finished"
+        file.write_bytes(kept[file])
+    assert sweep(more).ranking["states"] == {"complete": 5}
 
 
 def test_what_is_worse_is_pruned_and_what_cannot_be_fails(make_sweep: MakeRecipe) -> None:

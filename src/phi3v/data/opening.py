@@ -112,7 +112,23 @@ def _open_local(path: Path, streaming: bool, confined: bool) -> dict[str, Opened
         contained(file, file.parent, confined=False)
     if files in ([], [path]):
         return {"train": _open_file(path, streaming)} if files else None
-    return {"train": _open_shards(files) if path.suffix.lower() == ".tar" else _open_data(files, streaming)}
+    if path.suffix.lower() == ".tar":
+        return {"train": _open_shards(files)}
+    return {"train": _by_folder(_open_data(files, streaming), files)}
+
+
+def _by_folder(opened: OpenedTable, files: Sequence[Path]) -> OpenedTable:
+    """The files of a pattern, each of which names images from its own folder on: a/rows.csv a.jpg in a, not in b.
+
+    Raises: DataError where they lie in several folders and it is not known which records come from which.
+    """
+    if len({file.parent for file in files}) == 1:
+        return opened
+    if len({file.parent for file in opened.files or files}) > 1 and not opened.parts:
+        told = "it is not known which rows come from which file, and image paths count from the file's folder"
+        raise DataError(f"data set {files[0]} and {files[-1]}: {told}: name each folder's files as a set of its own")
+    parts = tuple(replace(part, root=str(Path(part.name).parent)) for part in opened.parts)
+    return replace(opened, root=str((opened.files or files)[0].parent), parts=parts)
 
 
 def _open_folder(path: Path, streaming: bool, confined: bool) -> dict[str, OpenedTable]:

@@ -67,8 +67,17 @@ class RecordSet:
         """
         if not self.parts:
             return self.map.source, number
-        at = bisect_right(self._firsts, number) - 1
+        at = self._part(number)
         return self.parts[at].name, number - self._firsts[at]
+
+    def _part(self, number: int) -> int:
+        """The place in `parts` of the file that a record comes from."""
+        return bisect_right(self._firsts, number) - 1
+
+    @property
+    def sources(self) -> list[str]:
+        """What records are read from, as `place` names it, in order: ["a.jsonl", "b.jsonl"]."""
+        return [part.name for part in self.parts] or [self.map.source]
 
     def number(self, source: str, row: int) -> int | None:
         """The record of a place, see `place`; None where it is none of these: ("b.jsonl", 1) -> 4."""
@@ -99,8 +108,13 @@ class RecordSet:
         row = self.map.row(record, number)
         if not self.parts:
             return row
-        source, number = self.place(number)
-        return replace(row, source=source, index=number)
+        source, place = self.place(number)
+        row = replace(row, source=source, index=place)
+        root = self.parts[self._part(number)].root
+        if root is None:
+            return row
+        lying = (replace(one, root=root) if one.url is None and one.data is None else one for one in row.images)
+        return replace(row, images=tuple(lying))
 
     def row(self, number: int) -> Row:
         """The row of a record, its images with what is known of them. Raises: UnusableRecord."""
@@ -183,6 +197,11 @@ class Rows(Sequence[Row]):
             if (number := records.number(source, row)) is not None:
                 return records.images_named(number)
         return []
+
+    @property
+    def sources(self) -> list[str]:
+        """What the records of these sets are read from, in order, each once, also that of which no record is a row."""
+        return list(dict.fromkeys(source for records in self._sets for source in records.sources))
 
     @property
     def set_numbers(self) -> Sequence[int]:

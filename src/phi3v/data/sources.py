@@ -327,9 +327,11 @@ def _records(opened: OpenedTable, source: str, choice: SetChoice, how: Reading) 
     )
     columns = record_map(opened.table.column_names, options, source, cells)
     columns.check(opened.table.column_names)
-    table = narrowed(opened.table, columns.columns)
+    table, parts = narrowed(opened.table, columns.columns), opened.parts
+    if options.image_root is not None:
+        parts = tuple(replace(part, root=None) for part in parts)
     return RecordSet(
-        table, columns, choice.source, options.max_pixels, opened.files, parts=opened.parts, not_read=opened.not_read
+        table, columns, choice.source, options.max_pixels, opened.files, parts=parts, not_read=opened.not_read
     )
 
 

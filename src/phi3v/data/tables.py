@@ -64,10 +64,17 @@ class StreamTable:
 
 @dataclass(frozen=True)
 class FilePart:
-    """The records of a table that come from one file: its name for people, and how many they are."""
+    """The records of a table that come from one file.
+
+    Attributes:
+        name: the file's, for people.
+        records: how many they are.
+        root: folder that their image paths count from; None for that of the table.
+    """
 
     name: str
     records: int
+    root: str | None = None
 
 
 @dataclass(frozen=True)

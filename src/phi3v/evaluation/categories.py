@@ -58,9 +58,11 @@ def break_down(predictions: Sequence[Mapping[str, Any]], metric: str) -> dict[st
 def _scores(predictions: Sequence[Mapping[str, Any]], values: Sequence[str], value: str, metric: str) -> dict[str, Any]:
     """The figures of the rows that have a value."""
     chosen = [one["scores"] for one, its in zip(predictions, values, strict=True) if its == value]
+    groups = np.array([one.get("image_group", place) for place, one in enumerate(predictions)])
+    groups = groups[[its == value for its in values]]
     sides = [side for side in ("tuned", "base") if chosen[0][side] is not None]
     columns = {
-        side: Column(metric, None, np.array([scores[side].get(metric) for scores in chosen], np.float64))
+        side: Column(metric, None, np.array([scores[side].get(metric) for scores in chosen], np.float64), None, groups)
         for side in sides
     }
     means = dict(zip(sides, estimate(list(columns.values()))[0], strict=True))

@@ -7,15 +7,21 @@ In come answers that were given with and without images, or before and after the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from phi3v.data.schema import Row
 from phi3v.evaluation.answers import Answers
 from phi3v.evaluation.compared import Check, compare
-from phi3v.evaluation.figures import counted, figure, gain, gain_ends, p_value
+from phi3v.evaluation.figures import counted, ends, figure, gain, gain_ends, p_value, rows_about
+from phi3v.evaluation.headline import at_odds
+from phi3v.evaluation.image_groups import count_groups, image_groups
+from phi3v.evaluation.intervals import estimate
 from phi3v.evaluation.kinds import Scoring
 from phi3v.evaluation.metric_table import constant_scores
-from phi3v.evaluation.row_scores import Column, score_rows
+from phi3v.evaluation.row_scores import Column, Groups, score_rows
 from phi3v.evaluation.shares import same_text
 
 LEAST_ROWS = 6
@@ -39,15 +45,19 @@ def check_images(scoring: Scoring, rows: Sequence[Row], seeing: Answers, blind: 
     Example: 90 of 100 rows right with images and 2 without -> pass; 40 and 40 -> fail; all wrong in both -> fail, since
         nothing shows that images are looked at.
     """
-    if len(rows) < LEAST_ROWS:
-        return Check("skipped", f"{counted(len(rows), 'row')} with images are too few: {LEAST_ROWS} at least can tell")
+    groups = image_groups(rows)
+    images = count_groups(rows, groups)
+    if images["different"] < LEAST_ROWS:
+        few = rows_about({"rows": len(rows), "images": images}, "row with images", "rows with images")
+        return Check("skipped", f"{few} are too few: {LEAST_ROWS} at least can tell")
     expected, questions = [row.answer for row in rows], [row.question for row in rows]
     name = scoring.metrics[0]
-    columns = [_columns(scoring, rows, answers) for answers in (seeing, blind)]
+    columns = [_columns(scoring, rows, answers, groups) for answers in (seeing, blind)]
     one, other = (column[name] for column in columns)
     found = compare(one, other)
     constant = constant_scores(scoring, expected, questions).get(name)
-    kept = sum(same_text(a, b) for a, b in zip(seeing.texts, blind.texts, strict=True)) / len(rows)
+    same = [float(same_text(a, b)) for a, b in zip(seeing.texts, blind.texts, strict=True)]
+    kept = estimate([replace(one, values=np.array(same))])[0][0]
     figures: dict[str, Any] = {
         "rows": len(rows),
         "metric": name,
@@ -55,14 +65,16 @@ def check_images(scoring: Scoring, rows: Sequence[Row], seeing: Answers, blind: 
         "with_grey_images": found.pop("other"),
         **found,
         "constant": constant,
-        "same_answers": kept,
+        "same_answers": kept.to_dict(),
     }
     if "loss" in columns[0]:
         losses = compare(columns[0]["loss"], columns[1]["loss"])
         figures["loss"] = {"with_images": losses["one"], "with_grey_images": losses["other"], "p": losses["p"]}
     with_images, without = figures["with_images"]["value"], figures["with_grey_images"]["value"]
-    line = f"{_score(name, with_images)} with the images, {figure(without, 'share')} with grey ones in their place"
-    line += f" (p {_p(figures['p'])}, {counted(len(rows), 'row')})"
+    line = f"{_score(name, with_images)} ({ends(figures['with_images'], 'share')}) with the images, "
+    line += f"{figure(without, 'share')} ({ends(figures['with_grey_images'], 'share')}) with grey ones in their place"
+    line += "" if constant is None else f", {figure(constant, 'share')} by the most frequent answer"
+    line += f" (p {_p(figures['p'])}, {rows_about({'rows': len(rows), 'images': images}, 'row')})"
     if figures["difference"]["value"] <= 0 or figures["p"] >= CHANCE:
         return Check("fail", f"{line}: nothing shows that answers depend on the images", figures)
     above = with_images - (constant or 0.0)
@@ -81,8 +93,9 @@ def check_forgetting(scoring: Scoring, rows: Sequence[Row], before: Answers | No
         after: answers of the tuned model.
     """
     name = scoring.metrics[0]
-    own = _columns(scoring, rows, after)
-    theirs = _columns(scoring, rows, before) if before is not None else None
+    groups = image_groups(rows)
+    own = _columns(scoring, rows, after, groups)
+    theirs = _columns(scoring, rows, before, groups) if before is not None else None
     found = compare(own[name], theirs[name] if theirs else None)
     figures: dict[str, Any] = {
         "rows": len(rows),
@@ -100,7 +113,8 @@ def check_forgetting(scoring: Scoring, rows: Sequence[Row], before: Answers | No
         return Check("skipped", f"{now} on {counted(len(rows), 'kept row')}; no base answered them before", figures)
     gap = figures["difference"]
     line = f"{now} on {counted(len(rows), 'kept row')}, {figure(figures['before']['value'], 'share')} before the tuning"
-    line += f" ({gain(gap['value'], 'share')} points, {gain_ends(gap, 'share')}, p {_p(figures['p'])})"
+    odds = "; the two disagree, and the p value decides" if at_odds(figures) else ""
+    line += f" ({gain(gap['value'], 'share')} points, {gain_ends(gap, 'share')}, p {_p(figures['p'])}{odds})"
     if gap["value"] >= 0 or figures["p"] >= CHANCE:
         return Check("pass", line, figures)
     return Check("warn" if -gap["value"] < SMALL_LOSS else "fail", line, figures)
@@ -115,9 +129,9 @@ def some_answers(answers: Answers, places: Sequence[int]) -> Answers:
     )
 
 
-def _columns(scoring: Scoring, rows: Sequence[Row], answers: Answers) -> dict[str, Column]:
+def _columns(scoring: Scoring, rows: Sequence[Row], answers: Answers, groups: Groups) -> dict[str, Column]:
     expected, questions = [row.answer for row in rows], [row.question for row in rows]
-    return score_rows(scoring, expected, answers.texts, questions, answers.losses, answers.tokens)
+    return score_rows(scoring, expected, answers.texts, questions, answers.losses, answers.tokens, groups)
 
 
 def _score(name: str, value: float | None) -> str:

@@ -22,7 +22,7 @@ from phi3v.data.images import MAX_PIXELS, image_name
 from phi3v.data.rows import Rows
 from phi3v.data.schema import Row
 from phi3v.evaluation.compared import Check, compare, few_rows
-from phi3v.evaluation.figures import counted, figure, percent
+from phi3v.evaluation.figures import counted, ends, figure, percent
 from phi3v.evaluation.row_scores import Column
 
 MOST_IMAGES = 20_000
@@ -152,7 +152,8 @@ def _verdict(figures: Mapping[str, Any], tuned: Column, texts: str) -> tuple[str
         if left["rows"]:
             value, unit = figure(left["value"], tuned.unit), tuned.unit
             whole = float(np.nanmean(tuned.values)) if not np.isnan(tuned.values).all() else None
-            line += f"; the score of the other {left['rows']} is {value}, of all {figure(whole, unit)}"
+            line += f"; the score of the other {left['rows']} is {value} ({ends(left, unit)}), of all "
+            line += figure(whole, unit)
         return verdict, line
     if seen:
         line = f"the pictures of {seen} of {counted(rows, 'row')} are in the training data too, with {texts}"
@@ -163,12 +164,7 @@ def _verdict(figures: Mapping[str, Any], tuned: Column, texts: str) -> tuple[str
 def _without(leaked: Sequence[int], tuned: Column, base: Column | None) -> dict[str, Any]:
     """The scores of the rows that have not leaked."""
     rest = np.setdiff1d(np.arange(len(tuned.values)), leaked)
-
-    def part(column: Column) -> Column:
-        weights = None if column.weights is None else column.weights[rest]
-        return Column(column.metric, column.field, column.values[rest], weights)
-
-    found = compare(part(tuned), None if base is None else part(base))
+    found = compare(tuned.part(rest), None if base is None else base.part(rest))
     return {"metric": tuned.name, "tuned": found.pop("one"), "base": found.pop("other"), **found}
 
 

@@ -133,9 +133,9 @@ def run_checks(
         known = train()
         if isinstance(known, str):
             return Check("skipped", known)
-        others = _primary(scoring, rows, beside.answers) if beside else None
+        others = _primary(scoring, held_out, beside.answers) if beside else None
         how = {"max_pixels": held_out.recipe.image.max_pixels}
-        return check_overlap(known, rows, _primary(scoring, rows, tuned), others, **how)
+        return check_overlap(known, rows, _primary(scoring, held_out, tuned), others, **how)
 
     def images() -> Check:
         some = [rows[place] for place in plan.places]
@@ -149,14 +149,16 @@ def run_checks(
         return check_forgetting(scoring_of(plan.kept), plan.kept.rows, before, after)
 
     def form() -> Check:
-        return check_form(scoring, expected, questions, tuned, beside.answers if beside else None)
+        others = beside.answers if beside else None
+        return check_form(scoring, expected, questions, tuned, others, groups=held_out.groups)
 
     makers = {"overlap": overlap, "form": form, "images": images, "forgetting": forgetting}
     return {name: makers[name]().to_dict() for name in plan.names}
 
 
-def _primary(scoring: Scoring, rows: Sequence[Row], answers: Answers) -> Column:
+def _primary(scoring: Scoring, held_out: HeldOut, answers: Answers) -> Column:
     """The column of the metric that stands for the whole."""
-    name = scoring.metrics[0]
+    name, rows = scoring.metrics[0], held_out.rows
     expected, questions = [row.answer for row in rows], [row.question for row in rows]
-    return score_rows(replace(scoring, metrics=(name,)), expected, answers.texts, questions)[name]
+    one = replace(scoring, metrics=(name,))
+    return score_rows(one, expected, answers.texts, questions, groups=held_out.groups)[name]

@@ -33,7 +33,8 @@ class Comparison:
 
     Attributes:
         primary: the metric that stands for the whole, that of the first run.
-        runs: one dict per run: "name", "folder", "rows", "metrics" (name -> "label", "unit", "better", the tuned
+        runs: one dict per run: "name", "folder", "rows", "images" (see `count_groups`; None of an older evaluation),
+            "metrics" (name -> "label", "unit", "better", the tuned
             answers' "value", "low", "high", "rows", and the controls: "base", the base's or None, and "constant", the
             most frequent answer to every row), "beside_first" (name -> "difference", "p", "test", "won", "lost",
             "tied" against the first run) and "why_not", which says why there is none.
@@ -180,6 +181,7 @@ def _facts(run: _Run, first: _Run) -> dict[str, Any]:
         "name": run.name,
         "folder": str(run.folder.path),
         "rows": run.evaluation["rows"],
+        "images": run.evaluation.get("images"),
         "metrics": metrics,
         "beside_first": {} if why_not or run is first else _beside(run, first),
         "why_not": why_not,
@@ -201,10 +203,11 @@ def _beside(run: _Run, first: _Run) -> dict[str, dict[str, Any]]:
     predictions do not hold."""
     told = {name: one for name, one in first.evaluation["metrics"].items() if name in run.evaluation["metrics"]}
     names = [name for name, one in told.items() if one["metric"] != "loss"]
+    groups = np.array([one.get("image_group", place) for place, one in enumerate(first.rows.values())], np.int64)
 
     def column(its: _Run, name: str) -> Column:
         values = [its.rows[row]["scores"]["tuned"].get(name) for row in first.rows]
-        return Column(told[name]["metric"], told[name]["field"], np.array(values, np.float64))
+        return Column(told[name]["metric"], told[name]["field"], np.array(values, np.float64), None, groups)
 
     pairs = [(column(run, name), column(first, name)) for name in names]
     gaps = estimate([], pairs)[1]

@@ -62,6 +62,20 @@ def counted(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
+def rows_about(found: Mapping[str, Any], thing: str, things: str | None = None) -> str:
+    """The rows of an evaluation, and their photos where several rows are about one.
+
+    Example: {"rows": 200, "images": {"rows": 200, "different": 20}}, "row" -> "200 rows about 20 photos"; 180 of them
+    with photos -> "200 rows, 180 of them about 20 photos"; as many photos as rows -> "200 rows".
+    """
+    rows, images = found["rows"], found.get("images")
+    said = counted(rows, thing) if things is None or rows == 1 else f"{rows} {things}"
+    if not images or images["rows"] == images["different"]:
+        return said
+    some = "" if images["rows"] >= rows else f", {images['rows']} of them"
+    return f"{said}{some} about {counted(images['different'], 'photo')}"
+
+
 def duration(seconds: float) -> str:
     """A time as a person says it: 4.23 -> "4.2 s", 75 -> "1 min 15 s", 7325 -> "2 h 2 min"."""
     if seconds < 60:

@@ -38,6 +38,18 @@ def verdict(figure: Mapping[str, Any]) -> str:
     return "no clear difference" if figure["p"] >= CHANCE or not rise else "better" if rise > 0 else "worse"
 
 
+def at_odds(figure: Mapping[str, Any]) -> bool:
+    """Whether the interval of a difference and its test say opposite things: one that holds 0 and p below 0.05, or one
+    that does not and p above.
+
+    Example: -3.2 to 18.8 with p 0.031 -> True; 0.2 to 18.8 with p 0.031 -> False; no interval -> False.
+    """
+    gap, p = figure["difference"], figure["p"]
+    if gap is None or gap["low"] is None or p is None:
+        return False
+    return bool(gap["low"] <= 0 <= gap["high"]) == (p < CHANCE)
+
+
 def in_words(figure: Mapping[str, Any]) -> str:
     """A difference with its interval, its test and its rows as sentences.
 
@@ -50,11 +62,12 @@ def in_words(figure: Mapping[str, Any]) -> str:
         return f"No row has this score on both sides: {rows}."
     name = "McNemar's test" if figure["test"] == "mcnemar" else "sign-flip test"
     p = p_value(figure["p"])
+    odds = " Here the two disagree, and the test decides." if at_odds(figure) else ""
     p = f"p\u00a0{p if p.startswith('<') else '= ' + p}".replace(" ", "\u00a0")  # not broken between two lines
     return (
         f"{gain(figure['difference']['value'], figure['unit'])}{points} (95 % interval "
         f"{gain_ends(figure['difference'], figure['unit'])}): {rows}. If neither were better, a difference as large as "
-        f"this would come up {how_often(figure['p'])} ({name}, {p})."
+        f"this would come up {how_often(figure['p'])} ({name}, {p}).{odds}"
     )
 
 

@@ -58,15 +58,31 @@ class Keeping:
         with self.ranks.together():
             if self._place is None or not self.ranks.first:
                 return None
-            named = next((name for known, name in self._named if known is rows), None)
-            if named is None:
-                named = name_rows(rows, stamps=True)
-                self._named.append((rows, named))
-            made = depends_on(model, processor, named, {"side": side, **settings})
+            made = depends_on(model, processor, self.name(rows), {"side": side, **settings})
             self.weights[side] = made["weights"]
             found = Journal(self._place(side), made)
             self._opened.append(found)
             return found
+
+    def name(self, rows: Sequence[Row]) -> str:
+        """A name for rows and the files of their images, found once."""
+        named = next((name for known, name in self._named if known is rows), None)
+        if named is None:
+            named = name_rows(rows, stamps=True)
+            self._named.append((rows, named))
+        return named
+
+    @contextmanager
+    def said(self) -> Iterator[None]:
+        """An interruption says what is kept beside the answers that were being made, which it names itself."""
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            named = self._opened[:-1] if getattr(error, "__notes__", []) else self._opened
+            counts = {one.path.name: sum(map(len, one.windows.values())) for one in named if one.windows}
+            if counts:
+                error.add_note("kept too: " + ", ".join(f"{count} in {name}" for name, count in counts.items()))
+            raise
 
     def done(self) -> None:
         """What was kept is elsewhere now."""

@@ -9,11 +9,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phi3v.evaluation.fields import majority_fields
+from phi3v.evaluation.headline import at_odds
 from phi3v.evaluation.intervals import estimate, mean
 from phi3v.evaluation.kinds import Scoring
 from phi3v.evaluation.paired import paired_test
 from phi3v.evaluation.row_scores import LABELS, Column, score_rows
 from phi3v.evaluation.shares import majority_answer
+
+FEW_ERRORS = 20
+"""Fewer, and intervals of skewed errors hold the truth in fewer than 9 of 10 cases."""
 
 
 def metric_table(
@@ -49,6 +53,36 @@ def metric_table(
             "constant": constant.get(name),
         }
     return table
+
+
+def remarks(table: Mapping[str, Mapping[str, Any]], images: Mapping[str, int]) -> list[str]:
+    """What the figures of a table need to be read with, one line each; none where all is as usual.
+
+    Args:
+        table: see `metric_table`.
+        images: of the rows, see `image_groups.count_groups`.
+    Example: ["exact match: interval and test of the difference disagree, and the test decides"].
+    """
+    found = []
+    together = images["rows"] - images["different"]
+    if together:
+        found.append("rows about the same photo are taken together in intervals and tests")
+    few = [one["label"] for one in table.values() if _is_short(one, together)]
+    if few:
+        found.append(
+            f"{', '.join(few)}: intervals over fewer than {FEW_ERRORS} rows or photos are too short where a few errors "
+            "are large"
+        )
+    odd = [one["label"] for one in table.values() if at_odds(one)]
+    if odd:
+        found.append(f"{', '.join(odd)}: interval and test of the difference disagree, and the test decides")
+    return found
+
+
+def _is_short(figure: Mapping[str, Any], together: int) -> bool:
+    """Whether an interval of errors is over few rows, of which so many are about photos that others are about too."""
+    sides = [side for side in (figure["tuned"], figure["base"]) if side is not None]
+    return any(side["interval"] == "studentized" and side["rows"] - together < FEW_ERRORS for side in sides)
 
 
 def constant_scores(scoring: Scoring, expected: Sequence[str], questions: Sequence[str]) -> dict[str, float | None]:

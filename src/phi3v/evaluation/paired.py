@@ -3,7 +3,8 @@
 Both tests ask what would happen if the two had changed their answers at random row by row, which they might if neither
 were better. For scores of 0 and 1 that is McNemar's test, computed exactly; for others the signs of the rows'
 differences are flipped: all ways where there are few rows that differ, 9,999 random ones else, so that no p value is
-below 0.0001 there. All p values are two-sided. The same numbers give the same p value.
+below 0.0001 there. Rows that belong together change together. All p values are two-sided. The same numbers give the
+same p value.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ class PairedTest:
 
 
 def paired_test(one: Column, other: Column, *, seed: int = 0) -> PairedTest:
-    """Tests two columns of the same metric on the rows where both have a score.
+    """Tests two columns of the same metric, with the same groups, on the rows where both have a score.
 
-    Example: right [1, 1, 1, 0], [0, 0, 1, 0] -> won 2, lost 0, tied 2, McNemar's p = 2 * (1/2)^2 = 0.5.
+    Example: right [1, 1, 1, 0], [0, 0, 1, 0] -> won 2, lost 0, tied 2, McNemar's p = 2 * (1/2)^2 = 0.5; the first two
+    about one photo -> one sum of 2 to flip, p = 1.0.
     """
     differences = one.values - other.values
     there = ~np.isnan(differences)
@@ -50,11 +52,12 @@ def paired_test(one: Column, other: Column, *, seed: int = 0) -> PairedTest:
     gain = differences if one.better == "higher" else -differences
     won, lost = int((gain > 0).sum()), int((gain < 0).sum())
     binary = np.isin(one.values[there], (0.0, 1.0)).all() and np.isin(other.values[there], (0.0, 1.0)).all()
-    if binary and one.unit == "share":
-        p, name = mcnemar_p(won, lost), "mcnemar"
+    weights = 1.0 if one.weights is None else one.weights[there]
+    sums = one.part(there).summed(differences * weights)
+    if binary and one.unit == "share" and (abs(sums) <= 1).all():
+        p, name = mcnemar_p(int((sums > 0).sum()), int((sums < 0).sum())), "mcnemar"
     else:
-        weights = 1.0 if one.weights is None else one.weights[there]
-        p, name = sign_flip_p(differences * weights, seed=seed), "sign_flip"
+        p, name = sign_flip_p(sums, seed=seed), "sign_flip"
     return PairedTest(p if len(gain) else None, name, won, lost, len(gain) - won - lost)
 
 

@@ -242,15 +242,13 @@ def held_out_questions(recipe: Recipe, options: RowOptions, reading: Reading) ->
 
 
 def _first(asked: Questions, limit: int | None) -> Questions:
-    """The questions in the order of their sources, the first so many rows, those with problems counted.
+    """The questions in the order of the data, the first so many rows, those with problems counted.
 
     Raises: DataError when no row can be asked.
     """
     looked = [(row.source, row.index, len(row.images)) for row in asked.rows]
-    places = [(source, row) for source, row, _ in looked]
-    sources = dict.fromkeys([*(source for source, _ in places), *(problem.source for problem in asked.problems)])
-    order = {source: number for number, source in enumerate(sources)}
-    keys = [(order[source], row) for source, row in places]
+    order = _source_order(asked)
+    keys = [(order[source], row) for source, row, _ in looked]
     wrong = sorted(asked.problems, key=lambda problem: (order[problem.source], problem.row))
     last = sorted([*keys, *((order[one.source], one.row) for one in wrong)])[:limit][-1:]
     kept = [at for at in sorted(range(len(keys)), key=keys.__getitem__) if [keys[at]] <= last]
@@ -259,6 +257,13 @@ def _first(asked: Questions, limit: int | None) -> Questions:
     if not rows:
         raise DataError(f"{describe_problems(problems, len(problems), asked.data)}; so there is nothing to answer")
     return replace(asked, rows=rows, problems=problems, several_images=any(looked[at][2] > 1 for at in kept))
+
+
+def _source_order(asked: Questions) -> dict[str, int]:
+    """Places of the files in the data: a.csv, of which no row can be asked, and b.csv -> {"a.csv": 0, "b.csv": 1}."""
+    sources = asked.rows.sources if isinstance(asked.rows, Rows) else [row.source for row in asked.rows]
+    named = dict.fromkeys([*sources, *(problem.source for problem in asked.problems)])
+    return {source: number for number, source in enumerate(named)}
 
 
 def columns_of(asked: Questions) -> dict[str, type]:
@@ -295,12 +300,12 @@ def table_rows(asked: Questions, answers: Answers) -> Iterator[TableRow]:
     "title": "Scarf", "price": "470", "reason_code": None, "problem": None}; of a row that cannot be asked source, row,
     reason_code and problem, and the images that it names.
     """
-    order = {source: number for number, source in enumerate(dict.fromkeys(row.source for row in asked.rows))}
+    order = _source_order(asked)
     waiting = deque(asked.problems)
     columns = columns_of(asked)
     data, fields = _own_names(asked)
     for at, row in enumerate(asked.rows):
-        while waiting and (order.get(waiting[0].source, len(order)), waiting[0].row) < (order[row.source], row.index):
+        while waiting and (order[waiting[0].source], waiting[0].row) < (order[row.source], row.index):
             yield _problem_row(asked, waiting.popleft())
         images = [shorten(image.url) if image.url else image.path for image in row.images]
         found: TableRow = dict.fromkeys(columns) | {"source": row.source, "row": row.index, "question": row.question}

@@ -13,12 +13,12 @@ def prediction_table(predictions: Sequence[Mapping[str, Any]]) -> tuple[dict[str
     {"tuned": {"exact_match": 0.0}, "base": null}} -> {"row": 3, ..., "fields.title.expected": "Scarf",
     "fields.title.base": None, "fields.title.tuned": "Cap", "scores.tuned.exact_match": 0.0}.
     """
-    columns: dict[str, type] = {"row": int, "source": str, "images": list, "question": str, "expected": str}
-    columns |= {"base": str, "tuned": str, "right": bool}
+    columns: dict[str, type] = {"row": int, "source": str, "images": list, "image_group": int, "question": str}
+    columns |= {"expected": str, "base": str, "tuned": str, "right": bool}
     plain = list(columns)
     rows = []
     for prediction in predictions:
-        row = {name: prediction[name] for name in plain}
+        row = {name: prediction.get(name) for name in plain}
         for field, texts in prediction["fields"].items():
             row |= {f"fields.{field}.{side}": text for side, text in texts.items()}
         for side, scores in prediction["scores"].items():

@@ -127,6 +127,7 @@ def render_page(template: str, **values: Any) -> str:
         p_value=figures.p_value,
         number=figures.short_number,
         counted=figures.counted,
+        rows_about=figures.rows_about,
         duration=figures.duration,
         verdict=verdict,
         in_words=in_words,

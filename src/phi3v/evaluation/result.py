@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any, Literal
 
 from phi3v.data.address_guard import shorten
@@ -15,10 +16,11 @@ from phi3v.data.schema import Row, RowProblem
 from phi3v.evaluation.answers import Answers
 from phi3v.evaluation.categories import break_down
 from phi3v.evaluation.fields import AnswerTemplate, majority_fields
+from phi3v.evaluation.image_groups import count_groups, image_groups
 from phi3v.evaluation.kinds import Scoring, choose_scoring
-from phi3v.evaluation.metric_table import constant_scores, metric_table
+from phi3v.evaluation.metric_table import constant_scores, metric_table, remarks
 from phi3v.evaluation.metrics import Scores, score_answers
-from phi3v.evaluation.row_scores import Column, score_rows, scores_of_row
+from phi3v.evaluation.row_scores import Column, Groups, score_rows, scores_of_row
 from phi3v.evaluation.shares import Share, majority_answer
 from phi3v.recipe import Recipe
 
@@ -41,6 +43,11 @@ class HeldOut:
     recipe: Recipe
     train: Sequence[Row] | None = None
 
+    @cached_property
+    def groups(self) -> Groups:
+        """Which rows are about the same images, see `image_groups`."""
+        return image_groups(self.rows)
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -53,6 +60,7 @@ class Evaluation:
         data: where the rows come from.
         template: the answer template, which fields are named after.
         scoring: the kind of the answers, and the metrics for it.
+        images: how many rows have images, and how many different ones, see `count_groups`.
         metrics: the figures of each metric, see `metric_table`.
         categories: the primary metric for parts of the rows, see `categories.break_down`.
         tuned: scores of the target.
@@ -65,6 +73,7 @@ class Evaluation:
         created: when, in UTC.
         predictions: one dict per row, see `prediction_rows`.
         checks: name -> verdict, line and figures, see `checks`.
+        settings: what the figures depend on besides the target: values of the recipe, and a name of the rows.
     """
 
     target: str
@@ -73,6 +82,7 @@ class Evaluation:
     data: str
     template: str | None
     scoring: Scoring
+    images: dict[str, int]
     metrics: dict[str, dict[str, Any]]
     categories: dict[str, dict[str, dict[str, Any]]]
     tuned: Scores
@@ -85,6 +95,7 @@ class Evaluation:
     created: str
     predictions: list[dict[str, Any]] = field(repr=False)
     checks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the predictions, as plain values for JSON."""
@@ -94,13 +105,15 @@ class Evaluation:
             "against": self.against,
             "data": self.data,
             "rows": self.tuned.rows,
+            "images": self.images,
             "answer_template": self.template,
             "kind": {"name": self.scoring.kind, "why": self.scoring.why},
             "primary": self.scoring.metrics[0],
             "metrics": self.metrics,
             "categories": self.categories,
-            "notes": list(self.scoring.notes),
+            "notes": [*self.scoring.notes, *remarks(self.metrics, self.images)],
             "checks": self.checks,
+            "settings": self.settings,
             "scores": {
                 "base": self.base_scores.to_dict() if self.base_scores else None,
                 "tuned": self.tuned.to_dict(),
@@ -167,12 +180,14 @@ def build_evaluation(
         return score_answers(expected, answers.texts, template, recipe.evaluation.numeric_fields, answers.loss)
 
     def columns(answers: Answers) -> dict[str, Column]:
-        return score_rows(scoring, expected, answers.texts, questions, answers.losses, answers.tokens)
+        said = (answers.texts, questions, answers.losses, answers.tokens)
+        return score_rows(scoring, expected, *said, held_out.groups)
 
     ours, theirs = columns(tuned), columns(beside.answers) if beside else None
     answer, share = majority_answer(expected)
     theirs_said = beside.answers.texts if beside else None
-    predictions = prediction_rows(held_out.rows, tuned.texts, theirs_said, template, ours, theirs)
+    texts = (tuned.texts, theirs_said)
+    predictions = prediction_rows(held_out.rows, *texts, template, ours, theirs, held_out.groups)
     return Evaluation(
         target=target,
         base=beside.name if beside else None,
@@ -180,6 +195,7 @@ def build_evaluation(
         data=held_out.data,
         template=recipe.data.answer,
         scoring=scoring,
+        images=count_groups(held_out.rows, held_out.groups),
         metrics=metric_table(ours, theirs, constant_scores(scoring, expected, questions)),
         categories=break_down(predictions, scoring.metrics[0]),
         tuned=scores(tuned),
@@ -201,13 +217,15 @@ def prediction_rows(
     template: AnswerTemplate,
     tuned_columns: Mapping[str, Column],
     base_columns: Mapping[str, Column] | None,
+    groups: Groups,
 ) -> list[dict[str, Any]]:
-    """One dict per row for predictions.jsonl.
+    """One dict per row for predictions.jsonl; rows of one image group have the same images.
 
-    Example: {"row": 3, "source": "shop.csv", "images": ["a.jpg"], "question": "What is it?", "expected": "Product:
-    Scarf", "base": "a red square", "tuned": "Product: Scarf", "right": true, "fields": {"title": {"expected": "Scarf",
-    "base": null, "tuned": "Scarf"}}, "scores": {"tuned": {"exact_match": 1.0}, "base": {"exact_match": 0.0}}};
-    `fields` is {} where the template cannot be read backwards, `base` and `scores.base` are null without a base.
+    Example: {"row": 3, "source": "shop.csv", "images": ["a.jpg"], "image_group": 2, "question": "What is it?",
+    "expected": "Product: Scarf", "base": "a red square", "tuned": "Product: Scarf", "right": true, "fields": {"title":
+    {"expected": "Scarf", "base": null, "tuned": "Scarf"}}, "scores": {"tuned": {"exact_match": 1.0}, "base":
+    {"exact_match": 0.0}}}; `fields` is {} where the template cannot be read backwards, `base` and `scores.base` are
+    null without a base.
     """
     found = []
     for position, row in enumerate(rows):
@@ -221,6 +239,7 @@ def prediction_rows(
                 "row": row.index,
                 "source": row.source,
                 "images": [shorten(image.url) if image.url else image.path for image in row.images],
+                "image_group": int(groups[position]),
                 "question": row.question,
                 **texts,
                 "right": tuned[position].strip() == row.answer.strip(),

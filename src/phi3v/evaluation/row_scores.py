@@ -1,7 +1,8 @@
 """The scores of every row by every metric: answers in, columns of numbers out.
 
 A column holds one number per row, NaN where the row has none, and the row's weight in the mean: 1, or for the loss its
-trained tokens. What is computed from columns (means, intervals, tests) knows nothing of metrics.
+trained tokens; and which rows belong together, since they are about one photo. What is computed from columns (means,
+intervals, tests) knows nothing of metrics.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +24,8 @@ from phi3v.evaluation.shares import same_text
 from phi3v.evaluation.text_scores import anls, chrf, rouge_l, text_similarity
 
 Numbers = npt.NDArray[np.float64]
+Groups = npt.NDArray[np.int64]
+"""A number per row; rows with the same one belong together, see `image_groups`."""
 MOST_FIELDS = 30  # JSON fields with a column of their own: the most frequent ones, so that keys that are data stay out
 
 TEXT_METRICS: dict[str, Callable[[str, str], float]] = {
@@ -63,12 +66,14 @@ class Column:
         field: the field that is scored; None for the whole answer.
         values: a number per row, NaN where the row has none.
         weights: the row's weight in the mean; None for 1.
+        groups: which rows belong together; None where each stands for itself.
     """
 
     metric: str
     field: str | None
     values: Numbers
     weights: Numbers | None = None
+    groups: Groups | None = None
 
     @property
     def name(self) -> str:
@@ -85,6 +90,20 @@ class Column:
         """Which way is better."""
         return "lower" if self.unit == "number" else "higher"
 
+    def part(self, places: Any) -> Column:
+        """The column of some rows, in their order."""
+        weights, groups = (None if one is None else one[places] for one in (self.weights, self.groups))
+        return replace(self, values=self.values[places], weights=weights, groups=groups)
+
+    def summed(self, numbers: Numbers) -> Numbers:
+        """Sums of a number per row over rows that belong together, those first whose group's number is lower.
+
+        Example: numbers [1, 2, 4] with groups [0, 1, 0] -> [5, 2]; without groups, or [0, 1, 2] -> [1, 2, 4].
+        """
+        if self.groups is None:
+            return numbers
+        return np.bincount(np.unique(self.groups, return_inverse=True)[1], weights=numbers).astype(np.float64)
+
     def row(self, position: int) -> float | None:
         """The number of one row, None where it has none."""
         value = float(self.values[position])
@@ -98,6 +117,7 @@ def score_rows(
     questions: Sequence[str],
     losses: Sequence[float] | None = None,
     tokens: Sequence[int] | None = None,
+    groups: Groups | None = None,
 ) -> dict[str, Column]:
     """Every column of one set of answers, by name, in the order of the report.
 
@@ -108,6 +128,7 @@ def score_rows(
         questions: what was asked.
         losses: loss summed over the trained tokens of each row; None where it is not known row by row.
         tokens: trained tokens of each row.
+        groups: which rows belong together; None where each stands for itself.
 
     Example: metrics exact_match and similarity, expected ["abcd", "cat"], answers ["bcde", "cat"] -> exact_match
     [0, 1], similarity [0.75, 1].
@@ -131,7 +152,7 @@ def score_rows(
         with np.errstate(divide="ignore", invalid="ignore"):
             means = np.where(weights > 0, np.array(losses, dtype=np.float64) / weights, np.nan)
         columns.append(Column("loss", None, means, weights))
-    return {column.name: column for column in columns}
+    return {column.name: replace(column, groups=groups) for column in columns}
 
 
 def scores_of_row(columns: Mapping[str, Column], position: int) -> dict[str, float | None]:

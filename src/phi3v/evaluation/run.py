@@ -9,8 +9,9 @@ target. Knows nothing about training and prints nothing.
 from __future__ import annotations
 
 import gc
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +34,7 @@ from phi3v.first_look import row_options, survey_options, survey_rows
 from phi3v.loading import LoadedTarget, load_config, load_processor, load_target, resolve_device
 from phi3v.ranks import Ranks
 from phi3v.recipe import Recipe
-from phi3v.run_folder import RunFolder
+from phi3v.run_folder import RunFolder, to_json
 from phi3v.run_lock import RunLock
 from phi3v.targets import Target, resolve_target, run_of
 
@@ -41,6 +42,8 @@ Progress = Callable[[str, int, int], None]
 """Called with a stage, the rows done and the rows in all."""
 See = Callable[[dict[str, Any]], dict[str, Any]] | None
 """Puts kept features in place of an example's pixels."""
+_OF_TRAINING = ("training", "lora", "sweep", "output")
+"""Sections that change nothing about rows or answers."""
 KEPT_ROWS = 200
 """Of `evaluation.keep`: so many tell a loss of ten points."""
 KEPT_TEMPLATES = (
@@ -121,16 +124,21 @@ def evaluate(
     what = None if out is None else f"--out {out}"
     lone = RunLock(folder.path, doing="evaluated", what=what) if kept and lock else None
     with shared(device or held_out.recipe.model.device, ranks) as together, locked(lone, together):
-        if out is not None:
-            together.alone(lambda: refuse_another(folder, place, other, held_out))
         keeping = Keeping(folder.answers if kept else None, together)
+        named = other.name if isinstance(other, Target) else other
+        asked_for: dict[str, Any] = {"against": named, "metrics": scoring.metrics, "checks": plan.names}
+        asked_for |= {} if rows is None else {"rows": rows}
+        settings = together.told(lambda: _settings(held_out, asked_for, keeping.name(held_out.rows)))
+        if out is not None:
+            together.alone(lambda: refuse_another(folder, place, other, held_out, settings))
         asked = _Asking(held_out, plan.asked(held_out), on_progress or _ignore, keeping)
-        tuned, beside = _answer_both(place, asked, other, device, store)
+        with keeping.said():
+            tuned, beside = _answer_both(place, asked, other, device, store)
         seconds = {"evaluation": time.monotonic() - began}
         evaluation = build_evaluation(place.name, held_out, scoring, tuned, beside, seconds)
         how = plan, held_out, scoring, tuned, beside, asked.more
         found = together.told(lambda: run_checks(*how, lambda: training_rows(place, held_out)))
-        evaluation = replace(evaluation, checks=found)
+        evaluation = replace(evaluation, checks=found, settings=settings)
         if kept:
             together.alone(lambda: write_evaluation(folder, evaluation, held_out, keeping.weights))
             keeping.done()
@@ -171,9 +179,21 @@ def answering(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """A recipe with other values. Raises: ConfigError, also for keys that say nothing about answers."""
     for word in overrides:
         key = word.partition("=")[0].strip()
-        if key.partition(".")[0] in ("training", "lora", "sweep", "output"):
+        if key.partition(".")[0] in _OF_TRAINING:
             raise ConfigError(f"{key} changes nothing about rows or answers: leave it out")
     return recipe.with_overrides(overrides) if overrides else recipe
+
+
+def _settings(held_out: HeldOut, asked_for: Mapping[str, Any], rows: str) -> dict[str, Any]:
+    """What figures depend on besides the target: values of the recipe, those of `evaluate` among them, and the rows.
+
+    Example: {"image.num_crops": 4, ..., "evaluation.rows": 100, ..., "rows": "9f2c..."}.
+    """
+    values = held_out.recipe.flat() | {f"evaluation.{name}": value for name, value in asked_for.items()}
+    for key in [key for key in values if key.partition(".")[0] in (*_OF_TRAINING, "report")]:
+        del values[key]
+    del values["model.device"]
+    return {**json.loads(to_json(values)), "rows": rows}
 
 
 def _sound(place: Target, held_out: HeldOut) -> HeldOut:

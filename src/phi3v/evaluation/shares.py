@@ -36,8 +36,9 @@ class Share:
         return cls(hits, total, hits / total if total else 0.0, low, high)
 
 
-def wilson_interval(hits: float, total: int) -> tuple[float, float]:
-    """The Wilson score interval of a share at 95 %; `hits` may be the sum of scores from 0 to 1.
+def wilson_interval(hits: float, total: float) -> tuple[float, float]:
+    """The Wilson score interval of a share at 95 %; `hits` may be the sum of scores from 0 to 1, and `total` how many
+    independent rows they are worth.
 
     Example: 9 of 10 -> (0.596, 0.982); 0 of 200 -> (0.0, 0.019); 0 of 0 -> (0.0, 1.0), nothing is known.
     """

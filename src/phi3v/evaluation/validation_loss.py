@@ -8,7 +8,7 @@ interval alone. Knows nothing of trainers or rows.
 import numpy as np
 import torch
 
-from phi3v.evaluation.intervals import bca_intervals
+from phi3v.evaluation.intervals import bootstrap_intervals
 from phi3v.ranks import ALONE, Ranks
 
 
@@ -61,5 +61,5 @@ class ValidationLoss:
         if sum(count for _, count in rows) != tokens or len(rows) < 2:
             return found
         sums, counts = np.array(rows, dtype=np.float64).T
-        ((low, high),) = bca_intervals([(sums, counts)])
+        ((low, high),) = bootstrap_intervals([(sums, counts)], studentized=[0])
         return found if low is None or high is None else found | {f"{name}_low": low, f"{name}_high": high}

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from phi3v.errors import ConfigError
 from phi3v.evaluation.answer_files import WRITERS, writable
 from phi3v.evaluation.prediction_table import prediction_table
 from phi3v.evaluation.result import Evaluation, HeldOut
-from phi3v.run_folder import RunFolder
+from phi3v.run_folder import RunFolder, to_json
 from phi3v.run_lock import LOCK_FILE
 from phi3v.targets import Target
 
@@ -42,14 +43,17 @@ def open_folder(out: str | Path) -> RunFolder:
     return RunFolder(place)
 
 
-def refuse_another(folder: RunFolder, place: Target, other: Target | object, held_out: HeldOut) -> None:
-    """Refuses a folder with the finished evaluation of something else.
+def refuse_another(
+    folder: RunFolder, place: Target, other: Target | object, held_out: HeldOut, settings: Mapping[str, Any]
+) -> None:
+    """Refuses a folder with the finished evaluation of something else, or under other settings.
 
     Args:
         folder: see `open_folder`.
         place: what is to answer.
         other: what is to stand beside it, where that is a target.
         held_out: the rows.
+        settings: see `Evaluation`.
     Raises: ConfigError; CheckpointError where the evaluation that is there cannot be read.
     """
     if not folder.evaluation.is_file():
@@ -60,6 +64,17 @@ def refuse_another(folder: RunFolder, place: Target, other: Target | object, hel
     if (found["target"], found["data"], beside) != (place.name, held_out.data, wanted):
         told = f"{found['target']} on {found['data']}" + (f" beside {beside}" if beside else "")
         raise ConfigError(f"--out {folder.path} holds the evaluation of {told}: name another folder")
+    if changed := _changed(found.get("settings", {}), settings):
+        told = "; ".join([*changed[:3], *(["..."] if changed[3:] else [])])
+        raise ConfigError(f"--out {folder.path} holds an evaluation under other settings ({told}): name another folder")
+
+
+def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between settings: ["evaluation.rows: 4 there, 6 here"]; rows alone where nothing else does."""
+    keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    if keys == ["rows"]:
+        return ["other rows or images"]
+    return [f"{key}: {to_json(then.get(key))} there, {to_json(now.get(key))} here" for key in keys if key != "rows"]
 
 
 def write_evaluation(

@@ -2,6 +2,7 @@
 
     sweep.yaml       the sweep's recipe
     study.json       the study's name in its storage
+    rows.json        names of the rows and photos that all trials have
     study.db         the storage, where the recipe names no other
     trials/0007/     a trial: a run as `phi3v train` makes it, without checkpoints once it has ended
     trials/0007.lock held by the process whose trial it is
@@ -49,6 +50,7 @@ class SweepFolder:
         self.ranking = self.path / "ranking.json"
         self.table = self.path / "ranking.csv"
         self.best = self.path / "best.yaml"
+        self.rows = self.path / "rows.json"
         self.base = self.path / "base.json"
         self.lock = self.path / "sweep.lock"
 
@@ -124,6 +126,17 @@ class SweepFolder:
     def write_base(self, score: dict[str, Any]) -> None:
         """Writes base.json."""
         replace_file(self.base, to_json(score, indent=2) + "\n")
+
+    def write_rows(self, names: dict[str, str | None]) -> None:
+        """Writes rows.json."""
+        replace_file(self.rows, to_json(names, indent=2) + "\n")
+
+    def read_rows(self) -> dict[str, str | None]:
+        """What `write_rows` wrote; {} where it did not."""
+        try:
+            return dict(json.loads(self.rows.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return {}
 
     def read_base(self) -> dict[str, Any] | None:
         """What `write_base` wrote, None where it did not or the file is broken: then the base is asked again."""

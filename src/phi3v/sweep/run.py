@@ -27,10 +27,11 @@ from phi3v.sweep.folder import SweepFolder
 from phi3v.sweep.plots import write_plots
 from phi3v.sweep.space import Dimension, search_space, values_of
 from phi3v.sweep.study import OwnTrial, SweepStudy, validations
-from phi3v.sweep.trial import Outcome, run_trial, score_untuned, trial_recipe
+from phi3v.sweep.trial import Outcome, rows_of, run_trial, score_untuned, trial_recipe
 from phi3v.sweep.verdict import remarks
 from phi3v.sweep.workers import Workers
 from phi3v.training.callbacks import Watcher
+from phi3v.training.conditions import compare
 from phi3v.training.preflight import check_recipe_alone
 from phi3v.training.step_faults import is_out_of_memory
 
@@ -161,6 +162,8 @@ class _Work:
         for trial in self.study.trials():
             if trial.state.is_finished():
                 self.folder.drop_checkpoints(trial.number)  # of a process that was killed behind a trial's end
+        if not self._finished() or self.folder.read_base() is None:
+            self._refuse_other_rows()
         if self.settings.workers > 1 and not self._finished():
             worked = self._let_others_work()
         while self.settings.workers == 1 and not self._late(began) and (own := self.study.next()) is not None:
@@ -173,6 +176,15 @@ class _Work:
         if not worked and not stopped and self._is_told():
             return self._result("finished", write=False)
         return self._result("stopped" if stopped else "complete", write=True)
+
+    def _refuse_other_rows(self) -> None:
+        """Raises: ConfigError where rows or photos are not those that the trials so far had; reads them once."""
+        now = rows_of(self.recipe, self.on_event)
+        with alone(self.folder.lock):
+            if self.study.trials():
+                compare(self.folder.read_rows(), now, f"sweep {self.folder.path}")
+            if now and not (self.study.trials() and self.folder.rows.is_file()):
+                self.folder.write_rows(now)
 
     def _late(self, began: float) -> bool:
         return self.settings.timeout is not None and time.monotonic() - began >= self.settings.timeout

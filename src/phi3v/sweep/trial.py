@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from phi3v.data.reading import Reading
+from phi3v.data.sources import stream_data
 from phi3v.errors import ConfigError, DataError, TrainingError
 from phi3v.evaluation.answers import answer_rows
 from phi3v.evaluation.intervals import estimate
@@ -18,6 +20,7 @@ from phi3v.evaluation.result import scoring_of
 from phi3v.evaluation.row_scores import score_rows
 from phi3v.evaluation.run import answer_options, held_out_rows
 from phi3v.features.store import FeatureStore
+from phi3v.first_look import open_data, row_options
 from phi3v.loading import load_target
 from phi3v.recipe import Recipe
 from phi3v.recipe_sweep import SweepSection
@@ -25,6 +28,7 @@ from phi3v.run_folder import RunFolder
 from phi3v.sweep.space import with_values
 from phi3v.targets import resolve_target
 from phi3v.training.callbacks import TrainingEvent, Watcher
+from phi3v.training.conditions import name_data
 from phi3v.training.train import release_memory, train
 
 State = Literal["complete", "pruned", "failed"]
@@ -73,6 +77,24 @@ def trial_recipe(recipe: Recipe, values: dict[str, Any], output: str) -> Recipe:
     if trial.vision.cache is None and trial.vision.frozen and not trial.data.streaming:
         changes["vision.cache"] = "memory"
     return with_values(trial, changes) if changes else trial
+
+
+def rows_of(recipe: Recipe, watch: Watcher) -> dict[str, str | None]:
+    """Names for the rows of a sweep's recipe and their photos, by reading them once.
+
+    {} where they cannot be read: then the trials say so, or have others because data.train is searched.
+    """
+
+    def tell(stage: str, done: int, total: int) -> None:
+        watch(TrainingEvent("look", done, total, stage=stage))
+
+    try:
+        if not recipe.data.streaming:
+            return name_data(open_data(recipe, on_progress=tell))
+        reading = Reading.of(**recipe.data.reading_options)
+        return name_data(stream_data(options=row_options(recipe), reading=reading, **recipe.data.load_options))
+    except DataError:
+        return {}
 
 
 def run_trial(recipe: Recipe, sweep: SweepSection, judge: Judge, watch: Watcher, store: FeatureStore | None) -> Outcome:
@@ -187,5 +209,5 @@ def score_untuned(recipe: Recipe, file: Path, metric: str, watch: Watcher) -> di
     finally:
         release_memory()
     expected, questions = [row.answer for row in rows], [row.question for row in rows]
-    columns = score_rows(scoring, expected, said.texts, questions, said.losses, said.tokens)
+    columns = score_rows(scoring, expected, said.texts, questions, said.losses, said.tokens, held_out.groups)
     return estimate([columns["loss" if loss else metric]])[0][0].to_dict()

@@ -71,18 +71,25 @@ def conditions_of(
     "held_out": "5e00...", "device": "cpu", "dtype": "float32", "torch": "2.13.0+cpu", ...}.
     """
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    train, held_out = data.train if isinstance(data, LoadedData) else None, data.validation or []
     return {
         **name_files(recipe.model.name, recipe.model.revision),  # first, as rows have other lengths under other values
         "base": base,
         **name_adapter(recipe.model.adapter),
-        "rows": None if train is None else name_rows(train, getattr(data, "lengths", [])),
-        "photos": None if train is None else name_photos(train),
-        "held_out": name_rows(held_out) + name_photos(held_out),
+        **name_data(data),
         **_judging(recipe.evaluation, judged_by),
         "device": where,
         "dtype": str(dtype).removeprefix("torch."),
         **{name: version for name, version in gather_versions().items() if name != "platform"},
+    }
+
+
+def name_data(data: LoadedData | StreamedData) -> dict[str, str | None]:
+    """Names for rows and their photos, see `conditions_of`; lengths are part of them where they were measured."""
+    train, held_out = data.train if isinstance(data, LoadedData) else None, data.validation or []
+    return {
+        "rows": None if train is None else name_rows(train, getattr(data, "lengths", [])),
+        "photos": None if train is None else name_photos(train),
+        "held_out": name_rows(held_out) + name_photos(held_out),
     }
 
 

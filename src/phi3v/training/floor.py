@@ -12,6 +12,10 @@ from typing import Any
 _PATCHES = 577  # of one crop in the tower: 24 x 24 and a class token
 
 
+TOWER_PASSES = {"frozen": 1, "lora": 2, "train": 3}
+"""How a tower is tuned -> passes over its matrices: forward, the activations' gradient, the weights'."""
+
+
 def useful_operations(config: Any, *, tokens: int, image: int, crops: int, trained: int, rank: int = 16) -> float:
     """Floating-point operations of one sample in one step; a multiplication and its addition are two.
 

@@ -18,6 +18,7 @@ from phi3v.data.survey import RowFacts
 from phi3v.image_tokens import crop_grid
 from phi3v.recipe import Recipe
 from phi3v.training.checkpointing import checkpointing
+from phi3v.training.floor import TOWER_PASSES
 from phi3v.training.samples import planned_steps
 
 STATED_RATE = 100e12
@@ -134,7 +135,7 @@ def vision_operations(recipe: Recipe, config: Any, fact: RowFacts, num_crops: in
     layers = tower.num_hidden_layers + 1 + config.vision_feature_layer
     matrices = 4 * tower.hidden_size**2 + 2 * tower.hidden_size * tower.intermediate_size
     forward = layers * (2 * matrices * _PATCHES + 4 * tower.hidden_size * _PATCHES**2)
-    return crops * forward * (3 if recipe.vision.tower == "train" else 1)
+    return crops * forward * TOWER_PASSES[recipe.vision.tower]
 
 
 def measure_rate(recipe: Recipe, seconds: float = 0.3) -> tuple[str, float]:

@@ -5,6 +5,7 @@ on the recipe's rows or on generated ones; nothing of its own run is touched. It
 """
 
 import math
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,22 +15,23 @@ from typing import Any
 from phi3v.data.synthetic import write_synthetic_rows
 from phi3v.errors import ConfigError, ImageError
 from phi3v.image_tokens import CROP_SIZE, grid_tokens
+from phi3v.launch import Launch
 from phi3v.loading import load_config, load_processor, resolve_device
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.training.callbacks import Watcher
 from phi3v.training.checkpointing import checkpointing, checkpointing_kwargs
 from phi3v.training.device_time import check_trace
-from phi3v.training.floor import useful_operations, vision_operations
+from phi3v.training.floor import TOWER_PASSES, useful_operations, vision_operations
 from phi3v.training.memory_plan import adopt
 from phi3v.training.outlook import measure_rate
 from phi3v.training.step_marks import SeenBatch, StepMarks
 from phi3v.training.train import train_watched
 
 NOT_WATCHED = tuple(
-    "save eval load_best_model metric_for_best_model greater_is_better push_to_hub early_stopping".split()
+    "save eval load_best_model metric_for_best_model greater_is_better push_to_hub early_stopping fsdp".split()
 )
-"""Beginnings of TrainingArguments that say what happens beside steps."""
+"""Beginnings of TrainingArguments that say what happens beside steps, or among several processes."""
 _MOST_JPEG_SIDE = 65_500
 
 
@@ -124,6 +126,8 @@ def profile(
         on_event: told what `train` tells.
     Raises: as `train`; ConfigError for a trace that cannot be written or photos beyond the limits, before all else.
     """
+    if (count := Launch.here().count) > 1:
+        raise ConfigError(f"phi3v profile watches the steps of one process, and here are {count}: start it alone")
     if trace is not None:
         check_trace(trace)
     if rows is not None:
@@ -226,7 +230,7 @@ def summarise(recipe: Recipe, marks: StepMarks, trace: Path | None, *, chosen: S
 
 
 def floor_operations(recipe: Recipe, batches: Sequence[SeenBatch]) -> float:
-    """The least arithmetic of these micro-batches under LoRA."""
+    """The least arithmetic of these micro-batches; LoRA counts on all four projections, a projector as its tower."""
     config = load_config(recipe.model.name, revision=recipe.model.revision)
     rank = int((recipe.lora or {}).get("r", 16))
     total = 0.0
@@ -239,7 +243,8 @@ def floor_operations(recipe: Recipe, batches: Sequence[SeenBatch]) -> float:
         grids = batch.tower_grids
         if grids:
             tokens = sum(grid_tokens(*grid) for grid in grids)
-            total += vision_operations(config, tokens, sum(h * w + 1 for h, w in grids))
+            passes = TOWER_PASSES[recipe.vision.tower]
+            total += passes * vision_operations(config, tokens, sum(h * w + 1 for h, w in grids))
     return total
 
 
@@ -255,7 +260,8 @@ def advise(recipe: Recipe, found: Profile, *, chosen: Sequence[str] = ()) -> Adv
     frozen = recipe.vision.frozen and not recipe.data.streaming
     if waiting > 0.05 and found.decode_seconds:
         computing = max(found.seconds * (1 - waiting), 1e-3)
-        workers = math.ceil(1.5 * found.decode_seconds * found.samples_per_step / computing)
+        wanted = math.ceil(1.5 * found.decode_seconds * found.samples_per_step / computing)
+        workers = min(wanted, os.cpu_count() or 1)  # more than cores would wait for each other
         if workers > int(options.get("dataloader_num_workers") or 0):
             seen = (
                 f"{waiting:.0%} of a step waits for data; a sample takes {1000 * found.decode_seconds:.0f} ms of a core"
