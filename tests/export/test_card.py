@@ -1,6 +1,7 @@
 """The model card: what of a run stands in it, that texts stay texts, that no path does; and where an export is sent."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,6 +70,16 @@ def test_the_card_says_what_the_run_says(run: RunFolder, tmp_path: Path) -> None
     assert "under the MIT licence" in body
     for place in (tmp_path, run.path.parent):
         assert not [file for file in (tmp_path / "merged").iterdir() if str(place).encode() in file.read_bytes()]
+
+
+def test_the_card_of_a_checkpoint_has_no_scores_of_the_finished_run(run: RunFolder, tmp_path: Path) -> None:
+    copy = RunFolder(shutil.copytree(run.path, tmp_path / "run"))
+    (copy.checkpoints / "checkpoint-1").parent.mkdir(exist_ok=True)
+    shutil.copytree(copy.adapter, copy.checkpoints / "checkpoint-1", dirs_exist_ok=True)
+    for target, told in ((copy.adapter, True), (copy.checkpoints / "checkpoint-1", False)):
+        export(target, tmp_path / f"out-{told}", to="adapter", base=BASE)
+        card = (tmp_path / f"out-{told}" / "README.md").read_text(encoding="utf-8")
+        assert ("held-out rows, with intervals" in card) is told and "checkpoints" not in card
 
 
 def test_a_card_of_weights_alone_says_only_what_is_known() -> None:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from phi3v import cli_session
 from phi3v.cli import app
 from phi3v.errors import CheckpointError, ConfigError, MissingPackageError, TooLongError
+from phi3v.export import folder as export_folder
 from phi3v.export import onnx, onnx_decoder
 from phi3v.export.onnx_runtime import OnnxChatModel, genai_inputs
 from phi3v.export.onnx_vision import layout_by_arithmetic
@@ -182,6 +183,11 @@ def test_what_cannot_be_answered_or_exported_is_one_line(run, tmp_path, monkeypa
     with pytest.raises(ConfigError, match=r"cannot follow its generation_config\.json \(repetition_penalty is 1\.5\)"):
         export(model, tmp_path / "out", to="onnx")
     settings.unlink() if before is None else settings.write_text(before)
+    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    with monkeypatch.context() as here, pytest.raises(ConfigError, match="an export of .* GB needs more than"):
+        room = weights * 3 // 2 + 64 * 2**20  # for the merged weights, not for the graphs beside them
+        here.setattr(export_folder.shutil, "disk_usage", lambda place: type("Room", (), {"free": room}))
+        export(model, tmp_path / "out", to="onnx")
     with monkeypatch.context() as here:
         here.setattr(onnx.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else "there")
         with pytest.raises(MissingPackageError, match=r"^ONNX needs onnxscript: pip install 'phi3v\[onnx\]'$"):

@@ -46,6 +46,8 @@ def refusal(body: bytes | dict) -> Refusal:
         (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, "the body"),
         (b"[" * 200_000, "the body"),
         (b'{"n": ' + b"1" * 5000 + b"}", "no valid JSON"),
+        (b'{"messages": [' + b"0, " * 20_000 + b"0]}", "the body holds more than 20,000 values"),
+        (b'{"messages": [' + b"0, " * 9_000 + b"0]}", "model: Field required"),
         (b"{} {}", "no valid JSON at character 3"),
         (b"\xef\xbb\xbf{}", "no valid JSON"),
     ],

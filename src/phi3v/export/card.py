@@ -90,12 +90,16 @@ def read_card(
     facts: Mapping[str, Any],
     system: str | None = None,
     repo: str | None = None,
+    finished: bool = True,
 ) -> Card:
-    """A card of what lies in a run's folder; of the format alone where the target is no run."""
+    """A card of what lies in a run's folder; of the format alone where the target is no run.
+
+    Scores, steps and time are those of the finished run: `finished` is false of its checkpoints, which have none.
+    """
     if run is None:
         return Card(title, to, base, facts, system=system, repo=repo)
-    evaluation = run.read_evaluation(needed=NEEDED) if run.evaluation.is_file() else None
-    summary = run.read_summary() if run.state() == "finished" else {}
+    evaluation = run.read_evaluation(needed=NEEDED) if finished and run.evaluation.is_file() else None
+    summary = run.read_summary() if finished and run.state() == "finished" else {}
     return Card(title, to, base, facts, run.read_recipe(), system, summary, evaluation, run.read_versions(), repo)
 
 

@@ -38,6 +38,7 @@ def write_merged(
     shard_bytes: int,
     images: Mapping[str, Any] | None = None,
     code: str | None = None,
+    again: float = 0.0,
 ) -> dict[str, Any]:
     """Fills `folder`.
 
@@ -48,6 +49,7 @@ def write_merged(
         shard_bytes: bytes of a file at most; a weight that is larger has a file to itself.
         images: options of `loading.load_processor`, by which a run sees images.
         code: hub id of Microsoft's repository, whose code config.json names for readers that ask for remote code.
+        again: what will be written beside the weights later, as a share of their bytes, for which there is to be room.
     Returns: {"dtype": "bfloat16", "weights": 4146621440, "files": 5} for instance.
     """
     config = load_config(place.base, revision=place.revision)
@@ -55,7 +57,7 @@ def write_merged(
     wanted = {name: getattr(torch, dtype) if dtype else own for name, own in base.dtypes.items()}
     merger = Merger(base.model, place) if place.adapter else None
     sizes = {name: base.counts[name] * wanted[name].itemsize for name in base.names}
-    check_space(folder, sum(sizes.values()))
+    check_space(folder, round(sum(sizes.values()) * (1 + again)))
     shards = plan_shards(sizes, shard_bytes)
     _write_shards(folder, shards, wanted, merged_weights(base.names, base.files, merger))
     processor = load_processor(place.name, revision=place.revision, **(images or {}))

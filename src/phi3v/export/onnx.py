@@ -28,6 +28,8 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime", "onnxruntime_genai")
 GENAI_CONFIG = "genai_config.json"
 SHARD_BYTES = 2 * 10**9
 Precision = Literal["fp32", "fp16", "int4"]
+_AGAIN: dict[Precision, float] = {"fp32": 1.0, "fp16": 0.5, "int4": 0.5}
+"""Bytes of the graphs, as a share of the merged float32 weights beside which they are written."""
 
 
 def export_onnx(place: Target, folder: Path, *, precision: Precision = "fp32") -> dict[str, Any]:
@@ -45,7 +47,7 @@ def export_onnx(place: Target, folder: Path, *, precision: Precision = "fp32") -
     merged = folder / "merged"
     merged.mkdir()
     seen = {} if run is None else run.read_recipe().image.processor_options
-    write_merged(place, merged, dtype="float32", shard_bytes=SHARD_BYTES, images=seen)
+    write_merged(place, merged, dtype="float32", shard_bytes=SHARD_BYTES, images=seen, again=_AGAIN[precision])
     config, processor = load_config(merged), load_processor(merged)
     number = torch.float16 if precision == "fp16" else torch.float32
     write_vision(config, merged, folder, number)

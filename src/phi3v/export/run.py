@@ -103,7 +103,10 @@ def export(
         if to != "onnx" and system is not None:
             about = json.dumps({"system": system}, ensure_ascii=False, indent=2) + "\n"
             (folder / EXPORT_ABOUT).write_text(about, encoding="utf-8")
-        card = read_card(run, title=_title(place, run), to=to, base=named, facts=facts, system=system, repo=push)
+        ended = Path(target).absolute().parent.name != "checkpoints"
+        card = read_card(
+            run, title=_title(place, run), to=to, base=named, facts=facts, system=system, repo=push, finished=ended
+        )
         (folder / "README.md").write_text(render_card(card), encoding="utf-8")
         write_digests(folder)
 
