@@ -63,6 +63,8 @@ def test_categories_are_values_that_few_rows_have_to_themselves():
     letters = [prediction("ABC"[i % 3], i, question="Which?" if i < 8 else "What?") for i in range(15)]
     assert list(choose_categories(letters)) == ["answer", "question"]
     assert choose_categories([prediction("[" * 10**5, i) for i in range(10)]) == {}
+    files = [prediction(f"x {i}", i) | {"source": f"/data/{'ab'[i % 2]}/rows.csv"} for i in range(12)]
+    assert choose_categories(files) == {"source": ["a/rows.csv", "b/rows.csv"] * 6}
 
 
 def test_each_category_has_its_scores():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import PurePath
 from typing import Any
 
@@ -29,7 +29,8 @@ def choose_categories(predictions: Sequence[Mapping[str, Any]]) -> dict[str, lis
     A category has 2 to 12 values, five rows or more a value on average, and a value in 95 % of the rows.
     Example: 20 rows that expect "Product: ..., Group: TOPS" or "..., Group: SHOES" -> {"group": ["TOPS", ...]}.
     """
-    rows = [_values(prediction) for prediction in predictions]
+    depth = path_depth({prediction["source"] for prediction in predictions})
+    rows = [_values(prediction, depth) for prediction in predictions]
     found: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name, NO_VALUE) for row in rows]
@@ -82,13 +83,24 @@ def _parts(values: Sequence[str]) -> list[int]:
     return [seen.setdefault(value, len(seen)) for value in values]
 
 
-def _values(prediction: Mapping[str, Any]) -> dict[str, str]:
-    """What could be a category of a row, by name."""
+def path_depth(sources: Set[str]) -> int:
+    """How many parts at a path's end tell files apart: {"x/a/rows.csv", "x/b/rows.csv"} -> 2, {"x/rows.csv"} -> 1."""
+    most = max((len(PurePath(one).parts) for one in sources), default=1)
+    return next((n for n in range(1, most) if len({PurePath(one).parts[-n:] for one in sources}) == len(sources)), most)
+
+
+def path_end(source: str, depth: int) -> str:
+    """The last parts of a path: "x/a/rows.csv", 2 -> "a/rows.csv"."""
+    return str(PurePath(*PurePath(source).parts[-depth:]))
+
+
+def _values(prediction: Mapping[str, Any], depth: int) -> dict[str, str]:
+    """What could be a category of a row, by name; of its file so many parts of the path."""
     expected = prediction["expected"].strip()
     found = {name: one["expected"] for name, one in prediction["fields"].items() if one["expected"] is not None}
     if not prediction["fields"]:
         found = _first_level(expected) or {"answer": expected}
-    return found | {"question": prediction["question"].strip(), "source": PurePath(prediction["source"]).name}
+    return found | {"question": prediction["question"].strip(), "source": path_end(prediction["source"], depth)}
 
 
 def _first_level(text: str) -> dict[str, str]:

@@ -26,7 +26,7 @@ from phi3v.evaluation.figures import counted, ends, figure, percent
 from phi3v.evaluation.row_scores import Column
 
 MOST_IMAGES = 20_000
-"""Training images that are looked at, evenly spaced: minutes on a few cores, 64 MB."""
+"""Training images that are looked at, drawn by a fixed seed: minutes on a few cores, 64 MB."""
 LEAKED_SHARE = 0.01
 """Of the evaluated rows; from there on the score says little."""
 SHOWN = 20

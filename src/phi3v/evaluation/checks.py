@@ -29,7 +29,7 @@ ALL: tuple[str, ...] = get_args(CheckName)
 CHEAP = ("overlap", "form")
 """Those that ask the model nothing."""
 GREY_ROWS = 100
-"""Rows that are asked once more with grey images, evenly spaced."""
+"""Rows that are asked once more with grey images, drawn by a fixed seed."""
 
 More = Mapping[tuple[str, str], Answers]
 """(side, check) -> the answers to the rows of a check; sides are "tuned" and "base"."""

@@ -8,14 +8,15 @@ Files are told by their names, so a set may have moved, and by as much of their 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from phi3v.errors import CheckpointError, ConfigError
+from phi3v.evaluation.categories import path_depth, path_end
 from phi3v.evaluation.figures import counted
 from phi3v.evaluation.intervals import estimate
 from phi3v.evaluation.paired import paired_test
@@ -88,7 +89,7 @@ def compare(runs: Sequence[str | Path], out: str | Path | None = None) -> Compar
         raise ConfigError("compare takes two runs or more, each once: phi3v compare runs/one runs/other")
     page = None if out is None else _checked(Path(out))
     files = [_read(Path(run)) for run in runs]
-    depth = max(_depth({one["source"] for one in predictions}) for _, _, predictions in files)
+    depth = max(path_depth({one["source"] for one in predictions}) for _, _, predictions in files)
     read = [
         _Run(name, folder, evaluation, _row_names(predictions, depth))
         for name, (folder, evaluation, predictions) in zip(_names(runs), files, strict=True)
@@ -142,12 +143,6 @@ def _read(path: Path) -> tuple[RunFolder, Mapping[str, Any], list[dict[str, Any]
     return run, evaluation, predictions
 
 
-def _depth(sources: Set[str]) -> int:
-    """How many parts at a path's end tell files apart: {"x/a/rows.csv", "x/b/rows.csv"} -> 2, {"x/rows.csv"} -> 1."""
-    most = max((len(PurePath(one).parts) for one in sources), default=1)
-    return next((n for n in range(1, most) if len({PurePath(one).parts[-n:] for one in sources}) == len(sources)), most)
-
-
 def _row_names(predictions: Iterable[Mapping[str, Any]], depth: int) -> dict[RowName, Mapping[str, Any]]:
     """Predictions by what each row is.
 
@@ -157,7 +152,7 @@ def _row_names(predictions: Iterable[Mapping[str, Any]], depth: int) -> dict[Row
     rows: dict[RowName, Mapping[str, Any]] = {}
     seen: Counter[tuple[str, int, str]] = Counter()
     for one in predictions:
-        name = (str(PurePath(*PurePath(one["source"]).parts[-depth:])), one["row"], one["expected"])
+        name = (path_end(one["source"], depth), one["row"], one["expected"])
         rows[(*name, seen[name])] = one
         seen[name] += 1
     return rows
