@@ -13,7 +13,7 @@ from phi3v.errors import ConfigError
 from phi3v.first_look import RowUse
 from phi3v.training.callbacks import TrainingEvent
 from phi3v.training.device_time import DeviceWatch, check_trace, covered
-from phi3v.training.profile import PartTime, Profile, _of_its_own, advise, floor_operations, profile
+from phi3v.training.profile import PartTime, Profile, _of_its_own, advise, floor_operations, profile, watched_recipe
 from phi3v.training.step_marks import PARTS, SeenBatch
 
 
@@ -77,6 +77,14 @@ def test_generated_rows_take_the_place_of_the_recipes(make, tmp_path, monkeypatc
     assert events["rows"].rows.train == 2 * 4, "one epoch holds both steps, so no worker begins again between them"
     assert events["kept"].line.startswith("features of 3 images are kept on disk") and told.images == 0
     assert not (tmp_path / "cache").exists(), "features of generated photos are not among the user's"
+
+
+@pytest.mark.parametrize("fsdp", [True, False])
+def test_layers_that_ranks_compute_twice_are_computed_twice(make, tmp_path, fsdp):
+    checkpointed = {"fsdp": fsdp, "fsdp_config": {"activation_checkpointing": True}}
+    training = watched_recipe(make(training=checkpointed), 3, tmp_path)["training"]
+    assert not any(key.startswith("fsdp") for key in training)
+    assert bool(training.get("gradient_checkpointing")) is fsdp
 
 
 def test_that_the_steps_are_few_is_no_word_about_the_recipes_rows():

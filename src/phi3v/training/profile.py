@@ -179,7 +179,8 @@ def watched_recipe(recipe: Recipe, steps: int, folder: Path) -> dict[str, Any]:
     """
     values = recipe.model_dump()
     training = {key: value for key, value in values["training"].items() if not key.startswith(NOT_WATCHED)}
-    if (recipe.training.options.get("fsdp_config") or {}).get("activation_checkpointing"):
+    options = recipe.training.options
+    if options.get("fsdp") and (options.get("fsdp_config") or {}).get("activation_checkpointing"):
         training["gradient_checkpointing"] = True  # what ranks would do, one process does by itself
     values["training"] = {**training, "max_steps": steps, "save_strategy": "no"}
     values["data"] = {**values["data"], "split": None, "validation": None}
