@@ -155,7 +155,7 @@ def test_check_and_train_refuse_the_same_before_a_model_is_loaded(
     words = [sets, "data.split=null", *more]
     done = run("check", folder / "recipe.yaml", "--quick", "--json", *words)
     found = json.loads(done.stdout)
-    monkeypatch.setattr(training, "prepare_model", lambda recipe, device: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(training, "prepare_model", lambda recipe, device, *rest: pytest.fail("the model is loaded"))
     with pytest.raises((DataError, pytest.fail.Exception)) as caught:
         phi3v.train(Recipe.load(folder / "recipe.yaml", words))
     trained = None if isinstance(caught.value, pytest.fail.Exception) else str(caught.value)
@@ -203,7 +203,7 @@ def test_a_stream_of_bad_rows_is_refused_before_a_model_is_loaded_with_the_reaso
     assert found["rows"] == min(rows, 1000) and len(found["problems"]) == (
         found["rows"] if bad or "max_length" in "".join(more) else 0
     )
-    monkeypatch.setattr(training, "prepare_model", lambda recipe, device: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(training, "prepare_model", lambda recipe, device, *rest: pytest.fail("the model is loaded"))
     with pytest.raises((DataError, pytest.fail.Exception)) as caught:
         phi3v.train(Recipe.load(folder / "recipe.yaml", words))
     if line is None:
@@ -217,7 +217,7 @@ def test_of_a_stream_of_several_sets_each_is_gone_through_and_judged_by_itself(
     run: Any, folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A set of one row comes to its end before another has shown what it holds; a file may be named twice."""
-    monkeypatch.setattr(training, "prepare_model", lambda recipe, device: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(training, "prepare_model", lambda recipe, device, *rest: pytest.fail("the model is loaded"))
     for name, bad in (("one", range(0)), ("sound", range(0)), ("bad", range(1, 40)), ("worst", range(40))):
         rows = [{"q": f"{name} {n}", "a": None if n in bad else "yes"} for n in range(1 if name == "one" else 40)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
