@@ -261,6 +261,7 @@ def test_a_run_keeps_what_auto_came_to(make: MakeRecipe, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_measured_memory_is_within_a_tenth_of_the_plan(tmp_path: Path) -> None:
     """Shipped recipes at a size that takes more than 1.5 GB, by resident memory; minutes on two cores."""
     script, out = ROOT / "benchmarks" / "plan_memory.py", tmp_path / "memory.json"
