@@ -139,6 +139,11 @@ def base_weights(model: Any) -> Iterator[Any]:
         yield model
 
 
+def works_on_prompts(config: Any) -> bool:
+    """Whether an adapter of this configuration does more to a prompt than weights can: learned prompts, aLoRA."""
+    return bool(config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None))
+
+
 def has_adapter(model: Any) -> bool:
     """Whether an adapter sits on the model."""
     from peft import PeftModel

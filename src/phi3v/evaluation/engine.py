@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig
 
-from phi3v.adapters import has_adapter
+from phi3v.adapters import has_adapter, works_on_prompts
 from phi3v.evaluation.running_batch import (
     RunningBatch,
     RunningRow,
@@ -213,7 +213,7 @@ def adapter_reason(model: Any) -> str | None:
     """Why a model with this adapter is asked by `generate`: it puts more into a prompt than the ids say."""
     for name in model.active_adapters if has_adapter(model) else []:
         config = model.peft_config[name]
-        if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
+        if works_on_prompts(config):
             return f"the adapter is of type {config.peft_type.value}"
     return None
 

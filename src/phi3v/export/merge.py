@@ -18,7 +18,7 @@ from peft import PeftConfig, PeftModel, TrainableTokensConfig, set_peft_model_st
 from safetensors import safe_open
 from torch import nn
 
-from phi3v.adapters import adapter_state, check_adapter, check_fit, load_adapter
+from phi3v.adapters import adapter_state, check_adapter, check_fit, load_adapter, works_on_prompts
 from phi3v.errors import CheckpointError
 from phi3v.passthrough import first_line
 from phi3v.targets import ADAPTER_WEIGHTS, Target, tensor_shapes
@@ -51,7 +51,7 @@ class Merger:
         self.leaves = {name: _leaf(module) for name, module in model.named_modules() if name}
         self.config = PeftConfig.from_pretrained(str(place.adapter))
         self.config.modules_to_save = None  # weights that are there whole are taken by their names
-        if self.config.is_prompt_learning or getattr(self.config, "alora_invocation_tokens", None):
+        if works_on_prompts(self.config):
             raise _no_weights(place, self.config)
         stored = tensor_shapes(self.file)
         self.of_module = _by_module(stored, self.leaves, place)
@@ -113,7 +113,7 @@ class Merger:
 
 def _no_weights(place: Target, config: Any) -> CheckpointError:
     """The line for a kind of adapter that cannot be merged."""
-    kind = "aLoRA" if getattr(config, "alora_invocation_tokens", None) else config.peft_type.value
+    kind = config.peft_type.value if config.is_prompt_learning or not works_on_prompts(config) else "aLoRA"
     return CheckpointError(
         f"adapter {place.adapter} is of kind {kind}, which is no change of the weights: it cannot be "
         "merged, use --to adapter"
