@@ -86,6 +86,10 @@ def test_less_is_less() -> None:
         "training.gradient_checkpointing_kwargs={every_n_layers: 2}",
     ]
     assert checkpointed < activations(*every_second, samples=texts) < plain
+    ranks = ["training.fsdp=true", "training.fsdp_config={activation_checkpointing: true}"]
+    assert (
+        checkpointed <= activations(*ranks, *every_second[1:], samples=texts) < plain
+    )  # FSDP2's know no every_n_layers
     assert activations("lora.lora_dropout=0.1", samples=texts) > plain
 
 
@@ -207,6 +211,13 @@ def test_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     names = [change.override.partition("=")[0] for change in smaller(large, counted, 1)]
     assert names[2:] == ["training.gradient_checkpointing", "quantization", "image.num_crops"]
+    ranks = ["training.fsdp=true", "training.fsdp_config={activation_checkpointing: true}"]
+    whole = some_recipe("lora=null", "evaluation.batch_size=1", *ranks)
+    names = [change.override for change in smaller(whole, counted, 1)]
+    assert names[0] == "lora={r: 16}", "computed twice already, and an optimiser in 8 bits cannot be cut over ranks"
+    less = "training.fsdp_config.activation_checkpointing=false"
+    assert [change.override for change in faster(whole, counted, 30)] == [less]
+    assert whole.with_overrides([less]).training.options["fsdp_config"] == {"activation_checkpointing": False}
     slow = some_recipe("training.gradient_checkpointing=true")
     assert [change.override for change in faster(slow, counted, 30)] == ["training.gradient_checkpointing=false"]
     assert faster(slow, counted, 12) == faster(some_recipe(), counted, 30) == []

@@ -57,6 +57,8 @@ def test_operations_of_the_real_sizes(config: Phi3VConfig) -> None:
     more = language_operations(again, config, tokens) - language_operations(lora, config, tokens)
     today = recipe(training={"activation_checkpointing": True})  # TrainingArguments' newer name
     assert language_operations(today, config, tokens) == language_operations(again, config, tokens)
+    ranks = recipe(training={"fsdp": True, "fsdp_config": {"activation_checkpointing": True}})
+    assert language_operations(ranks, config, tokens) == language_operations(again, config, tokens)
     assert more == pytest.approx(matrices / 2 + attention / 3.5, rel=1e-3)
     whole = language_operations(recipe(lora=None), config, tokens)
     assert whole == pytest.approx(1.5 * (matrices + head) + attention, rel=1e-3)

@@ -12,19 +12,30 @@ from phi3v.recipe import CHECKPOINTING
 CHECKPOINTING_KWARGS = tuple(f"{name}_kwargs" for name in CHECKPOINTING)
 """The options that say how."""
 
+SHARDED_CHECKPOINTING = "fsdp_config.activation_checkpointing"
+"""Ranks that share a model have a third option, of FSDP2, which counts with `fsdp` alone."""
+
 
 def checkpointing(options: Mapping[str, Any]) -> str | None:
-    """Under which of its two names `training` has activations computed twice; None where it does not.
+    """Which option of `training` has activations computed twice; None where none does.
 
-    Example: {"activation_checkpointing": True} -> "activation_checkpointing".
+    Example: {"activation_checkpointing": True} -> "activation_checkpointing", and of {"fsdp": True, "fsdp_config":
+    {"activation_checkpointing": True}} it is "fsdp_config.activation_checkpointing".
     """
-    return next((name for name in CHECKPOINTING if options.get(name)), None)
+    found = next((name for name in CHECKPOINTING if options.get(name)), None)
+    if found is None and options.get("fsdp") and (options.get("fsdp_config") or {}).get("activation_checkpointing"):
+        return SHARDED_CHECKPOINTING
+    return found
 
 
 def checkpointing_kwargs(options: Mapping[str, Any]) -> dict[str, Any]:
     """How they are, whichever name says so; checkpoints are not re-entrant unless that is asked for.
 
+    FSDP2's own take none of these options: each layer is computed twice, and nothing is offloaded.
+
     Example: {"gradient_checkpointing_kwargs": {"offload": True}} -> {"use_reentrant": False, "offload": True}.
     """
+    if checkpointing(options) == SHARDED_CHECKPOINTING:
+        return {"use_reentrant": False}
     given = {key: value for name in CHECKPOINTING_KWARGS for key, value in (options.get(name) or {}).items()}
     return {"use_reentrant": False, **given}

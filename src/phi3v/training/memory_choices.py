@@ -178,8 +178,9 @@ def _savings(recipe: Recipe, answers: bool) -> list[str]:
         found.append("training.micro_batch_size=1")
     if checkpointing(options) is None:
         found.append("training.gradient_checkpointing=true")
-    if recipe.lora is None:
-        found += ["training.optim=adamw_8bit", "lora={r: 16}"]
+    if recipe.lora is None:  # 8-bit moments cannot be cut, and ranks that share a model cut them
+        found += [] if options.get("fsdp") else ["training.optim=adamw_8bit"]
+        found.append("lora={r: 16}")
     if recipe.quantization is None and find_spec("bitsandbytes") is not None:
         found.append(_FOUR_BITS)
     if recipe.image.max_tokens is None and recipe.image.num_crops != 1:

@@ -20,7 +20,7 @@ from phi3v.loading import load_config, load_processor, resolve_device
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.training.callbacks import Watcher
-from phi3v.training.checkpointing import checkpointing, checkpointing_kwargs
+from phi3v.training.checkpointing import SHARDED_CHECKPOINTING, checkpointing, checkpointing_kwargs
 from phi3v.training.device_time import check_trace
 from phi3v.training.floor import TOWER_PASSES, useful_operations, vision_operations
 from phi3v.training.memory_plan import adopt
@@ -179,8 +179,7 @@ def watched_recipe(recipe: Recipe, steps: int, folder: Path) -> dict[str, Any]:
     """
     values = recipe.model_dump()
     training = {key: value for key, value in values["training"].items() if not key.startswith(NOT_WATCHED)}
-    options = recipe.training.options
-    if options.get("fsdp") and (options.get("fsdp_config") or {}).get("activation_checkpointing"):
+    if checkpointing(recipe.training.options) == SHARDED_CHECKPOINTING:
         training["gradient_checkpointing"] = True  # what ranks would do, one process does by itself
     values["training"] = {**training, "max_steps": steps, "save_strategy": "no"}
     values["data"] = {**values["data"], "split": None, "validation": None}
