@@ -172,8 +172,16 @@ def test_all_ways_compute_the_same_loss():
     for name in ("guide", "peft", "ours-eager", "ours-padded", "ours"):
         way = make_way(name, config, device="cpu", dtype=torch.float32)
         batches = way.batches(examples, 2)
-        optimiser, items = make_optimiser(way, "cpu", 1e-3), trained_tokens(batches)
+        items = trained_tokens(batches)
         assert items == 18
+        began = [weight.detach().clone() for weight in way.trained]
+        for weight in way.trained:
+            weight.grad = torch.ones_like(weight)
+        make_optimiser(way, "cpu").step()
+        assert all(map(torch.equal, began, way.trained)), "steps that are timed move no weight for the next shape"
+        for weight in way.trained:
+            weight.grad = None
+        optimiser = make_optimiser(way, "cpu", 1e-3)
         losses[name] = torch.tensor([float(run_step(way, batches, items, optimiser, "cpu")) for _ in range(2)])
     for name, found in losses.items():
         torch.testing.assert_close(found, losses["peft"], rtol=1e-5, atol=1e-5, msg=f"{name}: {losses}")
