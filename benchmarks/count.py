@@ -19,7 +19,7 @@ import torch
 from counter import Counter, Counts, span
 from ours import part
 from results import draw_bars, machine, to_write, write
-from sizes import config_of, image_tokens
+from sizes import DECODERS, config_of, image_tokens
 from torch import nn
 from ways import WAYS, Way, make_way
 
@@ -134,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ways", nargs="+", choices=COUNTED, default=list(COUNTED))
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--size", default="full", help="full, cpu or tiny")
+    parser.add_argument("--size", choices=list(DECODERS), default="full", help="of the model; tiny to try the program")
     parser.add_argument("--out", type=to_write, default=Path("count"), help="name of the .json and the .png")
     parser.add_argument("--write-limits", action="store_true", help="write step_limits.json from ours and do no more")
     given = parser.parse_args()
@@ -165,7 +165,7 @@ def main() -> None:
         "%.0f",
     )
     for shape in given.shapes:
-        print(f"\n{shape}, 4 samples; floor {floors[shape] / 1e12:.0f} 10^12 operations")
+        print(f"\n{shape}, 4 samples; floor {floors[shape] / 1e12:,.4g} 10^12 operations")
         print("| way | 10^12 operations | 10^9 bytes | launches | host waits | peak GiB | predicted ms |")
         print("|---|---|---|---|---|---|---|")
         for name, values in counted.items():

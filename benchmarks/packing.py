@@ -89,10 +89,10 @@ def measure(ways: dict[str, Way], examples: list[Example], rounds: int) -> dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each way that are timed")
     parser.add_argument("--repeats", type=int, default=1, help="samples of each grid in a step")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--vocabulary", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--vocabulary", type=int, default=1024, help="entries of the model's")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to try the program")
     parser.add_argument("--out", type=to_write, default=Path("packing"), help="name of the .json and the .png")
     given = parser.parse_args()
@@ -131,7 +131,8 @@ def main() -> None:
             f"| {name} | {median:.2f} | {rates[name]:.2f} | {100 * floor / median:.0f} % "
             f"| {medians['plain'] / median:.2f} |"
         )
-    print(result["notes"])
+    for name, note in result["notes"].items():
+        print(f"{name}: {note}")
 
 
 if __name__ == "__main__":

@@ -109,8 +109,8 @@ def measure(name: str, rows: int, work: Callable[[], Any]) -> Any:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=2000)
-    parser.add_argument("--model", default=str(TINY))
+    parser.add_argument("--rows", type=int, default=2000, help="of the set that is looked at")
+    parser.add_argument("--model", default=str(TINY), help="whose processor and tokenizer are used")
     chosen = parser.parse_args()
     processor = load_processor(chosen.model)
     context = load_config(chosen.model).max_position_embeddings
@@ -121,8 +121,8 @@ def main() -> None:
         look = measure(
             "the whole look", len(rows), lambda: measured_rows(recipe, open_data(recipe), processor, context)
         )
-    print(f"{len(rows)} rows, {sum(lengths):,} tokens in {packs:,} packs")
-    print(f"{len(look.train)} to train on, {len(look.validation)} held out")
+    print(f"{len(rows):,} rows, {sum(lengths):,} tokens in {packs:,} packs")
+    print(f"{len(look.train):,} to train on, {len(look.validation):,} held out")
     show_packs()
 
 

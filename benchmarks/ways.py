@@ -138,9 +138,9 @@ def run_step(way: Way, batches: list[Batch], items: int, optimiser: torch.optim.
 def make_optimiser(way: Way, device: str, rate: float = 0.0) -> torch.optim.Optimizer:
     """AdamW, in one kernel on a GPU, as the Trainer chooses it; over masters where a way has them.
 
-    At a rate of 0 it does all its work and weights stay where they began, so losses can be compared at any time. A small
-    rate moves them: in bfloat16, compiled layers add an adapter before they round, and one of 1e-9 then decides each tie
-    between two numbers the way that lowers the loss, by 0.02 in 32 layers; plain layers round it away.
+    At a rate of 0 it does all its work and weights stay where they began, so losses can be compared at any time. A
+    small rate moves them: in bfloat16, compiled layers add an adapter before they round, and one of 1e-9 then decides
+    each tie between two numbers the way that lowers the loss, by 0.02 in 32 layers; plain layers round it away.
     """
     optimiser = torch.optim.AdamW(way.trained, lr=rate, fused=device == "cuda")
     if way.masters:
