@@ -56,7 +56,8 @@ def show_profile(console: Console, found: Profile) -> None:
     from rich.table import Table
 
     counts = f"{found.steps} steps of {found.samples_per_step} samples in {found.micro_batches:.1f} micro-batches"
-    console.print(f"{found.device}: {counts}, {found.tokens:,.0f} tokens and {found.padding:.0%} padding", markup=False)
+    line = f"{found.device}: {counts}, {found.tokens:,.0f} tokens and {found.padding:.0%} padding"
+    console.print(line, markup=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     for title in ("part", "ms a step", "share", "most GiB"):
         table.add_column(title, justify="left" if title == "part" else "right")
@@ -66,7 +67,7 @@ def show_profile(console: Console, found: Profile) -> None:
     table.add_row("all", f"{1000 * found.seconds:,.1f}", "", f"{found.weights_gib:.1f} weights")
     console.print(table)
     for line in lines_of(found):
-        console.print(line, markup=False)
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def lines_of(found: Profile) -> list[str]:

@@ -160,5 +160,7 @@ def measure_rate(recipe: Recipe, seconds: float = 0.3) -> tuple[str, float]:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             fastest[kind] = min(fastest[kind], time.perf_counter() - began)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    cpu = f"CPU ({threads} thread{'' if threads == 1 else 's'})"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     return f"{name}, {str(dtype).removeprefix('torch.')}", 2 * 2 * side**3 / sum(fastest)
