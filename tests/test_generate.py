@@ -2,8 +2,9 @@
 
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from tiny_models import COLOURS, write_tiny_model
 
 from phi3v import generate, loading, tuning
 from phi3v.errors import ConfigError, ImageError
-from phi3v.generate import ChatModel, conversation
+from phi3v.generate import ChatModel, PieceStreamer, conversation
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.serve.served import load_served
@@ -114,6 +115,34 @@ def test_pieces_of_a_stream_join_to_the_answer(chat: ChatModel, scripted: Callab
     answer = chat.ask(photo("red"), "What?", max_new_tokens=60, stream=pieces.append)
     assert "".join(pieces) == answer == "A red caf\u00e9 \U0001f9e3\n two lines"
     assert len(pieces) > 5 and not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+def test_any_tokens_stream_as_they_are_decoded_as_a_whole(chat: ChatModel) -> None:
+    """Bytes in and out of order, control tokens that show nothing, spaces; a piece is made of few tokens again."""
+    tokenizer, most = chat.processor.tokenizer, 0
+
+    def decode(ids: Sequence[int]) -> str:
+        nonlocal most
+        most = max(most, len(ids))
+        return chat.text_of(ids)
+
+    stops = set(chat.processor.stop_token_ids)
+    shown = [token for token in range(len(tokenizer)) if token not in stops]
+    bytes_, control = [t for t in shown if chat.is_byte(t)], [t for t in shown if not chat.text_of([t])]
+    random = Random(5)
+    for trial in range(40):
+        kinds = [shown, shown, control, bytes_][: 2 + trial % 3]
+        ids = [random.choice(random.choice(kinds)) for _ in range(120)]
+        pieces: list[str] = []
+        streamer = PieceStreamer(decode, chat.is_byte, pieces.append)
+        streamer.put(torch.empty(0))
+        for token in ids:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+        assert "".join(pieces) == chat.text_of(ids)
+        if trial % 3 == 0:
+            assert most < 40
+        most = 0
 
 
 def test_sampling_and_beams_pass_through(chat: ChatModel) -> None:

@@ -28,6 +28,8 @@ from phi3v.passthrough import check_names
 from phi3v.targets import run_of, system_template
 
 MAX_NEW_TOKENS = 256
+REMEMBERED_TOKENS = 16
+"""Of a streamed answer, whose text is made again with each new token."""
 _logger = logging.getLogger(__name__)
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 Conversation = list[dict[str, Any]]
@@ -223,7 +225,8 @@ class PieceStreamer(BaseStreamer):
     """Hands on what each new token adds to the text.
 
     Characters spelt out in single bytes wait until their run of bytes is over: only then is it known what they are. A
-    run that is no UTF-8 turns into replacement characters as a whole, letters in it included.
+    run that is no UTF-8 turns into replacement characters as a whole, letters in it included. What was handed on long
+    ago is not decoded again, so that a token costs the same however long the answer is.
     """
 
     def __init__(
@@ -232,8 +235,9 @@ class PieceStreamer(BaseStreamer):
         self._decode = decode
         self._is_byte = is_byte
         self._receive = receive
-        self._ids: list[int] = []
-        self._sent = 0
+        self._ids: list[int] = []  # the last ones
+        self._sent = 0  # characters of their text
+        self._in_bytes = False
         self._prompt_passed = False
 
     def put(self, value: torch.Tensor) -> None:
@@ -243,8 +247,13 @@ class PieceStreamer(BaseStreamer):
             return
         self._ids += value.flatten().tolist()
         text = self._decode(self._ids)
-        if not self._is_byte(self._ids[-1]) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+        if self._is_byte(self._ids[-1]):
+            self._in_bytes = True
+        elif self._in_bytes and self._decode(self._ids[-1:]):  # a control token shows nothing and ends no run
+            self._in_bytes = False
+        if not self._in_bytes and not text.endswith("\N{REPLACEMENT CHARACTER}"):
             self._send(text)
+            self._forget()
 
     def end(self) -> None:
         """Hands on what still waits."""
@@ -254,6 +263,14 @@ class PieceStreamer(BaseStreamer):
         if len(text) > self._sent:
             self._receive(text[self._sent :])
             self._sent = len(text)
+
+    def _forget(self) -> None:
+        """Keeps the last token alone, whose text has been handed on: the first of a text loses a space in front of it.
+
+        One without text (a control token) would pass that loss on to its follower, and is not kept alone.
+        """
+        if len(self._ids) >= REMEMBERED_TOKENS and (last := self._decode(self._ids[-1:])):
+            self._ids, self._sent = self._ids[-1:], len(last)
 
 
 def ask(

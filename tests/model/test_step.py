@@ -9,6 +9,7 @@ from golden_models import tiny_model
 from no_waiting import Waited, no_waiting
 from tiny_prompts import IMAGE, batch_of, prompt, without
 from torch.testing import assert_close
+from transformers.cache_utils import DynamicCache
 
 from phi3v.data.collate import Collator
 from phi3v.data.step_batch import step_batch
@@ -83,6 +84,26 @@ def test_the_last_layer_works_at_trained_positions_alone() -> None:
         "-1 qkv": many, "-1 o": few, "-1 norm": few, "-1 mlp": few, "norm": few, "lm_head": few,
     }  # fmt: skip
     assert set(map(tuple, rows_seen(model, without(batch, "labels")).values())) == {(everywhere,)}
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_prompts_beside_a_cache_pass_the_last_layer_at_few_positions(attn: str) -> None:
+    model = tiny_model(attn=attn, image_token_id=IMAGE)
+    batch = batch_of(rows_of("images_and_text"), "right")
+    plain, lean = DynamicCache(), DynamicCache()
+    made = {name: value for name, value in step_batch(batch, IMAGE).items() if name not in ("labels", "position_ids")}
+    seen: list[int] = []
+    hook = model.model.layers[-1].mlp.register_forward_hook(lambda _, given, made: seen.append(given[0].shape[1]))
+    with torch.inference_mode():
+        expected = model(**batch, past_key_values=plain, use_cache=True, trained_logits_only=True).logits
+        output = model(**made, past_key_values=lean, use_cache=True)
+    hook.remove()
+    assert seen == [batch["labels"].shape[1], len(expected)] and output.loss is None
+    assert_close(output.logits, expected, rtol=0, atol=2e-5)
+    real = batch["attention_mask"].bool()[:, None, :, None]
+    for one, other in zip(plain.layers, output.past_key_values.layers, strict=True):  # behind padding nothing is read
+        assert_close(one.keys * real, other.keys * real, rtol=0, atol=2e-5)
+        assert_close(one.values * real, other.values * real, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("trains", ["everything", "projector", "adapters"])
@@ -163,6 +184,12 @@ def unbatched(row: dict) -> dict:
     }
 
 
+def something_cached() -> DynamicCache:
+    cache = DynamicCache()
+    cache.update(torch.zeros(3, 4, 1, 8), torch.zeros(3, 4, 1, 8), 0)
+    return cache
+
+
 def test_checkpointing_reaches_the_last_layer_too() -> None:
     model = tiny_model(image_token_id=IMAGE).train()
     batch = step_batch(batch_of(rows_of("images_and_text"), "right"), IMAGE)
@@ -181,8 +208,8 @@ def test_checkpointing_reaches_the_last_layer_too() -> None:
     ("change", "message"),
     [
         (lambda batch: {"image_positions": batch["image_positions"][1:]}, "do not match"),
-        (lambda batch: {"attention_mask": torch.ones_like(batch["input_ids"])}, "without attention_mask"),
-        (lambda batch: {"labels": None}, "need labels"),
+        (lambda batch: {"attention_mask": torch.ones_like(batch["input_ids"])}, "no attention_mask"),
+        (lambda batch: {"past_key_values": something_cached()}, "no attention_mask, nothing cached"),
         (lambda batch: {"pixel_values": None}, "answer blindly"),
     ],
 )

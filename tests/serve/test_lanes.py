@@ -1,6 +1,8 @@
 """Lanes: rows that cross the rope's limit answer as the model's own `generate` does, and nothing is left behind."""
 
 import io
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,13 @@ from tiny_models import COLOURS, write_tiny_model
 
 from phi3v.evaluation.answers import RecentImages
 from phi3v.generate import ChatModel
+from phi3v.serve.channel import write_message
 from phi3v.serve.lanes import Asked, Lane, Lanes
+from phi3v.serve.limits import Limits
 from phi3v.serve.prepare import prepare, told
 from phi3v.serve.protocol import Refusal
-from phi3v.serve.served import Served
+from phi3v.serve.served import Served, _remember_images
+from phi3v.serve.worker import Worker
 
 LIMIT = 64
 """Original context of the small model."""
@@ -31,6 +36,13 @@ def asked(served: Served, name: int, text: str, images: tuple[bytes, ...] = (), 
     parts: list[Any] = [*range(len(images)), text]
     message = {"id": name, "turns": [{"role": "user", "parts": parts}], "max_tokens": 12, "temperature": 0, "top_p": 1}
     return prepare({**message, "seed": None, "stop": [], **more}, images, served, context=4000, default_tokens=20)
+
+
+class Everyone(set):
+    """Requests that are all wanted, whatever is taken out."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
 
 
 def work(lanes: Lanes, gone: set[int] = frozenset()) -> None:  # type: ignore[assignment]
@@ -94,6 +106,46 @@ def test_images_are_seen_once_and_cancelled_rows_leave(served: Served, tmp_path:
         text = "".join(one["text"] for one in said if one["is"] == "piece" and one["id"] == number)
         photo = Image.open(tmp_path / f"{list(COLOURS)[number % 2]}.png")
         assert text == served.chat.ask(photo, "What?", max_new_tokens=12)
+
+
+def test_images_may_be_seen_before_their_turn(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker's thread that prepares sends them through the tower; the model's own thread then has none to send."""
+    photo = io.BytesIO()
+    Image.new("RGB", (45, 35), "navy").save(photo, "PNG")
+    source = io.BytesIO()
+    parts = {"turns": [{"role": "user", "parts": [0, "What?"]}], "temperature": 0, "top_p": 1, "seed": None, "stop": []}
+    for number in range(2):
+        asking = {"do": "ask", "id": number, "model": "m", "max_tokens": 12, **parts}
+        write_message(source, asking, [photo.getvalue()])
+    source.seek(0)
+    threads: list[str] = []
+    original = RecentImages.complete
+    monkeypatch.setattr(
+        RecentImages,
+        "complete",
+        lambda *given: threads.append(threading.current_thread().name) or original(*given),  # type: ignore[func-returns-value]
+    )
+    worker = Worker({"m": replace(served, sees_ahead=True)}, Limits(), source, io.BytesIO())
+    said: list[dict[str, Any]] = []
+    monkeypatch.setattr(worker, "tell", lambda *told: said.extend(told))
+    monkeypatch.setattr(worker.lanes.lanes["m"], "_tell", lambda *told: said.extend(told))
+    worker._wanted = Everyone()  # the source ends at once, which lets go of all
+    before = served.seen.computed
+    worker.run()
+    assert threads == ["_prepare", "_prepare"] and served.seen.computed == before + 1
+    assert texts(said, 2) == [served.chat.ask(Image.open(photo), "What?", max_new_tokens=12)] * 2
+
+
+@pytest.mark.parametrize(("device", "cores", "ahead"), [("cpu", 3, True), ("cpu", 2, False), ("meta", 3, False)])
+def test_images_are_seen_ahead_where_a_core_is_free(
+    served: Served, device: str, cores: int, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(type(served.chat.model), "device", torch.device(device))
+    names = {"m": Served(served.chat, None)}
+    _remember_images(names, served.chat.model)
+    assert names["m"].sees_ahead == ahead
 
 
 def test_tokens_of_a_batch_are_bounded(served: Served) -> None:

@@ -114,14 +114,12 @@ class RunningBatch:
         cache = DynamicCache()
         alone = len(examples) == 1 and not has_labels(examples[0])
         batch = self.collate([prompt_of(one) if alone else with_a_label(one) for one in examples])
-        given = {name: value for name, value in batch.items() if name not in ("attention_mask", "labels")}
-        given |= {} if alone else {"labels": batch["labels"]}
-        how = {"logits_to_keep": 1} if alone else {"trained_logits_only": True}
-        inputs = placed(given, self.model)
-        logits = self.model(**inputs, past_key_values=cache, use_cache=True, **how).logits
-        losses, counts = ([0.0], [1]) if alone else losses_of(logits, batch["labels"])
-        if alone:
-            logits = logits[:, -1]
+        labels = batch.pop("labels", None)
+        read = torch.tensor([lengths[0] - 1]) if alone else read_positions(labels)
+        given = {name: value for name, value in batch.items() if name != "attention_mask"}
+        inputs = placed({**given, "trained_positions": read}, self.model)
+        logits = self.model(**inputs, past_key_values=cache, use_cache=True).logits
+        losses, counts = ([0.0], [1]) if alone else losses_of(logits, labels)
         firsts = torch.tensor([sum(counts[:row]) for row in range(len(counts))], device=logits.device)
         tokens = self._chosen(logits[firsts], rows)
         for place, (row, example) in enumerate(zip(rows, examples, strict=True)):
@@ -196,6 +194,14 @@ def with_a_label(example: Mapping[str, Any]) -> dict[str, Any]:
     labels = torch.cat([torch.full_like(ids, IGNORED), ids.new_zeros(1)])
     mask = {"attention_mask": ids.new_ones(len(ids) + 1)} if "attention_mask" in prompt else {}
     return prompt | mask | {"input_ids": torch.cat([ids, ids.new_zeros(1)]), "labels": labels}
+
+
+def read_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Flat positions `row * S + column` of the logits that labels `[R, S]` ask for.
+
+    Example: labels [[-100, -100, 6], [-100, 5, 4]] -> [1, 3, 4].
+    """
+    return torch.nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1)).flatten().nonzero()[:, 0]
 
 
 def losses_of(logits: torch.Tensor, labels: torch.Tensor) -> tuple[list[float], list[int]]:

@@ -171,7 +171,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
     ) -> BaseModelOutputWithPast:
         """See `Phi3VForCausalLM.forward`; returns hidden states after the final norm, `[B, S, H]`.
 
-        With `trained_positions` they are `[1, K, H]`, of these K positions alone; nothing is cached then.
+        With `trained_positions` they are `[1, K, H]`, of these K positions alone; a cache must be empty then.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -188,10 +188,11 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
                 input_ids, pixel_values, image_sizes, image_features, image_positions, global_views
             )
         if trained_positions is not None:
-            if past_key_values is not None or (attention_mask is not None and attention_mask.ndim == 2):
-                raise ValueError("trained_positions are for rows padded on the right, without attention_mask and cache")
-            states = hidden_at(self, inputs_embeds, position_ids, trained_positions, attention_mask, **kwargs)
-            return BaseModelOutputWithPast(last_hidden_state=states)
+            if past or (attention_mask is not None and attention_mask.ndim == 2):
+                raise ValueError("trained_positions: rows padded on the right, no attention_mask, nothing cached")
+            cache = {"past_key_values": past_key_values}
+            states = hidden_at(self, inputs_embeds, position_ids, trained_positions, attention_mask, **cache, **kwargs)
+            return BaseModelOutputWithPast(last_hidden_state=states, **cache)
         if position_ids is None:
             length = inputs_embeds.shape[1]
             if attention_mask is not None and attention_mask.ndim == 2:
@@ -305,8 +306,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
                 `kernels.packed_attention`. Its `position_ids` restart at 0 and it has no mask.
             trained_positions: flat positions `[K]`, `row * S + column`, whose logits are compared with the label behind
                 them, as `data.step_batch` makes them; `logits` are then `[K, vocabulary]`, and the last layer works
-                there alone. For a training step: rows begin in column 0 and are padded on the right, `labels` are
-                taken as they are, `attention_mask` and cache are left out.
+                there alone. For a training step, and for prompts beside an empty cache: rows begin in column 0 and are
+                padded on the right, `labels` are taken as they are or left out, `attention_mask` is left out.
             image_positions: flat positions `[T]` of the image tokens; images are then placed there, in the order of the
                 text, without a look at `input_ids`.
             global_views: `[images, 3, 336, 336]`, where `pixel_values` are bytes.
@@ -331,7 +332,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
         )
         hidden_states = outputs.last_hidden_state
         if trained_positions is not None:
-            return self._step_output(hidden_states[0], labels, trained_positions, kwargs.get("num_items_in_batch"))
+            return self._step_output(outputs, labels, trained_positions, kwargs.get("num_items_in_batch"))
         if labels is not None:  # collators of other libraries copy all ids
             labels = labels.masked_fill(image_mask(labels, self.config.image_token_id), -100)
             labels = without_first_tokens(labels, attention_mask)
@@ -358,17 +359,16 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin, GenerationMix
 
     def _step_output(
         self,
-        hidden_states: torch.Tensor,
+        outputs: BaseModelOutputWithPast,
         labels: torch.Tensor | None,
-        trained_positions: torch.Tensor,
+        positions: torch.Tensor,
         num_items: torch.Tensor | int | None,
     ) -> CausalLMOutputWithPast:
-        """Logits `[K, vocabulary]` and loss of a training step, from hidden states `[K, H]`."""
-        if labels is None:
-            raise ValueError("trained_positions need labels")
-        logits = self.lm_head(hidden_states)
-        targets = labels.flatten().index_select(0, trained_positions + 1)
-        return CausalLMOutputWithPast(loss=self._loss_at_labels(logits, targets, num_items), logits=logits)
+        """Logits `[K, vocabulary]` at flat positions `[K]`, and their loss where there are labels."""
+        logits, loss = self.lm_head(outputs.last_hidden_state[0]), None
+        if labels is not None:
+            loss = self._loss_at_labels(logits, labels.flatten().index_select(0, positions + 1), num_items)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 
     @staticmethod
     def _loss_at_labels(

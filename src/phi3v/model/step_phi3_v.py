@@ -1,4 +1,5 @@
-"""A training step's way through the decoder: work where it is needed, and nothing that has to ask the device.
+"""The way through the decoder of a training step, and of prompts that are answered together: work where it is needed,
+and nothing that has to ask the device.
 
 In: embeddings, and indices that were made on the CPU with the batch (`data.step_batch`). Out: hidden states of the kept
 positions alone. Lengths are known from shapes, so no step waits for a value: no mask is indexed, nothing is counted.
@@ -55,7 +56,7 @@ class Phi3VLastDecoderLayer(Phi3DecoderLayer):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """`[B, S, H]`, or `[1, K, H]` where `kept_positions`, flat positions `[K]`, are given; that caches nothing."""
+        """`[B, S, H]`, or `[1, K, H]` where `kept_positions`, flat positions `[K]`, are given; a cache gets all S."""
         if kept_positions is None:
             return super().forward(
                 hidden_states,
@@ -70,6 +71,7 @@ class Phi3VLastDecoderLayer(Phi3DecoderLayer):
             kept_positions,
             attention_mask=attention_mask,
             position_embeddings=position_embeddings,
+            past_key_values=past_key_values,
             **kwargs,
         )
         hidden_states = pick(hidden_states, kept_positions) + self.resid_attn_dropout(attended)
@@ -83,6 +85,7 @@ def attend_at(
     *,
     attention_mask: torch.Tensor | None,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+    past_key_values: Any = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Phi3Attention's forward, whose output projection sees the kept positions alone: `[B, S, H]` to `[1, K, H]`."""
@@ -93,6 +96,8 @@ def attend_at(
     query, key, value = (part.view(heads).transpose(1, 2) for part in parts)
     # By its name in transformers' module, where other libraries put kernels of theirs.
     query, key = modeling_phi3.apply_rotary_pos_emb(query, key, *position_embeddings)
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, attention.layer_idx)
     attended = attend(attention, query, key, value, attention_mask, **kwargs)
     return attention.o_proj(pick(attended.flatten(2), kept_positions))
 
@@ -137,6 +142,7 @@ def hidden_at(
     position_ids: torch.Tensor | None,
     kept_positions: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
+    past_key_values: Any = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Hidden states `[1, K, H]` after the final norm, of rows that begin in column 0 and are padded on the right.
@@ -151,6 +157,7 @@ def hidden_at(
         position_ids: `[B, S]`; padding repeats the last position, so that it does not count for a row's length.
         kept_positions: flat positions `[K]`.
         attention_mask: a mask of four dimensions in the form of the attention, handed on as it is; None has it made.
+        past_key_values: an empty cache that takes the keys and values of all positions, padding too; None for none.
         **kwargs: for the attention.
     """
     if position_ids is None:
@@ -166,7 +173,7 @@ def hidden_at(
             position_ids=position_ids if borders else None,
         )
     rope = decoder.rotary_emb(embeddings, position_ids=position_ids)
-    inputs = {"attention_mask": attention_mask, "position_embeddings": rope}
+    inputs = {"attention_mask": attention_mask, "position_embeddings": rope, "past_key_values": past_key_values}
     hidden_states = embeddings
     for layer in decoder.layers[:-1]:
         hidden_states = layer(hidden_states, **inputs, **kwargs)

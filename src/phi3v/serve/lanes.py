@@ -58,6 +58,12 @@ class Asked:
         self.prompt_tokens = len(self.example["input_ids"])
         self.ends = set(chat.processor.stop_token_ids)
 
+    def see(self) -> None:
+        """Turns pixels into features, those of images that came before out of memory; once is enough."""
+        row = self.example.pop("row", None)
+        if row is not None and self.served.seen is not None and "pixel_values" in self.example:
+            self.example = self.served.seen.complete(row, self.example)
+
     @property
     def length(self) -> int:
         """Tokens of the prompt and of the answer so far."""
@@ -231,11 +237,8 @@ class Lane:
     def _enter(self, group: list[Asked], stays: list[int]) -> None:
         """Passes prompts through tower and decoder."""
         self.running += group
-        seen = self.served.seen
         for one in group:
-            if seen is not None and "pixel_values" in one.example:
-                one.example = seen.complete(one.example.pop("row"), one.example)
-            one.example.pop("row", None)
+            one.see()
         examples = [one.again() if one.row.new else one.example for one in group]
         self._batch.enter([one.row for one in group], examples, stays)
         self._report(group)

@@ -14,7 +14,7 @@ from phi3v.evaluation.answers import RecentImages
 from phi3v.evaluation.engine import adapter_reason, settings_reason
 from phi3v.features.vision import sees_plainly
 from phi3v.generate import ChatModel, fixed_system
-from phi3v.loading import load_base, load_processor
+from phi3v.loading import load_base, load_processor, spare_cores
 from phi3v.serve.names import named_targets
 from phi3v.targets import Target, resolve_target, run_of, system_template
 
@@ -29,11 +29,15 @@ class Served:
         chat: the model with its processor and system turn.
         adapter: PEFT's name of its adapter; None for the base, and for a model without adapters.
         seen: features of the images that came last.
+        sees_ahead: whether images go through the tower while others are answered, in the thread that prepares: on a
+            CPU that has more cores than the model has threads, and where no adapter on the vision parts is switched
+            meanwhile. (With a thread of the model on every core the two would wait for each other in every layer.)
     """
 
     chat: ChatModel
     adapter: str | None
     seen: RecentImages | None = None
+    sees_ahead: bool = False
 
     def select(self) -> None:
         """From now on the model answers as this one."""
@@ -127,3 +131,4 @@ def _remember_images(served: dict[str, Served], model: Any) -> None:
         images = one.chat.processor.image_processor
         way = (images.num_crops, images.fast, None if plain else name)
         one.seen = memories.setdefault(way, RecentImages(model))
+        one.sees_ahead = plain and model.device.type == "cpu" and spare_cores() > 0

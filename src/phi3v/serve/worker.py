@@ -2,8 +2,8 @@
 
 `python -m phi3v.serve.worker` reads messages of `channel` from standard input: first what to serve, then requests and
 cancellations. It answers on what was standard output, which everything else that is written finds closed to it. A
-thread reads, one prepares (decoding, resizing, tokenising), and the main thread runs the model. It ends when the server
-does. Knows no HTTP.
+thread reads, one prepares (decoding, resizing, tokenising, on a CPU the tower too), and the main thread runs the model.
+It ends when the server does. Knows no HTTP.
 """
 
 import contextlib
@@ -117,6 +117,8 @@ class Worker:
                     context=self.context,
                     default_tokens=self.limits.default_tokens,
                 )
+                if asked.served.sees_ahead:
+                    asked.see()
             except Refusal as error:
                 told = {"status": error.status, "code": error.code, "message": str(error)}
                 self.tell({"is": "refused", "id": message["id"], **told})
