@@ -44,9 +44,10 @@ def check_space(folder: Path, needed: int) -> None:
     """Raises: ConfigError where the disk of `folder`, which need not be there yet, has less room than is needed."""
     free = shutil.disk_usage(_existing(folder.absolute())).free
     if needed + _MARGIN > free:
+        place = next(above for above in folder.absolute().parents if not is_unfinished(above))
         raise ConfigError(
-            f"an export of {needed / 10**9:.1f} GB needs more than the {free / 10**9:.1f} GB that are free beside "
-            f"{folder}: free space, or name a folder on another disk"
+            f"the export needs {(needed + _MARGIN) / 10**9:.2f} GB, and {free / 10**9:.2f} GB are free in {place}: "
+            "free space, or name a folder on another disk"
         )
 
 
