@@ -120,7 +120,7 @@ def test_quantization_options_are_checked_and_the_package_is_named(model_folder:
     with pytest.raises(ConfigError, match="did you mean load_in_4bit"):
         loading.quantization_config({"load_in_4bits": True}, torch.float32)
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingPackageError, match="pip install bitsandbytes"):
+    with pytest.raises(MissingPackageError, match=r'pip install "phi3v\[quantization\]"'):
         loading.load_base(model_folder, quantization={"load_in_4bit": True})
 
 

@@ -13,7 +13,7 @@ import typer
 
 from phi3v.cli_command import AsJson, Debug, Device, Target, refuse_empty
 from phi3v.cli_session import session
-from phi3v.errors import MissingPackageError
+from phi3v.errors import MissingPackageError, install
 
 
 def chat(
@@ -37,7 +37,7 @@ def chat(
 
         resolve_target(target)  # a target that is not there is told before seconds of imports
         if importlib.util.find_spec("gradio") is None:
-            raise MissingPackageError("phi3v chat needs gradio, which is not installed: pip install 'phi3v[chat]'")
+            raise MissingPackageError(f"phi3v chat needs gradio, which is not installed: {install('chat')}")
 
         from phi3v.serve.chat import PASSWORD, serve_chat
 

@@ -12,7 +12,7 @@ import typer
 
 from phi3v.cli_command import AsJson, Debug, Overrides, RecipeFile, refuse_options
 from phi3v.cli_session import printable, session
-from phi3v.errors import MissingPackageError
+from phi3v.errors import MissingPackageError, install
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +32,7 @@ def sweep(
     hint = "; the same command again goes on with the sweep"
     with session(debug or bool(context.obj), as_json, on_interrupt=hint) as here:
         if find_spec("optuna") is None:
-            raise MissingPackageError('a sweep needs Optuna: pip install "phi3v[sweep]"')
+            raise MissingPackageError(f"a sweep needs Optuna: {install('sweep')}")
         from phi3v.cli_screen import Screen
         from phi3v.recipe import Recipe
         from phi3v.sweep.run import sweep as sweep_recipe

@@ -52,6 +52,15 @@ class MissingPackageError(Phi3VError, ImportError):
     """An optional package is needed for what was asked and is not installed."""
 
 
+def install(extra: str) -> str:
+    """The command that brings what an extra names: install("onnx") -> 'pip install "phi3v[onnx]"'.
+
+    It is the same wherever phi3v came from, a copy of its source or an index: pip takes the installed phi3v for the
+    named one and adds the extra's packages, in the versions that this phi3v asks for.
+    """
+    return f'pip install "phi3v[{extra}]"'
+
+
 class TrainingError(Phi3VError, RuntimeError):
     """Training cannot go on: nothing to train, a non-finite loss, a broken resume."""
 

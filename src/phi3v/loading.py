@@ -28,7 +28,7 @@ from transformers import (
 
 from phi3v.adapters import check_adapter, load_adapter
 from phi3v.checkpoint_files import PROCESSOR_FILES, check_processor, check_processor_files, config_fault
-from phi3v.errors import CheckpointError, ConfigError, DeviceError, MissingPackageError
+from phi3v.errors import CheckpointError, ConfigError, DeviceError, MissingPackageError, install
 from phi3v.image_tokens import crops_within, most_image_tokens
 from phi3v.launch import Launch
 from phi3v.model.register import register
@@ -345,7 +345,7 @@ def quantization_config(options: Mapping[str, Any], dtype: torch.dtype) -> BitsA
     ]
     check_names("quantization", options, known)
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingPackageError("quantization needs bitsandbytes: pip install bitsandbytes")
+        raise MissingPackageError(f"quantization needs bitsandbytes: {install('quantization')}")
     try:
         kept = {"llm_int8_skip_modules": ["model.vision_embed_tokens", "lm_head"], "bnb_4bit_compute_dtype": dtype}
         return BitsAndBytesConfig(**{**kept, **options})

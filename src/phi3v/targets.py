@@ -24,9 +24,9 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_WEIGHTS = "model.safetensors"
 MODEL_INDEX = "model.safetensors.index.json"
 ONNX_ABOUT = "phi3v_onnx.json"
-"""In a folder of ONNX graphs that `phi3v export` wrote: what is not in the runtime's own files."""
+"""In a folder of ONNX graphs that `phi3v export` wrote: what they are."""
 EXPORT_ABOUT = "phi3v.json"
-"""In an exported folder of merged weights or an adapter: what the run had that has no place in the others' files."""
+"""In an exported folder: what the run had that has no place in the others' files."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 

@@ -19,11 +19,27 @@ _BEGINNING = 4096  # bytes in which a file of ours has its mark
 
 _FILLING = ".new.tmp"
 """Ends the name of a folder that is being filled."""
+_HELD = ".unfinished"
+"""Ends the name of a file that is held back until its folder is in place."""
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether a folder is what a crash left of `replace_folder`: ".shop.new.tmp" -> True."""
-    return path.name.startswith(".") and path.name.endswith(_FILLING)
+    """Whether a folder is, or lies in, what a crash left of `replace_folder`: ".shop.new.tmp/merged" -> True."""
+    left = (place for place in (path, *path.parents) if place.name.startswith(".") and place.name.endswith(_FILLING))
+    return any(left) or any(path.glob(f"*{_HELD}"))
+
+
+def held_back(file: Path) -> Path:
+    """Where `replace_folder`'s `save` writes a file without which nothing loads what it fills.
+
+    Example: "config.json" -> "config.json.unfinished", which has its own name again once the folder is in place.
+    """
+    return file.with_name(file.name + _HELD)
+
+
+def own_name(name: str) -> str:
+    """The name that a file will have: "config.json.unfinished" -> "config.json"."""
+    return name.removesuffix(_HELD)
 
 
 def refuse_foreign(option: str, file: Path, mark: str, kind: str) -> None:
@@ -74,6 +90,7 @@ def replace_folder(path: Path, save: Callable[[Path], Any]) -> None:
 
     After a crash `path` is the old folder, or the new one, or (between two renames) absent with the old one beside it
     as `.<name>.old.tmp`, which the next call puts back before it begins. Of a `save` that fails nothing stays.
+    What `save` has `held_back` gets its name last, so that a crash leaves no other folder that loads beside `path`.
     """
     fresh, old = path.with_name(f".{path.name}{_FILLING}"), path.with_name(f".{path.name}.old.tmp")
     if old.exists() and not path.exists():
@@ -93,6 +110,9 @@ def replace_folder(path: Path, save: Callable[[Path], Any]) -> None:
         os.replace(path, old)
     os.replace(fresh, path)
     sync_folder(path.parent)
+    for file in path.glob(f"*{_HELD}"):
+        os.replace(file, file.with_name(own_name(file.name)))
+    sync_folder(path)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -19,7 +19,12 @@ Path(sys.argv[1]).with_suffix(".new").write_text(str(os.getpid()))
 os.replace(Path(sys.argv[1]).with_suffix(".new"), sys.argv[1])
 time.sleep(120)
 """
-PARENT = "import sys; from phi3v.export.beside import run_beside; run_beside('sleeper', sys.argv[1:])"
+PARENT = """
+import sys
+from pathlib import Path
+from phi3v.export.beside import run_beside
+run_beside("sleeper", sys.argv[1:], removing=Path(sys.argv[1]).parent / "half")
+"""
 
 
 def test_words_and_outputs_are_those_of_the_module(tmp_path: Path) -> None:
@@ -29,17 +34,20 @@ def test_words_and_outputs_are_those_of_the_module(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-def test_it_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+def test_it_ends_with_a_parent_that_is_killed_and_removes_what_is_half_made(tmp_path: Path) -> None:
     (tmp_path / "sleeper.py").write_text(SLEEPER)
     source = str(Path(phi3v.__file__).resolve().parents[1])
     environment = {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{tmp_path}"}
     told = tmp_path / "number"
+    (tmp_path / "half" / "merged").mkdir(parents=True)
+    (tmp_path / "half" / "merged" / "config.json").touch()
     with subprocess.Popen([sys.executable, "-c", PARENT, str(told)], env=environment) as parent:
         wait(told.exists)
         child = int(told.read_text())
         os.kill(child, 0)
         parent.send_signal(signal.SIGKILL)
     wait(lambda: has_ended(child))
+    assert not (tmp_path / "half").exists() and (tmp_path / "sleeper.py").exists()
 
 
 def wait(until) -> None:

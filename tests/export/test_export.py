@@ -29,6 +29,7 @@ from phi3v.export.run import export
 from phi3v.loading import load_base, load_target
 from phi3v.run_folder import RunFolder
 from phi3v.targets import resolve_target
+from phi3v.whole_files import is_unfinished
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -107,7 +108,7 @@ def test_what_is_in_the_way_is_refused_before_anything_is_written(run: RunFolder
             export(run.path, tmp_path / out, to="merged")
     monkeypatch.setattr(folders.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     for to in ("merged", "adapter"):
-        with pytest.raises(ConfigError, match=r"needs more than the 0\.0 GB that are free"):
+        with pytest.raises(ConfigError, match=rf"needs 0\.07 GB, and 0\.00 GB are free in {tmp_path}: free"):
             export(run.path, tmp_path / "empty", to=to)
     with pytest.raises(CheckpointError, match="does not exist"):
         export(tmp_path / "nowhere", tmp_path / "empty", to="merged")
@@ -119,7 +120,7 @@ def test_what_is_in_the_way_is_refused_before_anything_is_written(run: RunFolder
 
 def test_space_is_that_of_the_nearest_folder_that_is_there(tmp_path: Path) -> None:
     check_space(tmp_path / "a" / "b", 1000)
-    with pytest.raises(ConfigError, match="an export of 1000000000.0 GB"):
+    with pytest.raises(ConfigError, match=rf"needs 1000000000\.07 GB, .* are free in {tmp_path}/a:"):
         check_space(tmp_path / "a" / "b", 10**18)
 
 
@@ -141,15 +142,18 @@ def test_of_an_export_that_fails_nothing_stays(
         monkeypatch.undo()
 
 
+LOADS = ("config.json", "adapter_config.json", "genai_config.json")
+"""Without the one of its format no program loads an export."""
 PROGRAM = """
 import sys, time
 from pathlib import Path
 from phi3v.export import layout, run
 def slowly(save):
     def saved(*args, **options):
-        save(*args, **options); print("shard", flush=True); time.sleep(0.1)
+        save(*args, **options); print(save.__name__, flush=True); time.sleep(0.1)
     return saved
 layout.save_file = slowly(layout.save_file)
+run.write_digests = slowly(run.write_digests)
 run.export(sys.argv[1], Path(sys.argv[2]), to="merged", shard_bytes=50_000)
 """
 
@@ -157,23 +161,59 @@ run.export(sys.argv[1], Path(sys.argv[2]), to="merged", shard_bytes=50_000)
 def test_what_is_half_made_does_not_load(run: RunFolder, tmp_path: Path) -> None:
     """Killed when all files are there, and not yet in their place."""
     half = shutil.copytree(run.adapter, tmp_path / ".shop.new.tmp")
-    with pytest.raises(CheckpointError, match=r"\.shop\.new\.tmp was never completed"):
-        resolve_target(half)
-    assert resolve_target(half.rename(tmp_path / "shop")).adapter == tmp_path / "shop"
+    shutil.copytree(run.adapter, half / "merged")
+    for place in (half, half / "merged"):
+        with pytest.raises(CheckpointError, match=r"\.shop\.new\.tmp.* was never completed"):
+            resolve_target(place)
+    done = half.rename(tmp_path / "shop")
+    assert resolve_target(done).adapter == done
+    (done / "config.json.unfinished").touch()
+    with pytest.raises(CheckpointError, match="shop was never completed"):
+        resolve_target(done)
+    with pytest.raises(ConfigError, match="shop was never completed, whatever wrote it was killed: remove it"):
+        export(run.path, done, to="adapter")
+
+
+@pytest.mark.parametrize("to", ["merged", "adapter"])
+def test_what_makes_an_export_load_is_there_last(to: str, run: RunFolder, tmp_path: Path, monkeypatch) -> None:
+    """At no step on the way, whoever looks: killed at any of them, nothing stays that another program would load."""
+    steps: dict[str, int] = {}
+
+    def watched(place: str) -> None:
+        module, _, name = place.rpartition(".")
+        do = getattr(sys.modules[module], name)
+
+        def watching(*args: object, **options: object) -> object:
+            found = [file for name in LOADS for file in tmp_path.rglob(name)]
+            assert not found, (place, found)
+            steps[name] = steps.get(name, 0) + 1
+            return do(*args, **options)
+
+        monkeypatch.setattr(place, watching)
+
+    for place in ("phi3v.export.run.render_card", "phi3v.export.run.write_digests", "phi3v.whole_files.sync_file"):
+        watched(place)
+    watched("os.replace")
+    export(run.path, tmp_path / "out", to=to)
+    assert steps.pop("sync_file") > 5 and steps == {"render_card": 1, "write_digests": 1, "replace": 2}
+    assert sum((tmp_path / "out" / name).is_file() for name in LOADS) == 1
+    assert not is_unfinished(tmp_path / "out")
+    check_digests(tmp_path / "out")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shards", [1, 5])
-def test_a_killed_export_leaves_nothing_that_loads(shards: int, run: RunFolder, tmp_path: Path) -> None:
-    """By a signal that no program can catch; the next export to the same folder removes what lies beside it."""
+@pytest.mark.parametrize("step, times", [("save_file", 1), ("save_file", 5), ("write_digests", 1)])
+def test_a_killed_export_leaves_nothing_that_loads(step: str, times: int, run: RunFolder, tmp_path: Path) -> None:
+    """By a signal that no program can catch, at a shard or when all is written and the folder not yet in its place; the
+    next export to the same folder removes what lies beside it."""
     words = [sys.executable, "-c", PROGRAM, str(run.path), str(tmp_path / "out")]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        for _ in range(shards):
-            assert process.stdout and process.stdout.readline() == "shard\n"
+        for _ in range(times):
+            assert process.stdout and f"{step}\n" in iter(process.stdout.readline, "")
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
     left = [*tmp_path.iterdir()]
-    assert left
+    assert left and not [file for name in LOADS for file in tmp_path.rglob(name)]
     for place in left:
         with pytest.raises(CheckpointError, match="was never completed"):
             resolve_target(place)

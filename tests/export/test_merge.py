@@ -71,6 +71,20 @@ def test_merged_weights_answer_as_the_adapter(kind: str, base: Path, tmp_path: P
         torch.testing.assert_close(weight, peft_merged[name], rtol=0, atol=1e-6, msg=name)
 
 
+def test_an_adapter_on_a_matrix_that_is_head_and_embedding_is_not_merged(tmp_path: Path) -> None:
+    """Microsoft's configs tie nothing. Merged, one change would be two; an adapter beside the matrix merges as ever."""
+    base = write_tiny_model(tmp_path / "model", tie_word_embeddings=True)
+    for module in ("lm_head", "embed_tokens"):
+        adapter = random_adapter(base, tmp_path / module, options={"r": 2, "target_modules": [module]})
+        with pytest.raises(CheckpointError, match=rf"changes (model\.)?{module} .*tie_word_embeddings.*--to adapter"):
+            export(adapter, tmp_path / "merged", to="merged")
+    adapter = random_adapter(base, tmp_path / "beside", options={"r": 2})
+    export(adapter, tmp_path / "merged", to="merged")
+    tuned, merged = load_target(adapter, device="cpu"), load_target(tmp_path / "merged", device="cpu")
+    expected = logits(tuned.model, tuned.processor)
+    torch.testing.assert_close(logits(merged.model, merged.processor), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_after_training_in_4_bits_the_base_is_merged_as_its_files_have_it(tmp_path: Path) -> None:
     base = write_tiny_model(tmp_path / "model")

@@ -221,5 +221,5 @@ def test_without_gradio_it_is_one_line(target, monkeypatch):
     monkeypatch.setattr(cli_session, "hush", lambda debug, as_json: None)
     monkeypatch.setitem(sys.modules, "gradio", None)
     done = CliRunner().invoke(app, ["chat", str(target)])
-    line = "phi3v: phi3v chat needs gradio, which is not installed: pip install 'phi3v[chat]'\n"
+    line = 'phi3v: phi3v chat needs gradio, which is not installed: pip install "phi3v[chat]"\n'
     assert (done.exit_code, done.stdout, done.stderr) == (1, "", line)

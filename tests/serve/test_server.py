@@ -3,10 +3,13 @@
 The tests stand in the order in which the server lives: the last one ends it.
 """
 
+import asyncio
 import io
 import json
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,11 @@ from serving_trials import (
 )
 from typer.testing import CliRunner
 
+import phi3v
 from phi3v.cli import app
 from phi3v.generate import ChatModel
+from phi3v.serve import backend
+from phi3v.serve.limits import Limits
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="looks for the worker in /proc, sends POSIX signals")
 
@@ -155,6 +161,51 @@ def test_streams_that_are_dropped_leave_nothing(server: RunningServer) -> None:
 def test_a_killed_worker_is_503_and_comes_back(server: RunningServer) -> None:
     statuses, _ = kill_worker(server)
     assert statuses == [503] * 3
+
+
+def test_the_next_spare_begins_when_the_last_one_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when that one has loaded: a second death soon after the first would wait for all of its imports."""
+    gate, started = tmp_path / "gate", []
+    program = f"""
+import os, sys, time
+from phi3v.serve.channel import read_message, write_message
+read_message(sys.stdin.buffer)
+while not os.path.exists({str(gate)!r}):
+    time.sleep(0.01)
+write_message(sys.stdout.buffer, {{"is": "ready", "models": [], "context": 9}})
+read_message(sys.stdin.buffer)
+"""
+
+    def launch() -> "subprocess.Popen[bytes]":
+        words = [sys.executable, "-c", program]
+        environment = {**os.environ, "PYTHONPATH": str(Path(phi3v.__file__).parents[1])}
+        started.append(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment))
+        return started[-1]
+
+    async def until(holds: Callable[[], bool]) -> None:
+        async with asyncio.timeout(20):
+            while not holds():
+                await asyncio.sleep(0.01)
+
+    async def live() -> None:
+        served = backend.Backend({}, Limits())
+        try:
+            gate.touch()
+            await served.start()
+            await until(lambda: len(started) == 2)
+            gate.unlink()
+            started[0].kill()
+            await until(lambda: len(started) == 3)
+            assert not served.ready
+            gate.touch()
+            await until(lambda: served.ready)
+            assert len(started) == 3
+        finally:
+            await served.stop()
+        assert [one.poll() is not None for one in started] == [True] * 3
+
+    monkeypatch.setattr(backend, "_launch", launch)
+    asyncio.run(live())
 
 
 def test_sigterm_lets_answers_end_and_exits_with_0(server: RunningServer) -> None:

@@ -163,7 +163,7 @@ def test_what_is_missing_is_said_before_anything_is_loaded(make: MakeRecipe, mon
     with pytest.raises(DeviceError, match=r"use_liger_kernel needs a GPU, and this run is on cpu"):
         phi3v.train(liger)
     assert not Path(liger.output).exists()
-    with pytest.raises(MissingPackageError, match=r"pip install 'phi3v\[liger\]'"):
+    with pytest.raises(MissingPackageError, match=r'pip install "phi3v\[liger\]"'):
         check_faster_layers(liger, CUDA)
     with pytest.raises(MissingPackageError, match=r"Triton"):
         check_faster_layers(make(training={"compile_layers": True}), CUDA)

@@ -204,7 +204,7 @@ def test_a_missing_tracker_names_its_command(make: MakeRecipe, monkeypatch: pyte
     from phi3v.training import trackers
 
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingPackageError, match="pip install wandb"):
+    with pytest.raises(MissingPackageError, match=r'pip install "phi3v\[tracking\]"'):
         phi3v.train(make(report={"to": "wandb"}))
 
 

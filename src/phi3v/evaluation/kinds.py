@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from phi3v.errors import ConfigError
+from phi3v.errors import ConfigError, install
 from phi3v.evaluation.choices import listed_options, named_option
 from phi3v.evaluation.fields import AnswerTemplate, choose_numeric_fields, looks_numeric
 from phi3v.evaluation.json_answers import json_leaves
@@ -91,7 +91,7 @@ def choose_scoring(
     if metrics is None:
         names = [name for name in CHOSEN[kind] if missing_package(name) is None]
         notes = [
-            f'{name} is left out: {PACKAGES[name].replace("_", "-")} is not installed, pip install "phi3v[metrics]"'
+            f"{name} is left out: {PACKAGES[name].replace('_', '-')} is not installed, {install('metrics')}"
             for name in CHOSEN[kind]
             if name not in names
         ]

@@ -20,7 +20,7 @@ from phi3v.data.collate import Collator
 from phi3v.data.encode import IGNORED
 from phi3v.data.images import open_image
 from phi3v.data.turns import spoken_turn
-from phi3v.errors import ConfigError, MissingPackageError, Phi3VError
+from phi3v.errors import ConfigError, MissingPackageError, Phi3VError, install
 from phi3v.evaluation.engine import Engine, losses_of
 from phi3v.generate import MAX_NEW_TOKENS, ChatModel, Conversation
 from phi3v.passthrough import check_names
@@ -30,7 +30,7 @@ try:
     from lm_eval.api.model import LM
     from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError as error:
-    line = 'tasks of lm-eval need the package lm_eval, which is not installed: pip install "phi3v[suite]"'
+    line = f"tasks of lm-eval need the package lm_eval, which is not installed: {install('suite')}"
     if __name__ == "__main__":
         sys.exit(f"phi3v: {line}")
     raise MissingPackageError(line) from error

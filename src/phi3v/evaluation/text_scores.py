@@ -10,7 +10,7 @@ import importlib.util
 import unicodedata
 from difflib import SequenceMatcher
 
-from phi3v.errors import MissingPackageError
+from phi3v.errors import MissingPackageError, install
 
 PACKAGES = {"anls": "rapidfuzz", "rouge_l": "rouge_score", "chrf": "sacrebleu"}
 """Metric -> the package that computes it."""
@@ -28,8 +28,7 @@ def require_package(metric: str) -> None:
     """Raises: MissingPackageError when the package of a metric is not installed."""
     if (package := missing_package(metric)) is not None:
         raise MissingPackageError(
-            f"the metric {metric} needs {package.replace('_', '-')}, which is not installed: "
-            'pip install "phi3v[metrics]"'
+            f"the metric {metric} needs {package.replace('_', '-')}, which is not installed: {install('metrics')}"
         )
 
 

@@ -21,6 +21,7 @@ from phi3v.export.layout import write_processor
 from phi3v.loading import load_config, load_processor
 from phi3v.meta_base import meta_base
 from phi3v.targets import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Target, read_json, tensor_shapes
+from phi3v.whole_files import held_back
 
 _ALWAYS = {"peft_type", "task_type", "base_model_name_or_path", "inference_mode", "target_modules", "bias"}
 _ALWAYS |= {"r", "lora_alpha", "lora_dropout", "modules_to_save", "fan_in_fan_out", "init_lora_weights"}
@@ -30,7 +31,7 @@ _ALWAYS |= {"r", "lora_alpha", "lora_dropout", "modules_to_save", "fan_in_fan_ou
 def write_adapter(
     place: Target, folder: Path, *, base: str | None = None, images: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Fills `folder`.
+    """Fills `folder`, its adapter_config.json `held_back`.
 
     Args:
         place: a run or an adapter.
@@ -50,7 +51,7 @@ def write_adapter(
     values = plain_config(read_json(place.adapter / ADAPTER_CONFIG), base or place.base)
     processor = load_processor(place.name, revision=place.revision, **(images or {}))
     write_processor(processor, folder, None, None)
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    held_back(folder / ADAPTER_CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return {"kind": values["peft_type"], "tensors": len(stored), "base": values["base_model_name_or_path"]}
 
 

@@ -135,6 +135,7 @@ def render_card(card: Card) -> str:
         vllm=vllm.READ,
         serve=vllm.serve_command(name),
         question=question(card.recipe),
+        system=fixed_text(card.system, "system"),
     )
     return re.sub(r"\n{3,}", "\n\n", text)
 
@@ -173,10 +174,15 @@ def settings(recipe: Recipe) -> dict[str, str]:
 
 def question(recipe: Recipe | None) -> str:
     """What the card's commands ask: the run's own question where it is one line and the same for every row."""
-    template = None if recipe is None else Template(recipe.data.prompt, "prompt")
-    asked = "" if template is None or template.columns else template.render({}).strip()
+    asked = (fixed_text(recipe.data.prompt, "prompt") or "").strip() if recipe else ""
     is_plain = asked.isprintable() and "<|" not in asked
     return asked if is_plain and 0 < len(asked) <= 200 else QUESTION
+
+
+def fixed_text(template: str | None, name: str) -> str | None:
+    """What a template says whatever the row; None where it names columns: "Be {{brief}}." -> "Be {brief}."."""
+    parsed = None if template is None else Template(template, name)
+    return None if parsed is None or parsed.columns else parsed.render({})
 
 
 def sources(recipe: Recipe) -> list[str]:

@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from phi3v.errors import CheckpointError, ConfigError, Phi3VError
 from phi3v.passthrough import first_line
 from phi3v.targets import read_json
-from phi3v.whole_files import replace_folder
+from phi3v.whole_files import is_unfinished, own_name, replace_folder
 
 DIGESTS = "digests.json"
-_OF_THE_HUB = (".git", ".gitattributes", ".cache")
 """SHA-256 of each other file of an export, by its name."""
+_OF_THE_HUB = (".git", ".gitattributes", ".cache")
 _MARGIN = 64 * 2**20
 """Bytes for tokenizer, card and small files."""
 
@@ -30,6 +30,8 @@ def refuse_used(out: Path) -> None:
     """Raises: ConfigError where `out` is a file, holds something, or lies where nothing can be written."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file: name a folder that is new or empty")
+    if is_unfinished(out.absolute()):
+        raise ConfigError(f"--out {out} was never completed, whatever wrote it was killed: remove it, or name another")
     if out.exists() and (found := sorted(entry.name for entry in out.iterdir())):
         raise ConfigError(f"--out {out} holds {found[0]}: name a folder that is new or empty")
     above = _existing(out.absolute().parent)
@@ -42,9 +44,10 @@ def check_space(folder: Path, needed: int) -> None:
     """Raises: ConfigError where the disk of `folder`, which need not be there yet, has less room than is needed."""
     free = shutil.disk_usage(_existing(folder.absolute())).free
     if needed + _MARGIN > free:
+        place = next(above for above in folder.absolute().parents if not is_unfinished(above))
         raise ConfigError(
-            f"an export of {needed / 10**9:.1f} GB needs more than the {free / 10**9:.1f} GB that are free beside "
-            f"{folder}: free space, or name a folder on another disk"
+            f"the export needs {(needed + _MARGIN) / 10**9:.2f} GB, and {free / 10**9:.2f} GB are free in {place}: "
+            "free space, or name a folder on another disk"
         )
 
 
@@ -85,7 +88,7 @@ def _digests(folder: Path) -> dict[str, str]:
     """SHA-256 of each file, by its path in the folder."""
     found = {}
     for file in sorted(folder.rglob("*")):
-        name = file.relative_to(folder).as_posix()
+        name = own_name(file.relative_to(folder).as_posix())
         if file.is_file() and name != DIGESTS and name.partition("/")[0] not in _OF_THE_HUB:
             with file.open("rb") as content:
                 found[name] = hashlib.file_digest(content, "sha256").hexdigest()

@@ -2,7 +2,7 @@
 
 In comes a target and an empty folder, out go safetensors in shards, config.json, generation_config.json and the
 processor's files, as readers of Microsoft's checkpoints expect them: vLLM, onnxruntime-genai's tools, Microsoft's code
-and this package. At no time is more in memory than one shard. config.json comes last: without it nothing loads.
+and this package. At no time is more in memory than one shard. config.json is held back: without it nothing loads.
 """
 
 import json
@@ -18,12 +18,13 @@ from transformers import GenerationConfig
 
 from phi3v.errors import CheckpointError
 from phi3v.export.folder import check_space
-from phi3v.export.merge import Merger, merged_weights
+from phi3v.export.merge import Merger, merged_weights, module_of
 from phi3v.loading import load_config, load_processor
 from phi3v.meta_base import meta_base
 from phi3v.passthrough import connection_fault, first_line
 from phi3v.targets import MODEL_INDEX, MODEL_WEIGHTS, Target, check_model_folder, read_json
 from phi3v.weight_files import find_file, weight_files
+from phi3v.whole_files import held_back
 
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Number types by their names in safetensors."""
@@ -40,7 +41,7 @@ def write_merged(
     code: str | None = None,
     again: float = 0.0,
 ) -> dict[str, Any]:
-    """Fills `folder`.
+    """Fills `folder`, its config.json `held_back`.
 
     Args:
         place: a run, an adapter, a model folder or a hub id.
@@ -56,6 +57,11 @@ def write_merged(
     base = _Base(place, config)
     wanted = {name: getattr(torch, dtype) if dtype else own for name, own in base.dtypes.items()}
     merger = Merger(base.model, place) if place.adapter else None
+    if merger and (shared := base.tied & {*merger.of_module}):
+        raise CheckpointError(
+            f"the adapter changes {min(shared)} of {place.base}, whose head and embedding are one matrix "
+            "(tie_word_embeddings): merged, it would change both; use --to adapter"
+        )
     sizes = {name: base.counts[name] * wanted[name].itemsize for name in base.names}
     check_space(folder, round(sum(sizes.values()) * (1 + again)))
     shards = plan_shards(sizes, shard_bytes)
@@ -66,8 +72,8 @@ def write_merged(
     most = max(set(wanted.values()), key=lambda one: sum(base.counts[name] for name in wanted if wanted[name] is one))
     facts = {"dtype": str(most).removeprefix("torch."), "weights": sum(base.counts.values()), "files": len(shards)}
     config.architectures, config.dtype = [_CLASS], most
-    config.save_pretrained(folder)
-    _name_code(folder / "config.json", find_file(place.base, "config.json", place.revision), code)
+    write_config(config, folder)
+    _name_code(held_back(folder / "config.json"), find_file(place.base, "config.json", place.revision), code)
     return facts
 
 
@@ -78,6 +84,7 @@ class _Base:
         names: of all weights, in the model's order.
         files, dtypes, counts: of each of them where it lies, its number type, how many numbers it holds.
         model: the same on the meta device.
+        tied: modules that share one matrix in this model, {"lm_head", "model.embed_tokens"}; else none.
     """
 
     def __init__(self, place: Target, config: Any) -> None:
@@ -95,7 +102,8 @@ class _Base:
                 f"the weights of {place.base} could not be read ({reason}): check the network"
             ) from error
         self.files = {name: path for name, path in found.items() if not any(one.search(name) for one in ignored)}
-        tied = {*self.model._tied_weights_keys} if config.tie_word_embeddings else set()
+        tied = dict(self.model._tied_weights_keys) if config.tie_word_embeddings else {}
+        self.tied = {module_of(name) for pair in tied.items() for name in pair}
         state = self.model.state_dict()
         self.names = [name for name in state if name in self.files or name not in tied]
         if wrong := {*self.names} ^ {*self.files}:
@@ -192,6 +200,11 @@ def write_generation(processor: Any, config: Any, folder: Path, published: Path 
     settings.eos_token_id = list(processor.stop_token_ids)
     settings.pad_token_id = processor.tokenizer.pad_token_id
     settings.save_pretrained(folder)
+
+
+def write_config(config: Any, folder: Path) -> None:
+    """Writes config.json as `save_pretrained` does, under the name that it has until the folder is in place."""
+    config.to_json_file(held_back(folder / "config.json"), use_diff=True)
 
 
 def _name_code(file: Path, published: Path | None, code: str | None) -> None:

@@ -15,14 +15,15 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig
 
-from phi3v.errors import ConfigError, MissingPackageError
+from phi3v.errors import ConfigError, MissingPackageError, install
 from phi3v.evaluation.engine import settings_reason
-from phi3v.export.layout import write_merged, write_processor
+from phi3v.export.layout import write_config, write_merged, write_processor
 from phi3v.export.onnx_decoder import build_decoder, check_decoder
 from phi3v.export.onnx_vision import EMBEDDING, VISION, write_embedding, write_vision
 from phi3v.loading import load_config, load_processor
-from phi3v.targets import ONNX_ABOUT, Target, read_json, run_of, system_template
+from phi3v.targets import ONNX_ABOUT, Target, read_json, run_of
 from phi3v.weight_files import find_file
+from phi3v.whole_files import held_back
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime", "onnxruntime_genai")
 GENAI_CONFIG = "genai_config.json"
@@ -33,7 +34,7 @@ _AGAIN: dict[Precision, float] = {"fp32": 1.0, "fp16": 0.5, "int4": 0.5}
 
 
 def export_onnx(place: Target, folder: Path, *, precision: Precision = "fp32") -> dict[str, Any]:
-    """Fills `folder`, and hands back facts for card and screen: {"precision": "int4"}.
+    """Fills `folder`, its two configs `held_back`, and hands back facts for card and screen: {"precision": "int4"}.
 
     The weights are merged in float32 first, into a folder that is removed again; of these fp16 and int4 are made. int4
     is the decoder's alone, its neighbours stay float32.
@@ -42,25 +43,28 @@ def export_onnx(place: Target, folder: Path, *, precision: Precision = "fp32") -
     """
     refuse_without_packages(PACKAGES)
     run = run_of(place.name)
-    check_decoder(load_config(place.base, revision=place.revision))
+    config = load_config(place.base, revision=place.revision)
+    check_decoder(config)
     refuse_settings(place)
     merged = folder / "merged"
     merged.mkdir()
     seen = {} if run is None else run.read_recipe().image.processor_options
     write_merged(place, merged, dtype="float32", shard_bytes=SHARD_BYTES, images=seen, again=_AGAIN[precision])
-    config, processor = load_config(merged), load_processor(merged)
+    config.architectures, config.dtype = ["Phi3VForCausalLM"], torch.float32
+    processor = load_processor(place.name, revision=place.revision, **seen)
     number = torch.float16 if precision == "fp16" else torch.float32
     write_vision(config, merged, folder, number)
     write_embedding(merged, folder, number)
     build_decoder(config, merged, folder, precision)
+    built = json.loads((folder / GENAI_CONFIG).read_text())
+    (folder / GENAI_CONFIG).unlink()  # with it the decoder loads
     shutil.rmtree(merged)
     processor.image_processor.byte_crops = False  # the vision graph takes floats
     write_processor(processor, folder, None, None)
-    config.save_pretrained(folder)
+    write_config(config, folder)
     _write_json(folder / "processor_config.json", genai_processor())
-    built = json.loads((folder / GENAI_CONFIG).read_text())
-    _write_json(folder / GENAI_CONFIG, genai_config(built, processor.stop_token_ids))
-    _write_json(folder / ONNX_ABOUT, {"precision": precision, "system": system_template(place.name)})
+    _write_json(held_back(folder / GENAI_CONFIG), genai_config(built, processor.stop_token_ids))
+    _write_json(folder / ONNX_ABOUT, {"precision": precision})
     return {"precision": precision}
 
 
@@ -79,7 +83,7 @@ def refuse_without_packages(packages: tuple[str, ...]) -> None:
     """Raises: MissingPackageError that names those which are not installed."""
     missing = [name.replace("_", "-") for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingPackageError(f"ONNX needs {', '.join(missing)}: pip install 'phi3v[onnx]'")
+        raise MissingPackageError(f"ONNX needs {', '.join(missing)}: {install('onnx')}")
 
 
 def genai_config(built: dict[str, Any], stops: list[int]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The decoder's graph with its cache of keys and values, written by onnxruntime-genai's own builder.
 
 In come a folder of merged weights and an empty one, out go `model.onnx` and a first `genai_config.json`. The builder
-reads checkpoints of transformers' Phi-3, so the merged one is given such a config; it runs as a process of its own, for
-it prints, and its memory goes with it (and it with us, see `beside`). Knows nothing of images.
+reads checkpoints of transformers' Phi-3, so the merged one is given such a config, with which it loads; it runs as a
+process of its own, for it prints, and its memory goes with it. Where we are killed, it and both folders go too, see
+`beside`. Knows nothing of images.
 """
 
 import json
@@ -54,7 +55,7 @@ def read_as_phi3(config: Any, merged: Path) -> None:
 
 
 def build_decoder(config: Any, merged: Path, folder: Path, precision: str) -> None:
-    """Runs the builder on a merged model, whose config is overwritten.
+    """Runs the builder on a merged model inside `folder`, which is given a config.
 
     Raises: ConfigError with the last line that the builder said, where it fails.
     """
@@ -62,7 +63,7 @@ def build_decoder(config: Any, merged: Path, folder: Path, precision: str) -> No
     words = ["-i", merged, "-o", folder, "-p", precision, "-e", "cpu", "-c", merged / "cache"]
     options = ["--extra_options", "exclude_embeds=true", "hf_token=false"]
     module, offline = "onnxruntime_genai.models.builder", {"HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
-    done = run_beside(module, [*map(str, words), *options], **offline)
+    done = run_beside(module, [*map(str, words), *options], removing=folder, **offline)
     if done.returncode or not (folder / DECODER).is_file():
         said = [line.strip() for line in done.stdout.splitlines() if line.strip()] or ["nothing"]
         raise ConfigError(

@@ -20,7 +20,7 @@ from phi3v.generate import ChatModel, fixed_system
 from phi3v.image_tokens import grid_tokens
 from phi3v.loading import load_config, load_processor
 from phi3v.passthrough import first_line
-from phi3v.targets import ONNX_ABOUT, graphs_of, read_json
+from phi3v.targets import graphs_of, system_template
 
 CROP = 336
 Arrays = dict[str, np.ndarray]
@@ -54,13 +54,12 @@ class OnnxChatModel(ChatModel):
         import onnxruntime_genai as genai
 
         genai.disable_telemetry_events()
-        about = read_json(folder / ONNX_ABOUT)
         config, processor = load_config(folder), load_processor(folder)
         try:
             model = genai.Model(str(folder))
         except Exception as error:  # it has no classes of its own
             raise CheckpointError(f"{folder} does not load: {first_line(error)}; export it again") from error
-        return cls(model, processor, fixed_system(about.get("system"), target), config, max_pixels or MAX_PIXELS)
+        return cls(model, processor, fixed_system(system_template(folder), target), config, max_pixels or MAX_PIXELS)
 
     def _generate(
         self,

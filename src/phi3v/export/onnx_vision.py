@@ -135,6 +135,8 @@ def _write(module: nn.Module, inputs: dict[str, torch.Tensor], output: str, shap
             dynamic_shapes=shapes,
         )
     assert program is not None
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # it names the files of this machine
     program.save(path, external_data=True)
 
 

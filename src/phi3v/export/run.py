@@ -100,7 +100,7 @@ def export(
 
             facts.update(export_onnx(place, folder, precision=precision))
         system = system_template(target)
-        if to != "onnx" and system is not None:
+        if system is not None:
             about = json.dumps({"system": system}, ensure_ascii=False, indent=2) + "\n"
             (folder / EXPORT_ABOUT).write_text(about, encoding="utf-8")
         ended = Path(target).absolute().parent.name != "checkpoints"

@@ -1,7 +1,8 @@
 """The worker as the server sees it: requests go in, events come out, and a worker that dies is started again.
 
 Lives in the server's event loop; a thread reads what the worker says. Beside the worker waits a spare one, which has
-imported everything and loads the model when the first one dies. Knows no HTTP and no model.
+imported everything and loads the model when the first one dies; the next spare begins its imports at that moment, so
+that a second death soon after costs what is left of them. Knows no HTTP and no model.
 """
 
 import asyncio
@@ -139,6 +140,10 @@ class Backend:
         process, self._spare = self._spare, None
         if process is None or process.poll() is not None:
             process = _launch()
+        if self._first_ready is not None and self._first_ready.done():
+            self._spare = (
+                _launch()
+            )  # beside the loading, for the next death; at the very start it would only be in the way
         assert process.stdin is not None and process.stdout is not None
         self._process = process
         self._outbox = queue.SimpleQueue()

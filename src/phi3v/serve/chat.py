@@ -16,6 +16,7 @@ import uvicorn
 from phi3v.data.templates import Template
 from phi3v.errors import ConfigError
 from phi3v.generate import ChatModel
+from phi3v.serve.names import model_name
 from phi3v.serve.run import is_loopback
 from phi3v.serve.side_by_side import BASE, TUNED, SideBySide
 from phi3v.serve.ui import ChatPage, chat_app
@@ -60,7 +61,7 @@ def serve_chat(
     with _listening(host, port) as listener, tempfile.TemporaryDirectory(prefix="phi3v-chat-") as folder:
         model = ChatModel.from_target(target, **options)
         side = SideBySide(model)
-        names = {TUNED: str(target), BASE: place.base}
+        names = {TUNED: model_name(str(target)), BASE: model_name(place.base)}  # as `serve` tells: no paths
         with _environment(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False"):
             page = ChatPage(side, Path(folder), names, example_question(target))
             hosts = {"127.0.0.1", "localhost", "[::1]", host} if is_loopback(host) else None

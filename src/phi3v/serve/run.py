@@ -14,7 +14,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from phi3v.errors import ConfigError, MissingPackageError
+from phi3v.errors import ConfigError, MissingPackageError, install
 from phi3v.serve.limits import Limits
 
 LEAST_KEY = 16
@@ -98,7 +98,7 @@ def serve(
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise MissingPackageError('phi3v serve needs FastAPI and uvicorn: pip install "phi3v[serve]"') from error
+        raise MissingPackageError(f"phi3v serve needs FastAPI and uvicorn: {install('serve')}") from error
     first = {"target": target, "adapters": dict(adapters), "device": device, "dtype": dtype}
     with _bound(options.host, options.port) as listening:
         asyncio.run(_serve(first, options, listening, on_ready))

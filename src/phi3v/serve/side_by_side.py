@@ -32,6 +32,8 @@ MAX_FILE = 20_000_000
 """Bytes of a photo's file at most."""
 MAX_CHARACTERS = 1_000_000
 """Of a question; the longest context holds fewer, and a tokenizer takes seconds for more."""
+_NOT_HERE = (" or raise image.max_pixels (--max-pixels of ask and predict)", " or raise num_crops")
+"""Ways out that errors of photos name and a page does not have."""
 SHOWN_SIDE = 512  # pixels of the longer side of a photo in the conversation
 
 
@@ -117,11 +119,16 @@ class SideBySide:
         if len(data) > MAX_FILE:
             raise ImageError(f"image {name} has {len(data):,} bytes, more than the limit of {MAX_FILE:,}; shrink it")
         image = ImageRef(name, data=data)
-        opened = open_image(image)
+        where = ""  # what opens a photo names it, what counts its crops does not
         try:
+            opened = open_image(image)
+            where = f"image {name}: "
             tokens = self._model.processor.calc_num_image_tokens_from_image_size(*opened.size)
         except ImageError as error:
-            raise ImageError(f"image {name}: {str(error).removesuffix(' or raise num_crops')}") from error
+            line = str(error)
+            for way in _NOT_HERE:
+                line = line.removesuffix(way)
+            raise ImageError(f"{where}{line}") from error
         return Photo(replace(image, size=opened.size), tokens, photo_jpeg(opened, SHOWN_SIDE), content_digest(image))
 
     def seen(self, photos: Sequence[Photo]) -> str:

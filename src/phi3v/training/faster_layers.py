@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from phi3v.data.plan import MicroBatches
-from phi3v.errors import ConfigError, DeviceError, MissingPackageError
+from phi3v.errors import ConfigError, DeviceError, MissingPackageError, install
 from phi3v.kernels.lora_layer import FastLoraState
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.passthrough import check_names
@@ -51,9 +51,7 @@ def check_faster_layers(recipe: Recipe, device: torch.device) -> None:
     if device.type != "cuda":
         raise DeviceError(f"training.use_liger_kernel needs a GPU, and this run is on {device.type}: take it out")
     if not _installed("liger_kernel"):
-        raise MissingPackageError(
-            "training.use_liger_kernel is true and Liger is not installed: pip install 'phi3v[liger]'"
-        )
+        raise MissingPackageError(f"training.use_liger_kernel is true and Liger is not installed: {install('liger')}")
     _check_liger_options(training.options.get("liger_kernel_config") or {})
 
 

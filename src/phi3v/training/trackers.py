@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback
 
-from phi3v.errors import ConfigError, MissingPackageError
+from phi3v.errors import ConfigError, MissingPackageError, install
 from phi3v.evaluation.prediction_table import prediction_table
 from phi3v.run_folder import RunFolder, to_json
 from phi3v.training.sample_answers import SampleAnswer
@@ -48,7 +48,7 @@ def check_trackers(names: Iterable[str]) -> None:
     """Raises: MissingPackageError when a tracker is not installed, ConfigError when W&B knows no account."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise MissingPackageError(f"report.to names {name}, which is not installed: pip install {name}")
+            raise MissingPackageError(f"report.to names {name}, which is not installed: {install('tracking')}")
         if name == "wandb":
             _check_account()
 
