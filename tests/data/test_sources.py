@@ -13,7 +13,8 @@ from product_sets import png, records, write, write_photos
 
 from phi3v.data.columns import RowOptions
 from phi3v.data.images import open_image
-from phi3v.data.rows import Rows, describe_problems
+from phi3v.data.judging import describe_problems
+from phi3v.data.rows import Rows
 from phi3v.data.schema import ImagePart, Message, TextPart
 from phi3v.data.sources import load_data, load_rows
 from phi3v.errors import DataError

@@ -20,22 +20,14 @@ from phi3v.data.cells import Cells
 from phi3v.data.columns import RowOptions
 from phi3v.data.conversations import record_map
 from phi3v.data.fetch import fetch_images
+from phi3v.data.judging import describe_problems, refusal, shared_image_problem
 from phi3v.data.kept_keys import KeptKeys
 from phi3v.data.mixing import SetUse, mix, set_uses
 from phi3v.data.not_read import NotRead, unnamed
 from phi3v.data.opening import VALIDATION_NAMES, narrowed, open_set
 from phi3v.data.photo_tables import PhotosTable
 from phi3v.data.reading import Reading
-from phi3v.data.rows import (
-    FirstLook,
-    RecordSet,
-    Rows,
-    describe_problems,
-    look_again,
-    read_rows,
-    refusal,
-    shared_image_problem,
-)
+from phi3v.data.rows import FirstLook, RecordSet, Rows, look_again, read_rows
 from phi3v.data.schema import Row, RowProblem
 from phi3v.data.set_choice import SetChoice, choices_of, weights_of
 from phi3v.data.split import split_rows
