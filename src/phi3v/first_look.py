@@ -192,8 +192,7 @@ def find_rows(
         stream = stream_data(options=options, reading=reading, **recipe.data.load_options | {"validation_split": None})
     held_from = Counter(number for number, *_ in stream.train.held_out)
     looks = [StreamTally(one.map.source, seen=held_from[place]) for place, one in enumerate(stream.train.sets)]
-    rows: list[Row] = []
-    problems: list[RowProblem] = []
+    rows, problems = list[Row](), list[RowProblem]()
 
     def note(number: int, problem: RowProblem) -> None:
         problems.append(problem)
