@@ -21,7 +21,7 @@ from phi3v.data.advice import advice
 from phi3v.data.duplicates import Duplicates
 from phi3v.data.fact_table import digest_array
 from phi3v.data.fetch import FetchSummary
-from phi3v.data.judging import uncounted
+from phi3v.data.judging import most_allowed, uncounted
 from phi3v.data.mixing import SetUse
 from phi3v.data.not_read import NotRead
 from phi3v.data.schema import RowProblem
@@ -236,7 +236,7 @@ class FetchedPart:
         ]
         allowed = 0.0 if on_problem == "stop" else max_skipped
         trouble = None
-        if len(failures) > allowed * found.total:
+        if len(failures) > most_allowed(allowed, found.total):
             trouble = (
                 f"part {shard[0]}/{shard[1]}: {len(failures)} of {found.total} images did not come, and "
                 f"{100 * allowed:.3g} % may be missing (data.max_skipped, data.on_problem)"

@@ -40,9 +40,18 @@ def refusal(
     line = describe_problems(problems, total, source)
     if on_problem == "stop" and problems:
         return f"{line}; data.on_problem is stop: mend them, or set it to skip"
-    if max_skipped < 1.0 and (len(problems) == total or len(problems) > max_skipped * total):
+    if max_skipped < 1.0 and (len(problems) == total or len(problems) > most_allowed(max_skipped, total)):
         return f"{line}; {_limit(max_skipped)}"
     return None
+
+
+def most_allowed(share: float, total: int) -> int:
+    """The most rows of `total` within a share as it is written: 0.29 of 100 are 29, though 0.29 * 100 is less.
+
+    Example: most_allowed(0.05, 40) -> 2; most_allowed(0.05, 39) -> 1.
+    """
+    most = int(share * total)
+    return most + 1 if total and (most + 1) / total <= share else most
 
 
 def counted(problems: Sequence[RowProblem], *, streamed: bool) -> Sequence[RowProblem]:
@@ -62,7 +71,7 @@ def uncounted(reasons: Mapping[str, int], *, streamed: bool) -> int:
 
 def shared_image_problem(source: str, row: int) -> RowProblem:
     """A training row that is left out because of its image."""
-    return RowProblem(row, _SHARED, "it shares an image with a validation row", source)
+    return RowProblem(row, "held_out_image", "it shares an image with a validation row", source)
 
 
 @dataclass
@@ -109,7 +118,7 @@ class StreamTally:
         line = describe_counts(self.reasons, self.first, self.seen, self.source)
         if on_problem == "stop":
             return DataError(f"{line}; data.on_problem is stop: mend them, or set it to skip")
-        if self.faults > max_skipped * self.seen:
+        if self.faults > most_allowed(max_skipped, self.seen):
             return DataError(f"{line}; {_limit(max_skipped)}")
         if self.faults == self.seen:
             return NoUsableRowError(f"{line}; no row is left to train on: mend the data")

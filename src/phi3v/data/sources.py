@@ -319,6 +319,8 @@ def _records(opened: OpenedTable, source: str, choice: SetChoice, how: Reading) 
         allowed=AllowedHosts.parse(how.limits.allow_hosts),
     )
     columns = record_map(opened.table.column_names, options, source, cells)
+    if (unread := next((name for name in columns.columns if name in opened.unread), None)) is not None:
+        raise DataError(f"data set {source} cannot be read: {opened.unread[unread]}")
     try:
         columns.check(opened.table.column_names)
     except DataError as error:
