@@ -100,6 +100,16 @@ def test_half_a_character_in_a_path_kills_neither_report_nor_json(run: Any, fold
     assert "row 2: column 'image' holds half a character" in run(*words).stdout
 
 
+def test_show_says_why_there_is_no_row_to_show(run: Any, folder: Path) -> None:
+    write_rows(folder, [{"image": "0.png", "colour": None}] * 2)
+    done = run("show", folder / "recipe.yaml")
+    told = "rows.jsonl: 2 of 2 rows cannot be used (2 missing_value): row 0: column 'colour' is empty"
+    assert done.exit_code == 1 and "no row can be shown: " in done.stdout and told in done.stdout
+    found = json.loads(run("show", folder / "recipe.yaml", "--json").stdout)
+    assert (found["rows"], found["usable"], len(found["problems"]), found["page"]) == (2, 0, 2, None)
+    assert not list(folder.glob("*.html"))
+
+
 def test_show_writes_over_its_own_pages_and_nothing_else(run: Any, folder: Path) -> None:
     done = run("show", folder / "recipe.yaml", "--out", folder / "photos")
     assert done.exit_code == 1
