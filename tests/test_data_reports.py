@@ -1,7 +1,9 @@
 """`phi3v data check` and `data show` say the same, and name what is left out: rows, files, splits; errors as JSON."""
 
+import contextlib
 import json
 import os
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,13 @@ import pytest
 import test_data_cli
 from image_server import image_server
 from test_data_cli import write_rows
+
+from phi3v.data.reading import Reading
+from phi3v.data.schema import RowProblem
+from phi3v.data.sources import stream_data
+from phi3v.errors import DataError
+from phi3v.first_look import row_options
+from phi3v.recipe import Recipe
 
 folder, model, run = test_data_cli.folder, test_data_cli.model, test_data_cli.run
 
@@ -91,6 +100,16 @@ def test_half_a_character_in_a_path_kills_neither_report_nor_json(run: Any, fold
     assert "row 2: column 'image' holds half a character" in run(*words).stdout
 
 
+def test_show_says_why_there_is_no_row_to_show(run: Any, folder: Path) -> None:
+    write_rows(folder, [{"image": "0.png", "colour": None}] * 2)
+    done = run("show", folder / "recipe.yaml")
+    told = "rows.jsonl: 2 of 2 rows cannot be used (2 missing_value): row 0: column 'colour' is empty"
+    assert done.exit_code == 1 and "no row can be shown: " in done.stdout and told in done.stdout
+    found = json.loads(run("show", folder / "recipe.yaml", "--json").stdout)
+    assert (found["rows"], found["usable"], len(found["problems"]), found["page"]) == (2, 0, 2, None)
+    assert not list(folder.glob("*.html"))
+
+
 def test_show_writes_over_its_own_pages_and_nothing_else(run: Any, folder: Path) -> None:
     done = run("show", folder / "recipe.yaml", "--out", folder / "photos")
     assert done.exit_code == 1
@@ -131,6 +150,52 @@ def test_a_part_whose_images_do_not_come_fails_and_names_each(run: Any, folder: 
         found = json.loads(alone.stdout)
         assert (alone.exit_code, found["trouble"], found["usable"]) == (1, None, 40 - part["total"])
         assert f"{part['total']} of {part['total']} images did not come" in found["part"]["trouble"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "more", "trouble"),
+    [
+        (0, [], None),
+        (0, ["data.on_problem=stop"], None),
+        (5, ["data.max_skipped=0.1"], "rows.jsonl: 5 of 40 rows cannot be used (5 missing_value): row 35: "),
+        (0, ["data.validation=held.jsonl"], "held.jsonl: 1 of 5 rows cannot be used (1 missing_value): row 4: "),
+        (0, ["data.validation=held.jsonl", "data.max_skipped=0.2"], None),
+        (
+            0,
+            ["data.validation=all.jsonl"],
+            "rows.jsonl has no usable row to train on: each is held out, shares an image",
+        ),
+    ],
+)
+def test_rows_of_a_stream_with_a_held_out_image_do_not_count_for_check_and_for_train(
+    bad: int, more: list[str], trouble: str | None, run: Any, folder: Path
+) -> None:
+    """A quarter of the rows behind the held-out ones is about their photo; only bad rows count."""
+    names = ["0"] * 12 + ["1", "2"] * 14
+    rows = [{"image": f"{name}.png", "colour": None if n >= 40 - bad else f"red {n}"} for n, name in enumerate(names)]
+    write_rows(folder, rows)
+    for file, held in (("held", [*rows[:4], {"image": "0.png"}]), ("all", [rows[n] for n in (0, 12, 13)])):
+        (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held))
+    words = ["data.streaming=true", "training.max_steps=5", "data.split.validation=2", "data.image_root=photos", *more]
+    if any("validation=" in word for word in more):
+        words.remove("data.split.validation=2")
+    done = run("check", folder / "recipe.yaml", "--quick", "--json", *words)
+    found = json.loads(done.stdout)
+    assert found["passed"] == (done.exit_code == 0) == (trouble is None) and found["skipped_share"] == (
+        (bad + ("held.jsonl" in "".join(more))) / found["rows"]
+    )
+    assert found["reasons"]["held_out_image"] == (
+        40 if "all" in "".join(more) else 12 if "held" in "".join(more) else 10
+    )
+    recipe = Recipe.load(folder / "recipe.yaml", words)
+    with contextlib.ExitStack() as stack:
+        caught = None if trouble is None else stack.enter_context(pytest.raises(DataError))
+        data = stream_data(
+            options=row_options(recipe), reading=Reading.of(**recipe.data.reading_options), **recipe.data.load_options
+        )
+        told: list[RowProblem] = []
+        assert [row.index for row in islice(data.train.rows(told.append, shuffled=False), 60)][:28] == [*range(12, 40)]
+    assert caught is None or (trouble in found["trouble"] and trouble in str(caught.value))
 
 
 @pytest.mark.parametrize("words", [["--shard", "0/2"], ["--shard", "2/2", "--fetch"], ["--shard", "x", "--fetch"]])

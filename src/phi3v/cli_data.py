@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from phi3v.cli_command import AsJson, Command, Debug, Overrides, read_path, refuse_empty, refuse_options
-from phi3v.cli_session import FAILED, session
+from phi3v.cli_session import FAILED, printable, session
 
 if TYPE_CHECKING:
     from phi3v.recipe import Recipe
@@ -113,6 +113,10 @@ def show(
 
         with Screen(here.screen) as screen:
             found = show_recipe(recipe, rows=rows, decode=not quick, on_progress=screen.on_progress)
+        if found.trouble is not None:
+            here.screen.print(printable(found.trouble), markup=False, soft_wrap=True)
+            here.result({**found.to_dict(), "page": None})
+            raise typer.Exit(FAILED)
         if page is not None:
             page.parent.mkdir(parents=True, exist_ok=True)
             replace_file(page, found.page())

@@ -261,6 +261,10 @@ def outlook_lines(report: Report) -> Iterator[str]:
 def verdict(report: Report) -> str:
     """The last line: whether `phi3v train` would take it."""
     share = f"{percent(report.skipped_share)} of the rows are left out"
+    if report.uncounted:
+        share = (
+            f"{share} beside {counted(report.uncounted, 'row')} with a held-out image, which a stream does not count"
+        )
     if report.trouble is not None:
         return f"{share}; phi3v train refuses them: {report.trouble}"
     if report.part is not None and report.part.trouble is not None:

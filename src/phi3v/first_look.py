@@ -17,13 +17,14 @@ from typing import Any, Self
 from phi3v.data.columns import RowOptions
 from phi3v.data.fact_table import FactTable
 from phi3v.data.image_cache import FetchFailure
+from phi3v.data.judging import StreamTally, counted, describe_problems, refusal
 from phi3v.data.mixing import SetUse
 from phi3v.data.not_read import NotRead
 from phi3v.data.reading import Reading
-from phi3v.data.rows import Rows, describe_problems, refusal
+from phi3v.data.rows import Rows
 from phi3v.data.schema import Row, RowProblem
 from phi3v.data.sources import LoadedData, StreamedData, load_data, stream_data
-from phi3v.data.streaming import interleaved, nothing_left
+from phi3v.data.streaming import interleaved
 from phi3v.data.survey import RowFacts, SurveyOptions, survey, too_long_problem
 from phi3v.errors import ConfigError, DataError, NoUsableRowError
 from phi3v.recipe import Recipe
@@ -190,36 +191,52 @@ def find_rows(
     except NoUsableRowError:  # none to hold out either: the problems are told by what follows
         stream = stream_data(options=options, reading=reading, **recipe.data.load_options | {"validation_split": None})
     held_from = Counter(number for number, *_ in stream.train.held_out)
-    looks = [_SetLook(records.map.source, held_from[place]) for place, records in enumerate(stream.train.sets)]
-    rows: list[Row] = []
+    looks = [StreamTally(one.map.source, seen=held_from[place]) for place, one in enumerate(stream.train.sets)]
+    rows, problems = list[Row](), list[RowProblem]()
 
     def note(number: int, problem: RowProblem) -> None:
-        looks[number].problems.append(problem)
-        if sum(look.seen for look in looks) >= STREAM_SAMPLE:
+        problems.append(problem)
+        looks[number].seen += 1
+        looks[number].note(problem)
+        if _looked_at(looks) >= STREAM_SAMPLE:
             raise _SampleTaken
 
     passes = [_rows_alone(rows) for rows in stream.train.passes(note)]
     with contextlib.suppress(_SampleTaken):
         for number, row in interleaved(passes, stream.train.weights):
+            looks[number].seen += 1
             looks[number].usable += 1
             rows.append(row)
-            if sum(look.seen for look in looks) >= STREAM_SAMPLE:
+            if _looked_at(looks) >= STREAM_SAMPLE:
                 break
     held_out = stream.validation or []
-    problems = [problem for look in looks for problem in look.problems]
-    if stream.origin == "validation":  # of a split the same problems come by once more
-        problems = [*stream.problems, *problems]
     absent = [image.url for row in [*rows, *held_out] for image in row.images if image.path is None]
     not_cached = list(dict.fromkeys(url for url in absent if url is not None))
     limits = (recipe.data.max_skipped, recipe.data.on_problem)
-    refused = next((line for look in looks if (line := look.refusal(*limits)) is not None), None)
-    if not rows and not problems:
-        refused = _none_left(recipe)
-    elif refused is None and sum(look.seen for look in looks) < STREAM_SAMPLE:  # all sets were read to their end
-        refused = next((nothing_left(look.source) for look in looks if not look.usable), None)
+    refused = next((str(error) for look in looks if (error := look.refusal(*limits)) is not None), None)
+    if refused is None and _looked_at(looks) < STREAM_SAMPLE:  # all sets were read to their end
+        refused = next((line for look in looks if (line := _unused(recipe, look, len(looks) == 1))), None)
+    if stream.origin == "validation":  # of a split the same problems come by once more
+        total, name = len(held_out) + len(stream.problems), str(recipe.data.validation)
+        held_back = refusal(stream.problems, total, name, max_skipped=limits[0], on_problem=limits[1])
+        problems, refused = [*stream.problems, *problems], held_back or refused
     total = len(rows) + len(held_out) + len(problems)
     found = FoundRows(rows, held_out, problems, stream.origin, total, not_cached, refused, sampled=True)
     return replace(found, not_read=stream.not_read)
+
+
+def _looked_at(looks: Iterable[StreamTally]) -> int:
+    """Records of a stream that count as looked at: neither held out, nor left out for a held-out image."""
+    return sum(look.usable + look.faults for look in looks)
+
+
+def _unused(recipe: Recipe, look: StreamTally, alone: bool) -> str | None:
+    """Why a set that was read to its end cannot be trained on; None when it has a row that can."""
+    if look.usable:
+        return None
+    if alone and not (look.faults or look.shared) and (line := _none_left(recipe)) is not None:
+        return line
+    return look.nothing_left()
 
 
 def _none_left(recipe: Recipe) -> str | None:
@@ -228,31 +245,6 @@ def _none_left(recipe: Recipe) -> str | None:
         return None
     asked = f"data.split.validation asks for {recipe.data.split.validation} rows, and the sets have no more"
     return f"{asked}: no row is left to train on: lower it, or give data.validation"
-
-
-@dataclass
-class _SetLook:
-    """What was seen of one set of a stream: rows that were held out, behind them rows and problems."""
-
-    source: str
-    held_out: int
-    usable: int = 0
-    problems: list[RowProblem] = field(default_factory=list)
-
-    @property
-    def seen(self) -> int:
-        """Its records, those aside that were held out."""
-        return self.usable + len(self.problems)
-
-    def refusal(self, max_skipped: float, on_problem: str) -> str | None:
-        """Why a training would give the set up; None when it would not."""
-        if not self.problems:
-            return None
-        total = self.seen + self.held_out
-        line = refusal(self.problems, total, self.source, max_skipped=max_skipped, on_problem=on_problem)
-        if line is None and not self.usable:
-            line = f"{describe_problems(self.problems, total, self.source)}; no row is left to train on: mend the data"
-        return line
 
 
 def _rows_alone(rows: Iterable[Row]) -> Iterator[Row]:
@@ -346,7 +338,8 @@ def find_refusal(
         usable: rows to train on.
     """
     name, limits = recipe.data.train_name, (recipe.data.max_skipped, recipe.data.on_problem)
-    line = data.refusal or refusal(problems, data.rows_in, name, max_skipped=limits[0], on_problem=limits[1])
+    counting = counted(problems, streamed=isinstance(data, FoundRows) and data.sampled)
+    line = data.refusal or refusal(counting, data.rows_in, name, max_skipped=limits[0], on_problem=limits[1])
     if line is None and not usable:
         line = f"{describe_problems(problems, data.rows_in, name)}; no row is left to train on: mend the data"
     return line
@@ -385,16 +378,22 @@ def refuse_bad_stream(recipe: Recipe, data: StreamedData, processor: Any, contex
     Raises: DataError with the reasons when of a set none of 1,000 records is usable, or none of 100 rows fits.
     """
     options = survey_options(recipe, context, decode=False, hashes=False)
-    looks = [_SetLook(records.map.source, held_out=0) for records in data.train.sets]
-    passes = data.train.passes(lambda number, problem: looks[number].problems.append(problem))
-    for look, rows in zip(looks, passes, strict=True):
+    looks = [StreamTally(records.map.source) for records in data.train.sets]
+
+    def note(number: int, problem: RowProblem) -> None:
+        looks[number].seen += 1
+        looks[number].note(problem)
+
+    stop = recipe.data.on_problem == "stop"
+    for number, (look, rows) in enumerate(zip(looks, data.train.passes(note), strict=True)):
         for row in islice(rows, _ASKED_FIRST):
             found = survey_rows([row], processor, options)
-            look.problems += found.problems
             look.usable += len(found.kept)
-            if found.kept or recipe.data.on_problem == "stop":
+            look.seen += len(found.kept)
+            for problem in found.problems:
+                note(number, problem)
+            if found.kept or stop:
                 break
-        if not look.usable or (look.problems and recipe.data.on_problem == "stop"):
-            left = nothing_left(look.source) if len(looks) > 1 else _none_left(recipe)
-            line = look.refusal(recipe.data.max_skipped, recipe.data.on_problem) or left
-            raise DataError(line or f"{look.source} has no rows")
+        if not look.usable or (look.faults and stop):
+            error = look.refusal(recipe.data.max_skipped, recipe.data.on_problem)
+            raise error or DataError(_unused(recipe, look, len(looks) == 1) or f"{look.source} has no rows")

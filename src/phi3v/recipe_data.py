@@ -51,7 +51,7 @@ class SetSection(Section):
 
     source: str = Field(min_length=1, description="Folder, file, pattern of .tar shards, or hub id.")
     weight: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="Its part of an epoch beside the others' weights."
+        default=None, gt=0, le=1e9, allow_inf_nan=False, description="Its part of an epoch beside the others' weights."
     )
     revision: str | None = Field(default=None, description="Commit, tag or branch of a hub data set.")
     subset: str | None = Field(default=None, description="Configuration of a hub data set that has several.")

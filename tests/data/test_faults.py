@@ -279,9 +279,19 @@ def test_a_parquet_file_with_an_odd_column_is_one_line_that_names_it(tmp_path: P
     line = "it names the column 'title' twice: rename one of them"
     assert refused(str(tmp_path / "twice.parquet")).endswith(f"twice.parquet cannot be read: {line}")
     tags = pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))
-    pq.write_table(pa.table({"title": ["x"], "tags": tags}), tmp_path / "map.parquet")
+    (tmp_path / "maps").mkdir()
+    pq.write_table(pa.table({"title": ["x"], "tags": tags}), tmp_path / "maps" / "a.parquet")
+    pq.write_table(pa.table({"tags": tags, "title": ["y"]}), tmp_path / "maps" / "b.parquet")
     line = "its column 'tags' is map<string, int64"
-    assert f"map.parquet cannot be read: {line}" in refused(str(tmp_path / "map.parquet"))
+    tagged = replace(TITLES, answer="{title} {tags}")
+    for streaming in (False, True):
+        opened = open_set(str(tmp_path / "maps"), streaming=streaming)["train"]
+        assert [record["title"] for record in opened.table] == ["x", "y"]
+        assert opened.not_read[0].file.endswith("a.parquet") and opened.not_read[0].reason.startswith(line)
+    with pytest.raises(DataError, match=f"maps cannot be read: {line}"):
+        load_rows(str(tmp_path / "maps"), options=tagged)
+    pq.write_table(pa.table({"title": ["y"]}), tmp_path / "maps" / "b.parquet")
+    assert f"a.parquet cannot be read: {line}" in refused(str(tmp_path / "maps"))
 
 
 @pytest.mark.parametrize(

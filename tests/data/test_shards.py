@@ -11,6 +11,7 @@ import datasets
 import pytest
 from image_server import picture
 
+from phi3v.data import tar_table
 from phi3v.data.columns import RowOptions
 from phi3v.data.images import open_image
 from phi3v.data.not_read import NotRead
@@ -154,6 +155,70 @@ def test_samples_may_differ_and_members_that_do_not_read_are_named(tmp_path: Pat
     ]
 
 
+def test_members_apart_and_columns_of_later_rows_are_told_with_the_way_out(tmp_path: Path) -> None:
+    """Photos first and texts behind them, as `tar cf a.tar *.jpg *.txt` packs; a sample that is there twice is good."""
+    a, b, c = (sample(key, number)[:2] for number, key in enumerate("abc"))
+    shard(tmp_path / "x.tar", [*a, b[0], c[0], b[1], c[1], *a])
+    shard(tmp_path / "y.tar", b)  # the same name, and nothing wrong with it
+    data = load_data(str(tmp_path / "*.tar"), options=OPTIONS, validation_split=None, reading=LOOSE)
+    assert [(Path(row.source).name, row.index, row.answer) for row in data.train] == [
+        ("x.tar", 0, "scarf 0"),
+        ("x.tar", 5, "scarf 0"),
+        ("y.tar", 0, "scarf 1"),
+    ]
+    way = "pack it again with the members of a row side by side (tar --sort=name)"
+    way = f"members of 'b' have others between them: {way}"
+    assert [(one.row, one.reason_code) for one in data.problems] == [(row, "value_type") for row in (1, 2, 3, 4)]
+    assert data.problems[0].message == f"column 'txt' is in another place of the shard: {way}"
+    assert data.problems[2].message == f"column 'image' is in another place of the shard: {way}"
+    many = [(f"{n:03}.jpg", picture(1, "JPEG")) for n in range(101)]
+    for last, hint in (
+        (("000.txt", b"one"), "members of '000' have others between them: pack it again with the members"),
+        (("100.txt", b"one"), "columns of shards are those of their first 100 rows: put a row that has it among them"),
+    ):
+        shard(tmp_path / "many.tar", [*many, last])
+        with pytest.raises(DataError, match=r"the column 'txt', which .*many.tar does not have") as caught:
+            load_rows(str(tmp_path / "many.tar"), options=OPTIONS)
+        assert hint in str(caught.value)
+
+
+def test_members_with_the_names_of_made_columns_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tar_table, "_MAX_MEMBER_BYTES", 1000)
+    members: list[tuple[str, bytes | str]] = [
+        *[*sample("a", 1), ("a.image", b"text"), ("a.__key__", b"text")],
+        *[("b.image", picture(2, "JPEG")), ("b.txt", b"two"), ("b.json", b'{"width": 5}'), ("b.json.width", b"6")],
+        *[("c.image", b"text"), ("c.txt", b"three"), ("c.json.width", b"7")],
+        *[*sample("d", 4)[::2], ("d.txt", b"x" * 1001)],
+    ]
+    source = str(shard(tmp_path / "a.tar", members))
+    data = load_data(source, options=OPTIONS, validation_split=None, reading=LOOSE)
+    assert [(row.answer, row.images[0].path) for row in data.train] == [
+        ("scarf 1", "a.tar/a.jpg"),
+        ("two", "a.tar/b.image"),
+    ]
+    assert [one.message for one in data.problems] == [
+        "column 'image' is empty",
+        "column 'txt' is in d.txt, which has 1001 bytes, and 1000 may be read",
+    ]
+    told = (
+        "no image by its content, and its name is that of the column {!r}, which is made here: give it another ending"
+    )
+    assert data.not_read == [
+        NotRead(f"{source}/*.image", told.format("image"), files=2),
+        NotRead(f"{source}/*.__key__", told.format("__key__"), files=1),
+    ]
+    data = load_data(
+        source,
+        options=RowOptions(images=None, prompt="?", answer="{__key__} {json.width}"),
+        validation_split=None,
+        reading=LOOSE,
+    )
+    assert [row.answer for row in data.train] == ["a 16", "c 7", "d 16"]
+    assert [one.message for one in data.problems] == [
+        "column 'json.width' is in b.json and in b.json.width: rename one of them"
+    ]
+
+
 def test_conversations_in_json_members(tmp_path: Path) -> None:
     spoken = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A hat."}]
     path = shard(tmp_path / "a.tar", [*sample("a", 1, conversations=spoken), ("b.json", b"{"), *sample("c", 1)])
@@ -168,6 +233,44 @@ def long_name() -> bytes:
     info = tarfile.TarInfo("././@LongLink")
     info.type, info.size = tarfile.GNUTYPE_LONGNAME, 2
     return info.tobuf(format=tarfile.GNU_FORMAT) + b"x\0".ljust(512, b"\0")
+
+
+def sized(size: int, kind: bytes = tarfile.REGTYPE, pax: str | None = None) -> bytes:
+    """The header of a member b.png that says any size, in its own field or in a pax header."""
+    info = tarfile.TarInfo("b.png")
+    info.type, info.size = kind, size
+    if pax is not None:
+        info.size, info.pax_headers = 0, {"size": pax}
+        return info.tobuf(format=tarfile.PAX_FORMAT)
+    return info.tobuf(format=tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        sized(2**62),
+        sized(2**70),
+        sized(2**33),
+        sized(-512),
+        sized(-2000),
+        sized(2**40, tarfile.GNUTYPE_LONGNAME),
+        sized(2**40, tarfile.XHDTYPE),
+        sized(-512, tarfile.XHDTYPE),
+        sized(2**50, b"V"),
+        sized(0, pax=str(2**62)),
+        sized(0, pax="-512"),
+    ],
+)
+def test_sizes_that_no_shard_holds_are_one_line_that_names_the_member(header: bytes, tmp_path: Path) -> None:
+    path = shard(tmp_path / "00000.tar", [*sample("a", 1), *sample("c", 2)])
+    whole = path.read_bytes()
+    at = whole.index(b"c.jpg")
+    path.write_bytes(whole[:at] + header + whole[at:])
+    line = (
+        r"^shard .*00000.tar is damaged after a \(the header of its member 'b.png' says -?\d+ bytes, and \d+ follow\): "
+    )
+    with pytest.raises(DataError, match=f"{line}copy it again$"):
+        load_rows(str(path), options=OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +293,10 @@ def test_damaged_shards_are_one_line(change: str, tmp_path: Path) -> None:
     path.write_bytes(changed[change])
     with pytest.raises(DataError, match=r"^shard .*00000.tar is damaged.*: copy it again$") as caught:
         load_rows(str(tmp_path), options=OPTIONS)
-    assert ("after b" in str(caught.value)) == (change in ("noise in a header",) or change.startswith("cut"))
+    place = {"cut in a member": "after a (the header of its member 'b.jpg' says ", "names": "", "empty": "", "text": ""}
+    assert place.get(change, "after b ") in str(caught.value) and ("after" in str(caught.value)) == bool(
+        place.get(change, "b")
+    )
     assert "\n" not in str(caught.value)
 
 

@@ -13,7 +13,8 @@ from product_sets import png, records, write, write_photos
 
 from phi3v.data.columns import RowOptions
 from phi3v.data.images import open_image
-from phi3v.data.rows import Rows, describe_problems
+from phi3v.data.judging import describe_problems, most_allowed
+from phi3v.data.rows import Rows
 from phi3v.data.schema import ImagePart, Message, TextPart
 from phi3v.data.sources import load_data, load_rows
 from phi3v.errors import DataError
@@ -348,6 +349,8 @@ def test_equal_embedded_images_stay_on_one_side(tmp_path: Path) -> None:
 
 def test_problems_are_counted_by_reason() -> None:
     assert describe_problems([], 0, "a.csv") == "a.csv has no rows"
+    exact = {(0.29, 100): 29, (0.58, 100): 58, (0.05, 40): 2, (0.05, 39): 1, (1 / 3, 3): 1, (1.0, 7): 7, (0.0, 9): 0}
+    assert {of: most_allowed(*of) for of in exact} == exact
 
 
 def test_progress_bars_are_left_as_they_were(tmp_path: Path) -> None:

@@ -157,6 +157,8 @@ CELLS: dict[str, tuple[Any, str | None]] = {
     "base64 cut off, with lines": (URI[22:90] + "\n" + URI[90:101], "image_type"),
     "a data URI behind a blank": (" " + URI, None),
     "an address behind a blank": ("  http://10.0.0.1/a.png", "url_private"),
+    "lists as text": ("['a.png', 'b.png']", "image_type"),
+    "no image as text": ("[]", "image_type"),
     "another mapping": ({"url": "a.png"}, "image_type"),
     "a list in a list": ([["a.png"]], "image_type"),
 }

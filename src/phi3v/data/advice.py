@@ -22,7 +22,8 @@ ADVICE = {
     "other_media": "save frames of a film as images, or drop the row",
     "image_missing": "fill the cell or drop the row; rows without images have an empty list [] where cells can be "
     "lists (JSON, Parquet), else a set of their own with data.images: null",
-    "image_type": "name the column with the images in data.images; write base64 as data:image/png;base64,...",
+    "image_type": "name the column with the images in data.images; write base64 as data:image/png;base64,...; "
+    "write lists of images in a JSON or Parquet file",
     "image_path": "mend the path, or set data.image_root",
     "image_unreadable": "save it again as JPEG or PNG, or drop the row; for its size raise image.max_pixels",
     "data_uri": "write it as data:image/png;base64,... or save the image as a file",

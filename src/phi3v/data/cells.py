@@ -32,6 +32,8 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)
 _SHORTEST_BASE64 = 64
 """Characters of a text that may be base64; shorter ones are names."""
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]++={0,2}\s*")
+_LIST = re.compile(r"""\[\s*(?:\]|(["'{]).*["'}]\s*\])""", re.DOTALL)
+"""A list as JSON or Python writes it into a CSV cell, `[]`, `["a.jpg"]`, `[{"path": "a.jpg"}]`; not `[1].jpg`."""
 _DATA_URI = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 
 
@@ -118,6 +120,9 @@ class Cells:
             return self._from_web(address, scheme[1].lower(), place)
         if _is_base64(address):
             raise UnusableRecord("image_type", f"{place} holds base64: write it as data:image/png;base64,...")
+        if _LIST.fullmatch(address):
+            told = "holds a list as text, and a text is one path: write lists in a JSON or Parquet file"
+            raise UnusableRecord("image_type", f"{place} {told}")
         return ImageRef(path, None, self.root, self.confined, within=self.within)
 
     def _from_web(self, url: str, scheme: str, place: str) -> ImageRef:

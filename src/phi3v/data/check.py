@@ -21,6 +21,7 @@ from phi3v.data.advice import advice
 from phi3v.data.duplicates import Duplicates
 from phi3v.data.fact_table import digest_array
 from phi3v.data.fetch import FetchSummary
+from phi3v.data.judging import most_allowed, uncounted
 from phi3v.data.mixing import SetUse
 from phi3v.data.not_read import NotRead
 from phi3v.data.schema import RowProblem
@@ -235,7 +236,7 @@ class FetchedPart:
         ]
         allowed = 0.0 if on_problem == "stop" else max_skipped
         trouble = None
-        if len(failures) > allowed * found.total:
+        if len(failures) > most_allowed(allowed, found.total):
             trouble = (
                 f"part {shard[0]}/{shard[1]}: {len(failures)} of {found.total} images did not come, and "
                 f"{100 * allowed:.3g} % may be missing (data.max_skipped, data.on_problem)"
@@ -311,8 +312,13 @@ class Report:
 
     @property
     def skipped_share(self) -> float:
-        """Rows that are left out over rows read: 2 of 40 -> 0.05."""
-        return len(self.problems) / self.rows if self.rows else 0.0
+        """Rows that are left out and count, see `judging`, over rows read: 2 of 40 -> 0.05."""
+        return (len(self.problems) - self.uncounted) / self.rows if self.rows else 0.0
+
+    @property
+    def uncounted(self) -> int:
+        """Rows of a stream that are left out for a held-out image, which no limit counts."""
+        return uncounted(self.reasons, streamed=self.sampled)
 
     @property
     def passed(self) -> bool:

@@ -1,7 +1,7 @@
 """Parquet files that are read as one table: the columns of all, and the file whose values do not go with the others.
 
 In come the paths of the files, in the order in which they are read. `datasets` reads all as the first one is: a column
-that a file lacks is empty there, one that the first file lacks has to be told (`all_columns`), and the values of a
+that a file lacks is empty there, one that the first file lacks has to be told (`columns_of`), and the values of a
 column have to become the type of the first file that has it; the file where they cannot is looked for after a failure
 (`find_misfit`). What else may be wrong with a file by itself is the business of `faults`.
 """
@@ -18,19 +18,30 @@ from datasets.table import table_cast
 _FAILURES = (pa.ArrowException, OSError, ValueError, TypeError, KeyError)
 
 
-def all_columns(paths: Sequence[Path]) -> dict[str, Any]:
-    """What `datasets` has to be told where a file has columns that the first one lacks; nothing where none has.
+def columns_of(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What `datasets` has to be told of the columns of some files, and the columns that are not read, each with why.
 
-    Example: a.parquet with the column title and b.parquet with title and price -> {"features": those of both}.
+    It is told where a file has columns that the first one lacks, and where one is of a type that it has no word for.
+    Example: a.parquet with the column title and b.parquet with title and price -> {"features": those of both}, {}; a
+    file with title and a map tags -> {"features": that of title, "columns": ["title"]} and {"tags": "its column 'tags'
+    is map<...>, a type that is not read: ..."}.
     """
     schemas = [pq.read_schema(path) for path in paths]
-    if all(set(schema.names) <= set(schemas[0].names) for schema in schemas):
-        return {}
-    kinds: dict[str, Any] = {}
+    odd = {field.name: told for schema in schemas for field in schema if (told := _odd_type(field)) is not None}
+    first, names = schemas[0], set(schemas[0].names)
+    if odd:
+        kept = pa.schema([field for field in first if field.name not in odd], metadata=first.metadata)
+        differ = any(set(schema.names) != names for schema in schemas) or len(names) < len(first)
+        if differ or not len(kept):  # the file with such a column is refused
+            return {}, {}
+        return {"features": datasets.Features.from_arrow_schema(kept), "columns": kept.names}, odd
+    if all(set(schema.names) <= names for schema in schemas):
+        return {}, {}
+    features: dict[str, Any] = {}
     for schema in schemas:
         for name, kind in datasets.Features.from_arrow_schema(schema).items():
-            kinds.setdefault(name, kind)  # the first file's type wins
-    return {"features": datasets.Features(kinds)}
+            features.setdefault(name, kind)  # the first file's type wins
+    return {"features": datasets.Features(features)}, {}
 
 
 def find_misfit(paths: Sequence[Path]) -> tuple[Path, str] | None:
@@ -41,18 +52,19 @@ def find_misfit(paths: Sequence[Path]) -> tuple[Path, str] | None:
     """
     if paths[0].suffix.lower() != ".parquet":
         return None
-    return _odd_type(paths) or _other_type(paths)
-
-
-def _odd_type(paths: Sequence[Path]) -> tuple[Path, str] | None:
-    """The first Parquet file with a column of a type that `datasets` has no word for, as a map."""
     for path in paths:
-        for field in pq.read_schema(path):
-            try:
-                datasets.Features.from_arrow_schema(pa.schema([field]))
-            except _FAILURES:
-                told = f"its column {field.name[:80]!r} is {_shown(field.type)}, a type that is not read"
-                return path, f"{told}: save the file without that column, or its cells as text"
+        if (told := next(filter(None, map(_odd_type, pq.read_schema(path))), None)) is not None:
+            return path, told
+    return _other_type(paths)
+
+
+def _odd_type(field: pa.Field) -> str | None:
+    """Why a column is not read whose type `datasets` has no word for, as a map; None for any other."""
+    try:
+        datasets.Features.from_arrow_schema(pa.schema([field]))
+    except _FAILURES:
+        told = f"its column {field.name[:80]!r} is {_shown(field.type)}, a type that is not read"
+        return f"{told}: save the file without that column, or its cells as text"
     return None
 
 

@@ -27,7 +27,7 @@ from phi3v.data.faults import find_fault
 from phi3v.data.folder import KINDS, as_typed, contained, find_files, matching, way_out_of
 from phi3v.data.hub_card import cached_places, checked_commit
 from phi3v.data.json_table import JsonTable
-from phi3v.data.misfits import all_columns, find_misfit
+from phi3v.data.misfits import columns_of, find_misfit
 from phi3v.data.not_read import NotRead, partitions
 from phi3v.data.parquet_faults import count_records, ends_fault
 from phi3v.data.photo_tables import JoinedTables, PhotosTable, photo_column
@@ -238,9 +238,11 @@ def _open_data(paths: Sequence[Path], streaming: bool) -> OpenedTable:
             raise DataError(f"data set {first} cannot be read: it has no rows")
         paths = [path for path in paths if path not in empty]
         if builder == "parquet":
-            extra = all_columns(paths) | _streamed(streaming)
+            extra, unread = columns_of(paths)
+            extra |= _streamed(streaming)
             table = datasets.load_dataset(builder, data_files=_listed(paths), split="train", **extra)
-            opened = _undecoded(table, root)
+            odd = tuple(NotRead(str(first), why) for why in unread.values())
+            opened = replace(_undecoded(table, root), unread=unread, not_read=odd)
         else:
             opened = _open_csv(paths, streaming)
         counts = [_count(opened.table, path) for path in paths] if len(paths) > 1 else []

@@ -6,7 +6,6 @@ be used. Every record is either a row or a problem. Knows nothing about recipes,
 
 from array import array
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -317,55 +316,3 @@ def _keep_sizes(sizes: KnownSizes, number: int, looks: Looks) -> None:
     found = [(look.size, look.fingerprint) for look in looks if look is not None]
     if found and len(found) == len(looks):
         sizes.add(number, found)
-
-
-def refusal(
-    problems: Sequence[RowProblem], total: int, source: str, *, max_skipped: float, on_problem: str
-) -> str | None:
-    """Why rows are refused: more are left out than the recipe allows, none is usable, or there is none; else None.
-
-    Example: 3 problems of 40 rows, max_skipped 0.05 -> "shop.csv: 3 of 40 rows cannot be used (3 missing_value): ...;
-    at most 5% may be left out (data.max_skipped): ..."; 2 of 40 -> None.
-
-    Args:
-        problems: rows that were left out.
-        total: rows of the set.
-        source: what the set is called.
-        max_skipped: share that may be left out; 1.0 allows all.
-        on_problem: "stop" allows none.
-    """
-    if not total:
-        return f"{source} has no rows"
-    line = describe_problems(problems, total, source)
-    if on_problem == "stop" and problems:
-        return f"{line}; data.on_problem is stop: mend them, or set it to skip"
-    if max_skipped < 1.0 and (len(problems) == total or len(problems) > max_skipped * total):
-        return (
-            f"{line}; at most {100 * max_skipped:.3g}% may be left out (data.max_skipped): mend the data, or the "
-            "columns in the recipe"
-        )
-    return None
-
-
-def shared_image_problem(source: str, row: int) -> RowProblem:
-    """A training row that is left out because of its image."""
-    return RowProblem(row, "held_out_image", "it shares an image with a validation row", source)
-
-
-def describe_problems(problems: Sequence[RowProblem], total: int, source: str) -> str:
-    """One line: how many rows are left out, why, and the first three.
-
-    Example: "shop.csv: 2 of 40 rows cannot be used (2 missing_value): row 3: column 'title' is empty; row 9: ...".
-    """
-    return describe_counts(Counter(problem.reason_code for problem in problems), problems[:3], total, source)
-
-
-def describe_counts(reasons: Counter[str], first: Sequence[RowProblem], total: int, source: str) -> str:
-    """The same where not all problems are at hand, only how many of each reason code there are."""
-    if not total:
-        return f"{source} has no rows"
-    counts = ", ".join(f"{count} {code}" for code, count in reasons.most_common())
-    told = "; ".join(
-        f"row {problem.row}: {problem.message}" if problem.source == source else str(problem) for problem in first
-    )
-    return f"{source}: {reasons.total()} of {total} rows cannot be used ({counts}): {told}"

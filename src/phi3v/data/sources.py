@@ -20,27 +20,20 @@ from phi3v.data.cells import Cells
 from phi3v.data.columns import RowOptions
 from phi3v.data.conversations import record_map
 from phi3v.data.fetch import fetch_images
+from phi3v.data.judging import describe_problems, refusal, shared_image_problem
 from phi3v.data.kept_keys import KeptKeys
 from phi3v.data.mixing import SetUse, mix, set_uses
 from phi3v.data.not_read import NotRead, unnamed
 from phi3v.data.opening import VALIDATION_NAMES, narrowed, open_set
 from phi3v.data.photo_tables import PhotosTable
 from phi3v.data.reading import Reading
-from phi3v.data.rows import (
-    FirstLook,
-    RecordSet,
-    Rows,
-    describe_problems,
-    look_again,
-    read_rows,
-    refusal,
-    shared_image_problem,
-)
+from phi3v.data.rows import FirstLook, RecordSet, Rows, look_again, read_rows
 from phi3v.data.schema import Row, RowProblem
 from phi3v.data.set_choice import SetChoice, choices_of, weights_of
 from phi3v.data.split import split_rows
 from phi3v.data.streaming import RowStream, interleaved
 from phi3v.data.tables import OpenedTable
+from phi3v.data.tar_table import TarTable
 from phi3v.errors import DataError
 
 _logger = logging.getLogger(__name__)
@@ -326,7 +319,14 @@ def _records(opened: OpenedTable, source: str, choice: SetChoice, how: Reading) 
         allowed=AllowedHosts.parse(how.limits.allow_hosts),
     )
     columns = record_map(opened.table.column_names, options, source, cells)
-    columns.check(opened.table.column_names)
+    if (unread := next((name for name in columns.columns if name in opened.unread), None)) is not None:
+        raise DataError(f"data set {source} cannot be read: {opened.unread[unread]}")
+    try:
+        columns.check(opened.table.column_names)
+    except DataError as error:
+        if isinstance(opened.table, TarTable) and (hint := opened.table.column_hint):
+            raise DataError(f"{error}; {hint}") from None
+        raise
     table, parts = narrowed(opened.table, columns.columns), opened.parts
     if options.image_root is not None:
         parts = tuple(replace(part, root=None) for part in parts)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from torch.utils.data import IterableDataset, get_worker_info
 
 from phi3v.data.encode import Example
+from phi3v.data.judging import most_allowed
 from phi3v.data.schema import Row, RowProblem
 from phi3v.data.stand_ins import row_problem
 from phi3v.data.streaming import CHECKED_EVERY, RowStream
@@ -97,7 +98,7 @@ class StreamedExamples(IterableDataset[Example]):
 
     def _refuse_failures(self, position: int) -> None:
         """Raises: DataError when more samples have failed than the stream allows of its records."""
-        if position >= CHECKED_EVERY and self._failed > self.stream.max_skipped * position:
+        if position >= CHECKED_EVERY and self._failed > most_allowed(self.stream.max_skipped, position):
             raise DataError(
                 f"{self._failed} of {position} rows could not be encoded when their turn came, more than "
                 "data.max_skipped allows: mend the data, or raise it"

@@ -5,9 +5,8 @@ over a set gives every usable row once, shuffled within a window of 1,000 rows o
 record is a row or a problem, which is told when it comes by. Knows no models and no batches.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
 from random import Random
@@ -16,7 +15,8 @@ from typing import Literal
 from phi3v.data.cells import check_images, group_keys
 from phi3v.data.fetch import FetchLimits, fetch_images
 from phi3v.data.image_cache import FetchFailure
-from phi3v.data.rows import RecordSet, describe_counts, shared_image_problem
+from phi3v.data.judging import StreamTally, shared_image_problem
+from phi3v.data.rows import RecordSet
 from phi3v.data.schema import Row, RowProblem, UnusableRecord
 from phi3v.errors import DataError, NoUsableRowError
 
@@ -27,14 +27,6 @@ CHECKED_EVERY = 1000
 """After so many records of a pass their share of problems is looked at, and at its end."""
 
 Tell = Callable[[RowProblem], None]
-
-
-def nothing_left(source: str) -> str:
-    """Why a set of a stream cannot take part. Its share does not fall to the others, as rows come by one at a time."""
-    return (
-        f"{source} has no usable row to train on: each is held out or cannot be used (phi3v data check names them); "
-        "take it out of data.train, or change data.split"
-    )
 
 
 @dataclass(frozen=True)
@@ -107,48 +99,43 @@ class RowStream:
             for row in rows:
                 found = True
                 yield row
-            if not found:
-                raise NoUsableRowError(nothing_left(self.sets[number].map.source))
+            if not found:  # each is held out, or shares an image with one that is: of nothing but faults a pass tells
+                raise NoUsableRowError(StreamTally(self.sets[number].map.source).nothing_left())
 
     def _one_pass(self, place: int, tell: Tell, told: set[int]) -> Iterator[Row]:
         """The usable rows of a set in order, its problems told the first time."""
         records = self.sets[place]
-        tally = _Tally(records.map.source)
+        tally = StreamTally(records.map.source)
         for number, outcome in self._outcomes(records):
             tally.seen += 1
-            if isinstance(outcome, UnusableRecord):
-                problem = records.problem(number, outcome)
+            problem = self._problem(place, number, outcome)
+            if problem is not None:
                 tally.note(problem)
                 if number not in told:
                     told.add(number)
                     tell(problem)
-                if self.on_problem == "stop":
+                if self.on_problem == "stop" and tally.faults:
                     raise DataError(f"{problem}; data.on_problem is stop: mend the row, or set it to skip")
-            elif (place, outcome.source, outcome.index) in self.held_out:
-                pass
-            elif not self.held_out_keys.isdisjoint(group_keys(outcome) if self.held_out_keys else ()):
-                if number not in told:
-                    told.add(number)
-                    tell(shared_image_problem(outcome.source, outcome.index))
-            else:
+            elif isinstance(outcome, Row) and (place, outcome.source, outcome.index) not in self.held_out:
                 yield outcome
             if tally.seen % CHECKED_EVERY == 0:
                 self._judge(tally)
         self._judge(tally)
 
-    def _judge(self, tally: "_Tally") -> None:
+    def _problem(self, place: int, number: int, outcome: Row | UnusableRecord) -> RowProblem | None:
+        """Why a record is not among the rows, unless it is held out itself."""
+        if isinstance(outcome, UnusableRecord):
+            return self.sets[place].problem(number, outcome)
+        if not self.held_out_keys or (place, outcome.source, outcome.index) in self.held_out:
+            return None
+        if self.held_out_keys.isdisjoint(group_keys(outcome)):
+            return None
+        return shared_image_problem(outcome.source, outcome.index)
+
+    def _judge(self, tally: StreamTally) -> None:
         """Raises: DataError when there are more problems than allowed; NoUsableRowError when there is nothing else."""
-        skipped = tally.reasons.total()
-        if not skipped:
-            return
-        line = describe_counts(tally.reasons, tally.first, tally.seen, tally.source)
-        if skipped > self.max_skipped * tally.seen:
-            raise DataError(
-                f"{line}; at most {100 * self.max_skipped:.3g}% may be left out (data.max_skipped): mend the data, or "
-                "the columns in the recipe"
-            )
-        if skipped == tally.seen:
-            raise NoUsableRowError(f"{line}; no row is left to train on: mend the data")
+        if (error := tally.refusal(self.max_skipped, self.on_problem)) is not None:
+            raise error
 
     def _outcomes(self, records: RecordSet) -> Iterator[tuple[int, Row | UnusableRecord]]:
         """Each record's number with its row or with what is wrong with it, downloads made for some at a time."""
@@ -174,22 +161,6 @@ class RowStream:
         for number, record, outcome in waiting:
             absent = isinstance(outcome, Row) and any(image.url in missing for image in outcome.images)
             yield number, _attempt(told, record, number) if absent else outcome
-
-
-@dataclass
-class _Tally:
-    """Records of a pass so far, and what is wrong with some of them."""
-
-    source: str
-    seen: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    first: list[RowProblem] = field(default_factory=list)
-
-    def note(self, problem: RowProblem) -> None:
-        """Counts a problem; the first three are kept."""
-        self.reasons[problem.reason_code] += 1
-        if len(self.first) < 3:
-            self.first.append(problem)
 
 
 def _attempt(records: RecordSet, record: Mapping, number: int) -> Row | UnusableRecord:

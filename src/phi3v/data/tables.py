@@ -4,7 +4,7 @@ Readers of all formats give these; nothing here opens a file or knows a format.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,6 +90,7 @@ class OpenedTable:
         files: what the records are read from, where these are files of this machine that `datasets` reads.
         parts: the records by file, where there are several files and it is known how many are in each.
         not_read: what else lies there.
+        unread: column -> why it is not read, which matters to a recipe that names it.
     """
 
     table: Table
@@ -100,3 +101,4 @@ class OpenedTable:
     parts: tuple[FilePart, ...] = ()
     not_read: tuple[NotRead, ...] = ()
     within: str | None = None
+    unread: Mapping[str, str] = field(default_factory=dict)

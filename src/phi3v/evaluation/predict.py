@@ -16,8 +16,9 @@ from typing import Any
 
 from phi3v.data.address_guard import shorten
 from phi3v.data.columns import RowOptions
+from phi3v.data.judging import describe_problems
 from phi3v.data.reading import Reading
-from phi3v.data.rows import Rows, describe_problems
+from phi3v.data.rows import Rows
 from phi3v.data.schema import Row, RowProblem
 from phi3v.data.sources import LoadedData, StreamedData, load_data, load_rows, stream_data
 from phi3v.errors import ConfigError, DataError

@@ -63,7 +63,7 @@ def check_recipe(
     whole, in_part = fetch and shard == (0, 1), fetch and shard != (0, 1)
     part = _fetch_part(recipe, shard, on_progress) if in_part else None
     failures = {} if part is None else part.failures
-    data, unsplit = _open(recipe, download=whole, failures=failures, on_progress=on_progress)
+    data, unsplit = rows_or_trouble(recipe, download=whole, failures=failures, on_progress=on_progress)
     options = survey_options(recipe, context, decode=decode, hashes=True)
     options = replace(options, part=shard if in_part else None)
     train, held_out, problems = survey_data(data, processor, options, on_progress=on_progress)
@@ -111,8 +111,8 @@ def _model_files(recipe: Recipe) -> tuple[Any, Any]:
     return load_processor(name, revision=revision, **options), load_config(name, revision=revision)
 
 
-def _open(recipe: Recipe, **options: Any) -> tuple[FoundRows, str | None]:
-    """The rows, and why they cannot be split, when that is what is wrong with them."""
+def rows_or_trouble(recipe: Recipe, **options: Any) -> tuple[FoundRows, str | None]:
+    """The rows as `find_rows` finds them, and why they cannot be split, when that is what is wrong with them."""
     try:
         return find_rows(recipe, **options), None
     except DataError as error:

@@ -10,13 +10,15 @@ from typing import Any
 from phi3v.data.check import listed
 from phi3v.data.fetch import fetch_images
 from phi3v.data.image_cache import FetchFailure
+from phi3v.data.judging import describe_problems
 from phi3v.data.reading import Reading
-from phi3v.data.schema import ImageRef, Row
+from phi3v.data.schema import ImageRef, Row, RowProblem
 from phi3v.data.show import ShownRow, show_row, spaced
 from phi3v.data.show_page import render_rows
-from phi3v.first_look import Progress, find_rows, survey_data, survey_options
+from phi3v.first_look import Progress, survey_data, survey_options
 from phi3v.loading import load_config, load_processor
 from phi3v.recipe import Recipe
+from phi3v.training.data_check import rows_or_trouble
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,16 @@ class Shown:
     problems: list[dict[str, Any]]
     decoded: bool
     shown: Sequence[ShownRow]
+
+    @property
+    def trouble(self) -> str | None:
+        """Why there is no row to show; None where there is one."""
+        if self.shown:
+            return None
+        problems = [
+            RowProblem(*(one[key] for key in ("row", "reason_code", "message", "source"))) for one in self.problems
+        ]
+        return f"no row can be shown: {describe_problems(problems, self.rows, self.source)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, without pictures."""
@@ -69,7 +81,7 @@ def show_recipe(recipe: Recipe, *, rows: int = 8, decode: bool = True, on_progre
         "on_too_long": recipe.data.on_too_long,
         "max_pixels": recipe.image.max_pixels,
     }
-    data = find_rows(recipe, download=False, on_progress=on_progress)
+    data, _ = rows_or_trouble(recipe, download=False, on_progress=on_progress)
     options = survey_options(recipe, context, decode=decode, hashes=False)
     problems = survey_data(data, processor, options, on_progress=on_progress)[2]
     wrong = {(problem.source, problem.row): problem.message for problem in problems}

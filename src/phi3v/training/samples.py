@@ -15,6 +15,7 @@ import torch
 from phi3v.data.collate import Collator, PackedCollator, StepCollator
 from phi3v.data.encode import EncodedRows, Example, encode
 from phi3v.data.encode_seen import encode_seen
+from phi3v.data.judging import most_allowed
 from phi3v.data.plan import MicroBatches, plan_steps
 from phi3v.data.reading import Reading
 from phi3v.data.schema import Row, RowProblem
@@ -179,7 +180,8 @@ def _stand_ins(
     known = data.rows_in if isinstance(data, LoadedData) else len(rows)
     return StandIns(
         encoded,
-        spare=recipe.data.max_skipped * known - (len(data.problems) if isinstance(data, LoadedData) else 0),
+        spare=most_allowed(recipe.data.max_skipped, known)
+        - (len(data.problems) if isinstance(data, LoadedData) else 0),
         on_problem=recipe.data.on_problem,
         tell=partial(note_problem, run),
     )
