@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import write_tiny_model
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import phi3v
 from phi3v.data.collate import Collator, PackedCollator, StepCollator
@@ -83,12 +84,25 @@ def raw_bytes(example: Batch) -> Batch:
     return {**example, "pixel_values": torch.randint(0, 256, example["pixel_values"].shape).float()}
 
 
+def other_normalisation(example: Batch) -> Batch:
+    """A processor of another tower, with means and deviations of 0.5: its pixels lie between CLIP's."""
+    mean, std = (torch.tensor(one).view(3, 1, 1) for one in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return {**example, "pixel_values": (example["pixel_values"] * std + mean - 0.5) / 0.5}
+
+
+def start_twice(example: Batch) -> Batch:
+    """A tokenizer that puts its <s> in front of a text that has one."""
+    return {name: torch.cat([value[:1], value]) if value.ndim == 1 else value for name, value in example.items()}
+
+
 DEFECTS: dict[str, tuple[Callable[[Batch, Any], Batch], str]] = {
     "tag as text": (tag_as_text, "tokenised as plain text"),
     "cut inside the image": (lambda e, p: without_the_last(e, 60), "images are cut"),
     "no image_sizes": (lambda e, p: {k: v for k, v in e.items() if k != "image_sizes"}, "without image_sizes"),
     "no pixels": (lambda e, p: {k: v for k, v in e.items() if k != "pixel_values"}, "no pixels are there"),
     "raw bytes": (lambda e, p: raw_bytes(e), "pixels lie between 0 and 255"),
+    "other normalisation": (lambda e, p: other_normalisation(e), "by other means and deviations than CLIP's"),
+    "<s> twice": (lambda e, p: start_twice(e), "has a <s> at position 1, where no text begins"),
     "labels are the ids": (lambda e, p: {**e, "labels": e["input_ids"].clone()}, "trains its prompt"),
     "image trained": (lambda e, p: {**e, "labels": e["input_ids"].clone()}, "trains image tokens"),
     "nothing trained": (lambda e, p: {**e, "labels": torch.full_like(e["labels"], -100)}, "trains nothing"),
@@ -192,7 +206,10 @@ def test_weights_and_saved_copies_are_compared_with_files(world: Path, tmp_path:
     assert weight_faults(model, world / "model") == [
         f"1 of 76 weights differ from {world / 'model'}, model.norm.weight for instance"
     ]
+    model.get_base_model().lm_head.weight[5, 2] = float("inf")  # as float16 makes of what bfloat16 holds
     assert len(saved_faults(model, tmp_path)) == 1
+    (spoilt, _) = weight_faults(model, world / "model")
+    assert spoilt == f"1 of 76 weights of {world / 'model'} are no numbers in float32, lm_head.weight for instance"
 
 
 @pytest.mark.parametrize(

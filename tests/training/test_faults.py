@@ -27,6 +27,7 @@ from phi3v.training.callbacks import TrainingEvent
 from phi3v.training.checkpoints import newest_checkpoint, read_manifest
 from phi3v.training.loader_watch import WatchedWorkers
 from phi3v.training.sampling import epoch_order
+from phi3v.training.step_faults import is_out_of_memory
 from phi3v.training.step_trainer import StepTrainer
 
 MakeRecipe = Callable[..., phi3v.Recipe]
@@ -171,6 +172,12 @@ def test_a_step_without_memory_is_done_again_in_smaller_pieces(
     for name, tensor in adapter(single).items():
         tolerance = 0.0 if step == 1 and not packing else 1e-5
         torch.testing.assert_close(adapter(recipe)[name], tensor, rtol=tolerance, atol=tolerance)
+
+
+def test_what_says_that_memory_is_used_up() -> None:
+    for words in ("CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(h)`"):
+        assert is_out_of_memory(RuntimeError(f"{words}\nCompile with `TORCH_USE_CUDA_DSA`"))
+    assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
 
 
 @pytest.mark.parametrize("where", ["sample", "update"])

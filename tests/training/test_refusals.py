@@ -49,6 +49,7 @@ MakeRecipe = Callable[..., phi3v.Recipe]
             "^training.load_best_model_at_end requires .* but found Evaluation strategy: .*, Save strategy: .*$",
         ),
         ({"optim": "adamw_torch_npu_fused"}, "^training.optim=adamw_torch_npu_fused: .*torch_npu"),
+        ({"hub_token": "hf_x"}, "training.hub_token is decided by HF_TOKEN .*a recipe lies in the run's folder"),
         ({"device_map": "auto"}, "training.device_map is decided by torchrun, a process for each GPU"),
         ({"fsdp_config": {"version": 1}}, "training.fsdp_config.version is 1: ranks share a model by FSDP2"),
         ({"fsdp": True}, "training.fsdp shares a model among several processes"),

@@ -5,10 +5,45 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from phi3v.errors import TrainingError
 from phi3v.ranks import ALONE
-from phi3v.training.run_faults import one_line_faults
+from phi3v.training.run_faults import one_line_at_the_end, one_line_faults
+
+
+def test_no_memory_for_held_out_rows_names_their_settings(tmp_path: Path) -> None:
+    trainer: Any = SimpleNamespace(
+        validating=True,
+        ranks=ALONE,
+        state=SimpleNamespace(global_step=4),
+        save_last_step=lambda: tmp_path / "checkpoint-4",
+    )
+    said = (
+        "^out of memory in the validation behind step 4 [(]CUDA.* evaluation.batch_size, .* goes on from checkpoint-4$"
+    )
+    with pytest.raises(TrainingError, match=said), one_line_faults(trainer, tmp_path):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            "^out of memory while held-out .* evaluation.batch_size, .* report$",
+        ),
+        (
+            OSError(28, "No space left on device"),
+            "^the disk of .* is full .*: free space there; the run is trained, and",
+        ),
+    ],
+)
+def test_what_ends_the_report_of_a_run_is_one_line(tmp_path: Path, error: Exception, said: str) -> None:
+    with pytest.raises(TrainingError, match=said), one_line_at_the_end(tmp_path):
+        raise error
+    with pytest.raises(ValueError, match="another"), one_line_at_the_end(tmp_path):
+        raise ValueError("another")
 
 
 def test_a_worker_that_ends_while_it_hands_a_sample_over_is_one_line(tmp_path: Path) -> None:

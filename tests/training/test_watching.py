@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers import TrainerCallback
 
 import phi3v
+from phi3v.errors import ConfigError
 from phi3v.run_folder import RunFolder
+from phi3v.training import trackers
 from phi3v.training.callbacks import TrainingEvent
 from phi3v.training.meter import Meter, contents
 from phi3v.training.trackers import tracker_callbacks
@@ -117,6 +120,36 @@ def test_a_run_that_goes_on_is_one_run_to_trackers(tmp_path: Path, monkeypatch: 
     assert found[0] == found[1]
     shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
     assert [(one.step, one.value) for one in shown] == [(1, 0), (2, 0), (3, 2), (4, 2), (5, 2)]
+
+
+def test_a_tracker_that_fails_is_left_and_the_run_goes_on(
+    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[str] = []
+
+    class Failing(TrainerCallback):
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
+            told.append("log")
+            raise ConnectionResetError("Connection lost")
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            told.append("step")
+
+    monkeypatch.setattr(trackers, "_tensorboard", lambda folder, done: Failing())
+    recipe = make(report={"to": "tensorboard"}, training={"max_steps": 3})
+    assert phi3v.train(recipe).steps == 3
+    assert told == ["step", "log"]
+    assert caplog.text.count("tensorboard failed (Connection lost): nothing more is shown there") == 1
+    assert [line["step"] for line in RunFolder(recipe.output).read_metrics() if "loss" in line] == [1, 2, 3]
+
+
+def test_a_tracker_that_cannot_begin_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("")
+    with pytest.raises(
+        ConfigError, match="^report.to names tensorboard, which cannot begin [(].*take it out"
+    ) as caught:
+        tracker_callbacks(["tensorboard"], folder=tmp_path, project=None, run_name="run", config={})
+    assert "\n" not in str(caught.value)
 
 
 def test_trackers_get_answers_with_their_photos(watched: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from itertools import groupby, pairwise
 from typing import Any, Self
 
 import torch
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from phi3v.image_tokens import CROP_SIZE, grid_tokens
 
@@ -125,7 +126,20 @@ def image_faults(batch: Mapping[str, Any], samples: list[Sequence], ids: Ids, *,
         if least < _LEAST or most > _MOST:
             faults.append(f"pixels lie between {least:.3g} and {most:.3g}, CLIP's between {_LEAST} and {_MOST}")
             break
+    if pixels is not None and not faults and pixels.dtype == torch.float32 and not _has_grey_levels(pixels):
+        faults.append("pixels were normalised by other means and deviations than CLIP's: no crop has whole grey levels")
     return faults
+
+
+def _has_grey_levels(pixels: torch.Tensor) -> bool:
+    """Whether there is a crop that CLIP's normalisation made of bytes; views of the whole, resized as floats, are none.
+
+    Example: of black by CLIP's mean 0.4815 and deviation 0.2686, -1.792, comes the grey level 0 again; of black by a
+    mean and deviation of 0.5, -1.0, comes 54.3.
+    """
+    mean, std = (torch.tensor(list(one)).view(3, 1, 1) for one in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    levels = (pixels.flatten(0, -4).cpu() * std + mean) * 255
+    return bool(((levels - levels.round()).abs().amax((1, 2, 3)) < 0.02).any())
 
 
 def _text_of(sample: Sequence, ids: Ids) -> list[int]:
@@ -182,6 +196,10 @@ def form_faults(sample: Sequence, ids: Ids) -> list[str]:
         faults.append("holds negative ids, which are no token")
     if sample.ids[0] != ids.start:
         faults.append("does not begin with <s>")
+    behind_image = {place + 1 for place, one in enumerate(sample.ids) if one == ids.image}
+    spare = [place for place, one in enumerate(sample.ids) if one == ids.start and place and place not in behind_image]
+    if spare:
+        faults.append(f"has a <s> at position {spare[0]}, where no text begins and no image ends")
     roles = {ids.user, ids.assistant}
     for place, one in enumerate(sample.ids):
         if one == ids.end:

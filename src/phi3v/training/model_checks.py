@@ -130,19 +130,28 @@ def weight_faults(model: Any, name: str, revision: str | None = None, *, every: 
         return []  # the adapter began with parts of it
     loaded = dict(_own_weights(model))
     places = dict(sorted(weight_files(name, revision).items())[::every])
-    different, compared = [], 0
+    different, spoilt, compared = [], [], 0
     for key, stored in read_weights(places):
         weight = loaded.get(key)
         if weight is None or weight.shape != stored.shape:  # in 4 bits, or a second name of a shared tensor
             continue
         compared += 1
-        if not torch.equal(stored.to(weight.dtype), weight.detach().cpu()):
+        own = weight.detach().cpu()
+        if not bool(torch.isfinite(own).all()):  # a NaN is unequal to itself; infinite is what float16 cannot hold
+            spoilt.append(key)
+        elif not torch.equal(stored.to(own.dtype), own):
             different.append(key)
     if not compared:
         return [f"no weight of {name} is in the model"]
-    return (
-        [f"{len(different)} of {compared} weights differ from {name}, {different[0]} for instance"] if different else []
-    )
+    faults = []
+    if spoilt:
+        kind = str(loaded[spoilt[0]].dtype).removeprefix("torch.")
+        faults.append(
+            f"{len(spoilt)} of {compared} weights of {name} are no numbers in {kind}, {spoilt[0]} for instance"
+        )
+    if different:
+        faults.append(f"{len(different)} of {compared} weights differ from {name}, {different[0]} for instance")
+    return faults
 
 
 def _own_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

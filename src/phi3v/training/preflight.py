@@ -75,7 +75,7 @@ def check_upload(recipe: Recipe) -> None:
     if not options.get("push_to_hub"):
         return
     try:
-        HfApi().whoami(token=options.get("hub_token"))
+        HfApi().whoami()
     except Exception as error:  # of huggingface_hub, of its HTTP library, or of the system
         raise ConfigError(
             f"training.push_to_hub is true and the hub knows no account here ({first_line(error)}): see the network "

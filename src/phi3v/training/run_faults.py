@@ -41,10 +41,15 @@ def one_line_faults(trainer: StepTrainer, folder: Path) -> Iterator[None]:
         if isinstance(error, TrainingError):
             raise
         step = trainer.state.global_step + 1
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) and trainer.validating:
+            line = (
+                f"out of memory in the validation behind step {step - 1} ({first_line(error)}): set a smaller "
+                "evaluation.batch_size, evaluation.max_new_tokens or image.max_tokens"
+            )
+        elif is_out_of_memory(error):
             line = (
                 f"out of memory at step {step}, outside of its micro-batches ({first_line(error)}): set "
-                "training.optim: adamw_8bit, a smaller lora.r or evaluation.batch_size"
+                "training.optim: adamw_8bit, or a smaller lora.r"
             )
         elif trainer.ranks.several and is_of_ranks(error):
             raise TrainingError(
@@ -55,6 +60,27 @@ def one_line_faults(trainer: StepTrainer, folder: Path) -> Iterator[None]:
         else:
             raise
         raise TrainingError(f"{line}; {_again(_save(trainer))}") from error
+
+
+@contextlib.contextmanager
+def one_line_at_the_end(folder: Path) -> Iterator[None]:
+    """Turns what ends the answers and the report of a run that is trained into one line; `folder` is the run's."""
+    again = "the run is trained, and the same command goes on with its report"
+    try:
+        yield
+    except TrainingError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if is_full(error):
+            raise TrainingError(
+                f"the disk of {folder} is full ({first_line(error)}): free space there; {again}"
+            ) from error
+        if is_out_of_memory(error):
+            raise TrainingError(
+                f"out of memory while held-out rows are answered ({first_line(error)}): set a smaller "
+                f"evaluation.batch_size, evaluation.max_new_tokens or image.max_tokens; {again}"
+            ) from error
+        raise
 
 
 def _of_a_worker(trainer: StepTrainer, error: Exception) -> TrainingError:

@@ -21,8 +21,15 @@ _MOST_IN_A_ROW = 10
 """Steps one after the other that may be left out: a run that goes on like that trains nothing."""
 _MOST_NAMED = 16
 """Samples of a step that are named."""
-_CPU_MEMORY = ("can't allocate memory", "not enough memory")
-"""What torch's allocator says on a CPU, where it has no error class of its own."""
+_NO_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""What is said where there is no error class of its own: by torch's allocator on a CPU, and on a GPU by the driver and
+by libraries that take memory beside torch's."""
 _log = logging.getLogger(__name__)
 
 
@@ -114,4 +121,4 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is used up, a GPU's or the machine's."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_MEMORY)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)

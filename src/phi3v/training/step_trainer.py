@@ -33,10 +33,9 @@ from phi3v.training.shards import keep_sums_precise, shard_on_cpus, whole_number
 from phi3v.training.state_files import random_states, set_random_states
 from phi3v.training.step_faults import NonFinite, is_out_of_memory
 
-_LESS_MEMORY = (
-    "set training.activation_checkpointing: true, a smaller image.max_tokens, data.max_length or "
-    "training.micro_batch_size, or quantization"
-)
+_LESS_MEMORY = "set training.activation_checkpointing: true, a smaller image.max_tokens or data.max_length"
+_SMALLER = f"{_LESS_MEMORY}, a smaller training.micro_batch_size, or quantization"
+_OF_A_STREAM = f"the samples of a stream at a time: {_SMALLER}"
 MicroBatch = dict[str, Any]
 """Arguments of the model's `forward`."""
 
@@ -83,7 +82,7 @@ class StepTrainer(DurableTrainer):
         self.short_dtype = short_dtype
         self.part_rates, self.answer, self.meter = part_rates or {}, answer, meter or Meter()
         self.masters: dict[str, torch.nn.Parameter] = {}
-        self._validated = ValidationLoss()
+        self._validated, self.validating = ValidationLoss(), False  # the latter stays where one fails
 
     def create_accelerator_and_postprocess(self) -> None:
         """accelerate as the arguments ask for it; FSDP2 on CPUs too, which it knows but takes up on GPUs alone."""
@@ -229,9 +228,7 @@ class StepTrainer(DurableTrainer):
                 raise
             self._reason = first_line(error)
         if self.in_step is not None and self._reason:
-            raise TrainingError(
-                f"{self._no_memory()}: {_LESS_MEMORY} (a model that is sharded cannot begin a step again)"
-            )
+            raise TrainingError(f"{self._no_memory()}: {_SMALLER} (a model that is sharded cannot begin a step again)")
         # what the error held is free from here on
         if self.in_step is None and self.ranks.any(bool(self._reason)):
             return None
@@ -263,8 +260,8 @@ class StepTrainer(DurableTrainer):
         """
         while not samples or len(self.step_collator(samples)) <= micro_batches:
             if not samples or self.step_collator.is_single(samples):
-                what = "one sample" if samples else "the samples of a stream"
-                raise TrainingError(f"{self._no_memory()} with {what} at a time: {_LESS_MEMORY}")
+                what = f"one sample at a time: {_LESS_MEMORY}, or quantization"
+                raise TrainingError(f"{self._no_memory()} with {what if samples else _OF_A_STREAM}")
             self.step_collator.halve()
 
     def _no_memory(self) -> str:
@@ -375,7 +372,7 @@ class StepTrainer(DurableTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The Trainer's loop; its loss, a mean of batch means, becomes the mean over all trained tokens."""
-        self._validated = ValidationLoss()
+        self._validated, self.validating = ValidationLoss(), True
         self.eval_workers.wait()
         smoother, self.label_smoother = self.label_smoother, None  # so held-out losses are on one scale
         output = super().evaluation_loop(*args, **kwargs)
@@ -391,4 +388,5 @@ class StepTrainer(DurableTrainer):
             output.metrics.update({f"{name[:-4]}{key}": value for key, value in scores.items()})
         if self.is_in_train:
             self.signals.hold()  # its line, what callbacks count of it and which step is the best belong together
+        self.validating = False
         return output

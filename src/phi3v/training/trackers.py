@@ -3,7 +3,9 @@
 Both packages are optional; a recipe that names a missing one gets a single line with the command that installs it.
 """
 
+import functools
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,14 +16,20 @@ from transformers import TrainerCallback
 
 from phi3v.errors import ConfigError, MissingPackageError, install
 from phi3v.evaluation.prediction_table import prediction_table
+from phi3v.passthrough import first_line
 from phi3v.run_folder import RunFolder, to_json
 from phi3v.training.sample_answers import SampleAnswer
+
+_OFFLINE = "set WANDB_MODE=offline to keep what it logs in the run's folder"
+_log = logging.getLogger(__name__)
 
 
 def tracker_callbacks(
     names: list[str], *, folder: Path, project: str | None, run_name: str, config: dict[str, Any], done: int = 0
 ) -> list[TrainerCallback]:
     """One callback per tracker, each with a method `log_answers(step, answers)`.
+
+    A tracker that fails while the run trains is left with a warning: what it shows stands in `metrics.jsonl` too.
 
     Args:
         names: "wandb" and "tensorboard", in any number.
@@ -34,14 +42,55 @@ def tracker_callbacks(
 
     Raises:
         MissingPackageError: a tracker is not installed.
-        ConfigError: W&B knows no account.
+        ConfigError: W&B knows no account, or a tracker cannot begin.
     """
     makers: dict[str, Callable[[], TrainerCallback]] = {
         "wandb": lambda: _wandb(folder, project, run_name, config),
         "tensorboard": lambda: _tensorboard(folder, done),
     }
     check_trackers(names)
-    return [makers[name]() for name in names]
+    return [_spared(name, _begun(name, makers[name])) for name in names]
+
+
+def _begun(name: str, make: Callable[[], TrainerCallback]) -> TrainerCallback:
+    """A tracker's callback. Raises: ConfigError where its server or its folder is not to be had."""
+    try:
+        return make()
+    except Exception as error:  # of the tracker, of its HTTP library, or of the system
+        way_out = f", or {_OFFLINE}" if name == "wandb" else ""
+        raise ConfigError(
+            f"report.to names {name}, which cannot begin ({first_line(error)}): see its network and folder{way_out}, "
+            "or take it out of report.to"
+        ) from error
+
+
+def _spared(name: str, callback: Any) -> TrainerCallback:
+    """The callback; its first error ends the tracker, and never the training."""
+    gone = False
+
+    def sparing(tell: Callable[..., Any]) -> Callable[..., None]:
+        @functools.wraps(tell)
+        def told(*args: Any, **kwargs: Any) -> None:
+            nonlocal gone
+            if gone:
+                return
+            try:
+                tell(*args, **kwargs)
+            except Exception as error:
+                gone = True
+                _log.warning(
+                    "%s failed (%s): nothing more is shown there, the run goes on, and metrics.jsonl has each figure",
+                    name,
+                    first_line(error),
+                )
+
+        return told
+
+    for event in dir(callback):
+        if event.startswith("on_") or event == "log_answers":
+            setattr(callback, event, sparing(getattr(callback, event)))
+    spared: TrainerCallback = callback
+    return spared
 
 
 def check_trackers(names: Iterable[str]) -> None:
@@ -59,10 +108,7 @@ def _check_account() -> None:
 
     mode = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode  # a setup from before keeps the mode of then
     if mode == "online" and not wandb.login(prompt=False, verify=False):
-        raise ConfigError(
-            "report.to names wandb, which knows no account here: run `wandb login`, or set WANDB_MODE=offline to keep "
-            "what it logs in the run's folder"
-        )
+        raise ConfigError(f"report.to names wandb, which knows no account here: run `wandb login`, or {_OFFLINE}")
 
 
 def _wandb(folder: Path, project: str | None, run_name: str, config: dict[str, Any]) -> TrainerCallback:
@@ -71,6 +117,7 @@ def _wandb(folder: Path, project: str | None, run_name: str, config: dict[str, A
     from transformers.integrations import WandbCallback
 
     again: dict[str, Any] = {"id": number, "resume": "allow"} if (number := _wandb_id(folder)) else {}
+    again["reinit"] = "finish_previous"  # a training of this process that failed has left its own open
     wandb.init(project=project, name=run_name, dir=str(folder), config=config, **again)
 
     class ClosingWandbCallback(WandbCallback):
@@ -107,9 +154,13 @@ def log_predictions(run: RunFolder) -> None:
     metrics = run.read_evaluation(needed=["metrics"])["metrics"]
     scores = {f"{side}/{name}": one[side]["value"] for name, one in metrics.items() for side in _SIDES if one[side]}
     name, number = recipe.report.run_name or run.path.name, _wandb_id(run.path)
-    with wandb.init(name=name, id=number, resume="allow", project=recipe.report.project, dir=str(run.path)) as opened:
+    try:
+        opened = wandb.init(name=name, id=number, resume="allow", project=recipe.report.project, dir=str(run.path))
         opened.log({"predictions": wandb.Table(columns=list(columns), data=cells)})
         opened.summary.update({name: value for name, value in scores.items() if value is not None})
+        opened.finish()
+    except Exception as error:  # of W&B, of its HTTP library, or of the system: the run is done all the same
+        _log.warning("wandb got no predictions (%s): they are in predictions.jsonl", first_line(error))
 
 
 _SIDES = ("tuned", "base")
@@ -118,7 +169,7 @@ _SIDES = ("tuned", "base")
 def _wandb_id(folder: Path) -> str | None:
     """The id of the run's newest W&B run, by its folder: wandb/offline-run-20261126_063000-k3j9x2ab -> "k3j9x2ab"."""
     found = sorted((folder / "wandb").glob("*run-*-*"), key=lambda path: path.stat().st_mtime)
-    return found[-1].name.rpartition("-")[2] if found else None
+    return found[-1].name.partition("run-")[2].partition("-")[2] if found else None  # WANDB_RUN_ID may have hyphens
 
 
 def side_by_side(photos: Sequence[Any]) -> Any:

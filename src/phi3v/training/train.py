@@ -41,7 +41,7 @@ from phi3v.training.meter import Meter, most_memory
 from phi3v.training.optimiser_checks import check_optimiser
 from phi3v.training.preflight import check_recipe_alone, check_upload
 from phi3v.training.prepare import Prepared, join_ranks, prepare_model, training_device
-from phi3v.training.run_faults import one_line_faults
+from phi3v.training.run_faults import one_line_at_the_end, one_line_faults
 from phi3v.training.samples import make_collators, make_samples, read_data
 from phi3v.training.step_faults import NonFinite, name_rows
 from phi3v.training.step_trainer import StepTrainer
@@ -135,8 +135,8 @@ def train(
             result = _tune(recipe, run, watch, store, ranks, signals=signals)
             ranks.alone(lambda: run.mark_finished({**result.to_dict(), "memory_gib": most_memory() / 2**30}))
         ranks.leave()
-        if ranks.first and report:
-            _report(run, result, watch, store)
+        with one_line_at_the_end(run.path):
+            _report(run, result, watch, store) if ranks.first and report else None
     return result
 
 
