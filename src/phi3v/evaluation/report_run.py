@@ -70,22 +70,19 @@ def write_report(run: RunFolder, rows: Sequence[Row], controls: Mapping[str, Map
     run.write_report(render_report(content))
 
 
-def write_report_apart(
-    folder: RunFolder, evaluation: Evaluation, held_out: HeldOut, weights: Mapping[str, str]
-) -> None:
+def write_report_apart(folder: RunFolder, evaluation: Evaluation, held_out: HeldOut) -> None:
     """Writes the report.html of an evaluation that is no run's own: other rows, or another target beside.
 
     Args:
         folder: where it lies.
         evaluation: what was found.
         held_out: the rows, and the recipe that they were asked by.
-        weights: side -> name of the weights that answered.
     """
     found, recipe, said = evaluation.to_dict(), held_out.recipe, evaluation.predictions
     names, samples = column_names(found), recipe.report.samples
     shown = chain(*choose_extremes(said, found["primary"], samples))
     sides = {"base": "base", "tuned": "tuned", "other": "base"}
-    named = {f"weights of {names[sides[side]]}": name for side, name in weights.items() if side in sides}
+    named = {f"weights of {names[sides[side]]}": name for side, name in evaluation.weights.items() if side in sides}
     content = ReportContent(
         title=f"{names['tuned']} beside {names['base']}" if evaluation.base else names["tuned"],
         evaluation=found,

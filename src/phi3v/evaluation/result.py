@@ -74,6 +74,7 @@ class Evaluation:
         predictions: one dict per row, see `prediction_rows`.
         checks: name -> verdict, line and figures, see `checks`.
         settings: what the figures depend on besides the target: values of the recipe, and a name of the rows.
+        weights: side, "tuned" for instance -> name of the weights that answered, where answers were kept meanwhile.
     """
 
     target: str
@@ -96,6 +97,7 @@ class Evaluation:
     predictions: list[dict[str, Any]] = field(repr=False)
     checks: dict[str, dict[str, Any]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the predictions, as plain values for JSON."""
@@ -114,6 +116,7 @@ class Evaluation:
             "notes": [*self.scoring.notes, *remarks(self.metrics, self.images)],
             "checks": self.checks,
             "settings": self.settings,
+            "weights": self.weights,
             "scores": {
                 "base": self.base_scores.to_dict() if self.base_scores else None,
                 "tuned": self.tuned.to_dict(),
