@@ -53,7 +53,7 @@ def make_predictions(rows: int, base: bool = True) -> tuple[list[dict[str, Any]]
     beside = (wrong, theirs) if base else (None, None)
     predictions = prediction_rows(found, tuned, beside[0], TEMPLATE, ours, beside[1], np.arange(rows))
     for one in predictions:
-        one["images"] = [f"<s>{one['row']}.jpg"]
+        one["images"] = [f"<s>{one['row']}.jpg", *(["h\udcfct.jpg"] if one["row"] == 1 else [])]
     return predictions, {
         "target": "runs/test",
         "base": "tiny/base" if base else None,

@@ -87,6 +87,7 @@ def test_nothing_of_a_stranger_becomes_markup():
     assert page.tags.count("script") == 1 and page.handlers == []
     assert HOSTILE in page.text  # tags, braces, ampersand and quotes arrive as the characters they are
     assert HOSTILE_GROUP in page.text and "<s>0.jpg" in page.text
+    assert "h\\udcfct.jpg" in page.text  # a name that is no UTF-8, as its escape
 
 
 def test_page_reaches_for_nothing_outside_itself():
