@@ -109,7 +109,7 @@ def gather_photos(rows: Sequence[Row], shown: Iterable[int], max_pixels: int) ->
     """
     large: dict[int, list[str]] = {}
     small: dict[int, list[str]] = {}
-    left, broken, full = PHOTO_BYTES, 0, False
+    left, broken, bare, full = PHOTO_BYTES, 0, 0, False
     first = list(shown)
     for at in dict.fromkeys([*first, *range(len(rows))]):
         if full or len(small) == MOST_PHOTOS:
@@ -119,6 +119,7 @@ def gather_photos(rows: Sequence[Row], shown: Iterable[int], max_pixels: int) ->
         except ImageError:
             broken += 1
             continue
+        bare += not photos
         its = [photo_uri(photo, SMALL_SIDE) for photo in photos]
         ours = [photo_uri(photo) for photo in photos] if at in first else []
         left -= sum(map(len, (*its, *ours)))
@@ -126,7 +127,8 @@ def gather_photos(rows: Sequence[Row], shown: Iterable[int], max_pixels: int) ->
         if not full:
             small[at] = its
             large |= {at: ours} if ours else {}
-    note = f"{len(small)} of {len(rows)} rows have their photos here"
+    note = f"{len(small) - bare} of {len(rows)} rows have their photos here"
+    note += f" ({bare} without any)" if bare else ""
     if len(small) + broken < len(rows):
         note += f": a page holds those of {MOST_PHOTOS} rows, and {PHOTO_BYTES // 10**6} MB at most"
     return Photos(large, small, note + (f"; those of {broken} could not be opened" if broken else ""))
