@@ -53,7 +53,8 @@ class ValidationLoss:
         """A batch is done: its loss per trained token, which is no number where it has none, and its labels."""
         tokens = int((labels[:, 1:] != -100).sum())
         self._batches.append((loss * tokens if tokens else 0.0, tokens))
-        self._rows.append(self._seen)  # those without a token keep the others at their places
+        # rows without a token keep the others at their places
+        self._rows.append(self._seen if tokens else [(0.0, 0)] * len(labels))
         self._seen = []
 
     def metrics(self, name: str, ranks: Ranks = ALONE) -> dict[str, float]:
