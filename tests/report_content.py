@@ -13,13 +13,13 @@ from phi3v.data.data_uri import photo_uri
 from phi3v.data.schema import Message, Row, TextPart
 from phi3v.evaluation.categories import break_down
 from phi3v.evaluation.fields import AnswerTemplate
+from phi3v.evaluation.intervals import shares_of_rows
 from phi3v.evaluation.kinds import choose_scoring
 from phi3v.evaluation.metric_table import constant_scores, metric_table
 from phi3v.evaluation.metrics import score_answers
 from phi3v.evaluation.report import Photos, ReportContent
 from phi3v.evaluation.result import prediction_rows
 from phi3v.evaluation.row_scores import score_rows
-from phi3v.evaluation.shares import Share
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TEMPLATE = AnswerTemplate("Product: {title}, Group: {group}, Price: {price}")
@@ -53,7 +53,7 @@ def make_predictions(rows: int, base: bool = True) -> tuple[list[dict[str, Any]]
     beside = (wrong, theirs) if base else (None, None)
     predictions = prediction_rows(found, tuned, beside[0], TEMPLATE, ours, beside[1], np.arange(rows))
     for one in predictions:
-        one["images"] = [f"<s>{one['row']}.jpg"]
+        one["images"] = [f"<s>{one['row']}.jpg", *(["h\udcfct.jpg"] if one["row"] == 1 else [])]
     return predictions, {
         "target": "runs/test",
         "base": "tiny/base" if base else None,
@@ -101,7 +101,10 @@ def make_content(rows: int = 12, base: bool = True) -> ReportContent:
         memory_gib=3.25,
         fingerprints={"training rows": "9f2c77ab"},
         problems=["a.csv, row 99: column <title> is empty"],
-        controls={"image blanked": vars(Share.of(0, 12)), "image swapped": vars(Share.of(1, 12))},
+        controls={
+            "image blanked": vars(shares_of_rows([[False] * 12])[0]),
+            "image swapped": vars(shares_of_rows([[True] + [False] * 11])[0]),
+        },
     )
 
 

@@ -43,7 +43,7 @@ def test_partners_have_another_answer(answers, own, others):
 
 def test_partners_have_as_many_images():
     one, two = ImageRef("a.png"), (ImageRef("b.png"), ImageRef("c.png"))
-    rows = [make_row(0, "x", (one,)), make_row(1, "y", two), make_row(2, "z", two), make_row(3, "text only", ())]
+    rows = [make_row(0, "x", (one,)), make_row(1, "y", two), make_row(2, "z", two[::-1]), make_row(3, "text only", ())]
     own, others = swap_images(rows)
     assert [(row.index, other.index) for row, other in zip(own, others, strict=True)] == [(1, 2), (2, 1)]
 
@@ -51,6 +51,9 @@ def test_partners_have_as_many_images():
 def test_nobody_to_swap_with_is_one_line():
     with pytest.raises(DataError, match="another answer to swap with"):
         swap_images(rows_of("same", "same"))
+    photo = (ImageRef("a.png"),)
+    with pytest.raises(DataError, match="other ones"):  # its own photo is not another one's
+        swap_images([make_row(0, "x", photo), make_row(1, "y", photo)])
 
 
 def test_blank_images_are_grey_and_of_the_same_size(tmp_path):

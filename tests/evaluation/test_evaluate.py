@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from other_process import holding
+from safetensors.torch import load_file, save_file
 from tiny_models import write_photos, write_tiny_model
 from tiny_runs import HELD_OUT, make_recipe, make_run
 
@@ -183,6 +184,15 @@ def test_a_folder_of_something_else_is_refused(world, tmp_path):
     before = (tmp_path / "one" / "predictions.jsonl").read_bytes()
     evaluate(world / "run", **options, out=tmp_path / "one")  # the same again
     assert (tmp_path / "one" / "predictions.jsonl").read_bytes() == before
+    adapter = world / "run" / "adapter" / "adapter_model.safetensors"
+    kept, weights = adapter.read_bytes(), load_file(adapter)
+    save_file({name: weight * 2 for name, weight in weights.items()}, adapter, {"format": "pt"})
+    with pytest.raises(
+        ConfigError, match=r"one holds an evaluation by other weights \(\S+run, or its base, was changed"
+    ):
+        evaluate(world / "run", **options, out=tmp_path / "one")
+    assert (tmp_path / "one" / "predictions.jsonl").read_bytes() == before
+    adapter.write_bytes(kept)
     photo = next(Path(image) for image in json.loads(before)["images"])
     os.utime(world / "photos" / photo.name, (1, 1))
     with pytest.raises(ConfigError, match=r"under other settings \(other rows or images\): name another folder"):

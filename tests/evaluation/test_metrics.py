@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from phi3v.errors import ConfigError, DataError
@@ -10,12 +11,12 @@ from phi3v.evaluation.fields import (
     choose_numeric_fields,
     field_is_right,
     looks_numeric,
-    majority_fields,
     parse_number,
-    score_field,
 )
-from phi3v.evaluation.metrics import score_answers
-from phi3v.evaluation.shares import Share, exact_match, majority_answer, wilson_interval
+from phi3v.evaluation.intervals import estimate, shares_of_rows
+from phi3v.evaluation.metrics import exact_match, majority_fields, score_answers
+from phi3v.evaluation.row_scores import Column
+from phi3v.evaluation.shares import majority_answer, wilson_interval
 from phi3v.evaluation.text_scores import text_similarity
 
 PRODUCT = AnswerTemplate("Product: {title}, Category: {category3_code}, Full Price: {full_price}")
@@ -41,9 +42,7 @@ def test_exact_match_counts_rows(expected, answers, hits):
 
 def test_lists_of_different_length_are_refused():
     with pytest.raises(ValueError, match="zip"):
-        exact_match(["a"], [])
-    with pytest.raises(ValueError, match="zip"):
-        score_field(["a"], [], numeric=False)
+        score_answers(["a"], [])
 
 
 @pytest.mark.parametrize(
@@ -172,7 +171,9 @@ def test_field_is_right(expected, answer, numeric, right):
     ],
 )
 def test_numeric_field(expected, answers, hits, error, rows, without):
-    score = score_field(expected, answers, numeric=True)
+    given = ["" if answer is None else f"b: {answer}" for answer in answers]
+    template = AnswerTemplate("b: {b}")
+    score = score_answers([f"b: {value}" for value in expected], given, template, ["b"]).fields["b"]
     assert score.accuracy.hits == hits
     assert score.mean_absolute_error == (None if error is None else pytest.approx(error))
     assert (score.error_rows, score.not_numbers) == (rows, without)
@@ -251,12 +252,14 @@ def test_numeric_fields_may_be_named():
     ],
 )
 def test_majority(expected, answer, hits):
-    assert majority_answer(expected) == (answer, Share.of(hits, len(expected)))
+    assert majority_answer(expected) == answer
+    assert exact_match(expected, [answer] * len(expected)).hits == hits
 
 
 def test_majority_of_each_field():
     shares = majority_fields(["a: x, b: 1", "a: x, b: 2", "a: y, b: 1"], AB)
     assert {name: share.hits for name, share in shares.items()} == {"a": 2, "b": 2}
+    assert majority_fields(["ab"], AnswerTemplate("{a}{b}")) == {}
 
 
 @pytest.mark.parametrize(
@@ -279,11 +282,25 @@ def test_wilson_interval(hits, total, low, high):
 def test_wilson_interval_covers_the_share_it_came_from():
     for total in (1, 2, 7, 50):
         for hits in range(total + 1):
-            share = Share.of(hits, total)
-            assert share.low <= share.value <= share.high
-            assert math.isclose(share.low + Share.of(total - hits, total).high, 1.0)  # symmetric in right and wrong
+            low, high = wilson_interval(hits, total)
+            assert low <= hits / total <= high
+            assert math.isclose(low + wilson_interval(total - hits, total)[1], 1.0)  # symmetric in right and wrong
 
 
-def test_impossible_counts_are_refused():
-    with pytest.raises(ValueError, match="3 of 2"):
-        Share.of(3, 2)
+def test_shares_have_the_interval_of_every_score():
+    """60 rows about 20 photos are worth 20; where a photo is right in all or in none they are worth no more."""
+    right = [photo % 2 == 0 for photo in range(20) for _ in range(3)]
+    groups = np.repeat(np.arange(20), 3)
+    expected, answers = ["a: x"] * 60, ["a: x" if one else "a: y" for one in right]
+    alone, together = (
+        score_answers(expected, answers, AnswerTemplate("a: {a}"), None, None, it) for it in (None, groups)
+    )
+    assert estimate([Column("exact_match", None, np.array(right, dtype=float), groups=groups)])[0][0].low == (
+        together.exact_match.low
+    )
+    widths = [share.high - share.low for share in (alone.exact_match, together.exact_match)]
+    assert widths[1] == pytest.approx(widths[0] * 3**0.5, rel=0.2)
+    assert together.fields["a"].accuracy == together.exact_match and together.exact_match.hits == 30
+    assert majority_fields([*expected[:30], *["none"] * 30], AnswerTemplate("a: {a}"), groups)["a"].total == 30
+    nothing = shares_of_rows([[]])[0]
+    assert (nothing.hits, nothing.total, nothing.value, nothing.low, nothing.high) == (0, 0, 0.0, 0.0, 1.0)

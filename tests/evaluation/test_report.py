@@ -87,6 +87,7 @@ def test_nothing_of_a_stranger_becomes_markup():
     assert page.tags.count("script") == 1 and page.handlers == []
     assert HOSTILE in page.text  # tags, braces, ampersand and quotes arrive as the characters they are
     assert HOSTILE_GROUP in page.text and "<s>0.jpg" in page.text
+    assert "h\\udcfct.jpg" in page.text  # a name that is no UTF-8, as its escape
 
 
 def test_page_reaches_for_nothing_outside_itself():
@@ -147,6 +148,8 @@ def test_photos_stop_at_their_limits_and_say_so(tmp_path, monkeypatch):
     whole = report_run.gather_photos(rows, [3, 1], 10**6)
     assert list(whole.large) == [3] and list(whole.small) == [3, 0, 2, 4, 5]
     assert whole.note == "5 of 6 rows have their photos here; those of 1 could not be opened"
+    bare = report_run.gather_photos([*rows, Row(said, (), {}, "a.csv", 6)], [], 10**6)
+    assert bare.note == "5 of 7 rows have their photos here (1 without any); those of 1 could not be opened"
     monkeypatch.setattr(report_run, "MOST_PHOTOS", 2)
     few = report_run.gather_photos(rows, [3], 10**6)
     assert list(few.small) == [3, 0] and few.note.startswith("2 of 6 rows have their photos here: a page holds those")

@@ -26,7 +26,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from phi3v.evaluation import engine, suite  # noqa: E402
+from phi3v.evaluation import running_batch, suite  # noqa: E402
 
 ROWS = 12
 TASK = """task: scenes
@@ -91,8 +91,8 @@ def ours(world: Path) -> Evaluation:
 
 def test_a_task_gets_the_answers_and_the_score_of_evaluate(world, model, ours, datasets_cache, monkeypatch):
     together = []
-    step = engine.Engine._step
-    monkeypatch.setattr(engine.Engine, "_step", lambda *given: (together.append(len(given[1])), step(*given))[1])
+    batch, step = running_batch.RunningBatch, running_batch.RunningBatch.step
+    monkeypatch.setattr(batch, "step", lambda its: (together.append(len(its.rows)), step(its))[1])
     found = run(world, model, "scenes")
     assert [sample["resps"][0][0] for sample in found["samples"]] == [row["tuned"] for row in ours.predictions]
     assert [sample["exact_match"] for sample in found["samples"]] == [row["right"] for row in ours.predictions]

@@ -243,12 +243,16 @@ def test_a_trained_projector_is_stored_in_the_adapter(make: MakeRecipe, world: P
     assert RunFolder(recipe.output).report.is_file()
 
 
-def test_the_validation_loss_is_a_mean_over_tokens(make: MakeRecipe) -> None:
-    losses = []
+def test_the_validation_loss_is_a_mean_over_tokens(make: MakeRecipe, world: Path) -> None:
+    """Its interval is the evaluation's, which takes the two rows of each photo together, in batches of any size."""
+    losses, photos = [], world / "photos"
+    rows = [json.loads(line) for line in (photos / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    twice = [json.dumps({**rows[at % 4], "colour": "red " * (at % 3 + 1)}) for at in range(8)]
+    (photos / "twice.jsonl").write_text("\n".join(twice), encoding="utf-8")
     for name, size in (("one", 1), ("three", 3)):
         recipe = make(
             name,
-            data={"answer": "{colour}", "split": {"validation": 5}},
+            data={"answer": "{colour}", "validation": str(photos / "twice.jsonl")},
             training={"max_steps": 1, "eval_strategy": "epoch"},
             evaluation={"batch_size": size, "max_new_tokens": 2},
         )
@@ -256,6 +260,7 @@ def test_the_validation_loss_is_a_mean_over_tokens(make: MakeRecipe) -> None:
         run = RunFolder(recipe.output)
         assert run.read_evaluation()["scores"]["tuned"]["loss"] == pytest.approx(losses[-1], abs=1e-4)
         last = [line for line in run.read_metrics() if "eval_loss" in line][-1]
+        assert run.read_evaluation()["images"] == {"rows": 8, "different": 4}
         asked = run.read_evaluation()["metrics"]["loss"]["tuned"]  # the same rows by another way
         ends = [last["eval_loss_low"], last["eval_loss"], last["eval_loss_high"]]
         assert ends == pytest.approx([asked[name] for name in ("low", "value", "high")], rel=1e-4)

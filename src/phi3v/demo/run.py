@@ -24,7 +24,6 @@ from phi3v.errors import ConfigError
 from phi3v.evaluation.controls import answer_controls
 from phi3v.evaluation.report_run import write_report
 from phi3v.evaluation.run import feature_store, held_out_rows
-from phi3v.evaluation.shares import Share
 from phi3v.recipe import Recipe
 from phi3v.recipe_yaml import read_yaml
 from phi3v.run_folder import RunFolder, to_json
@@ -170,8 +169,13 @@ def _count_rows(table: Path) -> int:
 
 
 def _share(estimate: Mapping[str, Any]) -> dict[str, Any]:
-    """An exact match of the checks as the controls have theirs: {"value": 0.5, "rows": 4} -> 2 of 4."""
-    return vars(Share.of(round(estimate["value"] * estimate["rows"]), estimate["rows"]))
+    """An exact match of the checks as a `Share` dict: {"value": 0.5, ..., "rows": 4} -> 2 of 4, with its interval."""
+    total = estimate["rows"]
+    return {
+        "hits": round(estimate["value"] * total),
+        "total": total,
+        **{name: estimate[name] for name in ("value", "low", "high")},
+    }
 
 
 def _command(run: Path, photo: Path, question: str) -> str:

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from phi3v.data.schema import Row
 from phi3v.evaluation.answers import answer_rows
+from phi3v.evaluation.image_groups import image_groups
+from phi3v.evaluation.metrics import exact_match
 from phi3v.evaluation.run import Progress, See, answer_options, feature_store, held_out_rows, seeing
-from phi3v.evaluation.shares import Share, exact_match
+from phi3v.evaluation.shares import Share
 from phi3v.evaluation.spoiled import blank_images, swap_images
 from phi3v.features.store import FeatureStore
 from phi3v.loading import load_target
@@ -68,8 +70,9 @@ def answer_controls(
 
     blanked = answers("with grey images", blank_images(held_out.rows)) if blank else None
     swapped = answers("with swapped images", shown, kept)
+    groups = image_groups(shown)  # who misreads the photo that is shown is wrong in all that is asked about it
     return Controls(
-        None if blanked is None else exact_match([row.answer for row in held_out.rows], blanked),
-        exact_match([row.answer for row in own], swapped),
-        exact_match([row.answer for row in others], swapped),
+        None if blanked is None else exact_match([row.answer for row in held_out.rows], blanked, held_out.groups),
+        exact_match([row.answer for row in own], swapped, groups),
+        exact_match([row.answer for row in others], swapped, groups),
     )

@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from phi3v.data.templates import Template
 from phi3v.errors import ConfigError
-from phi3v.evaluation.shares import Share, majority_answer, same_text
+from phi3v.evaluation.shares import same_text
 
 _NUMBER = re.compile(
     r"[$€£¥]?\s*(?P<sign>[-+]?)[$€£¥]?\s*(?P<digits>\d{1,3}(?:,\d{3})+|\d+)?(?P<fraction>\.\d+)?\s*[$€£¥%]?"
@@ -21,22 +20,6 @@ _NUMBER = re.compile(
 
 
 RELAXED = 0.05  # of the expected number, ChartQA's tolerance
-
-
-@dataclass(frozen=True)
-class FieldScore:
-    """One field of a templated answer over all rows.
-
-    `accuracy` counts rows whose field is right. For a numeric field `mean_absolute_error` is the mean over the
-    `error_rows` rows where a number was expected and answered, and `not_numbers` counts those where none was answered;
-    for other fields the three are None.
-    """
-
-    accuracy: Share
-    numeric: bool
-    mean_absolute_error: float | None = None
-    error_rows: int | None = None
-    not_numbers: int | None = None
 
 
 class AnswerTemplate:
@@ -174,23 +157,6 @@ def relaxed_accuracy(expected: str, answer: str) -> float:
     return float(abs(wanted - given) <= RELAXED * abs(wanted) * (1 + 1e-12))
 
 
-def score_field(expected: Sequence[str], answers: Sequence[str | None], numeric: bool) -> FieldScore:
-    """Score one field over all rows; None stands for an answer that did not have the template's form.
-
-    Example: expected ["470", "100", "30"], answers ["470.00", "90", None], numeric -> 1 of 3 right, mean absolute error
-    (0 + 10) / 2 = 5.0 over 2 rows, 1 row without a number.
-    Raises: ValueError when the two differ in length.
-    """
-    pairs = list(zip(expected, answers, strict=True))
-    accuracy = Share.of(sum(field_is_right(wanted, answer, numeric) for wanted, answer in pairs), len(pairs))
-    if not numeric:
-        return FieldScore(accuracy, numeric=False)
-    distances = [absolute_error(*pair) for pair in pairs if parse_number(pair[0]) is not None]
-    errors = [distance for distance in distances if distance is not None]
-    mean = math.fsum(errors) / len(errors) if errors else None
-    return FieldScore(accuracy, True, mean, len(errors), len(distances) - len(errors))
-
-
 def choose_numeric_fields(
     expected: Sequence[str], template: AnswerTemplate, named: Iterable[str] | None = None
 ) -> frozenset[str]:
@@ -210,12 +176,3 @@ def choose_numeric_fields(
         return chosen
     parsed = [row for row in map(template.parse, expected) if row is not None]
     return frozenset(name for name in template.fields if looks_numeric(row[name] for row in parsed))
-
-
-def majority_fields(expected: Sequence[str], template: AnswerTemplate) -> dict[str, Share]:
-    """For each field the share of its most frequent value.
-
-    Example: ["a: x, b: 1", "a: x, b: 2"], template "a: {a}, b: {b}" -> {"a": 2 of 2, "b": 1 of 2}.
-    """
-    parsed = [row for row in map(template.parse, expected) if row is not None]
-    return {name: majority_answer([row[name] for row in parsed])[1] for name in template.fields}

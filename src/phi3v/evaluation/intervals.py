@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from phi3v.evaluation.row_scores import Column, Numbers
-from phi3v.evaluation.shares import wilson_interval
+from phi3v.evaluation.row_scores import Column, Groups, Numbers
+from phi3v.evaluation.shares import Share, wilson_interval
 
 RESAMPLES = 2000
 FEW = 10  # rows, or groups of them, that differ from the most frequent score
@@ -85,6 +85,22 @@ def estimate(
     means = [_mean(*one) for one in zip(columns, sums, found, strict=False)]
     rest = zip(pairs, every[len(columns) :], sums[len(columns) :], found[len(columns) :], strict=True)
     return means, [_gap(*one) for one in rest]
+
+
+def shares_of_rows(right: Sequence[Sequence[bool]], groups: Groups | None = None) -> list[Share]:
+    """How many rows of how many, for each list of right and wrong ones, with the interval that `estimate` gives.
+
+    Args:
+        right: lists of one length.
+        groups: which rows belong together; None where each stands for itself.
+    Example: 9 of 10 -> 0.596 to 0.982; of 10 rows about one photo -> 0.168 to 0.998; no rows -> 0 of 0, 0 to 1.
+    """
+    columns = [Column("exact_match", None, np.array(one, dtype=np.float64), groups=groups) for one in right]
+    found = []
+    for one, mean in zip(columns, estimate(columns)[0], strict=True):
+        low, high = (0.0, 1.0) if mean.low is None or mean.high is None else (mean.low, mean.high)
+        found.append(Share(int(one.values.sum()), len(one.values), mean.value or 0.0, low, high))
+    return found
 
 
 def _mean(column: Column, sums: Sums, ends: Ends) -> Estimate:

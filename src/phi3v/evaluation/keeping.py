@@ -30,16 +30,22 @@ class Keeping:
         weights: side -> name of the weights that answered, of those that have a journal here.
     """
 
-    def __init__(self, place: Callable[[str], Path] | None = None, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        place: Callable[[str], Path] | None = None,
+        ranks: Ranks = ALONE,
+        check: Callable[[str, str], None] | None = None,
+    ) -> None:
         """Open nothing yet.
 
         Args:
             place: the file of a side, "tuned" for instance; None keeps nothing.
             ranks: the processes.
+            check: told of a side and the name of its weights before it answers; raises where others should.
         """
         self.ranks = ranks
         self.weights: dict[str, str] = {}
-        self._place = place
+        self._place, self._check = place, check
         self._opened: list[Journal] = []
         self._named: list[tuple[Sequence[Row], str]] = []
 
@@ -54,12 +60,15 @@ class Keeping:
             processor: its processor.
             rows: all rows; for a side that is asked with other images those that the images were taken from.
             settings: the other arguments of `answer_rows` that answers depend on.
+        Raises: what `check` raises.
         """
         with self.ranks.together():
             if self._place is None or not self.ranks.first:
                 return None
             made = depends_on(model, processor, self.name(rows), {"side": side, **settings})
             self.weights[side] = made["weights"]
+            if self._check is not None:
+                self._check(side, made["weights"])
             found = Journal(self._place(side), made)
             self._opened.append(found)
             return found

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from phi3v.evaluation.fields import majority_fields
 from phi3v.evaluation.headline import at_odds
 from phi3v.evaluation.intervals import estimate, mean
 from phi3v.evaluation.kinds import Scoring
+from phi3v.evaluation.metrics import majority_fields
 from phi3v.evaluation.paired import paired_test
 from phi3v.evaluation.row_scores import LABELS, Column, score_rows
 from phi3v.evaluation.shares import majority_answer
@@ -91,7 +91,7 @@ def constant_scores(scoring: Scoring, expected: Sequence[str], questions: Sequen
     For a field of the template it is the share of the field's own most frequent value, which no constant can beat. None
     where the figure says nothing: the form of the answer.
     """
-    answers = [majority_answer(expected)[0]] * len(expected)
+    answers = [majority_answer(expected)] * len(expected)
     columns = score_rows(scoring, expected, answers, questions)
     means = {name: mean(column) for name, column in columns.items()}
     if "field_accuracy" in scoring.metrics:

@@ -108,7 +108,8 @@ def render_report(content: ReportContent) -> str:
 def render_page(template: str, **values: Any) -> str:
     """A page from one of the templates beside this file: styles and script inside, all values escaped.
 
-    The policy in its head names the script's digest, so that no other script runs, whatever a text brings.
+    The policy in its head names the script's digest, so that no other script runs, whatever a text brings. Half a
+    character, of a photo's name that is no UTF-8 for instance, stands as its escape.
     """
     environment = Environment(
         loader=PackageLoader("phi3v.evaluation", ""),
@@ -136,4 +137,5 @@ def render_page(template: str, **values: Any) -> str:
     )
     script = resources.files("phi3v.evaluation").joinpath("report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    return environment.get_template(template).render(script=Markup(script), script_digest=digest, **values)
+    page = environment.get_template(template).render(script=Markup(script), script_digest=digest, **values)
+    return page.encode("utf-8", "backslashreplace").decode()

@@ -70,22 +70,19 @@ def write_report(run: RunFolder, rows: Sequence[Row], controls: Mapping[str, Map
     run.write_report(render_report(content))
 
 
-def write_report_apart(
-    folder: RunFolder, evaluation: Evaluation, held_out: HeldOut, weights: Mapping[str, str]
-) -> None:
+def write_report_apart(folder: RunFolder, evaluation: Evaluation, held_out: HeldOut) -> None:
     """Writes the report.html of an evaluation that is no run's own: other rows, or another target beside.
 
     Args:
         folder: where it lies.
         evaluation: what was found.
         held_out: the rows, and the recipe that they were asked by.
-        weights: side -> name of the weights that answered.
     """
     found, recipe, said = evaluation.to_dict(), held_out.recipe, evaluation.predictions
     names, samples = column_names(found), recipe.report.samples
     shown = chain(*choose_extremes(said, found["primary"], samples))
     sides = {"base": "base", "tuned": "tuned", "other": "base"}
-    named = {f"weights of {names[sides[side]]}": name for side, name in weights.items() if side in sides}
+    named = {f"weights of {names[sides[side]]}": name for side, name in evaluation.weights.items() if side in sides}
     content = ReportContent(
         title=f"{names['tuned']} beside {names['base']}" if evaluation.base else names["tuned"],
         evaluation=found,
@@ -112,7 +109,7 @@ def gather_photos(rows: Sequence[Row], shown: Iterable[int], max_pixels: int) ->
     """
     large: dict[int, list[str]] = {}
     small: dict[int, list[str]] = {}
-    left, broken, full = PHOTO_BYTES, 0, False
+    left, broken, bare, full = PHOTO_BYTES, 0, 0, False
     first = list(shown)
     for at in dict.fromkeys([*first, *range(len(rows))]):
         if full or len(small) == MOST_PHOTOS:
@@ -122,6 +119,7 @@ def gather_photos(rows: Sequence[Row], shown: Iterable[int], max_pixels: int) ->
         except ImageError:
             broken += 1
             continue
+        bare += not photos
         its = [photo_uri(photo, SMALL_SIDE) for photo in photos]
         ours = [photo_uri(photo) for photo in photos] if at in first else []
         left -= sum(map(len, (*its, *ours)))
@@ -129,7 +127,8 @@ def gather_photos(rows: Sequence[Row], shown: Iterable[int], max_pixels: int) ->
         if not full:
             small[at] = its
             large |= {at: ours} if ours else {}
-    note = f"{len(small)} of {len(rows)} rows have their photos here"
+    note = f"{len(small) - bare} of {len(rows)} rows have their photos here"
+    note += f" ({bare} without any)" if bare else ""
     if len(small) + broken < len(rows):
         note += f": a page holds those of {MOST_PHOTOS} rows, and {PHOTO_BYTES // 10**6} MB at most"
     return Photos(large, small, note + (f"; those of {broken} could not be opened" if broken else ""))

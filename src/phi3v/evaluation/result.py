@@ -15,11 +15,11 @@ from phi3v.data.address_guard import shorten
 from phi3v.data.schema import Row, RowProblem
 from phi3v.evaluation.answers import Answers
 from phi3v.evaluation.categories import break_down
-from phi3v.evaluation.fields import AnswerTemplate, majority_fields
+from phi3v.evaluation.fields import AnswerTemplate
 from phi3v.evaluation.image_groups import count_groups, image_groups
 from phi3v.evaluation.kinds import Scoring, choose_scoring
 from phi3v.evaluation.metric_table import constant_scores, metric_table, remarks
-from phi3v.evaluation.metrics import Scores, score_answers
+from phi3v.evaluation.metrics import Scores, exact_match, majority_fields, score_answers
 from phi3v.evaluation.row_scores import Column, Groups, score_rows, scores_of_row
 from phi3v.evaluation.shares import Share, majority_answer
 from phi3v.recipe import Recipe
@@ -74,6 +74,7 @@ class Evaluation:
         predictions: one dict per row, see `prediction_rows`.
         checks: name -> verdict, line and figures, see `checks`.
         settings: what the figures depend on besides the target: values of the recipe, and a name of the rows.
+        weights: side, "tuned" for instance -> name of the weights that answered, where answers were kept meanwhile.
     """
 
     target: str
@@ -96,6 +97,7 @@ class Evaluation:
     predictions: list[dict[str, Any]] = field(repr=False)
     checks: dict[str, dict[str, Any]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the predictions, as plain values for JSON."""
@@ -114,6 +116,7 @@ class Evaluation:
             "notes": [*self.scoring.notes, *remarks(self.metrics, self.images)],
             "checks": self.checks,
             "settings": self.settings,
+            "weights": self.weights,
             "scores": {
                 "base": self.base_scores.to_dict() if self.base_scores else None,
                 "tuned": self.tuned.to_dict(),
@@ -177,14 +180,15 @@ def build_evaluation(
     template = scoring.template
 
     def scores(answers: Answers) -> Scores:
-        return score_answers(expected, answers.texts, template, recipe.evaluation.numeric_fields, answers.loss)
+        numeric = recipe.evaluation.numeric_fields
+        return score_answers(expected, answers.texts, template, numeric, answers.loss, held_out.groups)
 
     def columns(answers: Answers) -> dict[str, Column]:
         said = (answers.texts, questions, answers.losses, answers.tokens)
         return score_rows(scoring, expected, *said, held_out.groups)
 
     ours, theirs = columns(tuned), columns(beside.answers) if beside else None
-    answer, share = majority_answer(expected)
+    answer = majority_answer(expected)
     theirs_said = beside.answers.texts if beside else None
     texts = (tuned.texts, theirs_said)
     predictions = prediction_rows(held_out.rows, *texts, template, ours, theirs, held_out.groups)
@@ -201,8 +205,8 @@ def build_evaluation(
         tuned=scores(tuned),
         base_scores=scores(beside.answers) if beside else None,
         majority_answer=answer,
-        majority=share,
-        majority_fields=majority_fields(expected, template) if template.separable else {},
+        majority=exact_match(expected, [answer] * len(expected), held_out.groups),
+        majority_fields=majority_fields(expected, template, held_out.groups),
         problems=[str(problem) for problem in held_out.problems],
         seconds=seconds,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

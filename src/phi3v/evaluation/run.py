@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from phi3v.evaluation.answers import Answers, answer_rows
 from phi3v.evaluation.checks import Asked, plan_checks, run_checks
 from phi3v.evaluation.keeping import Keeping, locked, own_device, shared
 from phi3v.evaluation.result import Beside, Evaluation, HeldOut, build_evaluation, scoring_of
-from phi3v.evaluation.written import open_folder, refuse_another, write_evaluation
+from phi3v.evaluation.written import open_folder, refuse_another, refuse_other_weights, write_evaluation
 from phi3v.features.opening import open_store
 from phi3v.features.store import FeatureStore
 from phi3v.features.vision import VisionFeatures, sees_plainly
@@ -105,7 +106,7 @@ def evaluate(
 
     Raises:
         ConfigError: the target is no run and `data` is no recipe, so nothing says which rows and templates; a name that
-            is no metric; `out` holds something else, or another process writes there.
+            is no metric; `out` holds something else or other weights' answers, or another process writes there.
         CheckpointError, DataError: a target or the rows cannot be used.
         MissingPackageError: a named metric's package is not installed.
     """
@@ -124,7 +125,8 @@ def evaluate(
     what = None if out is None else f"--out {out}"
     lone = RunLock(folder.path, doing="evaluated", what=what) if kept and lock else None
     with shared(device or held_out.recipe.model.device, ranks) as together, locked(lone, together):
-        keeping = Keeping(folder.answers if kept else None, together)
+        check = None if out is None else partial(refuse_other_weights, folder, place, other)
+        keeping = Keeping(folder.answers if kept else None, together, check)
         named = other.name if isinstance(other, Target) else other
         asked_for: dict[str, Any] = {"against": named, "metrics": scoring.metrics, "checks": plan.names}
         asked_for |= {} if rows is None else {"rows": rows}
@@ -138,9 +140,10 @@ def evaluate(
         evaluation = build_evaluation(place.name, held_out, scoring, tuned, beside, seconds)
         how = plan, held_out, scoring, tuned, beside, asked.more
         found = together.told(lambda: run_checks(*how, lambda: training_rows(place, held_out)))
-        evaluation = replace(evaluation, checks=found, settings=settings)
+        weights = together.told(lambda: dict(keeping.weights))
+        evaluation = replace(evaluation, checks=found, settings=settings, weights=weights)
         if kept:
-            together.alone(lambda: write_evaluation(folder, evaluation, held_out, keeping.weights))
+            together.alone(lambda: write_evaluation(folder, evaluation, held_out))
             keeping.done()
     return evaluation
 

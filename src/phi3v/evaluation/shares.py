@@ -1,6 +1,7 @@
-"""How many of how many, with Wilson's 95 % interval; exact match and the most frequent answer. Strings in, shares out.
+"""How many of how many, Wilson's 95 % interval, equal texts and the most frequent one. Strings and counts in.
 
-Wilson's interval stays inside 0..1 and is honest for few rows and for 0 % or 100 %.
+Wilson's interval stays inside 0..1 and is honest for few rows and for 0 % or 100 %. Which interval a share of rows
+has is decided in `intervals`, for every score alike.
 """
 
 from __future__ import annotations
@@ -15,25 +16,13 @@ Z_95 = 1.959963984540054  # the 97.5 % quantile of the standard normal distribut
 
 @dataclass(frozen=True)
 class Share:
-    """How many of how many, with the Wilson 95 % interval of the share.
-
-    Example: Share.of(9, 10) has value 0.9, low 0.596 and high 0.982; Share.of(0, 0) has value 0.0 and the interval
-    0..1.
-    """
+    """How many of how many, and the 95 % interval of the share, see `intervals.shares_of_rows`."""
 
     hits: int
     total: int
     value: float
     low: float
     high: float
-
-    @classmethod
-    def of(cls, hits: int, total: int) -> Share:
-        """Build a share from counts. Raises: ValueError unless 0 <= hits <= total."""
-        if not 0 <= hits <= total:
-            raise ValueError(f"{hits} of {total} is not a share")
-        low, high = wilson_interval(hits, total)
-        return cls(hits, total, hits / total if total else 0.0, low, high)
 
 
 def wilson_interval(hits: float, total: float) -> tuple[float, float]:
@@ -50,28 +39,16 @@ def wilson_interval(hits: float, total: float) -> tuple[float, float]:
     return (0.0 if hits == 0 else max(0.0, centre - half)), (1.0 if hits == total else min(1.0, centre + half))
 
 
-def exact_match(expected: Sequence[str], answers: Sequence[str]) -> Share:
-    """Share of answers that equal the expected one, letter by letter, outer white space aside.
-
-    Example: expected ["a cat", "a dog"], answers ["a cat ", "A dog"] -> 1 of 2.
-    Raises: ValueError when the two differ in length.
-    """
-    hits = sum(same_text(wanted, answer) for wanted, answer in zip(expected, answers, strict=True))
-    return Share.of(hits, len(expected))
-
-
-def majority_answer(expected: Sequence[str]) -> tuple[str, Share]:
-    """The most frequent expected answer and its share: the best that anyone can do who answers always the same.
+def majority_answer(expected: Sequence[str]) -> str:
+    """The most frequent expected answer: the best that anyone can do who answers always the same.
 
     Taken from the scored rows themselves, so no constant answer can beat it. Of equally frequent answers the first one
     counts.
 
-    Example: ["cat", "dog", "dog "] -> ("dog", 2 of 3); [] -> ("", 0 of 0).
+    Example: ["cat", "dog", "dog "] -> "dog"; [] -> "".
     """
-    if not expected:
-        return "", Share.of(0, 0)
-    answer, hits = Counter(text.strip() for text in expected).most_common(1)[0]
-    return answer, Share.of(hits, len(expected))
+    counts = Counter(text.strip() for text in expected)
+    return counts.most_common(1)[0][0] if counts else ""
 
 
 def same_text(expected: str, answer: str) -> bool:

@@ -25,7 +25,7 @@ def blank_images(rows: Sequence[Row]) -> Sequence[Row]:
 
 
 def swap_images(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Pairs each row with another one whose images it can be shown: as many images, another answer.
+    """Pairs each row with another one whose images it can be shown: as many images, other ones, another answer.
 
     The partner is the first fitting row from half the list onwards, so that neighbours, which often are alike, do not
     meet; a row without a partner is left out. Unopened rows are small, so both lists are whole.
@@ -40,12 +40,14 @@ def swap_images(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
         start = position + len(everyone) // 2
         for step in range(len(everyone)):
             other = everyone[(start + step) % len(everyone)]
-            if len(other.images) == len(row.images) > 0 and other.answer != row.answer:
+            if len(other.images) == len(row.images) > 0 and other.answer != row.answer and other.images != row.images:
                 own.append(row)
                 others.append(other)
                 break
     if not own:
-        raise DataError(f"no row of {len(everyone)} finds another with as many images and another answer to swap with")
+        raise DataError(
+            f"no row of {len(everyone)} finds another with as many images, other ones, and another answer to swap with"
+        )
     return own, others
 
 

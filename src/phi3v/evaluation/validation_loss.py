@@ -2,13 +2,14 @@
 
 In come batches as a model answers them, with the loss that it gave; out come the numbers of a line in metrics.jsonl.
 The mean is that of the model's own losses; of single rows the losses are computed from its logits once more, for the
-interval alone. Knows nothing of trainers or rows.
+interval alone, which is that of the loss in an evaluation. Knows nothing of trainers.
 """
 
 import numpy as np
 import torch
 
-from phi3v.evaluation.intervals import bootstrap_intervals
+from phi3v.evaluation.intervals import estimate
+from phi3v.evaluation.row_scores import Column, Groups
 from phi3v.ranks import ALONE, Ranks
 
 
@@ -19,8 +20,14 @@ class ValidationLoss:
     there are "eval_loss_low" and "eval_loss_high", the ends of the interval.
     """
 
-    def __init__(self) -> None:
-        """No batch yet."""
+    def __init__(self, groups: Groups | None = None) -> None:
+        """No batch yet.
+
+        Args:
+            groups: which rows are about the same images, a number for each in their order; None where each stands for
+                itself.
+        """
+        self._groups = groups
         self._batches: list[tuple[float, int]] = []
         self._rows: list[list[tuple[float, int]]] = []
         self._seen: list[tuple[float, int]] = []
@@ -46,7 +53,8 @@ class ValidationLoss:
         """A batch is done: its loss per trained token, which is no number where it has none, and its labels."""
         tokens = int((labels[:, 1:] != -100).sum())
         self._batches.append((loss * tokens if tokens else 0.0, tokens))
-        self._rows.append([row for row in self._seen if row[1]])
+        # rows without a token keep the others at their places
+        self._rows.append(self._seen if tokens else [(0.0, 0)] * len(labels))
         self._seen = []
 
     def metrics(self, name: str, ranks: Ranks = ALONE) -> dict[str, float]:
@@ -58,8 +66,12 @@ class ValidationLoss:
         found = {name: total / max(tokens, 1)}
         dealt = ranks.gathered(self._rows)
         rows = [row for turn in zip(*dealt, strict=True) for batch in turn for row in batch]
-        if sum(count for _, count in rows) != tokens or len(rows) < 2:
+        count = len(rows) if self._groups is None else len(self._groups)  # behind them are copies that even out ranks
+        if sum(its for _, its in rows[:count]) != tokens or not count <= len(rows) or not tokens:
             return found
-        sums, counts = np.array(rows, dtype=np.float64).T
-        ((low, high),) = bootstrap_intervals([(sums, counts)], studentized=[0])
-        return found if low is None or high is None else found | {f"{name}_low": low, f"{name}_high": high}
+        sums, counts = np.array(rows[:count], dtype=np.float64).T
+        means = np.divide(sums, counts, out=np.full(count, np.nan), where=counts > 0)
+        its = estimate([Column("loss", None, means, counts, self._groups)])[0][0]
+        return (
+            found if its.low is None or its.high is None else found | {f"{name}_low": its.low, f"{name}_high": its.high}
+        )

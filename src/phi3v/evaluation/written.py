@@ -69,6 +69,26 @@ def refuse_another(
         raise ConfigError(f"--out {folder.path} holds an evaluation under other settings ({told}): name another folder")
 
 
+def refuse_other_weights(folder: RunFolder, place: Target, other: Target | object, side: str, weights: str) -> None:
+    """Refuses a folder with the finished evaluation of other weights, which lay under the same name then.
+
+    Args:
+        folder: see `open_folder`.
+        place: what answers.
+        other: what stands beside it, where that is a target.
+        side: whose weights they are, "tuned" for instance.
+        weights: their name.
+    Raises: ConfigError; one that was written before weights were named is taken.
+    """
+    if not folder.evaluation.is_file():
+        return
+    if folder.read_evaluation().get("weights", {}).get(side, weights) != weights:
+        named = other.name if side.startswith("other") and isinstance(other, Target) else f"{place.name}, or its base,"
+        raise ConfigError(
+            f"--out {folder.path} holds an evaluation by other weights ({named} was changed since): name another folder"
+        )
+
+
 def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between settings: ["evaluation.rows: 4 there, 6 here"]; rows alone where nothing else does."""
     keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
@@ -77,16 +97,13 @@ def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [f"{key}: {to_json(then.get(key))} there, {to_json(now.get(key))} here" for key in keys if key != "rows"]
 
 
-def write_evaluation(
-    folder: RunFolder, evaluation: Evaluation, held_out: HeldOut, weights: Mapping[str, str] | None = None
-) -> None:
+def write_evaluation(folder: RunFolder, evaluation: Evaluation, held_out: HeldOut) -> None:
     """Writes predictions.jsonl, predictions.parquet, evaluation.json and report.html.
 
     Args:
         folder: of a run, or one of its own.
         evaluation: what was found.
         held_out: the rows.
-        weights: name of a side, "tuned" for instance -> of its weights; for a folder that is no run.
     """
     from phi3v.evaluation.report_run import write_report, write_report_apart
 
@@ -97,4 +114,4 @@ def write_evaluation(
     if RunFolder.is_run(folder.path):
         write_report(folder, held_out.rows)
     else:
-        write_report_apart(folder, evaluation, held_out, weights or {})
+        write_report_apart(folder, evaluation, held_out)

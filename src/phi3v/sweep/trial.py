@@ -209,6 +209,5 @@ def score_untuned(recipe: Recipe, file: Path, metric: str, watch: Watcher) -> di
     finally:
         release_memory()
     expected, questions = [row.answer for row in rows], [row.question for row in rows]
-    groups = None if loss else held_out.groups  # the interval of a trial's loss takes each row for itself too
-    columns = score_rows(scoring, expected, said.texts, questions, said.losses, said.tokens, groups)
+    columns = score_rows(scoring, expected, said.texts, questions, said.losses, said.tokens, held_out.groups)
     return estimate([columns["loss" if loss else metric]])[0][0].to_dict()

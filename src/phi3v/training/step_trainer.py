@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from phi3v.data.collate import StepCollator
 from phi3v.errors import TrainingError
+from phi3v.evaluation.row_scores import Groups
 from phi3v.evaluation.validation_loss import ValidationLoss
 from phi3v.passthrough import first_line
 from phi3v.training.durable_trainer import DurableTrainer
@@ -61,6 +62,7 @@ class StepTrainer(DurableTrainer):
         part_rates: Mapping[str, float] | None = None,
         answer: Callable[[Any, int], dict[str, float]] | None = None,
         meter: Meter | None = None,
+        held_out_groups: Groups | None = None,
         **arguments: Any,
     ) -> None:
         """A Trainer.
@@ -72,6 +74,7 @@ class StepTrainer(DurableTrainer):
             part_rates: learning rates by part of the model, see `part_rates`.
             answer: called with the model and the step at each validation; its scores are validation metrics.
             meter: told of each step's samples, tokens and pictures.
+            held_out_groups: which validation rows are about the same images; None where each stands for itself.
             **arguments: the Trainer's own; its `data_collator` makes validation batches.
         """
         super().__init__(**arguments)
@@ -82,7 +85,8 @@ class StepTrainer(DurableTrainer):
         self.short_dtype = short_dtype
         self.part_rates, self.answer, self.meter = part_rates or {}, answer, meter or Meter()
         self.masters: dict[str, torch.nn.Parameter] = {}
-        self._validated, self.validating = ValidationLoss(), False  # the latter stays where one fails
+        self.held_out_groups, self._validated = held_out_groups, ValidationLoss()
+        self.validating = False  # stays where one fails
 
     def create_accelerator_and_postprocess(self) -> None:
         """accelerate as the arguments ask for it; FSDP2 on CPUs too, which it knows but takes up on GPUs alone."""
@@ -372,7 +376,7 @@ class StepTrainer(DurableTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The Trainer's loop; its loss, a mean of batch means, becomes the mean over all trained tokens."""
-        self._validated, self.validating = ValidationLoss(), True
+        self._validated, self.validating = ValidationLoss(self.held_out_groups), True
         self.eval_workers.wait()
         smoother, self.label_smoother = self.label_smoother, None  # so held-out losses are on one scale
         output = super().evaluation_loop(*args, **kwargs)

@@ -19,6 +19,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments, se
 from phi3v.data.plan import MicroBatches
 from phi3v.data.sources import LoadedData, StreamedData
 from phi3v.errors import TrainingError
+from phi3v.evaluation.image_groups import image_groups
 from phi3v.evaluation.report_run import write_report
 from phi3v.evaluation.run import evaluate, feature_store, held_out_rows
 from phi3v.features.store import FeatureStore
@@ -276,6 +277,7 @@ def _trainer(
         part_rates=recipe.vision.learning_rates,
         answer=sample_answers(recipe, run, data, processor, prepared.autocast, watch, trackers, ranks),
         meter=meter,
+        held_out_groups=image_groups(data.validation or []),
         non_finite=_non_finite(recipe, data),
         signals=signals,
         facts=facts,
@@ -312,12 +314,7 @@ def _samples(
 
 
 def _result(
-    run: RunFolder,
-    trainer: StepTrainer,
-    report: TrainableReport,
-    written: FastLoraState,
-    seconds: float,
-    **known: Any,
+    run: RunFolder, trainer: StepTrainer, report: TrainableReport, written: FastLoraState, seconds: float, **known: Any
 ) -> RunResult:
     """What a training did; `written` are its decoder layers as they were before any was compiled."""
     calls = fast_lora_state(trainer.accelerator.unwrap_model(trainer.model)).calls
