@@ -272,7 +272,20 @@ def load_base(
         ) from error
     _refuse_incomplete(str(name), info)
     check_second_embedding(name, revision)
+    _keep_layout_in_4_bits(model)
     return model.eval()
+
+
+def _keep_layout_in_4_bits(model: Any) -> None:
+    """No other layout of 4-bit weights on CPUs with AVX512-BF16.
+
+    bitsandbytes 0.50 makes it in the first forward pass without gradients, and never takes it back: a training behind a
+    validation would have no gradient through these matrices, and say nothing. It also computes in bfloat16 alone, and
+    fails where rows are shorter than a block of 64.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _package(attn_implementation: str | None) -> str:
