@@ -40,6 +40,8 @@ from phi3v.generate import ChatModel
 
 TINY = Path(phi3v.demo.__file__).parent / "tiny"
 SEED, TOKENS, LEAST_GAIN = 77, 40, 2.0
+SPARE_READY = 20
+"""Seconds in which our spare worker has imported everything, which takes a core of a server that has just begun."""
 OTHERS = """
 import sys, time
 import torch
@@ -194,6 +196,7 @@ def main() -> None:
     for server in [loop, *servers.values()]:
         for one in questions(3, 0):
             server.ask(one)
+    time.sleep(SPARE_READY)
     for turn, clients in enumerate(given.clients):
         asked = questions(given.requests, 1000 * (turn + 1))
         expected, told = clocked(loop.ask, asked, 1)

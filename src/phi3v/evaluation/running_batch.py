@@ -138,16 +138,31 @@ class RunningBatch:
         last = torch.tensor([[row.new[-1]] for row in self.rows], device=self._mask.device)
         output = self.model(
             input_ids=last,
-            attention_mask=self._mask[:, :width],
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
+            **self._visible(width),
         )
         self._width = width
         for row, token in zip(self.rows, self._chosen(output.logits[:, -1], self.rows), strict=True):
             row.cached += 1
             if not self._has_ended(row):
                 row.new.append(token)
+
+    def _visible(self, width: int) -> dict[str, torch.Tensor | None]:
+        """Which of so many columns a step's tokens see; for sdpa in its own form, which is made anew in each step else.
+
+        Example: lengths [2, 3] with the new token, sdpa -> a mask [2, 1, 1, 3] of [F, T, T] and [T, T, T], positions
+        [[1], [2]].
+        """
+        if self.model.config._attn_implementation != "sdpa":
+            return {"attention_mask": self._mask[:, :width]}
+        positions = torch.tensor([[row.cached] for row in self.rows], device=self._mask.device)
+        padded = any(row.cached + 1 < width for row in self.rows)
+        return {
+            "attention_mask": self._mask[:, None, None, :width].bool() if padded else None,
+            "position_ids": positions,
+        }
 
     def _chosen(self, logits: torch.Tensor, rows: Sequence[RunningRow]) -> list[int]:
         """The next tokens of rows by logits `[R, V]`: of those that may be answered."""
