@@ -65,12 +65,14 @@ def show_profile(console: Console, found: Profile) -> None:
     line = f"{found.device}: {counts}, {found.tokens:,.0f} tokens and {found.padding:.0%} padding"
     console.print(line, markup=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False)
-    for title in ("part", "ms a step", "share", "most GiB"):
+    counted = any(part.gib for part in found.parts)  # by torch's allocator, which a CPU has none of
+    for title in ("part", "ms a step", "share", *(["most GiB"] if counted else [])):
         table.add_column(title, justify="left" if title == "part" else "right")
     for part in found.parts:
-        gib = "" if part.gib is None or not part.gib else f"{part.gib:.1f}"
-        table.add_row(part.name, f"{1000 * part.seconds:,.1f}", f"{found.share(part.name):.0%}", gib)
-    table.add_row("all", f"{1000 * found.seconds:,.1f}", "", f"{found.weights_gib:.1f} weights")
+        gib = [f"{part.gib:.1f}" if part.gib else ""] if counted else []
+        table.add_row(part.name, f"{1000 * part.seconds:,.1f}", f"{found.share(part.name):.0%}", *gib)
+    weights = [f"{found.weights_gib:.1f} weights"] if counted else []
+    table.add_row("all", f"{1000 * found.seconds:,.1f}", "", *weights)
     console.print(table)
     for line in lines_of(found):
         console.print(line, markup=False, soft_wrap=True)
