@@ -1,7 +1,9 @@
 """`phi3v plan`: bytes counted by hand, bytes that a step on a CPU really holds, and what follows from them."""
 
+import ctypes
 import gc
 import json
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,11 +23,11 @@ from phi3v.loading import load_base
 from phi3v.meta_base import meta_base
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
-from phi3v.training import memory_choices, memory_plan
+from phi3v.training import freed_memory, memory_choices, memory_plan
 from phi3v.training.live_tensors import LiveTensors
 from phi3v.training.memory import Memory, Sample, _example, count_memory
 from phi3v.training.memory_choices import choose, faster, largest_micro_batch, smaller
-from phi3v.training.prepare import make_ready
+from phi3v.training.prepare import make_ready, prepare_model
 from phi3v.tuning import freeze
 
 MakeRecipe = Callable[..., phi3v.Recipe]
@@ -135,6 +137,36 @@ def test_a_real_step_holds_what_was_counted(world: Path, name: str) -> None:
     if recipe.training.packing:
         assert base.model.config._attn_implementation == SLICES
     assert counted.step == pytest.approx(seen.peak, rel=0.1)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have heaps of their own")
+def test_what_a_cpu_training_frees_goes_back(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Freed activations between small pieces that live on: glibc keeps them as holes, and a prepared training not."""
+
+    def kept_of_freed() -> int:
+        before, small = resident("VmRSS"), []
+        large = []
+        for _ in range(32):
+            large.append(torch.ones(2**19))  # 2 MiB
+            small.append(torch.ones(2**17))  # half of one behind it: no hole that is there takes it
+        large.clear()
+        kept = resident("VmRSS") - before
+        return kept - sum(piece.nbytes for piece in small)
+
+    for name in freed_memory._BY_HAND:
+        monkeypatch.delenv(name, raising=False)
+    assert ctypes.CDLL(None).mallopt(freed_memory._M_MMAP_THRESHOLD, 2**25), "where glibc comes to by itself"
+    assert kept_of_freed() > 48 * 2**20
+    prepare_model(make(), torch.device("cpu"))
+    assert kept_of_freed() < 8 * 2**20
+    monkeypatch.setenv(freed_memory._BY_HAND[0], "65536")
+    assert not freed_memory.give_back_freed(), "what the environment says stays"
+
+
+def resident(field: str) -> int:
+    """Bytes of this process in memory."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 def test_four_bits_are_a_fraction_of_the_matrices() -> None:

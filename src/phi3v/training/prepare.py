@@ -23,6 +23,7 @@ from phi3v.recipe import Recipe
 from phi3v.targets import Target, resolve_target
 from phi3v.training.checkpointing import checkpointing, checkpointing_kwargs
 from phi3v.training.faster_layers import compiles
+from phi3v.training.freed_memory import give_back_freed
 from phi3v.training.master_weights import same_in
 from phi3v.training.step_faults import all_finite
 from phi3v.tuning import attach_lora, freeze, mark_trained, vision_choices
@@ -85,6 +86,8 @@ def join_ranks(recipe: Recipe) -> Ranks:
 def prepare_model(recipe: Recipe, device: torch.device, checkpoint: Path | None = None) -> Prepared:
     """Loads the base of a recipe and makes it ready to train on a device, or to go on from a checkpoint."""
     compute = resolve_dtype(recipe.model.dtype, device)
+    if device.type == "cpu":
+        give_back_freed()
     model = load_base(
         recipe.model.name,
         dtype=base_dtype(recipe),
