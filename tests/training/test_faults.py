@@ -283,9 +283,11 @@ def test_a_loader_worker_that_is_gone_or_stuck_ends_the_run(
         assert time.monotonic() < deadline, "a worker is left over"
         time.sleep(0.1)
     assert newest_checkpoint(RunFolder(recipe.output).checkpoints) is not None
-    monkeypatch.undo()
-    result = phi3v.train(recipe)
+    after, began[0], watched = 45.0, 0.0, set()
+    watches.clear()
+    result = phi3v.train(recipe, on_event=lambda event: watched.add(len(watches and watches[0].processes)))
     assert result.status == "resumed" and result.steps == 8
+    assert 2 in watched, "the loader that passes over the steps done has workers that are not watched"
 
 
 @pytest.mark.parametrize("fault", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
