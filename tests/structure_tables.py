@@ -115,6 +115,7 @@ LIBRARIES = {
         "demo.*",
     ),
     "accelerate": ("training.*",),
+    "psutil": ("training.loader_watch",),
     "peft": ("adapters", "tuning", "export.adapter", "export.merge"),
     "bitsandbytes": ("loading", "meta_base"),
     "onnxruntime_genai": ("export.onnx_runtime",),

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import multiprocessing
 import os
 import signal
 import time
@@ -22,7 +23,7 @@ import phi3v
 from phi3v.errors import ConfigError, TrainingError
 from phi3v.run_folder import RunFolder
 from phi3v.run_lock import RunLock
-from phi3v.training import checkpoints, disk_space
+from phi3v.training import checkpoints, disk_space, loader_watch
 from phi3v.training.callbacks import TrainingEvent
 from phi3v.training.checkpoints import newest_checkpoint, read_manifest
 from phi3v.training.loader_watch import WatchedWorkers
@@ -242,41 +243,51 @@ def on_first_step(action: Callable[[], None]) -> Callable[[TrainingEvent], None]
     return lambda event: action() if (event.kind, event.step) == ("step", 1) else None
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("number", "after", "what"), [(signal.SIGKILL, 45.0, "was ended from outside"), (signal.SIGSTOP, 2.0, "gave no")]
+)
 def test_a_loader_worker_that_is_gone_or_stuck_ends_the_run(
-    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, number: int
+    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, number: int, after: float, what: str
 ) -> None:
-    one = {"samples_per_step": 1, "micro_batch_size": 1, "epochs": 1}  # ten steps, of which four are read ahead
-    training = {**STEPS, **one, "dataloader_num_workers": 2, "save_steps": 50}
-    recipe = make(training=training)
+    """A worker of the training is killed; one of a validation, which has one batch for two, stops before its sample."""
+    one = {"samples_per_step": 1, "micro_batch_size": 1, "epochs": 1}  # eight steps, of which four are read ahead
+    training = {**STEPS, **one, "dataloader_num_workers": 2, "save_steps": 50, "eval_steps": 4}
+    recipe = make(data={"split": {"validation": 2}}, training=training, evaluation={"batch_size": 2, "against": None})
     watches: list[WatchedWorkers] = []
-    original = WatchedWorkers.__init__
+    original, sample = WatchedWorkers.__init__, loader_watch._Rows.__getitem__
+    began, others = [0.0], multiprocessing.active_children()
 
     def quick(self: WatchedWorkers, workers: int) -> None:
-        original(self, workers, stuck_after=2.0)
+        original(self, workers, stuck_after=after)
         watches.append(self)
 
-    monkeypatch.setattr(WatchedWorkers, "__init__", quick)
-    began, processes = [0.0], []
+    def stopped(self: Any, index: int) -> Any:
+        if began[0]:  # the workers of the training are older
+            os.kill(os.getpid(), number)
+        return sample(self, index)
 
     def hit() -> None:
-        processes.extend(watches[0]._notes[:, 0].tolist())
-        assert all(process > 0 for process in processes)  # 0 would be all of us
         began[0] = time.monotonic()
-        os.kill(processes[0], number)
+        assert len(watches[0].processes) == 2
+        if number == signal.SIGKILL:
+            os.kill(watches[0].processes[0].pid, number)
 
-    line = "^a loader worker .* before step .*; the same command goes on from check"
+    monkeypatch.setattr(WatchedWorkers, "__init__", quick)
+    monkeypatch.setattr(loader_watch._Rows, "__getitem__", stopped)
+    line = f"^a loader worker {what}.* before step .*; the same command goes on from check"
     with pytest.raises(TrainingError, match=line) as held:  # as a notebook holds an error, and by it the loader
         phi3v.train(recipe, on_event=on_first_step(hit))
     assert time.monotonic() - began[0] < 60 and held.value.__traceback__ is not None
     deadline = time.monotonic() + 30
-    while any(is_alive(process) for process in processes):
+    while set(multiprocessing.active_children()) - set(others):
         assert time.monotonic() < deadline, "a worker is left over"
         time.sleep(0.1)
     assert newest_checkpoint(RunFolder(recipe.output).checkpoints) is not None
-    monkeypatch.undo()
-    result = phi3v.train(recipe)
-    assert result.status == "resumed" and result.steps == 10
+    after, began[0], watched = 45.0, 0.0, set()
+    watches.clear()
+    result = phi3v.train(recipe, on_event=lambda event: watched.add(len(watches and watches[0].processes)))
+    assert result.status == "resumed" and result.steps == 8
+    assert 2 in watched, "the loader that passes over the steps done has workers that are not watched"
 
 
 @pytest.mark.parametrize("fault", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
@@ -294,14 +305,6 @@ def test_a_worker_that_ends_with_a_sample_half_handed_over_is_one_that_is_gone(
     line = r"^a loader worker was ended from outside.* before step 2 .*; the same command goes on from checkpoint-1$"
     with pytest.raises(TrainingError, match=line):
         phi3v.train(make(training=STEPS))
-
-
-def is_alive(process: int) -> bool:
-    """Whether a process runs; one that has ended and was not asked for its code does not."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(make: MakeRecipe) -> None:

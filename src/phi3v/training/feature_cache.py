@@ -259,8 +259,8 @@ class FeatureCache:
             num_workers=self._workers if count else 0,
             generator=torch.Generator(),  # the global one is the training's own: it decides about dropout
         )
-        waiting = iter(loader)
         with watch:
+            waiting = iter(watch.over(loader))
             for _ in range(count):
                 watch.wait()
                 with _workers_are_there(watch), taking_over():

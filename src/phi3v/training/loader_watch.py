@@ -1,35 +1,39 @@
-"""Loader workers that get stuck: seen by samples that do not come, and ended, so that the run ends too.
+"""Loader workers that get stuck: seen by processes that do nothing, and ended, so that the run ends too.
 
-In comes the data set of a loader; out comes the same, whose workers note each sample. Where the main process waits and
-no worker has taken up or finished a sample for `STUCK_AFTER` seconds, all are killed; torch's loader then raises in the
-main process, as it does where the system killed one. Workers end with their parent.
+In comes a loader; its workers are started under a watch and note each sample. Where the main process has waited for a
+batch for `STUCK_AFTER` seconds and one of them shows no life in as many, all are killed; torch's loader then raises in
+the main process, as it does where the system killed one. A worker with nothing to do wakes every five seconds to look
+for its parent, and a slow one reads or computes: both are alive. Workers end with their parent.
 """
 
 import contextlib
+import copy
 import ctypes
+import functools
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
+import psutil
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 STUCK_AFTER = 45.0
-"""Seconds without any sample; one photo of 20 million pixels takes less than a second."""
+"""Seconds without any life; one photo of 20 million pixels takes less than a second."""
 _LOOK_EVERY = 1.0
-_PROCESS, _NOTES = 0, 1
+_IN_SAMPLE, _NOTES = 0, 1
 
 
 class WatchedWorkers:
     """The workers of one loader.
 
-    Example: `watch = WatchedWorkers(2); loader = DataLoader(watch.samples(rows), num_workers=2); watch.wait();
-    batch = next(iter(loader)); watch.got()`.
+    Example: `watch = WatchedWorkers(2); loader = watch.over(DataLoader(watch.samples(rows), num_workers=2));
+    watch.wait(); batch = next(iter(loader)); watch.got()`.
     """
 
     def __init__(self, workers: int, stuck_after: float = STUCK_AFTER) -> None:
@@ -37,59 +41,122 @@ class WatchedWorkers:
 
         Args:
             workers: of the loader.
-            stuck_after: seconds in which at least one of them has to do something while they are waited for.
+            stuck_after: seconds in which each of them has to show life while one is waited for.
         """
         self.stuck_after = stuck_after
         self.killed = False
+        self.processes: list[Any] = []
         self._closed = False
-        self._notes = torch.zeros((workers, 2), dtype=torch.int64).share_memory_()  # process, notes so far
-        self._waiting_since: float | None = None
+        self._notes = torch.zeros((workers, 2), dtype=torch.int64).share_memory_()  # in a sample or not, notes so far
+        self._wait: object | None = None
         self._thread: threading.Thread | None = None
+        self._judge = _Judge(stuck_after)
 
     def samples(self, dataset: Any) -> Any:
         """The samples of a data set, in the kind of data set that it is."""
         return (_Stream if isinstance(dataset, IterableDataset) else _Rows)(dataset, self._notes)
 
+    def over(self, loader: Any) -> Any:
+        """The loader, whose workers are known from their start: a stuck one may never come to a first sample."""
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate puts its own around torch's
+        if inner.num_workers:
+            context: Any = copy.copy(multiprocessing.get_context())
+            context.Process = functools.partial(self._process, context.Process)
+            inner.multiprocessing_context = context
+        return loader
+
     def wait(self) -> None:
         """The main process waits for a batch from now on."""
         _raise_where_it_waits()
-        self._waiting_since = time.monotonic()
+        self._wait = object()
         if self._thread is None and len(self._notes):
             self._thread = threading.Thread(target=self._look, name="loader workers", daemon=True)
             self._thread.start()
 
     def got(self) -> None:
         """It waits no more."""
-        self._waiting_since = None
+        self._wait = None
+        _raise_where_it_waits()  # the first batch's loader has set its handler, which the next hold would keep
 
     def __enter__(self) -> Self:
         """The loader is used from now on."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """The loader is not used any more. Of an error its workers end at once: whoever holds the error holds them."""
+    def __exit__(self, *error: object) -> None:
+        """The loader is not used any more, and none of its workers is left: whoever holds an error holds them, and one
+        that is stopped outlives the signal by which torch and Python end workers; Python would wait for it for ever."""
         self._closed = True
-        if kind is None or not len(self._notes):
-            return
-        _raise_where_it_waits()
-        own = set(self._notes[:, _PROCESS].tolist())
-        for child in multiprocessing.active_children():
-            if child.pid in own:
-                child.kill()
+        self._end_all()
+
+    def _process(self, make: Callable[..., Any], *, target: Callable[..., None], **named: Any) -> Any:
+        """A worker that torch makes. The first one of an epoch ends what is left over of the epoch before."""
+        if len(self.processes) >= len(self._notes):
+            self._end_all()
+            self._notes.zero_()  # one that was ended in a sample is in it no more
+        process = make(target=_Worker(target), **named)
+        self.processes.append(process)
+        return process
+
+    def _end_all(self) -> None:
+        if self.processes:
+            _raise_where_it_waits()
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+        self.processes = []
 
     def _look(self) -> None:
         """Runs in a thread of its own, until the end or until workers were killed."""
-        before, changed = self._notes.clone(), time.monotonic()
+        every, clock, before = min(_LOOK_EVERY, self.stuck_after / 4), 0.0, time.monotonic()
         while not self.killed and not self._closed:
-            time.sleep(min(_LOOK_EVERY, self.stuck_after / 4))
-            now, since = time.monotonic(), self._waiting_since
-            if not torch.equal(before, self._notes):
-                before, changed = self._notes.clone(), now
-            began = bool((before[:, _PROCESS] > 0).all())  # starting a worker may take long, where it is not forked
-            if since is not None and began and now - max(since, changed) > self.stuck_after:
+            time.sleep(every)
+            now = time.monotonic()
+            clock += min(now - before, 2 * every)  # where the run itself was stopped its workers may have been too
+            before = now
+            wait, lives = self._wait, {}
+            if wait is not None:
+                pids = [process.pid for process in self.processes if process.is_alive()]
+                lives = {pid: life for pid in pids if (life := _life(pid)) is not None}
+            if self._judge.is_stuck(clock, wait, lives, self._notes):
                 self.killed = True
-                for process in before[:, _PROCESS].tolist():
-                    _kill(process)
+                for pid in lives:
+                    _kill(pid)
+
+
+class _Judge:
+    """Says when a worker is stuck, by what is told of all of them about once a second."""
+
+    def __init__(self, stuck_after: float) -> None:
+        self._stuck_after = stuck_after
+        self._wait: object | None = None
+        self._lives: dict[int, tuple[object, float]] = {}
+        self._notes, self._noted, self._since = torch.zeros(0), 0.0, 0.0
+
+    def is_stuck(self, now: float, wait: object | None, lives: dict[int, Any], notes: torch.Tensor) -> bool:
+        """Whether the wait is for nothing.
+
+        Two things are no life: a process that did nothing at all, wherever it is, and a sample that is being made
+        while no sample is begun or ended anywhere, as in a loop without an end. What the first allows, a worker
+        without work and one that hands over or starts, the second passes over.
+
+        Args:
+            now: seconds of any clock.
+            wait: another object for each wait, None where nothing is waited for.
+            lives: of each worker that has not ended what changes while it does anything.
+            notes: what workers note of their samples.
+        """
+        if wait is not self._wait:
+            self._wait, self._since = wait, now
+        if not torch.equal(notes, self._notes):
+            self._notes, self._noted = notes.clone(), now
+        self._lives = {
+            pid: old if (old := self._lives.get(pid, (None, now)))[0] == life else (life, now)
+            for pid, life in lives.items()
+        }
+        if wait is None or not lives or now - self._since <= self._stuck_after:
+            return False
+        still = any(now - at > self._stuck_after for _, at in self._lives.values())
+        return still or (bool(notes[:, _IN_SAMPLE].any()) and now - self._noted > self._stuck_after)
 
 
 @contextlib.contextmanager
@@ -120,23 +187,54 @@ def _raise_where_it_waits() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def _kill(process: int) -> None:
+def _life(pid: int) -> object | None:
+    """What changes while a process does anything: its time, and how often its first thread began and ended to wait.
+
+    None of a process that has ended. Where the system does not count waits, as in some sandboxes, each answer is
+    another one: no process is stuck by it.
+    """
     try:
-        os.kill(process, signal.SIGKILL)
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        return (process.num_ctx_switches(), process.cpu_times()) if _counts_waits() else object()
+    except psutil.Error:
+        return None
+
+
+@functools.cache
+def _counts_waits() -> bool:
+    try:
+        return sum(psutil.Process().num_ctx_switches()) > 0  # this one has waited for a file by now
+    except NotImplementedError:
+        return False
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         return  # it has ended by itself
 
 
-def _note(notes: torch.Tensor) -> None:
-    """Notes in a worker that it does something."""
-    worker = get_worker_info()
-    if worker is None:
-        return
-    if int(notes[worker.id, _PROCESS]) != os.getpid():
+class _Worker:
+    """What a worker runs: torch's own loop. Where that may be pickled, so may this."""
+
+    def __init__(self, loop: Callable[..., None]) -> None:
+        self._loop = loop
+
+    def __call__(self, *args: Any) -> None:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: ends with its parent, however that ends
-        notes[worker.id, _PROCESS] = os.getpid()
-    notes[worker.id, _NOTES] += 1
+        self._loop(*args)
+
+
+def _note(notes: torch.Tensor, *, in_sample: bool) -> None:
+    """Notes in a worker that it begins or has ended a sample."""
+    worker = get_worker_info()
+    if worker is not None:
+        notes[worker.id, _IN_SAMPLE] = in_sample
+        notes[worker.id, _NOTES] += 1
 
 
 class _Rows(Dataset[Any]):
@@ -150,10 +248,11 @@ class _Rows(Dataset[Any]):
         return len(self.inner)
 
     def __getitem__(self, index: int) -> Any:
-        _note(self._notes)
-        sample = self.inner[index]
-        _note(self._notes)
-        return sample
+        _note(self._notes, in_sample=True)
+        try:
+            return self.inner[index]
+        finally:
+            _note(self._notes, in_sample=False)
 
 
 class _Stream(IterableDataset[Any]):
@@ -164,7 +263,8 @@ class _Stream(IterableDataset[Any]):
         self._notes = notes
 
     def __iter__(self) -> Iterator[Any]:
-        _note(self._notes)
-        for sample in self.inner:
-            _note(self._notes)
+        for sample in self.inner:  # the first may take long: a run that goes on passes over all rows before it
+            _note(self._notes, in_sample=False)
             yield sample
+            _note(self._notes, in_sample=True)
+        _note(self._notes, in_sample=False)

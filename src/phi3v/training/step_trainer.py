@@ -164,7 +164,7 @@ class StepTrainer(DurableTrainer):
         samples: Any = getattr(self, "train_dataset")  # noqa: B009 -- the same
         self.data_collator, self.train_dataset = self.step_collator, self.workers.samples(samples)
         try:
-            loader: Any = super().get_train_dataloader()
+            loader: Any = self.workers.over(super().get_train_dataloader())
         finally:
             self.data_collator, self.train_dataset = collate, samples
         loader.device = None  # a micro-batch goes to the device at its turn, not two whole steps of pixels
@@ -362,7 +362,7 @@ class StepTrainer(DurableTrainer):
         samples: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if self.ranks.several:
             samples = EvenSamples(samples, self.args.per_device_eval_batch_size * self.ranks.count)
-        return super().get_eval_dataloader(self.eval_workers.samples(samples))
+        return self.eval_workers.over(super().get_eval_dataloader(self.eval_workers.samples(samples)))
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """One validation batch, noted with its number of trained tokens."""
