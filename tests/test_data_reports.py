@@ -12,6 +12,7 @@ import test_data_cli
 from image_server import image_server
 from test_data_cli import write_rows
 
+from phi3v.data.image_cache import in_shard
 from phi3v.data.reading import Reading
 from phi3v.data.schema import RowProblem
 from phi3v.data.sources import stream_data
@@ -144,12 +145,30 @@ def test_a_part_whose_images_do_not_come_fails_and_names_each(run: Any, folder: 
         assert {failure["url"] for failure in part["failures"]} < set(urls)
         lines = run(*words, "--shard", "0/2").stdout.splitlines()
         assert sum(line.startswith(f"  {code}: image {urls[0][:16]}") for line in lines) == part["total"]
-        assert f"part 0/2: {part['total']} images to download, 0 came, {part['total']} did not" in lines
+        assert f"part 0/2: {part['total']} images, 0 came, {part['total']} did not" in lines
         # a part that is a small share of all rows fails too
         alone = run(*words, "--shard", "0/2", "data.max_skipped=0.9", "--json")
         found = json.loads(alone.stdout)
         assert (alone.exit_code, found["trouble"], found["usable"]) == (1, None, 40 - part["total"])
         assert f"{part['total']} of {part['total']} images did not come" in found["part"]["trouble"]
+
+
+def test_a_part_that_is_started_again_is_judged_as_before(run: Any, folder: Path) -> None:
+    with image_server() as server:
+        urls = [server.url(f"/{kind}/{number}.png") for kind in ("good", "404", "403") for number in range(40)]
+        mine = [url for url in urls if in_shard(url, (0, 2))]
+        counts = {"good": 4, "404": 1, "403": 1}
+        urls = [url for kind, count in counts.items() for url in [url for url in mine if f"/{kind}/" in url][:count]]
+        write_rows(folder, [{"image": url, "colour": "red"} for url in urls])
+        words = ["check", folder / "recipe.yaml", "data.allow_hosts=['127.0.0.1']", "data.image_cache=images"]
+        words += ["data.max_skipped=0.4", "data.split=null", "--fetch", "--shard", "0/2"]
+        first, again = (json.loads(run(*words, "--json").stdout) for _ in range(2))
+        assert [one["part"]["total"] for one in (first, again)] == [6, 6]
+        assert [(one["part"]["cached"], one["part"]["downloaded"]) for one in (first, again)] == [(0, 4), (4, 0)]
+        assert first["part"]["failures"] == again["part"]["failures"] and len(first["part"]["failures"]) == 2
+        assert first["passed"] and again["passed"] and first["problems"] == again["problems"]
+        done = run(*words, "data.max_skipped=0.3")
+        assert "part 0/2: 6 images, 4 in the cache before, 0 came, 2 did not" in done.stdout and done.exit_code == 1
 
 
 @pytest.mark.parametrize(

@@ -122,8 +122,8 @@ def part_lines(report: Report) -> Iterator[str]:
     if part is None:
         return
     number, count = part.shard
-    came = f"{part.downloaded} came, {len(part.failures)} did not"
-    yield f"part {number}/{count}: {counted(part.total, 'image')} to download, {came}"
+    before = f"{part.cached} in the cache before, " if part.cached else ""
+    yield f"part {number}/{count}: {counted(part.total, 'image')}, {before}{part.downloaded} came, {len(part.failures)} did not"
     for failure in part.failures:
         yield f"  {failure['reason_code']}: {failure['message']}"
     yield "lengths, prices and repeated rows are those of this part; without --shard all rows are looked at"

@@ -208,14 +208,16 @@ class FetchedPart:
 
     Attributes:
         shard: (i, n): the i-th of n parts, from 0.
-        total: addresses of this part that were not in the cache.
-        downloaded: those that came.
+        total: addresses of this part.
+        cached: those that were in the cache before.
+        downloaded: those that came now.
         failures: the others, each with url, reason_code, message and fix.
         trouble: why too few came, by the limit for rows; None when enough did.
     """
 
     shard: tuple[int, int]
     total: int
+    cached: int
     downloaded: int
     failures: list[dict[str, str]]
     trouble: str | None
@@ -224,13 +226,13 @@ class FetchedPart:
     def of(
         cls, shard: tuple[int, int], found: FetchSummary | None, *, max_skipped: float, on_problem: str
     ) -> FetchedPart:
-        """From what `fetch_images` says; None where nothing was to be downloaded.
+        """From what `fetch_images` says of all addresses of the part; None where there are none.
 
-        Example: 40 addresses, 3 of which fail, max_skipped 0.05 -> trouble "part 0/2: 3 of 40 images did not come, and
-        5 % may be missing (data.max_skipped)".
+        Example: 40 addresses, 30 of which were cached and 3 fail, max_skipped 0.05 -> trouble "part 0/2: 3 of 40 images
+        did not come, and 5 % may be missing (data.max_skipped, data.on_problem)".
         """
         if found is None:
-            return cls(shard, 0, 0, [], None)
+            return cls(shard, 0, 0, 0, [], None)
         failures = [
             {"url": shorten(url), **asdict(why), "fix": advice(why.reason_code)} for url, why in found.failures.items()
         ]
@@ -241,7 +243,7 @@ class FetchedPart:
                 f"part {shard[0]}/{shard[1]}: {len(failures)} of {found.total} images did not come, and "
                 f"{100 * allowed:.3g} % may be missing (data.max_skipped, data.on_problem)"
             )
-        return cls(shard, found.total, found.downloaded, failures, trouble)
+        return cls(shard, found.total, found.cached, found.downloaded, failures, trouble)
 
 
 @dataclass(frozen=True, kw_only=True)

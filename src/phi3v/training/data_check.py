@@ -4,8 +4,10 @@ In comes a recipe, out comes a `data.check.Report`. Reads the model's config, to
 weights; prints nothing.
 """
 
+import json
 from dataclasses import asdict, replace
 from itertools import chain
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from phi3v.data.check import (
@@ -122,13 +124,19 @@ def rows_or_trouble(recipe: Recipe, **options: Any) -> tuple[FoundRows, str | No
 
 
 def _fetch_part(recipe: Recipe, shard: tuple[int, int], on_progress: Progress | None) -> FetchSummary | None:
-    """Downloads one part of the images that are not in the cache; None when there are none."""
-    missing = find_rows(recipe, download=False).not_cached
+    """Downloads what is not in the cache of one part of the images; None where no row has a web address.
+
+    All addresses of the part are asked for, as of an empty cache, so that those that came before count: a part that is
+    started again is judged as the one that was not killed.
+    """
     reading = Reading.of(**recipe.data.reading_options)
-    if not missing or reading.cache is None:
+    with TemporaryDirectory() as empty:
+        uncached = recipe.with_overrides([f"data.image_cache={json.dumps(empty)}"])
+        urls = rows_or_trouble(uncached, download=False)[0].not_cached
+    if not urls or reading.cache is None:
         return None
     told = None if on_progress is None else lambda done, total: on_progress("downloading images", done, total)
-    return fetch_images(missing, reading.cache, reading.limits, shard=shard, on_progress=told)
+    return fetch_images(urls, reading.cache, reading.limits, shard=shard, on_progress=told)
 
 
 def _limits(recipe: Recipe) -> dict[str, Any]:
