@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,27 @@ def test_show_writes_over_its_own_pages_and_nothing_else(run: Any, folder: Path)
     for rows in (1, 2):
         assert run("show", folder / "recipe.yaml", "--quick", "--rows", rows, "--out", "own.html").exit_code == 0
         assert Path("own.html").read_text().count("<article>") == rows
+
+
+def test_a_budget_counts_whatever_the_model_ships_with_and_what_has_no_effect_is_said(
+    run: Any, folder: Path, model: Path
+) -> None:
+    words = ["check", folder / "photos" / "rows.jsonl", "--quick", "data.prompt=What?", "data.answer='{colour}'"]
+    for named in ([], [f"model={model}"]):  # the model ships with 1 crop
+        found = json.loads(run(*words, *named, "image.max_tokens=1561", "--json").stdout)
+        (chosen,) = [price for price in found["crops"] if price["chosen"]]
+        assert (chosen["num_crops"], chosen["max_tokens"], found["crops_told"]) == (9, 1561, None)
+    said = run(*words, f"model={model}", "image.max_tokens=131072", "image.num_crops=839").stdout
+    assert (
+        re.search(r"\n 839 \(chosen\) +131,072 .* \d,\d{3},\d{3} +1\d\d,\d+ +3\d *\n", said)
+        and "…" not in said
+        and "has no effect" not in said
+    )
+    told = "image.num_crops: 4 counts: image.max_tokens: 1561 would allow 9"
+    assert told in run(*words, "image.max_tokens=1561", "image.num_crops=4").stdout.splitlines()
+    told = "image.max_tokens: 781 counts, which allows 4: image.num_crops: 16 has no effect"
+    assert told in run(*words, "image.max_tokens=781", "image.num_crops=16").stdout.splitlines()
+    assert "131072" in run(*words, "image.max_tokens=1000000000").output
 
 
 @pytest.mark.parametrize(("hosts", "code"), [("['127.0.0.1']", "url_busy"), ("[]", "url_private")])

@@ -19,6 +19,7 @@ from phi3v.data.check import (
     length_spreads,
     listed,
     rows_beyond,
+    told_of_budget,
 )
 from phi3v.data.duplicates import find_duplicates
 from phi3v.data.fact_table import FactTable
@@ -34,6 +35,7 @@ from phi3v.first_look import (
     survey_data,
     survey_options,
 )
+from phi3v.image_tokens import crops_allowed
 from phi3v.recipe import Recipe
 
 
@@ -70,7 +72,8 @@ def check_recipe(
     options = replace(options, part=shard if in_part else None)
     train, held_out, problems = survey_data(data, processor, options, on_progress=on_progress)
     facts = FactTable(chain(train.facts, held_out.facts))
-    crops = recipe.image.num_crops if processor is None else processor.image_processor.num_crops
+    allowed = crops_allowed(recipe.image.num_crops, recipe.image.max_tokens)
+    crops = allowed if processor is None else processor.image_processor.num_crops
     rope_limit = config.original_max_position_embeddings if config is not None else None
     return Report(
         source=recipe.data.train_name,
@@ -97,6 +100,7 @@ def check_recipe(
         beyond_rope=rows_beyond(facts, rope_limit),
         duplicates=find_duplicates(train.facts, held_out.facts),
         crops=crop_prices(facts, num_crops=crops, max_tokens=recipe.image.max_tokens, context=limit),
+        crops_told=told_of_budget(recipe.image.num_crops, recipe.image.max_tokens),
         sets=data.sets,
         not_read=data.not_read,
         part=None if not in_part else FetchedPart.of(shard, part, **_limits(recipe)),
