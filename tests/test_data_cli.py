@@ -126,6 +126,10 @@ def test_rows_of_which_none_can_be_used_or_split_are_reported_too(run: Any, fold
     write_rows(folder, [{"image": "gone.png", "colour": "red"}] * 2)
     done = run("check", folder / "recipe.yaml")
     assert done.exit_code == 1 and "2 rows, 0 usable" in done.stdout and "100 % of the rows are left out" in done.stdout
+    done = run("check", folder / "recipe.yaml", "data.max_skipped=1")
+    told = done.stdout.splitlines()[-1]
+    assert "refuses them: " in told and "rows.jsonl: 2 of 2 rows cannot be used (2 image_path): row 0: " in told
+    assert told.endswith("; no row is left to train on: mend the data") and "data.split" not in told
     write_rows(folder, [{"image": "0.png", "colour": "red"}])
     done = run("check", folder / "recipe.yaml")
     assert done.exit_code == 1 and "1 row, 1 usable" in done.stdout and "cannot be split into train and" in done.stdout

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import test_data_cli
 from image_server import image_server
 from test_data_cli import write_rows
 
+from phi3v.data.image_cache import in_shard
 from phi3v.data.reading import Reading
 from phi3v.data.schema import RowProblem
 from phi3v.data.sources import stream_data
@@ -129,6 +131,27 @@ def test_show_writes_over_its_own_pages_and_nothing_else(run: Any, folder: Path)
         assert Path("own.html").read_text().count("<article>") == rows
 
 
+def test_a_budget_counts_whatever_the_model_ships_with_and_what_has_no_effect_is_said(
+    run: Any, folder: Path, model: Path
+) -> None:
+    words = ["check", folder / "photos" / "rows.jsonl", "--quick", "data.prompt=What?", "data.answer='{colour}'"]
+    for named in ([], [f"model={model}"]):  # the model ships with 1 crop
+        found = json.loads(run(*words, *named, "image.max_tokens=1561", "--json").stdout)
+        (chosen,) = [price for price in found["crops"] if price["chosen"]]
+        assert (chosen["num_crops"], chosen["max_tokens"], found["crops_told"]) == (9, 1561, None)
+    said = run(*words, f"model={model}", "image.max_tokens=131072", "image.num_crops=839").stdout
+    assert (
+        re.search(r"\n 839 \(chosen\) +131,072 .* \d,\d{3},\d{3} +1\d\d,\d+ +3\d *\n", said)
+        and "…" not in said
+        and "has no effect" not in said
+    )
+    told = "image.num_crops: 4 counts: image.max_tokens: 1561 would allow 9"
+    assert told in run(*words, "image.max_tokens=1561", "image.num_crops=4").stdout.splitlines()
+    told = "image.max_tokens: 781 counts, which allows 4: image.num_crops: 16 has no effect"
+    assert told in run(*words, "image.max_tokens=781", "image.num_crops=16").stdout.splitlines()
+    assert "131072" in run(*words, "image.max_tokens=1000000000").output
+
+
 @pytest.mark.parametrize(("hosts", "code"), [("['127.0.0.1']", "url_busy"), ("[]", "url_private")])
 def test_a_part_whose_images_do_not_come_fails_and_names_each(run: Any, folder: Path, hosts: str, code: str) -> None:
     with image_server() as server:
@@ -144,12 +167,30 @@ def test_a_part_whose_images_do_not_come_fails_and_names_each(run: Any, folder: 
         assert {failure["url"] for failure in part["failures"]} < set(urls)
         lines = run(*words, "--shard", "0/2").stdout.splitlines()
         assert sum(line.startswith(f"  {code}: image {urls[0][:16]}") for line in lines) == part["total"]
-        assert f"part 0/2: {part['total']} images to download, 0 came, {part['total']} did not" in lines
+        assert f"part 0/2: {part['total']} images, 0 came, {part['total']} did not" in lines
         # a part that is a small share of all rows fails too
         alone = run(*words, "--shard", "0/2", "data.max_skipped=0.9", "--json")
         found = json.loads(alone.stdout)
         assert (alone.exit_code, found["trouble"], found["usable"]) == (1, None, 40 - part["total"])
         assert f"{part['total']} of {part['total']} images did not come" in found["part"]["trouble"]
+
+
+def test_a_part_that_is_started_again_is_judged_as_before(run: Any, folder: Path) -> None:
+    with image_server() as server:
+        urls = [server.url(f"/{kind}/{number}.png") for kind in ("good", "404", "403") for number in range(40)]
+        mine = [url for url in urls if in_shard(url, (0, 2))]
+        counts = {"good": 4, "404": 1, "403": 1}
+        urls = [url for kind, count in counts.items() for url in [url for url in mine if f"/{kind}/" in url][:count]]
+        write_rows(folder, [{"image": url, "colour": "red"} for url in urls])
+        words = ["check", folder / "recipe.yaml", "data.allow_hosts=['127.0.0.1']", "data.image_cache=images"]
+        words += ["data.max_skipped=0.4", "data.split=null", "--fetch", "--shard", "0/2"]
+        first, again = (json.loads(run(*words, "--json").stdout) for _ in range(2))
+        assert [one["part"]["total"] for one in (first, again)] == [6, 6]
+        assert [(one["part"]["cached"], one["part"]["downloaded"]) for one in (first, again)] == [(0, 4), (4, 0)]
+        assert first["part"]["failures"] == again["part"]["failures"] and len(first["part"]["failures"]) == 2
+        assert first["passed"] and again["passed"] and first["problems"] == again["problems"]
+        done = run(*words, "data.max_skipped=0.3")
+        assert "part 0/2: 6 images, 4 in the cache before, 0 came, 2 did not" in done.stdout and done.exit_code == 1
 
 
 @pytest.mark.parametrize(

@@ -339,12 +339,13 @@ def test_a_run_resolves_to_what_it_holds(model_folder: Path, tmp_path: Path) -> 
     assert (place.kind, place.adapter, place.base) == ("run", run.adapter, str(model_folder.resolve()))
 
 
-def test_a_budget_of_tokens_lowers_the_number_of_crops(model_folder: Path) -> None:
+def test_a_budget_of_tokens_decides_the_number_of_crops(model_folder: Path) -> None:
     def crops(**options: object) -> int:
         return loading.load_processor(model_folder, **options).image_processor.num_crops
 
     assert crops(num_crops=16, max_image_tokens=781) == 4 and crops(num_crops=16, max_image_tokens=780) == 3
     assert crops(num_crops=2, max_image_tokens=2653) == 2 and crops(num_crops=16, max_image_tokens=5000) == 16
+    assert crops() == 1 and crops(max_image_tokens=2653) == 16 and crops(max_image_tokens=469) == 2
     with pytest.raises(ConfigError, match="image.max_tokens is 312, and no image costs less than 313 tokens"):
         crops(max_image_tokens=312)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -122,8 +123,9 @@ def part_lines(report: Report) -> Iterator[str]:
     if part is None:
         return
     number, count = part.shard
-    came = f"{part.downloaded} came, {len(part.failures)} did not"
-    yield f"part {number}/{count}: {counted(part.total, 'image')} to download, {came}"
+    before = f"{part.cached} in the cache before, " if part.cached else ""
+    came = f"{before}{part.downloaded} came, {len(part.failures)} did not"
+    yield f"part {number}/{count}: {counted(part.total, 'image')}, {came}"
     for failure in part.failures:
         yield f"  {failure['reason_code']}: {failure['message']}"
     yield "lengths, prices and repeated rows are those of this part; without --shard all rows are looked at"
@@ -186,7 +188,7 @@ def _show_lengths(console: Console, report: Report) -> None:
             figures = (found.least, found.median, found.p95, found.most, found.total)
             table.add_row({"total": "all"}.get(name, name), *map(short_number, figures))
     align(table)
-    console.print(table)
+    _print_whole(console, table)
     for name in ("image", "text", "trained"):
         if (found := report.lengths[name]) is not None and len(found.bars) > 1:
             _show_bars(console, f"{name} tokens", found.bars)
@@ -225,7 +227,9 @@ def _show_prices(console: Console, report: Report) -> None:
         name = f"{price.num_crops} (chosen)" if price.chosen else str(price.num_crops)
         table.add_row(name, short_number(price.max_tokens), *cells, style="bold" if price.chosen else "")
     align(table)
-    console.print(table)
+    _print_whole(console, table)
+    if report.crops_told is not None:
+        _say(console, report.crops_told)
     _say(console, "the grid of crops decides, not the pixels: a square image costs the same at 64x64 and at 2000x2000")
 
 
@@ -307,6 +311,12 @@ def token_text(row: ShownRow) -> Text:
         if piece == "↵":
             text.append("\n")
     return text.append("⟧") if trained else text
+
+
+def _print_whole(console: Console, table: Table) -> None:
+    """A table of figures, none of them cut: where the screen is too narrow, its lines go over the edge."""
+    table.width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    console.print(table, crop=False)
 
 
 def _say(console: Console, line: str, style: str = "") -> None:

@@ -120,3 +120,15 @@ def crops_within(max_tokens: int) -> int:
     while most_image_tokens(num_crops + 1) <= max_tokens:
         num_crops += 1
     return num_crops
+
+
+def crops_allowed(num_crops: int | None, max_tokens: int | None) -> int | None:
+    """The most crops of an image that a recipe allows, by number, by budget or by the smaller of both; None where it
+    gives neither, and the model's own number counts.
+
+    Example: `crops_allowed(None, 2653) == 16`, `crops_allowed(4, 2653) == 4`, `crops_allowed(16, 781) == 4`.
+    """
+    allowed = [
+        crops for crops in (num_crops, None if max_tokens is None else crops_within(max_tokens)) if crops is not None
+    ]
+    return min(allowed, default=None)

@@ -29,7 +29,7 @@ from transformers import (
 from phi3v.adapters import check_adapter, load_adapter
 from phi3v.checkpoint_files import PROCESSOR_FILES, check_processor, check_processor_files, config_fault
 from phi3v.errors import CheckpointError, ConfigError, DeviceError, MissingPackageError, install
-from phi3v.image_tokens import crops_within, most_image_tokens
+from phi3v.image_tokens import crops_allowed, most_image_tokens
 from phi3v.launch import Launch
 from phi3v.model.register import register
 from phi3v.passthrough import check_names, connection_fault, first_line
@@ -134,7 +134,8 @@ def load_processor(
     Args:
         target: run, adapter, model folder or hub id.
         num_crops: replaces the number of crops that it was saved with.
-        max_image_tokens: lowers the number of crops until no image costs more tokens than that; 781 allows 4 crops.
+        max_image_tokens: replaces it with the most crops at which no image costs more tokens than that: 781 allows 4;
+            with `num_crops` too, the smaller number counts.
         fast: replaces what it was saved with: True resizes within one grey level of the exact way, and faster.
         revision: revision of a hub id.
 
@@ -162,13 +163,11 @@ def load_processor(
         )
     check_processor(processor, place.processor)
     images = processor.image_processor
-    if num_crops is not None:
-        images.num_crops = num_crops
-    if max_image_tokens is not None:
-        images.num_crops = min(images.num_crops, crops_within(max_image_tokens))
-        if images.num_crops < 1:
+    if (allowed := crops_allowed(num_crops, max_image_tokens)) is not None:
+        if allowed < 1:
             least = most_image_tokens(1)
             raise ConfigError(f"image.max_tokens is {max_image_tokens}, and no image costs less than {least} tokens")
+        images.num_crops = allowed
     if fast is not None:
         images.fast = fast
     return processor

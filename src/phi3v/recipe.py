@@ -104,7 +104,10 @@ class ImageSection(Section):
         default=None, ge=1, description="Most 336-pixel crops of one image; null takes the model's own (16 or 4)."
     )
     max_tokens: int | None = Field(
-        default=None, ge=313, description="Most tokens of one image: as many crops as never cost more; null for any."
+        default=None,
+        ge=313,
+        le=131_072,  # the context of the models; crops, and pixels with them, grow with the budget
+        description="Most tokens of one image: as many crops as never cost more, instead of the model's own number.",
     )
     max_pixels: int = Field(default=20_000_000, ge=1, description="Larger images are refused before they are decoded.")
     fast: bool = Field(default=False, description="true: faster decoding and resizing, within one grey level.")

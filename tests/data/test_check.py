@@ -171,8 +171,9 @@ def test_prices_are_what_the_counts_say(processor: Phi3VProcessor) -> None:
     ]
     assert prices[0].longest_row == 2509 + text[0] and prices[0].beyond_context == 1 and prices[0].mean == 2509
     assert prices[1].beyond_context == 0
-    own = crop_prices(facts, num_crops=9, max_tokens=2000, context=2000)[0]
-    assert (own.num_crops, own.max_tokens, own.square, own.chosen) == (9, 2000, 1489, True)
+    for crops, budget, told in ((11, 2000, 2000), (9, 2000, None)):  # 9 crops are another number's, not the budget's
+        own = crop_prices(facts, num_crops=crops, max_tokens=budget, context=2000)[0]
+        assert (own.num_crops, own.max_tokens, own.square, own.chosen) == (crops, told, 1489, True)
     assert crop_prices(facts_of([row(0)]), num_crops=4) == []
 
 
@@ -190,6 +191,14 @@ def test_every_reason_has_its_own_way_out_and_the_documents_say_the_same() -> No
     assert sorted(raised) == sorted(told)
     assert {code: advice(code) for code in told} == told == ADVICE
     assert advice("of_another_version") not in ADVICE.values()
+    assert (
+        advice("url_private", "image http://169.254.169.254/a: it is link-local; mend the address")
+        == "mend the address"
+    )
+    printed = re.search(r"\n rows  reason +what to do\n((?: \d+ .*\n)+)", document)
+    assert printed is not None
+    lines = [line.split(maxsplit=2)[1:] for line in printed[1].splitlines()]
+    assert len(lines) == 4 and dict(lines) == {code: ADVICE[code] for code, _ in lines}
 
 
 def ways_out(document: str, first: str) -> dict[str, str]:

@@ -148,7 +148,14 @@ BINARIES = {
     "utf-16": (TEXT.decode().encode("utf-16"), "it is UTF-16 text: save it as UTF-8"),
     "parquet": (b"PAR1....PAR1", "it is a Parquet file, and no text"),
     "png": (b"\x89PNG\r\n\x1a\n", "it is an image, and no text"),
-    "zeros": (TEXT + bytes(100), "it is no text: byte 8 is zero; save the rows as UTF-8 text"),
+    "zeros": (
+        TEXT + bytes(100),
+        "line 3 holds a zero byte (NUL), and no text does: take it out, or save it as UTF-8",
+    ),
+    "a zero far behind": (
+        TEXT + b"1,2\n" * 300_000 + b"3,\x004\n",
+        "line 300003 holds a zero byte (NUL), and no text does",
+    ),
 }
 
 

@@ -124,7 +124,7 @@ def test_a_set_that_is_no_regular_file_is_refused_before_it_is_opened(kind: str,
         if kind != "txt":
             calls.append(partial(load_rows, path.replace(f".{kind}", f"*.{kind}")))
         for call in calls:
-            with pytest.raises(DataError, match=rf"^data file {re.escape(path)} is no regular file$"):
+            with pytest.raises(DataError, match=rf"^data file {re.escape(path)} is no regular file: put the file its"):
                 call(options=OPTIONS)
 
 
@@ -248,6 +248,32 @@ def test_photos_are_read_by_content_where_their_ending_says_nothing(tmp_path: Pa
     told = {Path(one.file).name: one.reason.partition(":")[0] for one in data.not_read}
     content = "by its content no JPEG, PNG, WebP, GIF, BMP or TIFF"
     assert told == {".f.jpg": "hidden", **dict.fromkeys(("g", "h", "i.heic", "note.txt"), content)}
+
+
+@pytest.mark.timeout(60)  # a FIFO that is opened is waited for
+def test_a_photo_that_leads_out_or_is_no_file_is_a_problem_of_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("set")
+    (folder / "cat").mkdir(parents=True)
+    Image.new("RGB", (5, 4)).save(tmp_path / "outside.png")
+    (folder / "cat" / "link.png").symlink_to(tmp_path / "outside.png")
+    os.mkfifo(folder / "cat" / "pipe.png")
+    options, how = RowOptions(prompt="?", answer="{label}"), Reading(max_skipped=0.7)
+    with pytest.raises(
+        DataError, match=r"^data file .*/cat/link.png is a link that leads outside .*allow_outside_root"
+    ):
+        load_data(str(folder), options=options, validation_split=None, reading=how)
+    Image.new("RGB", (5, 4)).save(folder / "cat" / "a.png")
+    data = load_data(str(folder), options=options, validation_split=None, reading=how)
+    assert [(row.index, row.answer) for row in data.train] == [(0, "cat")]
+    assert [(one.row, one.reason_code) for one in data.problems] == [(1, "image_path"), (2, "image_path")]
+    assert "outside" in data.problems[0].message and "is no regular file" in data.problems[1].message
+    anywhere = RowOptions(prompt="?", answer="{label}", allow_outside_root=True)
+    assert [
+        row.index for row in load_data(str(folder), options=anywhere, validation_split=None, reading=how).train
+    ] == [0, 1]
 
 
 def test_columns_that_names_of_folders_hold_are_named(tmp_path: Path) -> None:

@@ -141,13 +141,13 @@ def test_samples_may_differ_and_members_that_do_not_read_are_named(tmp_path: Pat
     assert [(one.row, one.reason_code, one.message) for one in data.problems[1:]] == [
         (3, "value_type", "column 'txt' is in d.txt, which is not UTF-8 text"),
         (6, "value_type", f"column 'txt' is in g.txt, {twice}"),
-        (7, "value_type", f"column 'image' is in h.jpg, {twice}"),
+        (7, "value_type", f"image 1 of column 'image' is in h.jpg, {twice}"),
     ]
     options = RowOptions(prompt="Size {json.width}?", answer="a {json.width}")
     data = load_data(source, options=options, validation_split=None, reading=LOOSE)
     assert [(one.row, one.message) for one in data.problems if one.reason_code == "value_type"] == [
         (4, "column 'json.width' is in e.json, which is not JSON (Expecting value, line 2, column 1)"),
-        (7, f"column 'image' is in h.jpg, {twice}"),
+        (7, f"image 1 of column 'image' is in h.jpg, {twice}"),
         (8, f"column 'json.width' is in i.json, {twice}"),
         (9, "column 'json.width' is in j.json, which holds no mapping"),
         (10, "column 'json.width' is in l.json, in which an object names the key 'width' twice"),

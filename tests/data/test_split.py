@@ -64,7 +64,9 @@ def test_of_sets_so_small_that_a_side_would_be_empty_one_row_goes_over_and_back(
 
 
 def test_what_cannot_be_split_is_refused() -> None:
-    for keys, words in (([], "no usable row"), ([["a"]], "1 usable row"), ([["a"]] * 3, "3 rows of the same image")):
+    with pytest.raises(DataError, match="^no row can be used, so none can be held out: mend the data$"):
+        split_rows([], 0.1, seed=0)
+    for keys, words in (([["a"]], "1 usable row"), ([["a"]] * 3, "3 rows of the same image")):
         with pytest.raises(DataError, match=f"^{words} cannot be split into train and validation: give data.valid"):
             split_rows(keys, 0.1, seed=0)
     for number in (3, 4):

@@ -80,9 +80,18 @@ def test_values_become_text(value: object, text: str | None) -> None:
         assert float(text) == value
 
 
-@pytest.mark.parametrize("value", [[1], {"a": 1}, b"x"])
-def test_what_no_template_can_show_is_refused(value: object) -> None:
-    with pytest.raises(TypeError, match="which a template cannot show"):
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        ([1], "a list"),
+        ({"a": 1}, "a mapping"),
+        (b"x", "bytes"),
+        (datetime.timedelta(1), "a duration"),
+        (1j, "a value of type c.*"),
+    ],
+)
+def test_what_no_template_can_show_is_refused(value: object, kind: str) -> None:
+    with pytest.raises(TypeError, match=f"^holds {kind}, which a template cannot show$"):
         cell_text(value)
 
 

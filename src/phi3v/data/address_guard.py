@@ -25,6 +25,9 @@ import httpx2
 
 from phi3v.errors import ConfigError
 
+MEND = "mend the address"
+"""How the line about an address ends that nobody should allow."""
+
 _CLOSED_V4 = tuple(
     IPv4Network(text)
     for text in (
@@ -58,6 +61,8 @@ _CLOSED_V6 = tuple(
     )
 )
 _NAT64 = IPv6Network("64:ff9b::/96")
+_OF_CLOUDS = {"168.63.129.16", "100.100.100.200", "192.0.0.192", "fd00:ec2::254", "fd20:ce::254"}
+"""Metadata and services of clouds that are not link-local: never offered for `data.allow_hosts`."""
 _MOST_CHARACTERS = 8192
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\\\u2028\u2029]")
 _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
@@ -191,14 +196,16 @@ class AllowedHosts:
         """Why a host must not be asked at an IP address that it has; None when it may be.
 
         Example: AllowedHosts().refusal("10.0.0.1", 80, "10.0.0.1") -> '10.0.0.1 is no public address; if the machine is
-        yours, allow it: data.allow_hosts: ["10.0.0.1:80"]'; nobody's photos lie at a link-local address, so that none
-        is offered there.
+        yours, allow it: data.allow_hosts: ["10.0.0.1:80"]'; nobody's photos lie at a link-local address or at a cloud's
+        own services, so that none is offered there.
         """
         if self.hold(host, port) or is_public(address):
             return None
         name = host if address == host else f"{host} is {address}, which"
         if _is_link_local(address):
-            return f"{name} is link-local, where clouds answer with their metadata; mend the address"
+            return f"{name} is link-local, where clouds answer with their metadata; {MEND}"
+        if address in _OF_CLOUDS:
+            return f"{name} is a service of the cloud itself, which answers with its metadata; {MEND}"
         entry = f'"[{host}]:{port}"' if ":" in host else f'"{host}:{port}"'
         return f"{name} is no public address; if the machine is yours, allow it: data.allow_hosts: [{entry}]"
 

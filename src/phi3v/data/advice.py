@@ -4,12 +4,13 @@ The sentences are those of the tables in docs/data.md; a test holds them against
 are raised.
 """
 
+from phi3v.data.address_guard import MEND
 from phi3v.data.fit import way_out
 
 ADVICE = {
     "missing_value": "fill the cell, or take the column out of the template",
-    "value_type": "name a column with text or numbers; mend a number or date out of range; save text as UTF-8; "
-    "mend the member of the shard",
+    "value_type": "name a column with text, numbers or dates; decode bytes and write durations as numbers or text; "
+    "mend a number or date out of range; save text as UTF-8; mend the member of the shard",
     "conversation_type": "write the turns as mappings of role and content, or from and value",
     "turn_role": "name the speakers system, user and assistant (or human and gpt), or drop the row",
     "turn_order": "let user and assistant alternate, the answer last, or drop the row",
@@ -37,7 +38,8 @@ ADVICE = {
     "url_scheme": "give an http or https address, or save the image as a file",
     "url_not_cached": "run the command again",
     "url_invalid": "write it as https://host/path, or save the image as a file",
-    "url_private": "if the machine is yours, list it in data.allow_hosts",
+    "url_private": "if the machine is yours, list it in data.allow_hosts; never one that the line calls link-local or "
+    "a cloud's: mend that address",
     "url_dns": "mend the name; look whether this machine has a network",
     "url_connect": "try again later; look whether a firewall is between",
     "url_tls": "mend the name; set SSL_CERT_FILE for an authority of your own",
@@ -65,10 +67,13 @@ _UNKNOWN = "mend the row, or drop it"
 
 
 def advice(reason_code: str, message: str = "") -> str:
-    """The way out for a reason code; of a row that is too long that of its message, which knows what would do.
+    """The way out for a reason code; of a row that is too long, and of a private address, that of its message, which
+    knows what would do.
 
     Example: advice("missing_value") -> "fill the cell, or take the column out of the template".
     """
+    if reason_code == "url_private" and message.endswith(MEND):
+        return MEND
     if reason_code == "too_long" and message:
         return way_out(message)
     return ADVICE.get(reason_code, _UNKNOWN)

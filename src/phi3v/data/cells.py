@@ -21,7 +21,7 @@ from phi3v.data.address_guard import AddressError, AllowedHosts, is_literal, par
 from phi3v.data.image_cache import FetchFailure, ImageCache
 from phi3v.data.images import ImageLook, begins_as_image, content_digest, image_name, look_at
 from phi3v.data.schema import ImageRef, Row, UnusableRecord
-from phi3v.data.templates import Unread, cell_text, whole_text
+from phi3v.data.templates import Unread, cell_text, kind_of, whole_text
 from phi3v.errors import ImageError, ImagePathError
 
 MAX_EMBEDDED_BYTES = 20_000_000
@@ -80,14 +80,15 @@ class Cells:
             raise UnusableRecord("missing_value", f"column {column!r} is empty")
         return text
 
-    def image(self, cell: Any) -> ImageRef:
+    def image(self, cell: Any, place: str | None = None) -> ImageRef:
         """One image cell: a path, a web address, a data URI, bytes, or a mapping {bytes, path}.
 
+        `place` is what lines call the cell, see `placed_cells`; None for the whole image column.
         Example: {"bytes": None, "path": "a.jpg"} -> ImageRef("a.jpg", root=self.root, confined=self.confined);
         "https://shop.example/a.jpg" -> ImageRef("ab/ab12", root=<cache>, confined=True, url=<the address>).
         Raises: UnusableRecord.
         """
-        place = f"column {self.images!r}"
+        place = place or f"column {self.images!r}"
         path, data = cell, None
         if isinstance(cell, Mapping):
             path, data = cell.get("path"), cell.get("bytes")
@@ -105,7 +106,7 @@ class Cells:
         if data is None and (path is None or path == ""):
             raise UnusableRecord("image_missing", f"{place} is empty")
         if not isinstance(data, bytes | None) or not isinstance(path, str | None):
-            raise UnusableRecord("image_type", f"{place} holds a {type(cell).__name__}, which is no path and no image")
+            raise UnusableRecord("image_type", f"{place} holds {kind_of(cell)}, which is no path and no image")
         try:
             whole_text(path or "")
         except TypeError as error:
@@ -146,6 +147,17 @@ class Cells:
         if self.wait_for_download:
             return ImageRef(None, None, folder, True, url)
         raise UnusableRecord("url_not_cached", f"{shorten(url)} is not in the image cache: run the command again")
+
+
+def placed_cells(column: str | None, value: Any) -> list[tuple[Any, str]]:
+    """The image cells of a column's value, each with what lines call it.
+
+    Example: "images", ["a.jpg", None] -> ("a.jpg", "image 1 of column 'images'"), (None, "image 2 of column 'images'");
+    "image", "a.jpg" -> ("a.jpg", "column 'image'").
+    """
+    if isinstance(value, list):
+        return [(cell, f"image {number} of column {column!r}") for number, cell in enumerate(value, start=1)]
+    return [(value, f"column {column!r}")]
 
 
 def named_image(cell: Any) -> str | None:

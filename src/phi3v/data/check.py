@@ -123,17 +123,33 @@ def crop_prices(
     Args:
         facts: of the rows.
         num_crops: most crops of an image by the recipe and the model; None where nobody says.
-        max_tokens: the budget that `num_crops` comes from; None for none.
+        max_tokens: the recipe's budget of an image, told where the number of crops comes from it; None for none.
         context: most tokens of a row.
     Example: one 64x64 photo costs 2509 at 16 crops, 757 at 4, 313 at 1, and 757 with the budget, which allows 5 crops.
     """
     if not any(fact.sizes for fact in facts):
         return []
     wanted = [(16, None), (4, None), (1, None), (crops_within(1000), 1000)]
+    if max_tokens is not None and num_crops != crops_within(max_tokens):
+        max_tokens = None
     chosen = (num_crops, max_tokens)
     if num_crops is not None and chosen not in wanted:
         wanted.insert(0, (num_crops, max_tokens))
     return [_price(facts, crops, budget, context, (crops, budget) == chosen) for crops, budget in wanted]
+
+
+def told_of_budget(num_crops: int | None, max_tokens: int | None) -> str | None:
+    """Which of a recipe's two limits of an image has no effect; None where one alone is given, or both agree.
+
+    Example: 4 and 1561 -> "image.num_crops: 4 counts: image.max_tokens: 1561 would allow 9".
+    """
+    within = None if max_tokens is None else crops_within(max_tokens)
+    if num_crops is None or within is None or num_crops == within:
+        return None
+    crops, budget = f"image.num_crops: {num_crops}", f"image.max_tokens: {max_tokens}"
+    if num_crops < within:
+        return f"{crops} counts: {budget} would allow {within}"
+    return f"{budget} counts, which allows {within}: {crops} has no effect"
 
 
 def _price(
@@ -208,14 +224,16 @@ class FetchedPart:
 
     Attributes:
         shard: (i, n): the i-th of n parts, from 0.
-        total: addresses of this part that were not in the cache.
-        downloaded: those that came.
+        total: addresses of this part.
+        cached: those that were in the cache before.
+        downloaded: those that came now.
         failures: the others, each with url, reason_code, message and fix.
         trouble: why too few came, by the limit for rows; None when enough did.
     """
 
     shard: tuple[int, int]
     total: int
+    cached: int
     downloaded: int
     failures: list[dict[str, str]]
     trouble: str | None
@@ -224,15 +242,16 @@ class FetchedPart:
     def of(
         cls, shard: tuple[int, int], found: FetchSummary | None, *, max_skipped: float, on_problem: str
     ) -> FetchedPart:
-        """From what `fetch_images` says; None where nothing was to be downloaded.
+        """From what `fetch_images` says of all addresses of the part; None where there are none.
 
-        Example: 40 addresses, 3 of which fail, max_skipped 0.05 -> trouble "part 0/2: 3 of 40 images did not come, and
-        5 % may be missing (data.max_skipped)".
+        Example: 40 addresses, 30 of which were cached and 3 fail, max_skipped 0.05 -> trouble "part 0/2: 3 of 40 images
+        did not come, and 5 % may be missing (data.max_skipped, data.on_problem)".
         """
         if found is None:
-            return cls(shard, 0, 0, [], None)
+            return cls(shard, 0, 0, 0, [], None)
         failures = [
-            {"url": shorten(url), **asdict(why), "fix": advice(why.reason_code)} for url, why in found.failures.items()
+            {"url": shorten(url), **asdict(why), "fix": advice(why.reason_code, why.message)}
+            for url, why in found.failures.items()
         ]
         allowed = 0.0 if on_problem == "stop" else max_skipped
         trouble = None
@@ -241,7 +260,7 @@ class FetchedPart:
                 f"part {shard[0]}/{shard[1]}: {len(failures)} of {found.total} images did not come, and "
                 f"{100 * allowed:.3g} % may be missing (data.max_skipped, data.on_problem)"
             )
-        return cls(shard, found.total, found.downloaded, failures, trouble)
+        return cls(shard, found.total, found.cached, found.downloaded, failures, trouble)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +294,7 @@ class Report:
         beyond_rope: rows that are longer than that.
         duplicates: rows and images that are there more than once.
         crops: what images cost at other numbers of crops.
+        crops_told: which of `image.num_crops` and `image.max_tokens` has no effect, in one line; None for neither.
         not_read: files, folders and splits of the set that are not read, each with its reason, see `not_read.NotRead`.
         sets: what an epoch holds of each set of training rows, by headers, see `mixing.SetUse`; none for a stream.
         outlook: steps and time of a run, see `training.outlook`; None where no recipe was given.
@@ -305,6 +325,7 @@ class Report:
     beyond_rope: int
     duplicates: Duplicates
     crops: list[CropPrice]
+    crops_told: str | None = None
     sets: Sequence[SetUse] = ()
     not_read: Sequence[NotRead] = ()
     outlook: dict[str, Any] | None = None

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from phi3v.data.cells import Cells
+from phi3v.data.cells import Cells, placed_cells
 from phi3v.data.images import MAX_PIXELS
 from phi3v.data.schema import ImagePart, ImageRef, Message, Row, TextPart, UnusableRecord
 from phi3v.data.templates import Template, known_columns
@@ -88,14 +88,16 @@ class ColumnMap:
         An empty list says that the row has no image; an empty cell says nothing and is a problem.
         Example: ["a.jpg", "b.jpg"] -> two cells, [] -> none, None -> [None], which is no image.
         """
-        if self.cells.images is None:
-            return []
-        value = record.get(self.cells.images)
-        return value if isinstance(value, list) else [value]
+        return [cell for cell, _ in self._placed(record)]
+
+    def _placed(self, record: Mapping[str, Any]) -> list[tuple[Any, str]]:
+        """The image cells with what lines call them."""
+        column = self.cells.images
+        return [] if column is None else placed_cells(column, record.get(column))
 
     def row(self, record: Mapping[str, Any], index: int) -> Row:
         """The row of a record, its images unopened. Raises: UnusableRecord."""
-        images: tuple[ImageRef, ...] = tuple(self.cells.image(cell) for cell in self.image_cells(record))
+        images: tuple[ImageRef, ...] = tuple(self.cells.image(*placed) for placed in self._placed(record))
         texts = {
             column: self.cells.text(column, record.get(column))
             for template in (self.system, self.prompt, self.answer)

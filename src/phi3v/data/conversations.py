@@ -18,11 +18,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from phi3v.data.cells import Cells
+from phi3v.data.cells import Cells, placed_cells
 from phi3v.data.columns import ColumnMap, Format, RowOptions, check_image_column
 from phi3v.data.json_text import RepeatedKeyError, parse_json
 from phi3v.data.schema import ImagePart, ImageRef, Message, Role, Row, TextPart, UnusableRecord
-from phi3v.data.templates import Template, Unread, known_columns
+from phi3v.data.templates import Template, Unread, kind_of, known_columns
 from phi3v.data.text_guard import MAX_DEPTH, is_too_deep
 from phi3v.data.turns import IMAGE_TAG, is_empty, is_trained, part_cells, spoken_turn
 from phi3v.errors import DataError
@@ -98,17 +98,22 @@ class ConversationMap:
         Example: the image parts name "a.jpg", nothing and "c.jpg", the column holds ["b.jpg"] -> a.jpg, b.jpg, c.jpg.
         Raises: UnusableRecord where parts name their images and the column holds others.
         """
+        return [cell for cell, _ in self._placed(record)]
+
+    def _placed(self, record: Mapping[str, Any]) -> list[tuple[Any, str]]:
+        """The image cells with what lines call them. Raises: as `image_cells`."""
         if self.text_only:
             return []
         column = self._column_cells(record)
-        parts = [cell for turn in self._turns(record) for cell in part_cells(turn)]
-        named = [cell for cell in parts if not is_empty(cell)]
+        parts = [(cell, "an image part") for turn in self._turns(record) for cell in part_cells(turn)]
+        named = [placed for placed in parts if not is_empty(placed[0])]
         if not named or not column:
             return column or named
         if len(column) == len(parts) - len(named):
             others = iter(column)
-            return [next(others) if is_empty(cell) else cell for cell in parts]
-        agreed = all(is_empty(cell) or _is_same(cell, other) for cell, other in zip(parts, column, strict=False))
+            return [next(others) if is_empty(placed[0]) else placed for placed in parts]
+        both = zip(parts, column, strict=False)
+        agreed = all(is_empty(cell) or _is_same(cell, other) for (cell, _), (other, _) in both)
         if agreed and len(column) == len(parts):
             return column
         raise UnusableRecord(
@@ -124,8 +129,7 @@ class ConversationMap:
         Raises: UnusableRecord.
         """
         turns = self._turns(record)
-        cells = replace(self.cells, images=self._filled(record))
-        images: tuple[ImageRef, ...] = tuple(cells.image(cell) for cell in self.image_cells(record))
+        images: tuple[ImageRef, ...] = tuple(self.cells.image(*placed) for placed in self._placed(record))
         spoken = [spoken_turn(turn, tagged=self.shape == "conversations") for turn in turns]
         trained = [is_trained(turn) for turn, (role, _) in zip(turns, spoken, strict=True) if role == "assistant"]
         if self.system is not None and spoken[0][0] != "system":
@@ -138,13 +142,11 @@ class ConversationMap:
         messages = _place_images(spoken, len(images))
         return Row(_weighted(messages, trained) if self.answered else messages, images, {}, self.source, index)
 
-    def _column_cells(self, record: Mapping[str, Any]) -> list[Any]:
+    def _column_cells(self, record: Mapping[str, Any]) -> list[tuple[Any, str]]:
         """The cells of the image column; nothing there is no image: None, "" and [] -> []."""
         column = self._filled(record)
         value = None if column is None else record.get(column)
-        if is_empty(value):
-            return []
-        return value if isinstance(value, list) else [value]
+        return [] if is_empty(value) else placed_cells(column, value)
 
     def _filled(self, record: Mapping[str, Any]) -> str | None:
         """The first image column with something in it: {"image": None, "images": ["a.jpg"]} -> "images"."""
@@ -171,8 +173,8 @@ class ConversationMap:
             if isinstance(value, Unread):
                 raise UnusableRecord("value_type", f"column {column!r} {value.reason}")
             if not isinstance(value, list):
-                kind = type(value).__name__
-                raise UnusableRecord("conversation_type", f"column {column!r} holds a {kind} and no list of turns")
+                told = f"column {column!r} holds {kind_of(value)} and no list of turns"
+                raise UnusableRecord("conversation_type", told)
             turns += value
         return turns
 
@@ -302,7 +304,7 @@ def _place_images(spoken: Sequence[tuple[Role, list[str | None]]], images: int) 
     places = sum(piece is None for _, pieces in spoken for piece in pieces)
     leading = images if not places else 0
     if places and places != images:
-        raise UnusableRecord("image_tags", f"the turns have {places} places for images, and there are {images} images")
+        raise UnusableRecord("image_tags", f"places for images in its turns: {places}, images: {images}")
     messages, count = [], 0
     for role, pieces in spoken:
         if role == "user" and leading:

@@ -78,7 +78,7 @@ def find_files(folder: Path, *, confined: bool = True) -> FolderFiles:
     Example: train.csv, val.csv, README.md and photos/a.jpg -> FolderFiles("csv", {"train": [.../train.csv],
     "validation": [.../val.csv]}) with README.md and photos/a.jpg not read, unless rows name them.
     Raises: DataError when there are none, as many of one kind as of another, or one that leads out of the folder; a
-            photo that is not there is a problem of its row, unless no photo is.
+            photo that is not there, leads out or is no file is a problem of its row, unless all are.
     """
     found, passed = _walk(folder)
     kind = _kind(folder, found)
@@ -92,15 +92,30 @@ def find_files(folder: Path, *, confined: bool = True) -> FolderFiles:
     labels = {split: [_label(path.relative_to(folder)) for path in paths] for split, paths in splits.items()}
     chosen, read = set(files), {path for paths in splits.values() for path in paths}
     others = [_not_read(path, kind, chosen=path in chosen) for path in found if path not in read]
-    if kind == "images" and not any(path.exists() for path in read):
-        contained(files[0], folder, confined=confined)
-    real = {
-        path: path if kind == "images" and not path.exists() else contained(path, folder, confined=confined)
-        for path in read
-    }
+    real = _real(sorted(read), folder, confined=confined, each_a_row=kind == "images")
     if kind != "metadata":  # of these the place counts, not where a link leads
         splits = {split: [real[path] for path in paths] for split, paths in splits.items()}
     return FolderFiles(kind, splits, labels if kind == "images" else {}, (*passed, *others))
+
+
+def _real(files: Sequence[Path], folder: Path, *, confined: bool, each_a_row: bool) -> dict[Path, Path]:
+    """Where each file is, links followed. Raises: DataError for one that must not be read.
+
+    With `each_a_row` such a file, a photo, keeps its name and is the problem of its row, unless all are such files.
+    """
+    real: dict[Path, Path] = {}
+    wrong: list[DataError] = []
+    for path in files:
+        try:
+            real[path] = contained(path, folder, confined=confined)
+        except DataError as error:
+            if not each_a_row:
+                raise
+            real[path] = path.absolute()  # rows count paths from the folder
+            wrong.append(error)
+    if wrong and len(wrong) == len(files):
+        raise wrong[0]
+    return real
 
 
 def way_out_of(path: Path) -> str | None:
@@ -121,7 +136,7 @@ def contained(path: Path, folder: Path, *, confined: bool = True) -> Path:
             "with data.allow_outside_root: true"
         )
     if not regular:
-        raise DataError(f"data file {path} is no regular file")
+        raise DataError(f"data file {path} is no regular file: put the file itself there, or take it out")
     return real
 
 

@@ -105,6 +105,8 @@ def load_data(
     rows = _joined(looks[: len(parts)])
     held_out = _joined(looks[len(parts) :]) if held else None
     shared: list[RowProblem] = []
+    if splitting and not rows:
+        raise DataError(_none_usable(looks))
     if splitting and validation_split is not None:
         keys = KeptKeys(key for look in looks for key in look.keys)
         split = split_rows(keys, validation_split, split_seed)
@@ -360,6 +362,12 @@ def _set_refusal(look: FirstLook, how: Reading) -> str | None:
     """Why one set is refused, by itself; None when it is not."""
     source, total = look.records.map.source, len(look.records.table)
     return refusal(look.problems, total, source, max_skipped=how.max_skipped, on_problem=how.on_problem)
+
+
+def _none_usable(looks: Sequence[FirstLook]) -> str:
+    """Why no row of any set can be used, so that there is none to hold out or to train on."""
+    told = (describe_problems(look.problems, len(look.records.table), look.records.map.source) for look in looks)
+    return f"{'; '.join(told)}; no row is left to train on: mend the data"
 
 
 def _joined(looks: Sequence[FirstLook]) -> Rows:

@@ -63,8 +63,10 @@ def split_rows(keys: Sequence[Sequence[str]], validation: float, seed: int) -> S
         np.array(anchors), return_index=True, return_inverse=True, return_counts=True
     )
     way_out = "give data.validation, or data.split: null for none"
+    if not len(firsts):
+        raise DataError("no row can be used, so none can be held out: mend the data")
     if len(firsts) < 2:
-        what = f"{len(keys)} rows of the same image" if len(keys) > 1 else f"{len(keys) or 'no'} usable row"
+        what = f"{len(keys)} rows of the same image" if len(keys) > 1 else f"{len(keys)} usable row"
         raise DataError(f"{what} cannot be split into train and validation: {way_out}")
     of_group = np.array(numbers)[firsts]
     chosen = _choose(of_group, sizes, validation)

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import date, datetime, time
+from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from difflib import get_close_matches
 from typing import Any
@@ -17,6 +17,23 @@ from phi3v.data.text_guard import other_separator
 from phi3v.errors import DataError
 
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]|[^{}]+")
+
+
+_KINDS: tuple[tuple[type, str], ...] = (
+    (Mapping, "a mapping"),
+    (list, "a list"),
+    (str, "text"),
+    (bytes, "bytes"),
+    (bool, "true or false"),
+    (int, "a whole number"),
+    (float, "a number"),
+    (Decimal, "a number"),
+    (timedelta, "a duration"),
+    (datetime, "a date and time"),
+    (date, "a date"),
+    (time, "a time"),
+    (type(None), "nothing"),
+)
 
 
 class Template:
@@ -125,7 +142,13 @@ def cell_text(value: Any) -> str | None:
         raise TypeError("holds a date or time that is out of range")
     if isinstance(value, Unread):
         raise TypeError(value.reason)
-    raise TypeError(f"holds a {type(value).__name__}, which a template cannot show")
+    raise TypeError(f"holds {kind_of(value)}, which a template cannot show")
+
+
+def kind_of(value: Any) -> str:
+    """What kind of value this is, as lines for people say it: {"a": 1} -> "a mapping", 5 -> "a whole number"."""
+    kinds = ((kind, name) for kind, name in _KINDS if isinstance(value, kind))
+    return next((name for _, name in kinds), f"a value of type {type(value).__name__}")
 
 
 def whole_text(text: str) -> str:

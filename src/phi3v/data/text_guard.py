@@ -39,7 +39,8 @@ _BINARY = (
     (b"\x89PNG\r\n", "an image"),
 )
 """How files begin that are no text, and what they are."""
-_BEGINNING = 4096  # bytes that are looked at for what no text holds
+_BEGINNING = 16  # bytes that tell what a file is
+_AT_ONCE = 1 << 20  # bytes
 
 _CLOSE = "close it, or write it twice"
 EMPTY_CSV = "it is empty: write a line with the names of the columns, and below it a line for each row"
@@ -95,7 +96,7 @@ def header_names(path: Path) -> list[str]:
 def binary_kind(path: Path) -> str | None:
     """What a file is by its first bytes, where they tell: b"\\x1f\\x8b..." -> "a file compressed with gzip"."""
     with open(path, "rb") as file:
-        return _kind_of(file.read(16))
+        return _kind_of(file.read(_BEGINNING))
 
 
 def _kind_of(start: bytes) -> str | None:
@@ -104,15 +105,25 @@ def _kind_of(start: bytes) -> str | None:
 
 
 def _binary_fault(path: Path) -> str | None:
-    """What a file is that begins as no text of UTF-8 does."""
+    """What a file is that begins as no text of UTF-8 does, or holds what none does."""
     with open(path, "rb") as file:
         start = file.read(_BEGINNING)
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "it is UTF-16 text: save it as UTF-8"
     if (kind := _kind_of(start)) is not None:
         return f"it is {kind}, and no text, whatever its name says: save the rows as UTF-8 text"
-    if 0 in start:
-        return f"it is no text: byte {start.index(0)} is zero; save the rows as UTF-8 text"
+    return _zero_fault(path)
+
+
+def _zero_fault(path: Path) -> str | None:
+    """The line of the first zero byte, which the readers of CSV pass over without a word; None where there is none."""
+    line = 1
+    with open(path, "rb") as file:
+        while chunk := file.read(_AT_ONCE):
+            if (place := chunk.find(0)) >= 0:
+                line += chunk.count(b"\n", 0, place)
+                return f"line {line} holds a zero byte (NUL), and no text does: take it out, or save it as UTF-8 text"
+            line += chunk.count(b"\n")
     return None
 
 

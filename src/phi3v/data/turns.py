@@ -9,12 +9,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from phi3v.data.schema import Role, UnusableRecord
-from phi3v.data.templates import whole_text
+from phi3v.data.templates import kind_of, whole_text
 
 IMAGE_TAG = "<image>"
 
 _ROLES: dict[str, Role] = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
     "assistant": "assistant",
@@ -25,6 +26,9 @@ _ROLES: dict[str, Role] = {
     "bard": "assistant",
 }
 
+_TOOLS = ("tool", "function", "function_call", "observation", "ipython")
+"""Speakers of turns that hold calls of tools and their results."""
+
 
 def spoken_turn(turn: Any, *, tagged: bool) -> tuple[Role, list[str | None]]:
     """Who speaks, and texts and image places (None) in their order; with `tagged` a user's `<image>` is a place.
@@ -32,11 +36,11 @@ def spoken_turn(turn: Any, *, tagged: bool) -> tuple[Role, list[str | None]]:
     Example: {"from": "human", "value": "<image>\\nWhat?"} -> ("user", [None, "What?"]).
     """
     if not isinstance(turn, Mapping):
-        raise UnusableRecord("conversation_type", f"a turn is a {type(turn).__name__} and no mapping")
+        raise UnusableRecord("conversation_type", f"a turn is {kind_of(turn)} and no mapping")
     spelled = turn.get("from") if turn.get("role") is None else turn["role"]
     role = _ROLES.get(spelled.strip().lower()) if isinstance(spelled, str) else None
     if role is None:
-        raise UnusableRecord("turn_role", f"a turn is spoken by {str(spelled)[:40]!r}, and not by {_known_roles()}")
+        raise UnusableRecord("turn_role", _told_of_speaker(spelled))
     content = turn.get("value") if turn.get("content") is None else turn["content"]
     if isinstance(content, str):
         _check_text(content)
@@ -44,7 +48,7 @@ def spoken_turn(turn: Any, *, tagged: bool) -> tuple[Role, list[str | None]]:
     if content is None:
         return role, []
     if not isinstance(content, list):
-        raise UnusableRecord("conversation_type", f"a turn holds a {type(content).__name__}, no text and no parts")
+        raise UnusableRecord("conversation_type", f"a turn holds {kind_of(content)}, no text and no parts")
     return role, [_part(part) for part in content]
 
 
@@ -71,9 +75,14 @@ def is_empty(value: Any) -> bool:
     return value is None or value in ("", []) or (isinstance(value, Mapping) and not any(value.values()))
 
 
-def _known_roles() -> str:
-    """The roles in words."""
-    return ", ".join(_ROLES)
+def _told_of_speaker(spelled: Any) -> str:
+    """Why nobody is known by this name: "tool" -> "a turn is spoken by 'tool': ...", None -> "a turn names ..."."""
+    if spelled is None:
+        return "a turn names no speaker: it has neither role nor from"
+    told = f"a turn is spoken by {str(spelled)[:40]!r}"
+    if isinstance(spelled, str) and spelled.strip().lower() in _TOOLS:
+        return f"{told}: Phi-3-Vision knows no calls of tools and no turn for their results"
+    return f"{told}, and not by {', '.join(_ROLES)}"
 
 
 def _part(part: Any) -> str | None:

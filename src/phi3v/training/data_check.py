@@ -4,8 +4,10 @@ In comes a recipe, out comes a `data.check.Report`. Reads the model's config, to
 weights; prints nothing.
 """
 
+import json
 from dataclasses import asdict, replace
 from itertools import chain
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from phi3v.data.check import (
@@ -17,6 +19,7 @@ from phi3v.data.check import (
     length_spreads,
     listed,
     rows_beyond,
+    told_of_budget,
 )
 from phi3v.data.duplicates import find_duplicates
 from phi3v.data.fact_table import FactTable
@@ -32,6 +35,7 @@ from phi3v.first_look import (
     survey_data,
     survey_options,
 )
+from phi3v.image_tokens import crops_allowed
 from phi3v.recipe import Recipe
 
 
@@ -68,7 +72,8 @@ def check_recipe(
     options = replace(options, part=shard if in_part else None)
     train, held_out, problems = survey_data(data, processor, options, on_progress=on_progress)
     facts = FactTable(chain(train.facts, held_out.facts))
-    crops = recipe.image.num_crops if processor is None else processor.image_processor.num_crops
+    allowed = crops_allowed(recipe.image.num_crops, recipe.image.max_tokens)
+    crops = allowed if processor is None else processor.image_processor.num_crops
     rope_limit = config.original_max_position_embeddings if config is not None else None
     return Report(
         source=recipe.data.train_name,
@@ -95,6 +100,7 @@ def check_recipe(
         beyond_rope=rows_beyond(facts, rope_limit),
         duplicates=find_duplicates(train.facts, held_out.facts),
         crops=crop_prices(facts, num_crops=crops, max_tokens=recipe.image.max_tokens, context=limit),
+        crops_told=told_of_budget(recipe.image.num_crops, recipe.image.max_tokens),
         sets=data.sets,
         not_read=data.not_read,
         part=None if not in_part else FetchedPart.of(shard, part, **_limits(recipe)),
@@ -122,13 +128,19 @@ def rows_or_trouble(recipe: Recipe, **options: Any) -> tuple[FoundRows, str | No
 
 
 def _fetch_part(recipe: Recipe, shard: tuple[int, int], on_progress: Progress | None) -> FetchSummary | None:
-    """Downloads one part of the images that are not in the cache; None when there are none."""
-    missing = find_rows(recipe, download=False).not_cached
+    """Downloads what is not in the cache of one part of the images; None where no row has a web address.
+
+    All addresses of the part are asked for, as of an empty cache, so that those that came before count: a part that is
+    started again is judged as the one that was not killed.
+    """
     reading = Reading.of(**recipe.data.reading_options)
-    if not missing or reading.cache is None:
+    with TemporaryDirectory() as empty:
+        uncached = recipe.with_overrides([f"data.image_cache={json.dumps(empty)}"])
+        urls = rows_or_trouble(uncached, download=False)[0].not_cached
+    if not urls or reading.cache is None:
         return None
     told = None if on_progress is None else lambda done, total: on_progress("downloading images", done, total)
-    return fetch_images(missing, reading.cache, reading.limits, shard=shard, on_progress=told)
+    return fetch_images(urls, reading.cache, reading.limits, shard=shard, on_progress=told)
 
 
 def _limits(recipe: Recipe) -> dict[str, Any]:
