@@ -107,7 +107,6 @@ def export(
         if system is not None:
             about = json.dumps({"system": system}, ensure_ascii=False, indent=2) + "\n"
             (folder / EXPORT_ABOUT).write_text(about, encoding="utf-8")
-        ended = Path(target).absolute().parent.name != "checkpoints"
         card = read_card(
             run,
             title=_title(place, run),
@@ -116,7 +115,7 @@ def export(
             facts=facts,
             system=system,
             repo=push,
-            finished=ended,
+            finished=Path(target).absolute().parent.name != "checkpoints",
             in_vllm=_in_vllm(held_back(folder / "config.json")),
         )
         (folder / "README.md").write_text(render_card(card), encoding="utf-8")
