@@ -61,7 +61,8 @@ def export(
         Precision | None, typer.Option(help="With --to onnx: else fp32; int4 is the decoder's alone.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option(metavar="ID", help="Hub id of the base, where it is a folder.", callback=refuse_empty)
+        str | None,
+        typer.Option(metavar="ID", help="OWNER/NAME of the base, where it is a folder.", callback=refuse_empty),
     ] = None,
     push: Annotated[
         str | None,
@@ -105,14 +106,14 @@ def export(
 
 
 def show_export(console: Console, found: Exported) -> None:
-    """Where it lies and how large it is, the command of vLLM for merged weights, and where it was sent."""
-    from phi3v.export.vllm import serve_command, version_note
+    """Where it lies, how large it is, of merged weights the command of vLLM or why there is none, where it was sent."""
+    from phi3v.export.vllm import OTHER_TOWER, serve_command, version_note
 
     facts = ", ".join(f"{name} {value}" for name, value in found.facts.items())
     line = f"{found.out}: {found.to}, {found.bytes / 10**9:.3g} GB, {facts}"
     console.print(line, markup=False, soft_wrap=True)
     if found.to == "merged":
         command = f"{serve_command(str(found.out))}   # {version_note()}"
-        console.print(command, markup=False, soft_wrap=True)
+        console.print(command if found.vllm else OTHER_TOWER, markup=False, soft_wrap=True)
     if found.pushed:
         console.print(f"sent: {found.pushed}", markup=False, soft_wrap=True)

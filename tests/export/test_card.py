@@ -15,8 +15,19 @@ from tiny_runs import make_recipe, make_run
 
 from phi3v.errors import ConfigError
 from phi3v.evaluation.run import evaluate
-from phi3v.export import hub, onnx
-from phi3v.export.card import Card, base_id, fenced, header, plain, question, render_card, settings, sources
+from phi3v.export import hub, onnx, vllm
+from phi3v.export.card import (
+    Card,
+    base_id,
+    fenced,
+    folder_name,
+    header,
+    plain,
+    question,
+    render_card,
+    settings,
+    sources,
+)
 from phi3v.export.run import export
 from phi3v.generate import ChatModel
 from phi3v.recipe import Recipe
@@ -65,9 +76,10 @@ def test_the_card_says_what_the_run_says(run: RunFolder, tmp_path: Path) -> None
         "phi3v ask run photo.jpg",
         "transformers.pipeline(",
         "AutoModelForImageTextToText",
-        "vllm serve run",
+        vllm.OTHER_TOWER,
     ):
         assert runtime in body
+    assert "vllm serve" not in body
     assert "under the MIT licence" in body
     for place in (tmp_path, run.path.parent):
         assert not [file for file in (tmp_path / "merged").iterdir() if str(place).encode() in file.read_bytes()]
@@ -85,7 +97,9 @@ def test_the_card_of_a_checkpoint_has_no_scores_of_the_finished_run(run: RunFold
 
 def test_a_card_of_weights_alone_says_only_what_is_known() -> None:
     text = render_card(Card("shop <i>", "onnx", None, {"precision": "int4"}))
-    assert "# shop \\<i\\>" in text and "onnxruntime-genai (int4)" in text and "--runtime onnx" in text
+    assert (
+        "# shop \\<i\\>" in text and "onnxruntime-genai (int4)" in text and "phi3v ask shop--i--onnx photo.jpg" in text
+    )
     assert "## Scores" not in text and "## Data" not in text and "MIT" not in text
     assert header(Card("shop", "adapter", "owner/base", {})) == {
         "library_name": "peft",
@@ -94,6 +108,27 @@ def test_a_card_of_weights_alone_says_only_what_is_known() -> None:
         "base_model_relation": "adapter",
         "tags": ["phi3_v", "phi3v"],
     }
+    assert "vllm serve shop --max" in render_card(Card("shop", "merged", BASE, {"dtype": "bfloat16"}))
+
+
+def test_a_card_says_how_weights_come_from_their_base_where_that_is_known() -> None:
+    tuned = Recipe.from_dict({"model": BASE, "data": "x.csv", "output": "/tmp/run"})
+    for to, precision, recipe, relation in (
+        ("merged", None, tuned, "finetune"),
+        ("merged", None, None, None),
+        ("onnx", "fp32", tuned, "finetune"),
+        ("onnx", "fp32", None, None),
+        ("onnx", "int4", tuned, "quantized"),
+        ("onnx", "int4", None, "quantized"),
+    ):
+        found = header(Card("shop", to, BASE, {"precision": precision}, recipe))
+        assert (found["base_model"], found.get("base_model_relation")) == (BASE, relation), (to, precision)
+
+
+def test_exports_of_one_run_have_names_of_their_own() -> None:
+    for title in ("shop", "shop-lora", "shop-onnx"):
+        assert [folder_name(title, to) for to in ("merged", "adapter", "onnx")] == ["shop", "shop-lora", "shop-onnx"]
+    assert folder_name("-lora", "merged") == "-lora" and folder_name("my shop", "onnx") == "my-shop-onnx"
 
 
 def test_texts_stay_texts() -> None:
@@ -128,6 +163,10 @@ def test_the_base_is_known_by_its_folder(folder: str, found: str | None, tmp_pat
     place = resolve_target(tmp_path / folder)
     assert base_id(place) == found and base_id(place, "given/name") == "given/name"
     assert base_id(resolve_target("owner/name")) == "owner/name"
+    assert base_id(resolve_target("owner/name"), str(tmp_path / folder)) == found
+    for given in ("nix", "owner/", "/owner/name", "a/b/c", "owner/na me", "../name", str(tmp_path / "nowhere")):
+        with pytest.raises(ConfigError, match="is neither a hub id .OWNER/NAME, .* nor a folder that is there$"):
+            base_id(place, given)
 
 
 class FakeHub:
@@ -222,13 +261,15 @@ def test_the_system_turn_of_a_run_goes_with_its_weights(to: str, run: RunFolder,
     photo = run.path.parent / "photos" / "0.png"
     answers = [chat.ask(photo, "What colour?", max_new_tokens=6) for chat in asked]
     assert answers[0] == answers[1] != ""
-    if to == "merged":  # the card's own lines for a pipeline say the same
-        card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-        (program,) = [block for block in re.findall(r"```python\n(.*?)\n```\n", card, re.DOTALL) if "pipeline" in block]
-        for name, put in (("run", str(tmp_path / "out")), ("photo.jpg", str(photo)), ("256", "6")):
-            program = program.replace(f'"{name}"' if name != "256" else name, f'"{put}"' if name != "256" else put)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")  # whose own programs say the same
+    programs = re.findall(r"```python\n(.*?)\n```\n", card, re.DOTALL)
+    assert len(programs) == {"merged": 2, "adapter": 1}[to]
+    places = {"run": tmp_path / "out", "run-lora": tmp_path / "out", "photo.jpg": photo}
+    for program in programs:
+        for name, put in {**places, "THE BASE": run.path.parent / "model"}.items():
+            program = program.replace(f'"{name}"', f'"{put}"')
         printed: list[str] = []
-        exec(compile(program, "README.md", "exec"), {"print": printed.append})
+        exec(compile(program.replace("256", "6"), "README.md", "exec"), {"print": printed.append})
         assert printed[0].removeprefix(" ") == answers[0]
 
 

@@ -1,5 +1,6 @@
 """The folder of an export: what is refused, that it is there whole or not at all, digests, adapters, the command."""
 
+import io
 import json
 import os
 import re
@@ -15,17 +16,20 @@ import pytest
 import torch
 from exported_logits import logits
 from peft import PeftModel
+from rich.console import Console
 from tiny_models import write_photos, write_tiny_model
 from tiny_runs import make_recipe, make_run
 from typer.testing import CliRunner
 
 from phi3v import cli_session
 from phi3v.cli import app
+from phi3v.cli_export import show_export
 from phi3v.errors import CheckpointError, ConfigError
 from phi3v.export import folder as folders
+from phi3v.export import vllm
 from phi3v.export.adapter import plain_config
 from phi3v.export.folder import check_digests, check_space
-from phi3v.export.run import export
+from phi3v.export.run import Exported, export
 from phi3v.loading import load_base, load_target
 from phi3v.run_folder import RunFolder
 from phi3v.targets import resolve_target
@@ -269,7 +273,11 @@ def command(*words: object) -> tuple[int, str]:
 
 def test_the_command_says_what_it_wrote(run: RunFolder, tmp_path: Path) -> None:
     code, said = command("export", run.path, "--to", "merged", "--out", tmp_path / "merged", "--shard-size", "0.001")
-    assert code == 0 and f"vllm serve {tmp_path / 'merged'} --max-model-len" in said and "not run here" in said
+    assert code == 0 and vllm.OTHER_TOWER in said and "vllm serve" not in said
+    screen = Console(file=io.StringIO())
+    show_export(screen, Exported("run", "merged", tmp_path / "merged", 1, None, vllm=True))
+    said = screen.file.getvalue()
+    assert f"vllm serve {tmp_path / 'merged'} --max-model-len" in said and "not run here" in said
     code, said = command("export", run.path, "--to", "adapter", "--out", tmp_path / "adapter", "--json")
     found = json.loads(said)
     assert code == 0 and found["to"] == "adapter" and found["facts"]["kind"] == "LORA" and found["pushed"] is None
@@ -280,6 +288,8 @@ def test_the_command_says_what_it_wrote(run: RunFolder, tmp_path: Path) -> None:
         ["--to", "gguf"],
     ):
         assert command("export", run.path, *words, "--out", tmp_path / "new")[0] == 2
+    code, said = command("export", run.path, "--to", "merged", "--out", tmp_path / "new", "--base", "nix", "--json")
+    assert code == 1 and "--base 'nix' is neither" in json.loads(said)["error"] and not (tmp_path / "new").exists()
     code, said = command("export", run.path, "--to", "merged", "--out", tmp_path / "merged", "--json")
     assert code == 1 and "holds README.md" in json.loads(said)["error"]
 

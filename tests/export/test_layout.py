@@ -87,6 +87,7 @@ def test_config_and_processor_are_microsofts_flat_files(name: str, shared: Path,
     (base / "config.json").write_text(json.dumps({**own, "auto_map": published["auto_map"]}))
     found = export(base, tmp_path / "merged", to="merged")
     assert found.base == f"microsoft/{name}" and found.facts["dtype"] == "bfloat16"
+    assert vllm.serves(published) and not found.vllm  # which is narrow here
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     differ = {key for key in published if config.get(key) != published[key]}
     assert differ == {

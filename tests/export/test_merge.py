@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 from tiny_runs import make_recipe, make_run
 
+from phi3v.demo import tiny_model_path
 from phi3v.errors import CheckpointError, ConfigError
 from phi3v.export.layout import plan_shards
 from phi3v.export.run import export
@@ -57,18 +58,29 @@ def random_adapter(base: Path, folder: Path, quantization: dict[str, Any] | None
     return folder
 
 
+def assert_same_logits(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Apart by what float32 rounds on the way: less than 1e-5 of the largest logit."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_merged_weights_answer_as_the_adapter(kind: str, base: Path, tmp_path: Path) -> None:
+def test_merged_weights_answer_as_the_adapter(kind: str, tmp_path: Path) -> None:
+    """On trained weights: the logits of random ones are below 1, where a bound that is no share holds by itself.
+
+    The weights are compared with a merge in float64, so that an error of the merge is not lost in that of the sums.
+    """
+    base = tiny_model_path()
     adapter = random_adapter(base, tmp_path / "adapter", **json.loads(json.dumps(ADAPTERS[kind])))
-    export(adapter, tmp_path / "merged", to="merged", shard_bytes=60_000)
+    export(adapter, tmp_path / "merged", to="merged", shard_bytes=500_000)
     tuned, merged = load_target(adapter, device="cpu"), load_target(tmp_path / "merged", device="cpu")
     expected = logits(tuned.model, tuned.processor)
     untuned = logits(load_base(base, device="cpu"), tuned.processor)
-    assert (expected - untuned).abs().max() > 0.01
-    torch.testing.assert_close(logits(merged.model, merged.processor), expected, rtol=0, atol=1e-5)
-    peft_merged = tuned.model.merge_and_unload().state_dict()
+    assert expected.abs().max() > 20 and (expected - untuned).abs().max() > 1
+    assert_same_logits(logits(merged.model, merged.processor), expected)
+    exact = tuned.model.double().merge_and_unload().state_dict()
     for name, weight in merged.model.state_dict().items():
-        torch.testing.assert_close(weight, peft_merged[name], rtol=0, atol=1e-6, msg=name)
+        most = 5e-7 * float(exact[name].abs().max())
+        torch.testing.assert_close(weight.double(), exact[name], rtol=0, atol=most, msg=name)
 
 
 def test_an_adapter_on_a_matrix_that_is_head_and_embedding_is_not_merged(tmp_path: Path) -> None:
@@ -82,7 +94,7 @@ def test_an_adapter_on_a_matrix_that_is_head_and_embedding_is_not_merged(tmp_pat
     export(adapter, tmp_path / "merged", to="merged")
     tuned, merged = load_target(adapter, device="cpu"), load_target(tmp_path / "merged", device="cpu")
     expected = logits(tuned.model, tuned.processor)
-    torch.testing.assert_close(logits(merged.model, merged.processor), expected, rtol=0, atol=1e-5)
+    assert_same_logits(logits(merged.model, merged.processor), expected)
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -93,7 +105,7 @@ def test_after_training_in_4_bits_the_base_is_merged_as_its_files_have_it(tmp_pa
     export(adapter, tmp_path / "merged", to="merged")
     tuned, merged = load_target(adapter, device="cpu"), load_target(tmp_path / "merged", device="cpu")
     found = logits(merged.model, merged.processor)
-    torch.testing.assert_close(found, logits(tuned.model, tuned.processor), rtol=0, atol=1e-5)
+    assert_same_logits(found, logits(tuned.model, tuned.processor))
     in_4_bits = load_target(adapter, device="cpu", quantization=options)
     assert (found - logits(in_4_bits.model, in_4_bits.processor)).abs().max() > 1e-4
 

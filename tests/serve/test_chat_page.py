@@ -77,17 +77,19 @@ def test_what_was_wrong_stays_in_the_box_with_one_line(page, folder):
     asked = box("What is it?", broken)
     ((back, kept, notice, *chats),) = page.send(asked, turns, 20, 0, ME)
     assert back["value"] == asked and back["submit_btn"] is True and kept == turns
-    assert plain(notice).startswith("image <b>broken.jpg ") and "\n" not in plain(notice) and str(folder) not in notice
     assert [message["content"][0]["text"] for message in chats[0]] == ["Before?", "It was."]
     cost, views, _ = page.look(asked, turns, ())
-    assert plain(cost) == plain(notice) and "value" not in views
+    assert notice == "" and "value" not in views  # one line, below the box, which is there before anything is sent
+    assert plain(cost).startswith("image <b>broken.jpg ") and "\n" not in plain(cost) and str(folder) not in cost
     ((back, kept, notice, *_),) = page.send(box("What is it?"), turns, 8192, 0, ME)
     assert back["value"] == box("What is it?") and "the model's context is 8,192" in plain(notice) and kept == turns
 
 
 def test_a_file_that_was_not_uploaded_is_not_read(page, target):
-    ((_, _, notice, *_),) = page.send(box("What?", target / "config.json"), (), 20, 0, ME)
-    assert plain(notice) == "image config.json was not uploaded: drop it into the page"
+    asked = box("What?", target / "config.json")
+    ((back, _, notice, *_),) = page.send(asked, (), 20, 0, ME)
+    assert back["value"] == asked and notice == ""
+    assert plain(page.look(asked, (), ())[0]) == "image config.json was not uploaded: drop it into the page"
 
 
 def test_an_answer_grows_and_the_box_says_whether_it_can_be_stopped(page, folder):

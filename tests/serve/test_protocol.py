@@ -4,11 +4,26 @@ import json
 
 import pytest
 
+from phi3v.serve.faults import IMAGE_PART, LIST, NOT_SERVED, TEXT_PART, WANTED
 from phi3v.serve.lanes import StoppedText, sampler
-from phi3v.serve.protocol import ChatRequest, Refusal, parse_request
+from phi3v.serve.protocol import (
+    ChatMessage,
+    ChatRequest,
+    ImageAddress,
+    ImageUrlPart,
+    Refusal,
+    StreamOptions,
+    TextPart,
+    parse_request,
+)
 
 HI = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+
+
+def parts(*content: dict) -> dict:
+    """The one message that has these parts."""
+    return {"messages": [{"role": "user", "content": [*content]}]}
 
 
 def parse(body: bytes | dict) -> ChatRequest:
@@ -21,7 +36,8 @@ def refusal(body: bytes | dict) -> Refusal:
         parse(body)
     error = caught.value
     assert error.status == 400 and error.body["error"]["message"] == str(error) and len(str(error)) < 400
-    assert "\n" not in str(error) and "pydantic" not in str(error)
+    for inner in ("\n", "pydantic", "constrained", "Input should", "validation", "[str", "<list>", "<text"):
+        assert inner not in str(error)
     return error
 
 
@@ -30,7 +46,7 @@ def refusal(body: bytes | dict) -> Refusal:
     [
         (b"", "no valid JSON at character 0"),
         (b"{", "no valid JSON"),
-        (b"null", "the body: Input should be"),
+        (b"null", "the body: must be a JSON object"),
         (b"[]", "the body"),
         (b'"text"', "the body"),
         (b"\xff\xfe{}", "not UTF-8 at byte 0"),
@@ -47,7 +63,7 @@ def refusal(body: bytes | dict) -> Refusal:
         (b"[" * 200_000, "the body"),
         (b'{"n": ' + b"1" * 5000 + b"}", "no valid JSON"),
         (b'{"messages": [' + b"0, " * 20_000 + b"0]}", "the body holds more than 20,000 values"),
-        (b'{"messages": [' + b"0, " * 9_000 + b"0]}", "model: Field required"),
+        (b'{"messages": [' + b"0, " * 9_000 + b"0]}", "model: missing; it must be a text of at most 256 characters"),
         (b"{} {}", "no valid JSON at character 3"),
         (b"\xef\xbb\xbf{}", "no valid JSON"),
     ],
@@ -59,14 +75,19 @@ def test_malformed_json_is_one_line(body: bytes, says: str) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"messages": []}, "messages: "),
-        ({"messages": "Hi"}, "messages: "),
-        ({"messages": [{"role": "tool", "content": "Hi"}]}, "messages.0.role"),
-        ({"messages": [{"role": "user"}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": []}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "messages.0.content"),
+        ({"messages": []}, "messages: must be a list of one message or more"),
+        ({"messages": "Hi"}, "messages: must be a list"),
+        ({"messages": [3]}, "messages.0: must be an object with role and content"),
+        ({"messages": [{"role": "tool", "content": "Hi"}]}, "messages.0.role: must be system, developer, user or"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content: missing; it must be a text of"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content: must be a text of at most 20000000"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages.0.content: must be a text of"),
+        ({"messages": [{"role": "user", "content": []}]}, "or a list of one part or more"),
+        (parts({"type": "input_audio"}), "messages.0.content.0: must be an object of the type text or image_url"),
+        (parts(IMAGE, {"type": ["text"]}), "messages.0.content.1: must be an object of the type text or image_url"),
+        (parts({"type": "text", "text": None}), "messages.0.content.0.text: must be a text"),
+        (parts({"type": "image_url", "image_url": "x"}), "messages.0.content.0.image_url: must be an object with url"),
+        (parts({**IMAGE, "x": 1}), "messages.0.content.0.x: there is no such field here; leave it out"),
         ({"messages": [{"role": "assistant", "content": "Hi"}]}, "the last one must not be the assistant's"),
         ({"messages": [{"role": "system", "content": [IMAGE]}, *HI["messages"]]}, "images belong to the user's turns"),
         ({"messages": [{"role": "user", "content": [IMAGE] * 17}]}, "17 images are more than 16"),
@@ -79,13 +100,13 @@ def test_malformed_json_is_one_line(body: bytes, says: str) -> None:
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": 2.1}, "temperature"),
         ({"top_p": 0}, "top_p"),
-        ({"stop": ["a"] * 5}, "stop"),
-        ({"stop": ""}, "stop"),
-        ({"stop": ["a", ""]}, "stop"),
+        ({"stop": ["a"] * 5}, "stop: must be a text of 1 to 128 characters, or a list of at most 4 of them"),
+        ({"stop": ""}, "stop: must be a text of 1 to 128 characters"),
+        ({"stop": ["a", ""]}, "stop: must be a text of 1 to 128 characters"),
         ({"seed": 2**63}, "seed"),
-        ({"n": 2}, "n: "),
+        ({"n": 2}, "n: not served here; leave it out, or send 1"),
         ({"stream": "yes"}, "stream"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools: not served here; leave it out, or send []"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"logprobs": True}, "logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
@@ -94,15 +115,31 @@ def test_malformed_json_is_one_line(body: bytes, says: str) -> None:
         ({"modalities": ["audio"]}, "modalities"),
         ({"service_tier": "flex"}, "service_tier"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"chat_template": "{{ x }}"}, "chat_template: Extra inputs are not permitted"),
+        ({"chat_template": "{{ x }}"}, "chat_template: there is no such field here; leave it out"),
         ({"chat_template_kwargs": {}}, "chat_template_kwargs"),
         ({"generation_config": "{}"}, "generation_config"),
-        ({"model": None}, "model"),
+        ({"model": None}, "model: must be a text of at most 256"),
+        ({"metadata": {"a": "b" * 1025}}, "metadata: must be an object of texts of at most 1024"),
         ({"x\n\x1b[31m" + "y" * 500: 1}, "x??[31my"),
     ],
 )
 def test_a_field_out_of_its_range_is_named(change: dict, says: str) -> None:
     assert says in str(refusal({**HI, **change}))
+
+
+def test_each_field_has_words_for_what_is_right_in_it() -> None:
+    """A field that OpenAI has and this server does not takes the value that asks for nothing, which its words name."""
+    part = f"messages.#.content.{LIST}.#."
+    inner = {"messages.#.": ChatMessage, "stream_options.": StreamOptions}
+    inner |= {f"{part}{TEXT_PART}.": TextPart, f"{part}{IMAGE_PART}.": ImageUrlPart}
+    inner |= {"": ChatRequest, f"{part}{IMAGE_PART}.image_url.": ImageAddress}
+    fields = {start + name for start, model in inner.items() for name in model.model_fields}
+    assert fields == {*NOT_SERVED, *WANTED} - {"", "messages.#", part.rstrip(".")} and not {*NOT_SERVED} & {*WANTED}
+    for name in ChatRequest.model_fields.keys() & NOT_SERVED:
+        for word in NOT_SERVED[name].split(" or "):
+            parse({**HI, name: word if word.isalpha() and word not in ("null", "false") else json.loads(word)})
+        line = str(refusal({**HI, name: {"x": ["y"]}}))
+        assert line == f"{name}: not served here; leave it out, or send {NOT_SERVED[name]}"
 
 
 def test_what_asks_for_nothing_passes() -> None:

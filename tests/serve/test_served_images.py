@@ -9,6 +9,7 @@ import pytest
 from certificates import make_certificates
 from image_server import image_server, picture
 
+from phi3v.errors import ConfigError
 from phi3v.serve.images import ImageSource
 from phi3v.serve.protocol import Refusal
 
@@ -54,6 +55,23 @@ def test_data_urls() -> None:
         "https://": "has no valid https address",
     }.items():
         assert says in refusal(source, url), url
+
+
+def test_a_host_that_is_never_fetched_from_cannot_be_allowed() -> None:
+    for host in (
+        "10.0.0.1",
+        "192.168.1.2:8443",
+        "[::1]",
+        "169.254.169.254",
+        "LOCALHOST:443",
+        "nas.local",
+        "x.internal.",
+    ):
+        with pytest.raises(
+            ConfigError, match=r"^--allow-host [a-z0-9.:]+: images are fetched from public addresses alone"
+        ):
+            ImageSource(["photos.example", host], seconds=1, max_bytes=1)
+    ImageSource(["photos.example", "notlocal", "1.1.1.1:443", "[2606:4700::1]"], seconds=1, max_bytes=1)
 
 
 def test_only_allowed_hosts_at_public_addresses_over_https(certificates: Path, monkeypatch: pytest.MonkeyPatch) -> None:

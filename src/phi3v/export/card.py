@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from phi3v import __version__
 from phi3v.data.templates import Template
-from phi3v.errors import CheckpointError
+from phi3v.errors import CheckpointError, ConfigError
 from phi3v.evaluation import figures
 from phi3v.evaluation.headline import in_words
 from phi3v.evaluation.report_run import NEEDED
@@ -32,6 +32,10 @@ MICROSOFT = ("microsoft/Phi-3-vision-128k-instruct", "microsoft/Phi-3.5-vision-i
 """The published models, whose licence is MIT."""
 QUESTION = "What is shown in this image?"
 _SNAPSHOT = re.compile(r"models--([\w.-]+)--([\w.-]+)")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_ENDS = {"merged": "", "adapter": "-lora", "onnx": "-onnx"}
+"""Of the names that cards give their folders, so that those of one run can lie side by side. What the folder is called
+here is in no card: two exports are the same bytes."""
 _MARKS = re.compile(r"([\\`*_{}\[\]()#+!|~<>&$-])")
 
 
@@ -50,6 +54,7 @@ class Card:
         evaluation: `evaluation.json`, None where nothing was evaluated.
         versions: of the packages that trained it.
         repo: where it is pushed to.
+        in_vllm: whether vLLM can serve it, see `vllm.serves`.
     """
 
     title: str
@@ -62,6 +67,7 @@ class Card:
     evaluation: Mapping[str, Any] | None = None
     versions: Mapping[str, Any] = field(default_factory=dict)
     repo: str | None = None
+    in_vllm: bool = True
 
 
 def base_id(place: Target, given: str | None = None) -> str | None:
@@ -69,8 +75,16 @@ def base_id(place: Target, given: str | None = None) -> str | None:
 
     Example: base ".../models--microsoft--Phi-3.5-vision-instruct/snapshots/4a0d683" or ".../Phi-3.5-vision-instruct" ->
     "microsoft/Phi-3.5-vision-instruct"; "/data/our-model" -> None.
+    Raises: ConfigError for a `given` that is neither OWNER/NAME nor a folder, whose id is what its name says then.
     """
+    if given is not None and Path(given).is_dir():
+        return base_id(resolve_target(given))
     if given is not None:
+        if not _HUB_ID.fullmatch(given):
+            raise ConfigError(
+                f"--base {given!r} is neither a hub id (OWNER/NAME, {MICROSOFT[1]} for instance) nor a folder that is "
+                "there"
+            )
         return given
     if place.kind == "run" and place.adapter is None:  # its base in the sense of a target is what was trained
         return base_id(resolve_target(RunFolder(place.name).read_recipe().model.name))
@@ -91,16 +105,18 @@ def read_card(
     system: str | None = None,
     repo: str | None = None,
     finished: bool = True,
+    in_vllm: bool = True,
 ) -> Card:
     """A card of what lies in a run's folder; of the format alone where the target is no run.
 
     Scores, steps and time are those of the finished run: `finished` is false of its checkpoints, which have none.
     """
     if run is None:
-        return Card(title, to, base, facts, system=system, repo=repo)
+        return Card(title, to, base, facts, system=system, repo=repo, in_vllm=in_vllm)
     evaluation = run.read_evaluation(needed=NEEDED) if finished and run.evaluation.is_file() else None
     summary = run.read_summary() if finished and run.state() == "finished" else {}
-    return Card(title, to, base, facts, run.read_recipe(), system, summary, evaluation, run.read_versions(), repo)
+    recipe, versions = run.read_recipe(), run.read_versions()
+    return Card(title, to, base, facts, recipe, system, summary, evaluation, versions, repo, in_vllm)
 
 
 def render_card(card: Card) -> str:
@@ -121,7 +137,7 @@ def render_card(card: Card) -> str:
         ends=figures.ends,
         duration=figures.duration,
     )
-    name = card.repo or re.sub(r"[^\w.-]", "-", card.title)
+    name = card.repo or folder_name(card.title, card.to)
     text = environment.get_template("card.md.j2").render(
         card=card,
         header=write_yaml(header(card)),
@@ -134,21 +150,35 @@ def render_card(card: Card) -> str:
         version=__version__,
         vllm=vllm.READ,
         serve=vllm.serve_command(name),
+        other_tower=vllm.OTHER_TOWER,
         question=question(card.recipe),
         system=fixed_text(card.system, "system"),
     )
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
+def folder_name(title: str, to: str) -> str:
+    """What a card calls its folder: of "shop" it is "shop", "shop-lora" or "shop-onnx"; of "shop-lora" the same."""
+    stem = re.sub(r"[^\w.-]", "-", title)
+    for end in filter(None, _ENDS.values()):
+        stem = stem.removesuffix(end) or stem
+    return stem + _ENDS[to]
+
+
 def header(card: Card) -> dict[str, Any]:
-    """What the hub reads: {"library_name": "transformers", "pipeline_tag": "image-text-to-text", ...}."""
+    """What the hub reads: {"library_name": "transformers", "pipeline_tag": "image-text-to-text", ...}.
+
+    Of weights that no run here tuned nothing is said of how they come from the base, but that an adapter is one.
+    """
     library = {"merged": "transformers", "adapter": "peft", "onnx": "onnxruntime-genai"}[card.to]
-    relation = {"merged": "finetune", "adapter": "adapter", "onnx": "quantized"}[card.to]
+    relation = "adapter" if card.to == "adapter" else "finetune" if card.recipe else None
+    if card.facts.get("precision") == "int4":
+        relation = "quantized"
     found: dict[str, Any] = {"library_name": library, "pipeline_tag": "image-text-to-text"}
     if card.base in MICROSOFT:
         found["license"] = "mit"
     if card.base:
-        found |= {"base_model": card.base, "base_model_relation": relation}
+        found |= {"base_model": card.base} | ({"base_model_relation": relation} if relation else {})
     return {**found, "tags": ["phi3_v", "phi3v"]}
 
 

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phi3v.errors import ConfigError
+from phi3v.export import vllm
 from phi3v.export.card import MICROSOFT, base_id, read_card, render_card
 from phi3v.export.folder import fill_whole, refuse_used, write_digests
 from phi3v.run_folder import RunFolder
-from phi3v.targets import EXPORT_ABOUT, Target, resolve_target, run_of, system_template
+from phi3v.targets import EXPORT_ABOUT, Target, read_json, resolve_target, run_of, system_template
+from phi3v.whole_files import held_back
 
 Format = Literal["merged", "adapter", "onnx"]
 SHARD_BYTES = 2 * 10**9
@@ -34,6 +36,7 @@ class Exported:
         base: hub id of the base, None where it is not known.
         facts: what the format says of itself: dtype, number of files, precision, ...
         pushed: address of the commit on the hub, None where nothing was pushed.
+        vllm: whether vLLM can serve it: merged weights, with a tower as vLLM's own.
     """
 
     target: str
@@ -43,6 +46,7 @@ class Exported:
     base: str | None
     facts: dict[str, Any] = field(default_factory=dict)
     pushed: str | None = None
+    vllm: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -71,7 +75,7 @@ def export(
         dtype: of merged weights; None for that of the base.
         shard_bytes: of a file of merged weights at most.
         precision: of ONNX graphs.
-        base: hub id of the base, for card and adapter; None where the target's own words will do.
+        base: hub id of the base, or its folder, for card and adapter; None where the target's own words will do.
         push: repository on the hub that it is sent to; private, unless `public`.
         public: see `push`.
         api: a `huggingface_hub.HfApi`; None makes one.
@@ -94,7 +98,7 @@ def export(
         if to == "merged":
             facts.update(_merged(place, folder, dtype, shard_bytes, images, named))
         elif to == "adapter":
-            facts.update(_adapter(place, folder, images, named))
+            facts.update(_adapter(place, folder, images, named or base))
         else:
             from phi3v.export.onnx import export_onnx
 
@@ -103,9 +107,16 @@ def export(
         if system is not None:
             about = json.dumps({"system": system}, ensure_ascii=False, indent=2) + "\n"
             (folder / EXPORT_ABOUT).write_text(about, encoding="utf-8")
-        ended = Path(target).absolute().parent.name != "checkpoints"
         card = read_card(
-            run, title=_title(place, run), to=to, base=named, facts=facts, system=system, repo=push, finished=ended
+            run,
+            title=_title(place, run),
+            to=to,
+            base=named,
+            facts=facts,
+            system=system,
+            repo=push,
+            finished=Path(target).absolute().parent.name != "checkpoints",
+            in_vllm=_in_vllm(held_back(folder / "config.json")),
         )
         (folder / "README.md").write_text(render_card(card), encoding="utf-8")
         write_digests(folder)
@@ -117,7 +128,12 @@ def export(
         from phi3v.export.hub import push as send
 
         sent = send(out, push, public=public, api=api)
-    return Exported(str(target), to, out, size, named, facts, sent)
+    return Exported(str(target), to, out, size, named, facts, sent, _in_vllm(out / "config.json"))
+
+
+def _in_vllm(config: Path) -> bool:
+    """Whether these are merged weights, which alone have such a file, and vLLM can serve them."""
+    return config.is_file() and vllm.serves(read_json(config))
 
 
 def _title(place: Target, run: RunFolder | None) -> str:

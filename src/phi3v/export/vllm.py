@@ -5,12 +5,26 @@ package's, which it finds by the entry point `vllm.general_plugins`. Nothing her
 """
 
 import shlex
+from collections.abc import Mapping
 from importlib import metadata
+from typing import Any
 
 READ = "0.33"
 """The version whose Phi-3-V was read: names of weights, fields of the configuration, members of the processor."""
 _CONTEXT = 8192
 """Tokens that a server of one GPU has room for; the model's own 131,072 would be planned for else."""
+
+
+OTHER_TOWER = "vLLM cannot serve these weights: its Phi-3-V has a tower of ViT-L/14 at 336 pixels, theirs is another"
+"""Said instead of the command where not `serves`."""
+
+
+def serves(config: Mapping[str, Any]) -> bool:
+    """Whether vLLM can serve merged weights of this config.json, which names a tower only where it is not vLLM's.
+
+    Example: {"vision_config": {"hidden_size": 64, ...}, ...}, as of the demo's model -> False.
+    """
+    return "vision_config" not in config
 
 
 def serve_command(name: str) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import httpcore2
 
-from phi3v.data.address_guard import AddressError, AllowedHosts, parse_address
+from phi3v.data.address_guard import AddressError, AllowedHosts, is_literal, is_public, parse_address
 from phi3v.data.download import Downloader, FetchLimits, problem
 from phi3v.data.download import UrlProblem as FetchProblem
 from phi3v.errors import ConfigError
@@ -24,6 +24,8 @@ from phi3v.serve.protocol import Refusal
 
 _DATA_URL = re.compile(r"data:image/[a-zA-Z0-9.+-]{1,40};base64,", re.IGNORECASE)
 _HTTPS_PORT = 443
+_LOCAL_NAMES = (".localhost", ".local", ".internal", ".home.arpa")
+"""How names end that lead to no public address."""
 
 
 class ImageSource:
@@ -34,6 +36,8 @@ class ImageSource:
         seconds: for all addresses of a request.
         max_bytes: of one image.
         private: hosts that may have private addresses: none, except in tests.
+
+    Raises: ConfigError for a host in another form, and for one that has no public address.
     """
 
     def __init__(
@@ -44,6 +48,12 @@ class ImageSource:
             self._allowed = AllowedHosts.parse(hosts)
         except ConfigError as error:  # the words are those of a recipe
             raise ConfigError(str(error).replace("data.allow_hosts", "--allow-host")) from error
+        for host, _ in sorted(self._allowed.entries, key=str):
+            if _is_local(host):
+                raise ConfigError(
+                    f"--allow-host {host}: images are fetched from public addresses alone, and this is none; leave it "
+                    "out, and send its images as data URLs"
+                )
         self._private = AllowedHosts.parse(private)
         self._limits = FetchLimits(seconds=seconds, max_bytes=max_bytes, attempts=1, max_pixels=0)
         self._tls = httpcore2.default_ssl_context()
@@ -94,6 +104,14 @@ class ImageSource:
         if int(port) == _HTTPS_PORT and (host, None) in self._allowed.entries:
             return
         raise _refused(number, "lies at a host that this server may not ask: send it as a data URL")
+
+
+def _is_local(host: str) -> bool:
+    """Whether a host is a private address, or a name that no public server has (RFC 6761, 6762 and 8375, ICANN).
+
+    Example: "10.0.0.1", "::1", "localhost" and "nas.local" -> True; "photos.example" -> False, whatever it resolves to.
+    """
+    return not is_public(host) if is_literal(host) else f".{host}".endswith(_LOCAL_NAMES)
 
 
 def _decoded(text: str, number: int) -> bytes:

@@ -10,9 +10,10 @@ import re
 import time
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from phi3v.data.json_text import RepeatedKeyError, unrepeated
+from phi3v.serve.faults import IMAGE_PART, LIST, TEXT, TEXT_PART, in_words, plain
 
 _HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
 MOST_VALUES = 20_000
@@ -70,14 +71,30 @@ class TextPart(_Strict):
     text: Text
 
 
-Part = Annotated[TextPart | ImageUrlPart, Field(discriminator="type")]
+def _kind_of_part(value: Any) -> str | None:
+    """Of a part that somebody sent the form that it is checked against; None for what is of no form."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    return {"text": TEXT_PART, "image_url": IMAGE_PART}.get(kind) if isinstance(kind, str) else None
+
+
+def _text_or_list(value: Any) -> str:
+    """Whether a list is checked, or a text: a fault is one of the form that was sent."""
+    return LIST if isinstance(value, list) else TEXT
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag(TEXT_PART)] | Annotated[ImageUrlPart, Tag(IMAGE_PART)], Discriminator(_kind_of_part)
+]
+Parts = Annotated[list[Part], Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=128)]
+Stops = Annotated[list[Stop], Field(max_length=4)]
 
 
 class ChatMessage(_Strict):
     """One turn; images stand in the user's turns only, and `developer` is another name of `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Part], Field(min_length=1)]
+    content: Annotated[Annotated[Text, Tag(TEXT)] | Annotated[Parts, Tag(LIST)], Discriminator(_text_or_list)]
     name: Short | None = None
     refusal: None = None
     tool_calls: None = None
@@ -108,11 +125,9 @@ class ChatRequest(_Strict):
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    stop: (
-        Annotated[str, Field(min_length=1, max_length=128)]
-        | Annotated[list[Annotated[str, Field(min_length=1, max_length=128)]], Field(max_length=4)]
-        | None
-    ) = None
+    stop: Annotated[Annotated[Stop, Tag(TEXT)] | Annotated[Stops, Tag(LIST)], Discriminator(_text_or_list)] | None = (
+        None
+    )
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -183,7 +198,7 @@ def parse_request(body: bytes, *, most_images: int, most_messages: int) -> ChatR
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_no_number, object_pairs_hook=unrepeated)
     except RepeatedKeyError as error:
-        raise _bad("invalid_json", f"the body is no valid JSON: {_plain(str(error))}") from error
+        raise _bad("invalid_json", f"the body is no valid JSON: {plain(str(error))}") from error
     except RecursionError as error:
         raise _bad("invalid_json", "the body is nested too deep") from error
     except UnicodeDecodeError as error:
@@ -263,15 +278,9 @@ def _has_half(value: Any) -> bool:
 
 
 def _first_fault(error: ValidationError) -> str:
-    """Where the first fault is and what is wrong: "messages.0.role: Input should be 'system', ..."; no input in it."""
+    """Where the first fault is and what is right there: "temperature: must be a number from 0 to 2"."""
     fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(_plain(str(part)) for part in fault["loc"][:6]) or "the body"
-    return f"{where}: {fault['msg']}"[:300]
-
-
-def _plain(text: str) -> str:
-    """A piece of somebody's text as part of a line: at most 80 printable characters."""
-    return "".join(sign if sign.isprintable() else "?" for sign in text[:80])
+    return in_words(fault["type"], fault["loc"])
 
 
 def completion(name: str, model: str, text: str, done: dict[str, Any]) -> dict[str, Any]:

@@ -118,7 +118,7 @@ class ChatPage:
     def send(
         self, value: Mapping[str, Any], turns: Sequence[Turn], longest: float, warmth: float, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
-        """Answers a question, column by column; one that cannot be answered is in the box again, the reason above it.
+        """Answers a question, column by column; one that cannot be answered is in the box again, the reason at it.
 
         Yields: the box, the turns, the notice, and what each column shows, some times a second. What is yielded last
         holds, also where somebody has stopped the answer or cleared the conversation meanwhile.
@@ -131,7 +131,9 @@ class ChatPage:
             with closing(answers):
                 yield from self._shown(answers, turns, session)
         except (DataError, DeviceError) as error:
-            yield _ready(value=value), turns, _notice(error), *self._chats(turns)
+            # what is wrong with the box itself stands in the line below it for as long as it is there
+            notice = "" if self._box_fault(value, turns) else _notice(error)
+            yield _ready(value=value), turns, notice, *self._chats(turns)
         finally:
             self._asked.pop(session, None)
 
@@ -167,6 +169,14 @@ class ChatPage:
         if names == tuple(looked_at):
             return cost, gr.skip(), looked_at
         return cost, "".join(map(self._seen, photos)) or _NO_PHOTO, names
+
+    def _box_fault(self, value: Mapping[str, Any], turns: Sequence[Turn]) -> bool:
+        """Whether `look` tells why this cannot be sent: a photo that cannot be used, a text that cannot be counted."""
+        try:
+            self._cost_line(turns, value["text"], self._photos(value))
+        except DataError:
+            return True
+        return False
 
     def stop(self, request: gr.Request) -> None:
         """Has the answer end with what there is of it; `send` shows that."""
