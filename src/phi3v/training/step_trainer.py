@@ -32,7 +32,7 @@ from phi3v.training.part_rates import set_part_rates
 from phi3v.training.sampling import EvenSamples, WholeSteps, epoch_order
 from phi3v.training.shards import keep_sums_precise, shard_on_cpus, whole_number
 from phi3v.training.state_files import random_states, set_random_states
-from phi3v.training.step_faults import NonFinite, is_out_of_memory
+from phi3v.training.step_faults import NonFinite, is_out_of_memory, largest
 
 _LESS_MEMORY = "set training.activation_checkpointing: true, a smaller image.max_tokens or data.max_length"
 _SMALLER = f"{_LESS_MEMORY}, a smaller training.micro_batch_size, or quantization"
@@ -293,8 +293,9 @@ class StepTrainer(DurableTrainer):
             return norm
         self.check_weights()  # if the update before has spoilt them, these rows have not
         step = self.state.global_step + 1
+        weight = self.ranks.most([largest(one for one in model.parameters() if one.requires_grad)])[0]
         with self.ranks.together():  # all of them have found the same
-            self.non_finite.judge(fault, step, self.rows_of_step(step), self.saved)
+            self.non_finite.judge(fault, step, self.rows_of_step(step), self.saved, weight)
         model.zero_grad()  # the optimiser passes over weights without a gradient
         states, loss = self._before
         set_random_states(states)
