@@ -172,6 +172,7 @@ def test_values_that_change_no_training_are_taken(tmp_path: Path) -> None:
     everything = ["evaluation.json", "predictions.jsonl", "report.html"]
     assert call() == everything
     device = ["model.device=cpu", "data.allow_hosts=[a.example]", "data.image_cache=cache", "vision.cache_gb=1.5"]
+    device += ["training.dataloader_num_workers=2", "training.save_total_limit=1"]
     assert call(*device) == everything
     assert call(*device, "report.samples=3") == ["evaluation.json", "predictions.jsonl"]
     assert call(*device, "report.samples=3", "evaluation.rows=2") == []
