@@ -19,7 +19,7 @@ import phi3v
 from phi3v.errors import Interrupted
 from phi3v.run_folder import RunFolder
 from phi3v.targets import ADAPTER_WEIGHTS
-from phi3v.training import checkpoints, durable_trainer
+from phi3v.training import checkpoints, durable_trainer, stop_signals
 from phi3v.training.callbacks import ProgressCallback, TrainingEvent
 from phi3v.training.checkpoints import newest_checkpoint, read_manifest
 from phi3v.training.step_trainer import StepTrainer
@@ -283,15 +283,30 @@ def test_a_signal_in_a_destructor_is_not_lost_and_prints_nothing(monkeypatch: py
     assert told == [ZeroDivisionError]
 
 
-def test_a_second_signal_leaves_at_once() -> None:
+@pytest.mark.parametrize(("patient", "echo", "code"), [(False, 3.0, 143), (True, 3.0, 0), (True, 0.0, 143)])
+def test_a_second_signal_leaves_at_once(patient: bool, echo: float, code: int) -> None:
+    """Of ranks one that comes right behind the first is their launcher's, which hands on what each of them got."""
     child = os.fork()
     if not child:
-        with StopSignals() as signals:
-            signals.hold()
-            send(signal.SIGTERM)
-            send(signal.SIGTERM)
+        stop_signals._ECHO = echo
+        signals = StopSignals(patient=patient).__enter__()
+        signals.hold()
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)
         os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+
+
+def test_a_signal_that_was_ignored_stays_ignored() -> None:
+    """Ctrl-C for the terminal's command is none for a run that a script began with `&`."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            send(signal.SIGINT)
+            assert signals.received is None
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_trainer_still_is_what_we_change() -> None:
