@@ -9,7 +9,8 @@ its own, so a user joins the two models; the order of image tokens is taken from
     peft      (b) the strongest of plain libraries: sdpa, no checkpointing, real crops, 23 layers without autograd,
               logits at every position as transformers makes them; `fp32_adapters=False` keeps adapters in the base's
               number type, which is faster still
-    compiled  (c) the same with torch.compile for each layer; `compiled-liger` also with Liger's Phi-3 parts
+    compiled  (c) the same with torch.compile for each layer; `compiled-liger` also with Liger's rope and norm
+    liger     (b) with Liger's rope, norm and SwiGLU
 """
 
 import importlib.util
@@ -114,7 +115,7 @@ def joined(
 
     Args:
         config: sizes.
-        way: "guide", "peft", "compiled" or "compiled-liger".
+        way: "guide", "peft", "liger", "compiled" or "compiled-liger".
         device: cpu, cuda or meta.
         dtype: of the base.
         fp32_adapters: PEFT's default; False leaves them in `dtype`.
@@ -125,13 +126,14 @@ def joined(
     guide, note = way == "guide", ""
     padded = guide if padded is None else padded
     model = JoinedPhi3V(config, device=device, dtype=dtype, guide=guide, padded=padded)
-    if way == "compiled-liger":
+    if way.endswith("liger"):
         if importlib.util.find_spec("liger_kernel") is None or device != "cuda":
-            note = "Liger is not installed, or has no kernels here: compile alone"
+            note = "Liger is not installed, or has no kernels here: without it"
         else:
             from liger_kernel.transformers import apply_liger_kernel_to_phi3
 
-            apply_liger_kernel_to_phi3(model=model.language_model)
+            whole = way == "liger"  # its SwiGLU does not compile
+            apply_liger_kernel_to_phi3(model=model.language_model, swiglu=whole)
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=list(LORA_PROJECTIONS), **LORA)
     decoder = model.language_model
     with torch.device(device):

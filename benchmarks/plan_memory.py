@@ -57,7 +57,7 @@ def prepare(folder: Path, size: str, device: str, image: tuple[int, int]) -> Non
     from phi3v.data.synthetic import write_synthetic_rows
 
     write_model(folder / "model", size, device)
-    write_synthetic_rows(folder / "rows", 4, image, 60)
+    write_synthetic_rows(folder / "rows", 4, [image], 60)
 
 
 def resident(field: str) -> int:

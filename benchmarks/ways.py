@@ -25,14 +25,15 @@ WAYS = {
     "peft": "(b) transformers + PEFT: sdpa, real crops, all logits, fp32 adapters under autocast",
     "peft16": "(b) with adapters in the base's number type, which is faster",
     "compiled": "(c) the faster (b) with torch.compile for each layer",
-    "compiled-liger": "(c) the same with Liger's parts",
+    "compiled-liger": "(c) the same with Liger's rope and norm, whose SwiGLU does not compile",
+    "liger": "the faster (b) with Liger's rope, norm and SwiGLU",
     "ours-eager": "ours, packed, PEFT's layers, nothing compiled",
     "ours-compiled": "ours, packed, torch.compile for each layer",
     "ours-padded": "ours, padded, hand-written layers",
     "ours-lean": "ours with every twelfth layer computed twice",
     "ours": "ours, packed, hand-written layers",
 }
-"""Name -> what it is. The first five are what a user could run instead."""
+"""Name -> what it is. The first six are what a user could run instead."""
 
 PARTS = {
     "ours-eager": Parts(fast_lora=False, compiled=False),
@@ -81,7 +82,7 @@ def make_way(name: str, config: Phi3VConfig, *, device: str, dtype: torch.dtype,
         dtype: of the base.
         parts: of ours, where they are not those of the name.
     """
-    if name in ("guide", "peft", "peft16", "compiled", "compiled-liger"):
+    if name in ("guide", "peft", "peft16", "compiled", "compiled-liger", "liger"):
         fp32 = name in ("guide", "peft")
         kind, slots = name.removesuffix("16"), 17 if name == "guide" else None
         model, note = joined(config, kind, device=device, dtype=dtype, fp32_adapters=fp32)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phi3v.cli_command import AsJson, Debug, Overrides, PhotoSize, RecipeFile, read_path, read_size, refuse_options
+from phi3v.cli_command import AsJson, Debug, Overrides, RecipeFile, read_path, read_size, refuse_options
 from phi3v.cli_session import session
 
 if TYPE_CHECKING:
@@ -27,7 +27,11 @@ def profile(
     rows: Annotated[
         int | None, typer.Option(min=1, help="Train on so many generated rows instead of the recipe's.")
     ] = None,
-    image: PhotoSize = None,
+    image: Annotated[
+        str | None,
+        typer.Option(metavar="WxH,...", help="With --rows, the photos' sizes in turn, else 1200x1600 for all."),
+    ] = None,
+    words: Annotated[int, typer.Option(min=1, help="With --rows, words of an answer.")] = 60,
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write what ran, for Perfetto.", parser=read_path)
     ] = None,
@@ -36,7 +40,7 @@ def profile(
 ) -> None:
     """Run a few steps of a training and say where their time and memory go; the recipe's own run is not touched."""
     refuse_options(overrides)
-    size = read_size(image, rows)
+    sizes = [read_size(one, rows) for one in (image.split(",") if image else [None])]
     with session(debug or bool(context.obj), as_json) as here:
         from phi3v.recipe import Recipe
 
@@ -46,7 +50,9 @@ def profile(
         from phi3v.training.profile import profile as profile_recipe
 
         with Screen(here.screen) as screen:
-            found = profile_recipe(chosen, steps=steps, rows=rows, image=size, trace=trace, on_event=screen.on_event)
+            found = profile_recipe(
+                chosen, steps=steps, rows=rows, images=sizes, words=words, trace=trace, on_event=screen.on_event
+            )
         show_profile(here.screen, found)
         here.result(found.to_dict())
 
@@ -59,12 +65,14 @@ def show_profile(console: Console, found: Profile) -> None:
     line = f"{found.device}: {counts}, {found.tokens:,.0f} tokens and {found.padding:.0%} padding"
     console.print(line, markup=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False)
-    for title in ("part", "ms a step", "share", "most GiB"):
+    counted = any(part.gib for part in found.parts)  # by torch's allocator, which a CPU has none of
+    for title in ("part", "ms a step", "share", *(["most GiB"] if counted else [])):
         table.add_column(title, justify="left" if title == "part" else "right")
     for part in found.parts:
-        gib = "" if part.gib is None or not part.gib else f"{part.gib:.1f}"
-        table.add_row(part.name, f"{1000 * part.seconds:,.1f}", f"{found.share(part.name):.0%}", gib)
-    table.add_row("all", f"{1000 * found.seconds:,.1f}", "", f"{found.weights_gib:.1f} weights")
+        gib = [f"{part.gib:.1f}" if part.gib else ""] if counted else []
+        table.add_row(part.name, f"{1000 * part.seconds:,.1f}", f"{found.share(part.name):.0%}", *gib)
+    weights = [f"{found.weights_gib:.1f} weights"] if counted else []
+    table.add_row("all", f"{1000 * found.seconds:,.1f}", "", *weights)
     console.print(table)
     for line in lines_of(found):
         console.print(line, markup=False, soft_wrap=True)

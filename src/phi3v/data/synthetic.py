@@ -1,10 +1,11 @@
-"""Generated rows of a stated shape: photos of one size with a question and an answer, to try a training's speed with.
+"""Generated rows of a stated shape: photos of one or more sizes, a question and an answer, to try a training's speed.
 
 In come numbers, out come files below a folder and the values of a recipe's section `data` that read them. The photos
 are smooth noise with grain, so a JPEG is about as large as one of a photo, and takes a decoder as long.
 """
 
 import json
+from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,22 @@ QUESTION = "What is shown in this image?"
 
 
 def write_synthetic_rows(
-    folder: Path, rows: int, size: tuple[int, int], words: int, *, lines: int = 0
+    folder: Path, rows: int, sizes: Sequence[tuple[int, int]], words: int, *, lines: int = 0
 ) -> dict[str, Any]:
     """Writes photos and `rows.jsonl`; returns the section `data` for them.
 
     Args:
         folder: is made.
         rows: how many; each has a photo of its own.
-        size: width and height in pixels.
+        sizes: width and height in pixels, of the photos in turn.
         words: of an answer, about as many tokens and somewhat more.
         lines: of `rows.jsonl` at least; where that is more than `rows`, they come again in the same order.
-    Example: 2 rows and 5 lines: photos 0, 1, 0, 1, 0.
+    Example: 2 rows and 5 lines: photos 0, 1, 0, 1, 0; with the sizes (90, 60) and (60, 60) photo 1 is the square one.
     """
     folder.mkdir(parents=True)
     written = []
     for row in range(rows):
-        draw_photo(row, size).save(folder / f"{row}.jpg", quality=88)
+        draw_photo(row, sizes[row % len(sizes)]).save(folder / f"{row}.jpg", quality=88)
         answer = " ".join(
             f"{'number' if word % 2 else 'product'} {(row * 31 + word) % 100}" for word in range(words // 2)
         )

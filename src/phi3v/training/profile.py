@@ -108,7 +108,7 @@ def profile(
     steps: int = 5,
     warm: int = 2,
     rows: int | None = None,
-    image: tuple[int, int] = (1200, 1600),
+    images: Sequence[tuple[int, int]] = ((1200, 1600),),
     words: int = 60,
     trace: Path | None = None,
     on_event: Watcher | None = None,
@@ -120,7 +120,7 @@ def profile(
         steps: that are watched.
         warm: steps before them, in which kernels are chosen and compiled.
         rows: train on so many generated rows instead of the recipe's, again and again where the steps take more.
-        image: width and height of generated photos in pixels.
+        images: width and height of generated photos in pixels, in turn.
         words: of a generated answer.
         trace: writes what ran to this file, for Perfetto.
         on_event: told what `train` tells.
@@ -131,12 +131,13 @@ def profile(
     if trace is not None:
         check_trace(trace)
     if rows is not None:
-        _refuse_photos(recipe, image)
+        for image in images:
+            _refuse_photos(recipe, image)
     with tempfile.TemporaryDirectory(prefix="phi3v_profile_") as folder:
         values = watched_recipe(recipe, steps + warm, Path(folder))
         if rows is not None:
             lines = (steps + warm) * recipe.training.samples_per_step  # or an epoch ends, and workers begin again
-            values["data"] = write_synthetic_rows(Path(folder) / "rows", rows, image, words, lines=lines)
+            values["data"] = write_synthetic_rows(Path(folder) / "rows", rows, images, words, lines=lines)
             values["vision"]["cache_folder"] = str(Path(folder) / "features")  # not among features that are wanted
         watched = type(recipe).from_dict(values)
         marks = StepMarks(resolve_device(recipe.model.device), warm, traced=trace is not None)
