@@ -77,11 +77,13 @@ def test_a_slip_is_a_usage_error() -> None:
     assert beyond[:2] == [2, ""], "behind -- it is no option"
 
 
-def test_a_warning_of_ours_is_one_line(capsys):
+def test_a_warning_of_ours_is_one_line_and_said_once(capsys):
+    logger = logging.getLogger("phi3v_tested_here.inner")
     for _ in range(2):
-        cli_session._show_warnings_of("phi3v.tested_here")
-    logging.getLogger("phi3v.tested_here").warning("left out: %s", "kind")
-    assert capsys.readouterr().err == "phi3v: left out: kind\n"
+        cli_session.show_warnings("phi3v_tested_here")
+        logger.warning("left out: %s", "ki\nnd")
+    logger.warning("left out: %s", "more")
+    assert capsys.readouterr().err == "phi3v: left out: ki nd\nphi3v: left out: more\n"
 
 
 def test_a_current_folder_that_was_deleted_is_one_line(tmp_path, monkeypatch, capsys):

@@ -138,6 +138,7 @@ class Screen:
         names = {"loss": "loss", "eval_loss": "held-out loss"}
         parts = [f"{names[name]} {short_number(value)}" for name, value in self._losses.items()]
         units = {"samples_per_second": "samples/s", "tokens_per_second": "tokens/s", "memory_gib": "GiB"}
+        units["left_out"] = "steps left out"  # of the loss that stands here, none of them has a part
         return ", ".join([*parts, *(f"{short_number(self._rates[name])} {units[name]}" for name in self._rates)])
 
     def _show_answers(self, event: TrainingEvent) -> None:
@@ -240,6 +241,11 @@ def show_run(console: Console, summary: Mapping[str, Any], added: bool = False) 
     if summary["evaluation"]:
         show_evaluation(console, summary["evaluation"])
     steps = counted(summary["steps"], "step")
+    left_out, changed = summary.get("left_out", 0), summary["steps"] - summary.get("left_out", 0)
+    note = (
+        f"; {left_out} of them left out, their loss or gradient being no number (left_out in metrics.jsonl): "
+        f"{counted(changed, 'update')} made these weights"
+    )
     done = {
         "trained": f"is finished: {steps} in {duration(summary['seconds'])}",
         "resumed": f"went on from step {summary['resumed_from']} and is finished: {steps}",
@@ -247,7 +253,8 @@ def show_run(console: Console, summary: Mapping[str, Any], added: bool = False) 
         + ("answers and report were added; " if added else "")
         + "give another output to train again",
     }
-    console.print(f"run {summary['folder']} {done[summary['status']]}", markup=False, soft_wrap=True)
+    line = f"run {summary['folder']} {done[summary['status']]}{note if left_out else ''}"
+    console.print(line, markup=False, soft_wrap=True)
     if summary["report"]:
         console.print(f"report: {summary['report']}", markup=False, soft_wrap=True)
 

@@ -33,9 +33,8 @@ if TYPE_CHECKING:
 
 FAILED, INTERRUPTED = 1, 130
 _LONGEST_NAME = 255  # bytes, on the file systems of Linux, macOS and Windows
-_TRAINING = ("checkpoints", "conditions", "disk_space", "step_faults")
-_SHOWN = ("phi3v.generate", "phi3v.evaluation.journal", *(f"phi3v.training.{name}" for name in _TRAINING))
-"""Modules whose warnings are lines for people."""
+_TOLD_BY_COMMANDS = "phi3v.data.sources"
+"""Its warnings, of rows that are left out, are on the screen already, in each command's own words."""
 
 
 @dataclass(frozen=True)
@@ -196,9 +195,9 @@ def hush(debug: bool, as_json: bool) -> None:
         return
     warnings.simplefilter("ignore")
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
-    for name in _SHOWN:  # rows that are left out are told on the screen
-        if not Launch.here().rank:
-            _show_warnings_of(name)
+    if not Launch.here().rank:
+        show_warnings("phi3v")
+        logging.getLogger(_TOLD_BY_COMMANDS).setLevel(logging.ERROR)
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it says of a broken image is in the row's problem
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
@@ -212,11 +211,37 @@ def hush(debug: bool, as_json: bool) -> None:
     silence_libtiff()
 
 
-def _show_warnings_of(name: str) -> None:
-    """What one of our modules warns of is one line, as our errors are."""
+def show_warnings(name: str) -> None:
+    """What our modules warn of is one line, as our errors are, and each line is shown once.
+
+    The level is set as well: loggers take the root's otherwise, whose ERROR hushes the libraries, and ours with them.
+    """
     logger = logging.getLogger(name)
+    logger.setLevel(logging.WARNING)
     if not logger.handlers:
         shown = logging.StreamHandler(sys.stderr)
-        shown.setFormatter(logging.Formatter("phi3v: %(message)s"))
+        shown.setFormatter(_Line())
+        shown.addFilter(_Once())
         logger.addHandler(shown)
         logger.propagate = False
+
+
+class _Line(logging.Formatter):
+    """One line, with the traceback below where an error has one: "phi3v: left out"."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return f"phi3v: {printable(record.message)}"
+
+
+class _Once(logging.Filter):
+    """Holds a warning back that was shown before: of a set that is opened for training and for validation, say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        line = record.getMessage()
+        again = record.levelno <= logging.WARNING and line in self._shown
+        self._shown.add(line)
+        return not again

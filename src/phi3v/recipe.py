@@ -62,7 +62,7 @@ RUN_FILES = ("recipe.yaml", "versions.json")
 SETTINGS = tuple(
     "evaluation report sweep model.device data.image_cache data.allow_hosts vision.cache_gb vision.cache_folder "
     "training.fast_lora training.non_finite training.fsdp training.fsdp_config training.ddp_backend "
-    "training.ddp_timeout".split()
+    "training.ddp_timeout training.dataloader_num_workers training.save_total_limit".split()
 )
 """Sections and keys that do not change what is trained: where and how fast it happens, and what is done afterwards.
 

@@ -262,12 +262,12 @@ class RunFolder:
         """Drops the lines of steps after `last_step`: they are about to be computed again from a checkpoint.
 
         Of `last_step` itself the first `of_last` lines stay, those that the checkpoint knows, with answers to held-out
-        rows that stand between them; None for all.
+        rows that stand between them, and what says that it was left out; None for all.
         Example: lines of steps 5, 10, 10, 15 with last_step 10 and of_last 1 -> 5, 10. Lines without a step stay.
         """
         kept = [line for line in self.read_metrics() if line.get("step", 0) <= last_step]
         if of_last is not None:
-            of_step = [place for place, line in enumerate(kept) if line.get("step") == last_step]
+            of_step = [n for n, line in enumerate(kept) if line.get("step") == last_step and "left_out" not in line]
             known = [place for place in of_step if "answers" not in kept[place]][:of_last]
             end = known[-1] if known else -1
             kept = [line for place, line in enumerate(kept) if place not in of_step or place <= end]

@@ -274,8 +274,10 @@ def keeping_best(folder: Path, bests: dict[int, int]) -> dict[int, Path]:
     }
 
 
-def test_a_checkpoint_without_the_best_weights_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A run from it would end with them. Of the best one the weights alone are needed."""
+def test_a_checkpoint_without_the_best_weights_comes_after_one_with_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run from it would end with others. Of the best one the weights alone are needed."""
     paths = keeping_best(tmp_path, {5: 5, 10: 10, 15: 10})
     SPOILS["absent"](paths[10] / "optimizer.json")
     assert newest_checkpoint(tmp_path) == paths[15] and not caplog.records
@@ -288,12 +290,16 @@ def test_a_checkpoint_without_the_best_weights_is_none(tmp_path: Path, caplog: p
     )
     shutil.rmtree(paths[5])
     shutil.rmtree(paths[10])
-    with pytest.raises(CheckpointError) as error:
-        newest_checkpoint(tmp_path)
-    assert str(error.value) == (
-        f"{paths[10] / 'manifest.json'} is missing (the best weights up to checkpoint-15), and no older checkpoint is "
-        f"whole: copy the file again, or remove {tmp_path} to train from the start"
+    assert newest_checkpoint(tmp_path) == paths[15], "whole itself, and the only one"
+    assert caplog.records[-1].getMessage() == (
+        f"{paths[10] / 'manifest.json'} is missing (the best weights up to checkpoint-15); "
+        "going on from checkpoint-15, with the best weights that are left"
     )
+    flip(paths[15] / FILES[0])
+    with pytest.raises(
+        CheckpointError, match=f"no older checkpoint is whole: copy the file again, or remove {tmp_path}"
+    ):
+        newest_checkpoint(tmp_path)
 
 
 def test_rotation_keeps_an_older_checkpoint_with_its_best_or_not_at_all(tmp_path: Path) -> None:

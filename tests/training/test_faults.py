@@ -1,8 +1,7 @@
-"""Runs that go wrong: numbers that are none, memory, disks, loader workers that are gone, a second run, other data."""
+"""Runs that go wrong: memory, disks, loader workers that are gone, a second run, other data."""
 
 import errno
 import json
-import math
 import multiprocessing
 import os
 import signal
@@ -27,7 +26,6 @@ from phi3v.training import checkpoints, disk_space, loader_watch
 from phi3v.training.callbacks import TrainingEvent
 from phi3v.training.checkpoints import newest_checkpoint, read_manifest
 from phi3v.training.loader_watch import WatchedWorkers
-from phi3v.training.sampling import epoch_order
 from phi3v.training.step_faults import is_out_of_memory
 from phi3v.training.step_trainer import StepTrainer
 
@@ -43,104 +41,6 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     assert set(found) == set(expected)
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
-
-
-def spoil_loss(monkeypatch: pytest.MonkeyPatch, value: float, step: int, call: int = 0) -> None:
-    """Has one micro-batch of a step give a loss that is no number."""
-    original, calls = StepTrainer.compute_loss, [0]
-
-    def spoilt(self: Any, *args: Any, **kwargs: Any) -> Any:
-        loss = original(self, *args, **kwargs)
-        if self.state.global_step != step - 1:
-            return loss
-        calls[0] += 1
-        return loss * value if calls[0] == call + 1 else loss
-
-    monkeypatch.setattr(StepTrainer, "compute_loss", spoilt)
-
-
-def spoil_gradient(monkeypatch: pytest.MonkeyPatch, value: float, step: int, call: int = 0) -> None:
-    """Has one gradient of a step be no number, behind a loss that is one."""
-    original = StepTrainer.training_step
-
-    def spoilt(self: Any, *args: Any, **kwargs: Any) -> Any:
-        loss = original(self, *args, **kwargs)
-        if self.state.global_step == step - 1:
-            next(weight for weight in self.model.parameters() if weight.grad is not None).grad.view(-1)[3] = value
-        return loss
-
-    monkeypatch.setattr(StepTrainer, "training_step", spoilt)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "value", "call", "fault"),
-    [
-        (spoil_loss, math.nan, 0, "loss is nan"),
-        (spoil_loss, math.inf, 1, "loss is inf"),
-        (spoil_gradient, math.inf, 0, "grad_norm is inf"),
-    ],
-)
-def test_what_is_no_number_never_reaches_the_weights(
-    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, spoil: Any, value: float, call: int, fault: str
-) -> None:
-    recipe = make(training={**STEPS, "micro_batch_size": 2, "packing": False, "logging_steps": 5})
-    seen: list[dict[str, torch.Tensor]] = []
-    original = torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: (seen.append({}), original(self, *a, **k))[1])
-    spoil(monkeypatch, value, 4, call)
-    with pytest.raises(TrainingError) as error:
-        phi3v.train(recipe)
-    rows = epoch_order(10, 4, 5, 1)[:4]
-    names = f"rows {', '.join(map(str, rows[:3]))} and {rows[3]} of {recipe.data.train}"
-    last = RunFolder(recipe.output).checkpoints / "checkpoint-2"
-    assert str(error.value).startswith(
-        f"{fault} at step 4 ({names}): its update was not applied, the last good checkpoint is {last}; look at these"
-    )
-    assert len(seen) == 1 + 3  # one was of a few numbers, before the run
-    assert newest_checkpoint(last.parent) == last
-    weights = load_file(last / "adapter_model.safetensors")
-    assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
-    losses = [line["loss"] for line in RunFolder(recipe.output).read_metrics()]
-    assert all(loss and math.isfinite(loss) for loss in losses)
-
-
-@pytest.mark.parametrize(("spoil", "dtype"), [(spoil_loss, "float32"), (spoil_gradient, "bfloat16")])
-def test_a_step_that_is_left_out_leaves_no_trace(
-    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, spoil: Any, dtype: str
-) -> None:
-    sections = {
-        "model": {"name": make().model.name, "dtype": dtype},
-        "lora": {"r": 4, "lora_dropout": 0.2},
-        "training": {**STEPS, "non_finite": "skip", "lr_scheduler_type": "cosine"},
-    }
-    skipped, without = make("skipped", **sections), make("without", **sections)
-    with monkeypatch.context() as patch:
-        spoil(patch, math.nan, 3)
-        phi3v.train(skipped)
-
-    original = StepTrainer.training_step
-
-    def passed_over(self: Any, model: Any, inputs: Any, *args: Any) -> torch.Tensor:
-        """A run without the third step: nothing is computed, drawn, updated or scheduled in it."""
-        if self.state.global_step != 2:
-            return original(self, model, inputs, *args)
-        monkeypatch.setattr(self.lr_scheduler, "step", lambda: monkeypatch.undo())
-        self._before = None
-        self._step_loss = torch.zeros(())
-        return torch.zeros(())
-
-    monkeypatch.setattr(StepTrainer, "training_step", passed_over)
-    phi3v.train(without)
-    assert_same(adapter(skipped), adapter(without))
-    steps = [line["step"] for line in RunFolder(skipped.output).read_metrics() if "loss" in line]
-    assert steps == [1, 2, 4, 5, 6]
-
-
-def test_a_run_that_leaves_out_every_step_is_stopped(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = StepTrainer.compute_loss
-    monkeypatch.setattr(StepTrainer, "compute_loss", lambda *a, **k: original(*a, **k) * math.nan)
-    with pytest.raises(TrainingError, match="loss is nan at step 11 .* and in the 10 steps before it"):
-        phi3v.train(make(training={**STEPS, "max_steps": 20, "non_finite": "skip"}))
 
 
 @pytest.mark.parametrize(("step", "packing"), [(1, False), (4, True)])
@@ -190,11 +90,11 @@ def test_memory_that_is_too_small_for_one_sample_is_one_line(
 
     if where == "sample":
         monkeypatch.setattr(StepTrainer, "_one", full)
-        line = r"^out of memory at step 1 \(.*can't allocate.*\) with one sample at a time: set training.activation_ch"
+        line = r"^out of memory at step 1 \(.*can't allocate.*\) with one sample at a time: set .* in another output"
     else:
         tried = iter([torch.optim.AdamW.step])  # by which the optimiser is tried before the run
         monkeypatch.setattr(torch.optim.AdamW, "step", lambda *given: next(tried, full)(*given))
-        line = r"^out of memory at step 1, outside of its micro-batches \(.*\): set training.optim: adamw_8.* the start"
+        line = r"^out of memory at step 1, outside of its micro-batches .*: adamw_8bit.* in another output.* the start"
     with pytest.raises(TrainingError, match=line):
         phi3v.train(make(training=STEPS))
 
@@ -285,9 +185,13 @@ def test_a_loader_worker_that_is_gone_or_stuck_ends_the_run(
     assert newest_checkpoint(RunFolder(recipe.output).checkpoints) is not None
     after, began[0], watched = 45.0, 0.0, set()
     watches.clear()
-    result = phi3v.train(recipe, on_event=lambda event: watched.add(len(watches and watches[0].processes)))
+    result = phi3v.train(
+        recipe.with_overrides(["training.dataloader_num_workers=3", "training.save_total_limit=1"]),
+        on_event=lambda event: watched.add(len(watches and watches[0].processes)),
+    )
     assert result.status == "resumed" and result.steps == 8
-    assert 2 in watched, "the loader that passes over the steps done has workers that are not watched"
+    assert 3 in watched, "the loader that passes over the steps done has workers that are not watched"
+    assert len(list(RunFolder(recipe.output).checkpoints.iterdir())) == 1
 
 
 @pytest.mark.parametrize("fault", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])

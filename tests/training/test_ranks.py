@@ -117,6 +117,7 @@ def jobs_of(world: Path) -> dict[str, dict[str, Any]]:
         "gone_on": {"recipe": values(world, "stopped", **hard)},
         "nan": {"recipe": values(world, "nan", held_out=False), "play": "nan"},
         "skipped": {"recipe": values(world, "skipped", held_out=False, training={"non_finite": "skip"}), "play": "nan"},
+        "oom": {"recipe": values(world, "oom", held_out=False, training={"micro_batch_size": 2}), "play": "oom"},
         "uneven": {"recipe": values(world, "uneven", training={"samples_per_step": 5})},
         "locked": {"recipe": values(world, "one")},
     }
@@ -137,7 +138,6 @@ def more_jobs_of(world: Path) -> dict[str, dict[str, Any]]:
             "play": "stop",
         },
         "fsdp_gone_on": {"recipe": values(world, "fsdp_stopped", fsdp=True, held_out=False, **hard)},
-        "oom": {"recipe": values(world, "oom", held_out=False, training={"micro_batch_size": 2}), "play": "oom"},
         "stream": {"recipe": values(world, "stream", data=stream, training=SMOOTH)},
         "finished": {"recipe": values(world, "one_whole", **WHOLE)},
     }
@@ -326,9 +326,8 @@ def test_the_best_weights_are_put_back_into_a_sharded_model(world: Path, more: d
     assert not all(torch.equal(found[name], tensor) for name, tensor in saved[1].items())
 
 
-@pytest.mark.slow
-def test_ranks_halve_their_micro_batches_together(world: Path, more: dict[str, list[dict[str, Any]]]) -> None:
-    assert [told["status"] for told in more["oom"]] == ["trained", "trained"]
+def test_ranks_halve_their_micro_batches_together(world: Path, outcomes: dict[str, list[dict[str, Any]]]) -> None:
+    assert [told["status"] for told in outcomes["oom"]] == ["trained", "trained"]
     assert read_manifest(world / "oom" / "checkpoints" / "checkpoint-4")["halvings"] >= 1
     assert_alike(world, "oom", "one", logged=False)
 
@@ -339,8 +338,10 @@ def test_ranks_decide_alike_about_a_loss_that_is_no_number(
     first, second = (told["error"] for told in outcomes["nan"])
     assert first.startswith("TrainingError: loss is nan at step 2 (rows ") and second == "OtherRankError: rank 0 failed"
     assert [told["status"] for told in outcomes["skipped"]] == ["trained", "trained"]
-    steps = [line["step"] for line in RunFolder(world / "skipped").read_metrics() if "loss" in line]
+    lines = RunFolder(world / "skipped").read_metrics()
+    steps = [line["step"] for line in lines if "loss" in line]
     assert steps[0] == 1 and steps[-1] == 4
+    assert [(line["step"], line["left_out"]) for line in lines if "left_out" in line] == [(2, "loss is nan")]
 
 
 @pytest.mark.slow

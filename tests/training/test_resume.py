@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import re
 import shutil
 import signal
 import sys
@@ -17,12 +16,12 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 import phi3v
-from phi3v.errors import CheckpointError, Interrupted
+from phi3v.errors import Interrupted
 from phi3v.run_folder import RunFolder
 from phi3v.targets import ADAPTER_WEIGHTS
-from phi3v.training import checkpoints, durable_trainer
+from phi3v.training import checkpoints, durable_trainer, stop_signals
 from phi3v.training.callbacks import ProgressCallback, TrainingEvent
-from phi3v.training.checkpoints import newest_checkpoint
+from phi3v.training.checkpoints import newest_checkpoint, read_manifest
 from phi3v.training.step_trainer import StepTrainer
 from phi3v.training.stop_signals import StopSignals
 
@@ -197,28 +196,40 @@ def test_an_early_stop_is_the_same_one_however_often_a_run_is_stopped(make: Make
 
 
 @pytest.mark.usefixtures("pretended")
-def test_best_weights_that_are_damaged_are_seen_before_a_step_is_done(make: MakeRecipe) -> None:
-    """And what the line says to do leads to the end of the undisturbed run."""
-    recipe, told = make("patient", **PATIENT), []
+@pytest.mark.parametrize("when", ["between", "at the end"])
+def test_where_the_best_weights_are_damaged_the_best_that_are_left_take_their_place(
+    make: MakeRecipe, caplog: pytest.LogCaptureFixture, when: str
+) -> None:
+    """Whole newer checkpoints stay of use, patience is counted on, and no checkpoint names what is not there."""
+    recipe = make("patient", **PATIENT)
     checkpoints = RunFolder(recipe.output).checkpoints
     file = checkpoints / "checkpoint-2" / ADAPTER_WEIGHTS
 
     def damage(event: TrainingEvent) -> None:
-        if event.kind == "step" and event.step == 6:
+        if event.kind == "step" and event.step == 6 and when == "at the end":
             file.write_bytes(bytes(file.stat().st_size))
 
-    line = f"{file} is damaged (the best weights {{}}): copy the file again, or remove {checkpoints} to train from the"
-    with pytest.raises(CheckpointError, match=re.escape(line.format("of this run"))):
-        phi3v.train(recipe, on_event=damage)
-    line = line.format("up to checkpoint-6").replace(": copy", ", and no older checkpoint is whole: copy")
-    with pytest.raises(CheckpointError, match=re.escape(line)):
-        phi3v.train(recipe, on_event=lambda event: told.append(event.kind))
-    assert told == []
-    shutil.rmtree(checkpoints)
-    assert phi3v.train(recipe).resumed_from is None
-    best, ended = load_file(file), load_file(RunFolder(recipe.output).adapter / ADAPTER_WEIGHTS)
-    assert all(torch.equal(ended[name], weight) for name, weight in best.items())
-    assert [line["step"] for line in RunFolder(recipe.output).read_metrics() if "eval_loss" in line] == [*range(7)]
+    if when == "between":
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+            at_micro_batch(patch, 6, signal.SIGTERM)
+            phi3v.train(recipe)
+        shutil.rmtree(file.parent)
+    result = phi3v.train(recipe, on_event=damage)
+    assert result.steps == 6 and result.resumed_from == (5 if when == "between" else None)
+    (line,) = [record.getMessage() for record in caplog.records]
+    between = (
+        f"{file.parent / 'manifest.json'} is missing (the best weights up to checkpoint-5); going on from checkpoint-5"
+    )
+    at_the_end = (
+        f"{file} is damaged (the best weights of this run); ending with the best that are left, of checkpoint-6"
+    )
+    assert line.startswith(between if when == "between" else at_the_end)
+    best = checkpoints / ("checkpoint-5" if when == "between" else "checkpoint-6")  # by their losses, 5.0 and 6.0
+    left, ended = load_file(best / ADAPTER_WEIGHTS), load_file(RunFolder(recipe.output).adapter / ADAPTER_WEIGHTS)
+    assert all(torch.equal(ended[name], weight) for name, weight in left.items())
+    if when == "between":
+        assert read_manifest(checkpoints / "checkpoint-6")["best"] == "checkpoint-5"
+        assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-5", "checkpoint-6"]
 
 
 @pytest.mark.slow
@@ -272,15 +283,30 @@ def test_a_signal_in_a_destructor_is_not_lost_and_prints_nothing(monkeypatch: py
     assert told == [ZeroDivisionError]
 
 
-def test_a_second_signal_leaves_at_once() -> None:
+@pytest.mark.parametrize(("patient", "echo", "code"), [(False, 3.0, 143), (True, 3.0, 0), (True, 0.0, 143)])
+def test_a_second_signal_leaves_at_once(patient: bool, echo: float, code: int) -> None:
+    """Of ranks one that comes right behind the first is their launcher's, which hands on what each of them got."""
     child = os.fork()
     if not child:
-        with StopSignals() as signals:
-            signals.hold()
-            send(signal.SIGTERM)
-            send(signal.SIGTERM)
+        stop_signals._ECHO = echo
+        signals = StopSignals(patient=patient).__enter__()
+        signals.hold()
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)
         os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+
+
+def test_a_signal_that_was_ignored_stays_ignored() -> None:
+    """Ctrl-C for the terminal's command is none for a run that a script began with `&`."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            send(signal.SIGINT)
+            assert signals.received is None
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_trainer_still_is_what_we_change() -> None:

@@ -1,5 +1,6 @@
 """What ends a training from outside, as one line, without a training."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +20,7 @@ def test_no_memory_for_held_out_rows_names_their_settings(tmp_path: Path) -> Non
         state=SimpleNamespace(global_step=4),
         save_last_step=lambda: tmp_path / "checkpoint-4",
     )
-    said = (
-        "^out of memory in the validation behind step 4 [(]CUDA.* evaluation.batch_size, .* goes on from checkpoint-4$"
-    )
+    said = "^out of memory in the validation behind step 4 .* evaluation.batch_size or .* goes on from checkpoint-4$"
     with pytest.raises(TrainingError, match=said), one_line_faults(trainer, tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -31,7 +30,7 @@ def test_no_memory_for_held_out_rows_names_their_settings(tmp_path: Path) -> Non
     [
         (
             torch.OutOfMemoryError("CUDA out of memory"),
-            "^out of memory while held-out .* evaluation.batch_size, .* report$",
+            "^out of memory while held-out .* evaluation.batch_size or evaluation.max_new_tokens; .* report$",
         ),
         (
             OSError(28, "No space left on device"),
@@ -62,3 +61,15 @@ def test_a_worker_that_ends_while_it_hands_a_sample_over_is_one_line(tmp_path: P
     trainer.args.dataloader_num_workers = 0
     with pytest.raises(EOFError), one_line_faults(trainer, tmp_path):
         raise EOFError
+
+
+def test_a_rank_that_is_gone_is_one_line_without_the_advice_of_the_link(tmp_path: Path) -> None:
+    trainer: Any = SimpleNamespace(
+        validating=False, ranks=SimpleNamespace(several=True), state=SimpleNamespace(global_step=4), saved=None
+    )
+    said = "another rank is gone at step 5 (Read error [127.0.0.1]:9: Connection reset by peer); the same command"
+    with pytest.raises(TrainingError, match=re.escape(said)), one_line_faults(trainer, tmp_path):
+        raise RuntimeError(
+            "[/a/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:9: Connection reset by peer. This is typically "
+            "caused by a remote worker hanging or bugs in the application. GLHF!"
+        )

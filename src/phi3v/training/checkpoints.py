@@ -100,6 +100,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint whose files are what its manifest says, with the best weights where it names them; None
     where there is none at all.
 
+    From one with its best weights a run ends as the undisturbed one. Where none has them any more it is the newest that
+    is whole itself; the run goes on with the best weights of those that are left, see `best_weights`.
     Example: of `checkpoint-50` and `checkpoint-100`, in which one bit is another, it is `checkpoint-50`, with a warning
     that names the file.
 
@@ -107,14 +109,22 @@ def newest_checkpoint(folder: Path) -> Path | None:
         CheckpointError: there are some, and none is whole.
     """
     faults: list[str] = []
+    without_best: list[tuple[Path, str]] = []
     for path in reversed(all_checkpoints(folder)):
-        fault = find_fault(path) or _fault_of_best(path)
+        fault = find_fault(path)
+        if fault is None and (fault := _fault_of_best(path)):
+            without_best.append((path, fault))
         if fault is None:
             if faults:
                 more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
                 _log.warning("%s%s; going on from %s", faults[0], more, path.name)
             return path
         faults.append(fault)
+    if without_best:
+        path, fault = without_best[0]
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        _log.warning("%s%s; going on from %s, with the best weights that are left", fault, more, path.name)
+        return path
     if faults:
         raise CheckpointError(
             f"{faults[0]}, and no older checkpoint is whole: copy the file again, or remove {folder} to train from the "

@@ -12,6 +12,7 @@ Tested with transformers 5.23.0. The methods without a public name that are repl
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,11 +29,20 @@ from phi3v.adapters import save_tuned
 from phi3v.errors import CheckpointError, Interrupted
 from phi3v.ranks import ALONE, Ranks
 from phi3v.targets import ADAPTER_WEIGHTS
-from phi3v.training.checkpoints import STATE, checkpoint_step, find_fault, read_manifest, rotate, save_checkpoint
+from phi3v.training.best_weights import mend_best
+from phi3v.training.checkpoints import (
+    STATE,
+    checkpoint_step,
+    read_manifest,
+    rotate,
+    save_checkpoint,
+)
 from phi3v.training.shards import is_sharded, load_shards, sharded_as, whole, whole_weights
 from phi3v.training.state_files import random_states, read_state, set_random_states, write_state
 from phi3v.training.step_faults import all_finite, refuse_weights
 from phi3v.training.stop_signals import StopSignals
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -242,12 +252,11 @@ class DurableTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         """The weights of the best checkpoint, at the end of a training."""
-        best = Path(self.state.best_model_checkpoint or "")
-        fault = find_fault(best, weights=True)
-        if fault is not None:
-            way_out = f"copy the file again, or remove {best.parent} to train from the start"
-            raise CheckpointError(f"{fault} (the best weights of this run): {way_out}")
-        self._load_from_checkpoint(str(best))
+        if fault := mend_best(self.state, self.args, self.ranks):
+            best = Path(self.state.best_model_checkpoint or "the last step").name
+            _log.warning("%s (the best weights of this run); ending with the best that are left, of %s", fault, best)
+        if self.state.best_model_checkpoint:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Their states."""
@@ -282,6 +291,7 @@ class DurableTrainer(Trainer):
         self._take_up_callbacks()
         if best := read_manifest(self._resumed).get("best"):
             self.state.best_model_checkpoint = self._path_of(best)
+            mend_best(self.state, self.args, self.ranks)  # was told when this checkpoint was chosen
         kept = self._own_state(self._resumed) or read_state(self._resumed, "rank-0")  # sums are the same on all ranks
         self._tr_loss += kept["loss"].to(self._tr_loss.device)
         self._globalstep_last_logged, self._total_loss_scalar = kept["logged"], kept["total_loss"]

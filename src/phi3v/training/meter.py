@@ -22,6 +22,7 @@ class Meter:
     def begin(self) -> None:
         """Counts anew."""
         self.samples, self.tokens, self.began = 0, 0, time.monotonic()
+        self.left_out = 0  # steps that changed nothing
         self.pictures = 0  # of the step that is being done
 
     def add(self, samples: int, tokens: int, pictures: int = 0) -> None:
@@ -31,12 +32,16 @@ class Meter:
         self.pictures = pictures
 
     def rates(self) -> dict[str, float]:
-        """{"samples_per_second": 9.3, "tokens_per_second": 23800.0, "memory_gib": 30.0} so far."""
+        """{"samples_per_second": 9.3, "tokens_per_second": 23800.0, "memory_gib": 30.0} so far.
+
+        Where steps were left out, "left_out" has their number.
+        """
         seconds = max(time.monotonic() - self.began, 1e-9)
         return {
             "samples_per_second": self.samples / seconds,
             "tokens_per_second": self.tokens / seconds,
             "memory_gib": most_memory() / 2**30,
+            **({"left_out": float(self.left_out)} if self.left_out else {}),
         }
 
     def measured(self, logs: Mapping[str, float]) -> dict[str, float]:

@@ -6,6 +6,7 @@ goes on. Where no update of the weights was cut off, the last whole step is save
 
 import contextlib
 import errno
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch.distributed import DistError
 from phi3v.errors import TrainingError
 from phi3v.passthrough import first_line
 from phi3v.training.step_faults import is_out_of_memory
-from phi3v.training.step_trainer import StepTrainer
+from phi3v.training.step_trainer import ANEW, StepTrainer
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -44,16 +45,16 @@ def one_line_faults(trainer: StepTrainer, folder: Path) -> Iterator[None]:
         if is_out_of_memory(error) and trainer.validating:
             line = (
                 f"out of memory in the validation behind step {step - 1} ({first_line(error)}): set a smaller "
-                "evaluation.batch_size, evaluation.max_new_tokens or image.max_tokens"
+                f"evaluation.batch_size or evaluation.max_new_tokens, or image.max_tokens {ANEW}"
             )
         elif is_out_of_memory(error):
             line = (
                 f"out of memory at step {step}, outside of its micro-batches ({first_line(error)}): set "
-                "training.optim: adamw_8bit, or a smaller lora.r"
+                f"training.optim: adamw_8bit, or a smaller lora.r, {ANEW}"
             )
         elif trainer.ranks.several and is_of_ranks(error):
             raise TrainingError(
-                f"another rank is gone at step {step} ({first_line(error)}); {_again(trainer.saved)}"
+                f"another rank is gone at step {step} ({_of_link(error)}); {_again(trainer.saved)}"
             ) from error
         elif "DataLoader worker" in str(error) and not str(error).startswith("Caught"):
             raise _of_a_worker(trainer, error) from error
@@ -78,7 +79,7 @@ def one_line_at_the_end(folder: Path) -> Iterator[None]:
         if is_out_of_memory(error):
             raise TrainingError(
                 f"out of memory while held-out rows are answered ({first_line(error)}): set a smaller "
-                f"evaluation.batch_size, evaluation.max_new_tokens or image.max_tokens; {again}"
+                f"evaluation.batch_size or evaluation.max_new_tokens; {again}"
             ) from error
         raise
 
@@ -89,7 +90,8 @@ def _of_a_worker(trainer: StepTrainer, error: Exception) -> TrainingError:
     what = "gave no sample any more and was ended" if stuck else "was ended from outside, for its memory perhaps"
     told = f"before step {trainer.state.global_step + 1} ({first_line(error)})"
     return TrainingError(
-        f"a loader worker {what} {told}: see training.dataloader_num_workers; {_again(_save(trainer))}"
+        f"a loader worker {what} {told}: where memory is short, set a smaller training.dataloader_num_workers, which a "
+        f"begun run takes; {_again(_save(trainer))}"
     )
 
 
@@ -101,6 +103,15 @@ def _save(trainer: StepTrainer) -> Path | None:
 def is_of_ranks(error: RuntimeError) -> bool:
     """Whether an error is one of what ranks send to each other."""
     return isinstance(error, DistError) or "gloo" in str(error)
+
+
+def _of_link(error: RuntimeError) -> str:
+    """What gloo says of a lost connection, without its source line and its advice.
+
+    Example: "[/a/pair.cc:537] Read error [127.0.0.1]:19125: Connection reset by peer. This is typically ..." ->
+    "Read error [127.0.0.1]:19125: Connection reset by peer".
+    """
+    return re.sub(r"^\[[^\]]*:\d+\] ", "", first_line(error)).partition(". ")[0]
 
 
 def is_full(error: BaseException) -> bool:

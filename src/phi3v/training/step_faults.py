@@ -19,6 +19,8 @@ from phi3v.errors import TrainingError
 
 _MOST_IN_A_ROW = 10
 """Steps one after the other that may be left out: a run that goes on like that trains nothing."""
+_SPOILT = 1e6
+"""A weight that trains is never that large in a model that answers: float16 ends at 65,504."""
 _MOST_NAMED = 16
 """Samples of a step that are named."""
 _NO_MEMORY = (
@@ -40,11 +42,14 @@ class NonFinite:
     Attributes:
         action: "stop" ends the run, "skip" leaves the step out as if it had never been.
         name: names the rows of a step, see `name_rows`; None where rows have no names.
+        tell: called with what is to be kept of a step that is left out, {"step": 3, "left_out": "loss is nan", "rows":
+            "rows 4 and 7 of shop.csv"}; "rows" is "" where they have no names.
         in_a_row: steps left out one after the other.
     """
 
     action: Literal["stop", "skip"] = "stop"
     name: Callable[[Sequence[int]], str] | None = None
+    tell: Callable[[dict[str, Any]], None] = field(default=lambda line: None)
     in_a_row: int = field(default=0, init=False)
 
     def fault(self, loss: torch.Tensor, norm: Any, scaler: Any = None) -> str | None:
@@ -61,10 +66,21 @@ class NonFinite:
         self.in_a_row = 0 if fault is None else self.in_a_row + 1
         return fault
 
-    def judge(self, fault: str, step: int, rows: Sequence[int], saved: Path | None) -> None:
-        """Raises: TrainingError unless the step may be left out, which is then logged."""
-        named = f" ({self.name(rows)})" if self.name is not None and rows else ""
+    def judge(self, fault: str, step: int, rows: Sequence[int], saved: Path | None, weight: float = 0.0) -> None:
+        """Says what is done about it; `weight` is the largest one that trains, by its absolute value.
+
+        Raises: TrainingError unless the step may be left out, which is then told and logged.
+        """
+        names = self.name(rows) if self.name is not None and rows else ""
+        named = f" ({names})" if names else ""
+        if weight > _SPOILT:
+            held = f"{saved}, the newest checkpoint, may hold such" if saved is not None else "nothing is saved"
+            raise TrainingError(
+                f"{fault} at step {step}{named}: the updates before have spoilt the weights (up to {weight:.0e}), not "
+                f"these rows; {held}: take a smaller training.learning_rate in another output"
+            )
         if self.action == "skip" and self.in_a_row <= _MOST_IN_A_ROW:
+            self.tell({"step": step, "left_out": fault, "rows": names})
             _log.warning("%s at step %d%s: the step is left out", fault, step, named)
             return
         again = f"the last good checkpoint is {saved}" if saved is not None else "no checkpoint was written yet"
@@ -90,19 +106,32 @@ def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
 
     Example: [1.0, 3e38] and [2.0] are, [nan, 1.0] is not.
     """
+    return math.isfinite(largest(tensors))
+
+
+def largest(tensors: Iterable[torch.Tensor]) -> float:
+    """The largest absolute value of all, 0 without any, NaN where there is one; of sharded ones this rank's part."""
     with torch.no_grad():
         parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-        largest: dict[torch.device, list[torch.Tensor]] = {}
+        alike: dict[torch.device, list[torch.Tensor]] = {}
         for part in parts:
             if part.is_floating_point() and part.numel():
-                largest.setdefault(part.device, []).append(part)
-        norms = [torch.stack(_largest(same)) for same in largest.values()]
-        return all(bool(torch.isfinite(norm).all()) for norm in norms)
+                alike.setdefault(part.device, []).append(part)
+        found = [
+            float(torch.stack([norm.float() for norm in torch._foreach_norm(same, ord=math.inf)]).max())
+            for same in alike.values()
+        ]
+        return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
 
 
-def _largest(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The largest absolute value of each; NaN where there is one."""
-    return [norm.float() for norm in torch._foreach_norm(tensors, ord=math.inf)]
+def refuse_untrained(left_out: int, steps: int) -> None:
+    """Raises: TrainingError where each step of a run was left out: its weights are those that it began with."""
+    if left_out and left_out >= steps:
+        raise TrainingError(
+            f"nothing was trained: each of the {steps} steps was left out, as its loss or gradient was no number "
+            "(left_out in metrics.jsonl names their rows); look at these rows, or take a smaller "
+            "training.learning_rate in another output"
+        )
 
 
 def name_rows(rows: Sequence[Row], numbers: Sequence[int]) -> str:

@@ -32,10 +32,12 @@ from phi3v.training.part_rates import set_part_rates
 from phi3v.training.sampling import EvenSamples, WholeSteps, epoch_order
 from phi3v.training.shards import keep_sums_precise, shard_on_cpus, whole_number
 from phi3v.training.state_files import random_states, set_random_states
-from phi3v.training.step_faults import NonFinite, is_out_of_memory
+from phi3v.training.step_faults import NonFinite, is_out_of_memory, largest
 
+ANEW = "in another output, which begins a new run"
+"""Behind settings that a begun run refuses."""
 _LESS_MEMORY = "set training.activation_checkpointing: true, a smaller image.max_tokens or data.max_length"
-_SMALLER = f"{_LESS_MEMORY}, a smaller training.micro_batch_size, or quantization"
+_SMALLER = f"{_LESS_MEMORY}, a smaller training.micro_batch_size, or quantization, {ANEW}"
 _OF_A_STREAM = f"the samples of a stream at a time: {_SMALLER}"
 MicroBatch = dict[str, Any]
 """Arguments of the model's `forward`."""
@@ -264,7 +266,7 @@ class StepTrainer(DurableTrainer):
         """
         while not samples or len(self.step_collator(samples)) <= micro_batches:
             if not samples or self.step_collator.is_single(samples):
-                what = f"one sample at a time: {_LESS_MEMORY}, or quantization"
+                what = f"one sample at a time: {_LESS_MEMORY}, or quantization, {ANEW}"
                 raise TrainingError(f"{self._no_memory()} with {what if samples else _OF_A_STREAM}")
             self.step_collator.halve()
 
@@ -293,8 +295,9 @@ class StepTrainer(DurableTrainer):
             return norm
         self.check_weights()  # if the update before has spoilt them, these rows have not
         step = self.state.global_step + 1
+        weight = self.ranks.most([largest(one for one in model.parameters() if one.requires_grad)])[0]
         with self.ranks.together():  # all of them have found the same
-            self.non_finite.judge(fault, step, self.rows_of_step(step), self.saved)
+            self.non_finite.judge(fault, step, self.rows_of_step(step), self.saved, weight)
         model.zero_grad()  # the optimiser passes over weights without a gradient
         states, loss = self._before
         set_random_states(states)

@@ -2,8 +2,9 @@
 
 The first signal raises `Interrupted` at once, or as soon as what was held is done: an update with what belongs to it,
 the writing of a checkpoint. The second one leaves at once. In processes that are forked meanwhile, loader workers, it
-does nothing: their parent ends them. What torch raises when such a process dies waits too: it looks again by itself
-where it waits for a batch. Knows nothing of the Trainer.
+does nothing: their parent ends them. A signal that was ignored when the process began, Ctrl-C behind `&` in a script
+for instance, stays ignored. What torch raises when a loader worker dies waits too: it looks again by itself where it
+waits for a batch. Knows nothing of the Trainer.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Self
@@ -19,6 +21,8 @@ from typing import Any, Self
 from phi3v.errors import Interrupted
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_ECHO = 3.0
+"""Seconds in which a launcher has handed on to its ranks what a terminal sent them as well."""
 
 
 class StopSignals:
@@ -30,10 +34,10 @@ class StopSignals:
     """
 
     def __init__(self, patient: bool = False) -> None:
-        """With `patient` a second signal does nothing: of ranks in a terminal each gets Ctrl-C from there and, right
-        after, from their launcher, which ends what does not end by itself.
+        """With `patient` a signal right behind the first does nothing: of ranks in a terminal each gets Ctrl-C from
+        there and, right after, from their launcher. A later one leaves at once.
         """
-        self.held, self.patient = False, patient
+        self.held, self.patient, self._first = False, patient, 0.0
         self.received: int | None = None
         self._before: dict[int, Any] = {}
         self._of_children: Any = None
@@ -41,7 +45,8 @@ class StopSignals:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._process = os.getpid()
-            self._before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+            heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._on_signal) for number in heard}
             self._told, sys.unraisablehook = sys.unraisablehook, self._on_lost
         return self
 
@@ -98,10 +103,10 @@ class StopSignals:
         if os.getpid() != self._process:
             return
         if self.received is not None:
-            if self.patient:
+            if self.patient and time.monotonic() - self._first < _ECHO:
                 return
             leave(number)
-        self.received = number
+        self.received, self._first = number, time.monotonic()
         self.check()
 
 

@@ -9,7 +9,6 @@ import gc
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,11 +43,11 @@ from phi3v.training.preflight import check_recipe_alone, check_upload
 from phi3v.training.prepare import Prepared, join_ranks, prepare_model, training_device
 from phi3v.training.run_faults import one_line_at_the_end, one_line_faults
 from phi3v.training.samples import make_collators, make_samples, read_data
-from phi3v.training.step_faults import NonFinite, name_rows
+from phi3v.training.step_faults import refuse_untrained
 from phi3v.training.step_trainer import StepTrainer
 from phi3v.training.stop_signals import StopSignals
 from phi3v.training.trackers import log_predictions
-from phi3v.training.watching import kept_event, run_callbacks, run_trackers, sample_answers
+from phi3v.training.watching import kept_event, non_finite, run_callbacks, run_trackers, sample_answers, steps_left_out
 from phi3v.tuning import TrainableReport, trainable_report
 
 _SUMMARY = ("steps", "metrics", "trainable", "held_out")
@@ -69,6 +68,7 @@ class RunResult:
         trainable: parameters per part of the model, `{"projector": {"trainable": 0, "total": 22034432}, ...}`.
         held_out: rows kept for validation.
         resumed_from: step of the checkpoint that a resumed run went on from.
+        left_out: steps of the run that changed nothing, their loss or gradient being no number.
         fast_lora: which decoder layers were hand-written and why others were not, `{"layers": 32, "attached": 0,
             "reasons": {"no CUDA device": 32}, "calls": {}}`; calls are forward passes by the way that they took.
     """
@@ -81,6 +81,7 @@ class RunResult:
     trainable: dict[str, dict[str, int]]
     held_out: int
     resumed_from: int | None = None
+    left_out: int = 0
     fast_lora: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -231,6 +232,7 @@ def _tune(
     began = time.monotonic()
     with one_line_faults(trainer, run.path):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        ranks.alone(lambda: refuse_untrained(steps_left_out(run), trainer.state.global_step))
         _save(run, recipe, trainer, processor)
     seconds = time.monotonic() - began
     return _result(run, trainer, report, written, seconds, resumed_from=done, held_out=len(data.validation or []))
@@ -278,7 +280,7 @@ def _trainer(
         answer=sample_answers(recipe, run, data, processor, prepared.autocast, watch, trackers, ranks),
         meter=meter,
         held_out_groups=image_groups(data.validation or []),
-        non_finite=_non_finite(recipe, data),
+        non_finite=non_finite(recipe, run, data, meter, ranks),
         signals=signals,
         facts=facts,
         ranks=ranks,
@@ -325,15 +327,10 @@ def _result(
         seconds=seconds,
         metrics=_last_losses(run),
         trainable={part: asdict(count) for part, count in report.parts.items()},
+        left_out=steps_left_out(run),
         fast_lora=asdict(replace(written, calls=calls)),
         **known,
     )
-
-
-def _non_finite(recipe: Recipe, data: LoadedData | StreamedData) -> NonFinite:
-    """What happens to a step whose loss or gradient is no number; rows of a stream have no names."""
-    rows = data.train if isinstance(data, LoadedData) else None
-    return NonFinite(recipe.training.non_finite, None if rows is None else partial(name_rows, rows))
 
 
 def _use_faster_layers(

@@ -5,6 +5,7 @@ and what stops a run, is on all of them.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from phi3v.training.doctor import FirstStepCallback
 from phi3v.training.feature_cache import FeatureReport
 from phi3v.training.meter import Meter
 from phi3v.training.sample_answers import SampleAnswer, SampleAnswers
+from phi3v.training.step_faults import NonFinite, name_rows
 from phi3v.training.trackers import tracker_callbacks
 from phi3v.tuning import TrainableReport
 
@@ -49,6 +51,25 @@ def run_callbacks(
         ProgressCallback(watch, report, meter),
         *([] if patience is None else [EarlyStoppingCallback(patience)]),
     ]
+
+
+def non_finite(
+    recipe: Recipe, run: RunFolder, data: LoadedData | StreamedData, meter: Meter, ranks: Ranks
+) -> NonFinite:
+    """What happens to a step whose loss or gradient is no number; rows of a stream have no names."""
+
+    def tell(line: dict[str, Any]) -> None:
+        meter.left_out += 1
+        if ranks.first:
+            run.append_metrics(line)
+
+    name = partial(name_rows, data.train) if isinstance(data, LoadedData) else None
+    return NonFinite(recipe.training.non_finite, name, tell)
+
+
+def steps_left_out(run: RunFolder) -> int:
+    """Steps of a run that changed nothing, by their lines in metrics.jsonl."""
+    return len({line["step"] for line in run.read_metrics() if "left_out" in line})
 
 
 def run_trackers(recipe: Recipe, run: RunFolder, ranks: Ranks, done: int) -> list[TrainerCallback]:

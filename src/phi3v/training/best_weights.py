@@ -1,0 +1,50 @@
+"""Which checkpoint has the best weights of a run, where those that were the best are damaged.
+
+In come the Trainer's state and the run's checkpoints; the state is set to the best of those that are whole, so nothing
+that it names is missing.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from phi3v.ranks import Ranks
+from phi3v.training.checkpoints import checkpoint_step, find_fault
+
+
+def mend_best(state: Any, args: Any, ranks: Ranks) -> str:
+    """What is wrong with the best weights, "" for nothing.
+
+    Where something is, the best of the checkpoints that are whole are in their place from here on; where none of those
+    has a score, the next ones that are validated.
+
+    Args:
+        state: the Trainer's.
+        args: the Trainer's.
+        ranks: which call it together; the first reads.
+    """
+    best = Path(state.best_model_checkpoint or "")
+    fault: str = ranks.told(lambda: find_fault(best, weights=True) or "")
+    if fault:
+        name = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        scores = {line["step"]: line[name] for line in state.log_history if name in line}
+        left = ranks.told(lambda: str(best_whole(best.parent, scores, bool(args.greater_is_better)) or ""))
+        step = checkpoint_step(Path(left)) if left else None
+        state.best_model_checkpoint = left or None
+        state.best_global_step, state.best_metric = step, None if step is None else scores[step]
+    return fault
+
+
+def best_whole(folder: Path, scores: Mapping[int, float], greater: bool) -> Path | None:
+    """The checkpoint with the best score whose weights are whole, the earlier of equal ones; None where none has one.
+
+    Args:
+        folder: of all checkpoints of a run.
+        scores: of validations, by their steps.
+        greater: whether greater scores are better.
+    """
+    for step in sorted(scores, key=lambda step: (-scores[step] if greater else scores[step], step)):
+        path = folder / f"checkpoint-{step}"
+        if path.is_dir() and find_fault(path, weights=True) is None:
+            return path
+    return None
