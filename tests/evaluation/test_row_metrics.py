@@ -27,6 +27,8 @@ LETTERS = "Which is it?\nA. a cat\nB. a dog\nC. a hot dog"
         ({"a": "x", "n": "470"}, {"a": "x", "n": "471"}, 0.5),
         ({"a": "x", "n": "470", "b": "z"}, {"a": " x", "n": "cheap", "b": "z"}, 2 / 3),
         ({"a": "x", "n": "470", "b": "z"}, {"a": "X", "n": "1", "b": "z"}, 1 / 3),
+        ({"a": "x", "n": "sold out"}, {"a": "y", "n": " sold out"}, 0.5),  # no number there: a text
+        ({"a": "x", "n": "1,290.50", "b": "", "c": "z"}, {"a": "x", "n": "1290.5", "b": "0"}, 2 / 4),
         ({"a": "x", "n": "470"}, None, 0.0),
     ],
 )
@@ -189,6 +191,8 @@ def test_options_that_a_question_lists():
         ("470 EUR", "470", 0.0),  # 4 of 7 are missing
         ("abcd", "abxy", 0.0),  # exactly one half
         ("abcde", "abcxy", 3 / 5),
+        ("écharpe", "echarpe", 6 / 7),
+        ("12:30", "12.30 h", 4 / 7),  # another mark and two more characters
         ("cat", "", 0.0),
         ("", "", 1.0),
     ],
@@ -269,6 +273,8 @@ def test_words_of_rouge_are_the_librarys_own_on_plain_text():
         ("abc", "abd", (2 / 3 + 1 / 2 + 0) / 3),
         ("ab", "abab", 5 * (5 / 12) / (4 * (5 / 12) + 1)),  # precision 2/4 and 1/3, recall 1
         ("abab", "ab", 5 * (5 / 12) / (4 + 5 / 12)),  # forgotten text costs more than invented text
+        ("abab", "abxx", (5 * 0.5 / 5 + 1 / 3 + 0 + 0) / 4),  # as long: precision is recall, 2/4 and 1/3
+        ("aa", "a", 5 * 0.5 / 4.5),  # of runs of 2 none is possible: one length counts
         ("a b c", "abc", 1.0),  # white space aside
         ("abc", "xyz", 0.0),
         ("", "", 1.0),
@@ -297,6 +303,12 @@ def test_a_package_that_is_not_installed_is_one_line(monkeypatch):
     assert str(caught.value) == (
         'the metric chrf needs sacrebleu, which is not installed: pip install "phi3v[metrics]"'
     )
+
+
+def test_scores_with_partial_credit_have_five_literal_cases_between_0_and_1():
+    for test in (test_field_accuracy, test_json_field_accuracy, test_anls, test_rouge_l, test_chrf):
+        [mark] = [mark for mark in test.pytestmark if mark.name == "parametrize"]
+        assert sum(0.0 < case[-1] < 1.0 for case in mark.args[1]) >= 5, test.__name__
 
 
 def scoring(*metrics: str, template: str = "{answer}", numeric: tuple[str, ...] = ()) -> Scoring:
