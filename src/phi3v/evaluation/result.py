@@ -18,7 +18,7 @@ from phi3v.evaluation.categories import break_down
 from phi3v.evaluation.fields import AnswerTemplate
 from phi3v.evaluation.image_groups import count_groups, image_groups
 from phi3v.evaluation.kinds import Scoring, choose_scoring
-from phi3v.evaluation.metric_table import constant_scores, metric_table, remarks
+from phi3v.evaluation.metric_table import constant_columns, metric_table, remarks
 from phi3v.evaluation.metrics import Scores, exact_match, majority_fields, score_answers
 from phi3v.evaluation.row_scores import Column, Groups, score_rows, scores_of_row
 from phi3v.evaluation.shares import Share, majority_answer
@@ -191,6 +191,7 @@ def build_evaluation(
     answer = majority_answer(expected)
     theirs_said = beside.answers.texts if beside else None
     texts = (tuned.texts, theirs_said)
+    constant = constant_columns(scoring, expected, questions, held_out.groups)
     predictions = prediction_rows(held_out.rows, *texts, template, ours, theirs, held_out.groups)
     return Evaluation(
         target=target,
@@ -200,8 +201,8 @@ def build_evaluation(
         template=recipe.data.answer,
         scoring=scoring,
         images=count_groups(held_out.rows, held_out.groups),
-        metrics=metric_table(ours, theirs, constant_scores(scoring, expected, questions)),
-        categories=break_down(predictions, scoring.metrics[0]),
+        metrics=metric_table(ours, theirs, constant),
+        categories=break_down(predictions, scoring.metrics[0], constant.get(scoring.metrics[0])),
         tuned=scores(tuned),
         base_scores=scores(beside.answers) if beside else None,
         majority_answer=answer,
