@@ -108,7 +108,9 @@ def also_changed(evaluation: Mapping[str, Any]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"better": [], "worse": []}
     for name, one in evaluation["metrics"].items():
         if name != evaluation["primary"] and one["base"] and (way := verdict(one)) in found:
-            before, after = (value_said(one[side]["value"], one["unit"]) for side in ("base", "tuned"))
+            before, after = (
+                value_said(one[side]["value"], one["unit"]).replace(" ", "\u00a0") for side in ("base", "tuned")
+            )
             found[way].append(f"{row_label(one)} ({before} to {after})")
     return found
 

@@ -27,6 +27,7 @@ from phi3v.evaluation.headline import (
     in_words,
     not_looked_at,
     row_label,
+    verdict,
     which_rows,
 )
 from phi3v.evaluation.legend import CHECKS, legend
@@ -142,6 +143,7 @@ def render_page(template: str, **values: Any) -> str:
         counted=figures.counted,
         rows_about=figures.rows_about,
         duration=figures.duration,
+        verdict=verdict,
         in_words=in_words,
         which_rows=which_rows,
         cautions=cautions,

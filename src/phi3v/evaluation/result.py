@@ -74,6 +74,7 @@ class Evaluation:
         predictions: one dict per row, see `prediction_rows`.
         checks: name -> verdict, line and figures, see `checks`.
         settings: what the figures depend on besides the target: values of the recipe, and a name of the rows.
+        fingerprints: digests of what the figures depend on, under the names that the report gives them.
         weights: side, "tuned" for instance -> name of the weights that answered, where answers were kept meanwhile.
     """
 
@@ -98,6 +99,7 @@ class Evaluation:
     checks: dict[str, dict[str, Any]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the predictions, as plain values for JSON."""
@@ -117,6 +119,7 @@ class Evaluation:
             "checks": self.checks,
             "settings": self.settings,
             "weights": self.weights,
+            "fingerprints": self.fingerprints,
             "scores": {
                 "base": self.base_scores.to_dict() if self.base_scores else None,
                 "tuned": self.tuned.to_dict(),
