@@ -197,7 +197,7 @@ def show_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
         if one["metric"] == "absolute_error" and one["field"] is not None:
             fields = [evaluation["scores"][who]["fields"].get(one["field"], {}) for who in names]
             missing = [field.get("not_numbers") for field in fields]
-            if None not in missing:
+            if None not in missing and f"field_accuracy.{one['field']}" in evaluation["metrics"]:
                 table.add_row("  answers without a number", *map(short_number, missing))
     align(table)
     console.print(table)

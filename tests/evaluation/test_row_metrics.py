@@ -10,7 +10,14 @@ from phi3v.errors import MissingPackageError
 from phi3v.evaluation import text_scores
 from phi3v.evaluation.choices import listed_options, multiple_choice, named_option
 from phi3v.evaluation.fields import AnswerTemplate, absolute_error, field_accuracy, relaxed_accuracy
-from phi3v.evaluation.json_answers import json_field_accuracy, json_field_scores, json_leaves, json_valid, path_name
+from phi3v.evaluation.json_answers import (
+    json_errors,
+    json_field_accuracy,
+    json_field_scores,
+    json_leaves,
+    json_valid,
+    path_name,
+)
 from phi3v.evaluation.kinds import Scoring
 from phi3v.evaluation.row_scores import TEXT_METRICS, score_rows, scores_of_row
 from phi3v.evaluation.text_scores import anls, chrf, rouge_l
@@ -347,7 +354,16 @@ def test_columns_of_a_template():
 
 def test_columns_of_json_numbers_and_choices():
     found = score_rows(scoring("json_field_accuracy"), ['{"a": [1, 2]}', "{}"], ['{"a": [1]}', "{}"], ["", ""])
-    assert list(found) == ["json_field_accuracy", "json_field_accuracy.a[]", "json_field_accuracy.value"]
+    assert list(found)[:3] == ["json_field_accuracy", "json_field_accuracy.a[]", "absolute_error.a[]"]
+    assert list(found)[3:] == ["json_field_accuracy.value"]
+    np.testing.assert_array_equal(found["absolute_error.a[]"].values, [0, math.nan])
+    wanted = [f'{{"p": {number}, "q": "x"}}' for number in range(19)] + ['{"p": "sold out", "q": "x"}']
+    given = ['{"q": 1, "p": 20.5}'] * 18 + ['{"p": "18"}', '{"p": 3}']
+    errors = score_rows(scoring("json_field_accuracy"), wanted, given, [""] * 20)
+    assert [name for name in errors if name.startswith("absolute")] == ["absolute_error.p"]
+    np.testing.assert_array_equal(errors["absolute_error.p"].values, [20.5 - n for n in range(18)] + [math.nan] * 2)
+    assert json_errors('{"n": 2, "i": [{"p": 1}, {"p": 2}]}', '{"n": true, "i": [{"p": 4}]}') == {"n": None, "i[].p": 3}
+    assert json_errors('{"n": 1}', '{"n": 1%s}' % ("0" * 400))["n"] == sys.float_info.max
     np.testing.assert_array_equal(found["json_field_accuracy.a[]"].values, [0.5, math.nan])
     found = score_rows(scoring("relaxed_accuracy"), ["100", "5"], ["104", "x"], ["", ""])
     np.testing.assert_array_equal(found["absolute_error"].values, [4, math.nan])

@@ -304,6 +304,12 @@ def test_what_figures_need_to_be_read_with():
         "mean absolute error: intervals over fewer than 20 rows or photos are too short where a few errors are large",
         "ANLS: interval and test of the difference disagree, and the test decides",
     ]
+    said = [{"scores": {"tuned": {"absolute_error": error}}} for error in (900.0, 40.0, *range(18), None)]
+    assert remarks(table, {"rows": 0, "different": 0}, said)[1] == (
+        "mean absolute error: one row makes more than half of it, of 20, so its interval is wide"
+    )
+    even = [{"scores": {"tuned": {"absolute_error": float(error)}}} for error in range(20)]
+    assert len(remarks(table, {"rows": 0, "different": 0}, even)) == 2
     assert in_words(table["anls"]).endswith("Here the two disagree, and the test decides.")
     assert "disagree" not in in_words(table["absolute_error"])
 

@@ -63,12 +63,17 @@ def metric_table(
     return table
 
 
-def remarks(table: Mapping[str, Mapping[str, Any]], images: Mapping[str, int]) -> list[str]:
+def remarks(
+    table: Mapping[str, Mapping[str, Any]],
+    images: Mapping[str, int],
+    predictions: Sequence[Mapping[str, Any]] = (),
+) -> list[str]:
     """What the figures of a table need to be read with, one line each; none where all is as usual.
 
     Args:
         table: see `metric_table`.
         images: of the rows, see `image_groups.count_groups`.
+        predictions: the rows, see `result.prediction_rows`.
     Example: ["exact match: interval and test of the difference disagree, and the test decides"].
     """
     found = []
@@ -81,10 +86,26 @@ def remarks(table: Mapping[str, Mapping[str, Any]], images: Mapping[str, int]) -
             f"{', '.join(few)}: intervals over fewer than {FEW_ERRORS} rows or photos are too short where a few errors "
             "are large"
         )
+    found += filter(None, (_few_far_off(name, one, predictions) for name, one in table.items()))
     odd = [row_label(one) for one in table.values() if at_odds(one)]
     if odd:
         found.append(f"{', '.join(odd)}: interval and test of the difference disagree, and the test decides")
     return found
+
+
+def _few_far_off(name: str, figure: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]) -> str | None:
+    """Says so where a tenth of the rows or fewer hold more than half of a mean error."""
+    if figure["metric"] != "absolute_error":
+        return None
+    said = [one["scores"]["tuned"].get(name) for one in predictions]
+    errors = sorted((error for error in said if error is not None), reverse=True)
+    if len(errors) < 10 or not sum(errors):
+        return None
+    few = next(count for count in range(1, len(errors) + 1) if 2 * sum(errors[:count]) > sum(errors))
+    if 10 * few > len(errors):
+        return None
+    rows = "one row makes" if few == 1 else f"{few} rows make"
+    return f"{row_label(figure)}: {rows} more than half of it, of {len(errors)}, so its interval is wide"
 
 
 def _is_short(figure: Mapping[str, Any], together: int) -> bool:

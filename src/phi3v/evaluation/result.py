@@ -115,7 +115,7 @@ class Evaluation:
             "primary": self.scoring.metrics[0],
             "metrics": self.metrics,
             "categories": self.categories,
-            "notes": [*self.scoring.notes, *remarks(self.metrics, self.images)],
+            "notes": [*self.scoring.notes, *remarks(self.metrics, self.images, self.predictions)],
             "checks": self.checks,
             "settings": self.settings,
             "weights": self.weights,
