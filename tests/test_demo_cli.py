@@ -48,7 +48,7 @@ def test_every_figure_of_the_story_is_there(short):
         "tuned on shuffled answers",
     ]
     assert all(0 <= share["hits"] <= share["total"] == 6 for share in story["controls"].values())
-    assert list(story["evaluation"]["checks"]) == ["overlap", "form", "images", "forgetting"]
+    assert list(story["evaluation"]["checks"]) == ["overlap", "form", "constant", "images", "forgetting"]
     assert story["evaluation"]["checks"]["forgetting"]["rows"] == 24
     assert story["shuffled_checks"]["images"]["verdict"] == "fail", "it was not tuned at all"
     assert len(story["samples"]) == 3 and story["seconds"] > 0 and len(said) >= 4
@@ -124,7 +124,7 @@ def test_the_demo_as_a_newcomer_sees_it(tmp_path):
     assert controls["tuned on shuffled answers"]["value"] <= most_frequent
     checks = story["evaluation"]["checks"]
     assert story["evaluation"]["metrics"]["exact_match"]["p"] < 0.001
-    assert [checks[name]["verdict"] for name in ("overlap", "form", "images")] == ["pass"] * 3
+    assert [checks[name]["verdict"] for name in ("overlap", "form", "constant", "images")] == ["pass"] * 4
     assert checks["images"]["with_grey_images"]["value"] <= most_frequent
     assert checks["forgetting"]["rows"] == 24 and checks["forgetting"]["before"]["value"] > 0.3
-    assert story["shuffled_checks"]["images"]["verdict"] == "fail"
+    assert {one["verdict"] for one in story["shuffled_checks"].values()} == {"fail"}, "constant and images"

@@ -36,7 +36,7 @@ from phi3v.evaluation.figures import (
     rows_about,
     short_number,
 )
-from phi3v.evaluation.headline import column_names
+from phi3v.evaluation.headline import beside_constant, column_names, row_label
 
 if TYPE_CHECKING:
     from phi3v.first_look import RowUse
@@ -192,11 +192,14 @@ def show_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
     table.add_column("same answer to all")
     for one in metrics:
         values = [figure(one[who]["value"], one["unit"]) if one[who] else "–" for who in names]
-        table.add_row(Text(one["label"]), *values, figure(one["constant"], one["unit"]))
+        constant = "none" if one["constant"] is None else figure(one["constant"], one["unit"])
+        table.add_row(Text(row_label(one)), *values, constant)
         table.add_row("  95 % interval", *(ends(one[who], one["unit"]) if one[who] else "–" for who in names))
         if one["metric"] == "absolute_error" and one["field"] is not None:
-            fields = [evaluation["scores"][who]["fields"][one["field"]] for who in names]
-            table.add_row("  answers without a number", *(short_number(field["not_numbers"]) for field in fields))
+            fields = [evaluation["scores"][who]["fields"].get(one["field"], {}) for who in names]
+            missing = [field.get("not_numbers") for field in fields]
+            if None not in missing and f"field_accuracy.{one['field']}" in evaluation["metrics"]:
+                table.add_row("  answers without a number", *map(short_number, missing))
     align(table)
     console.print(table)
     compared = [one for one in metrics if one["p"] is not None]
@@ -212,7 +215,7 @@ def show_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
                 str(one["won"]),
                 str(one["lost"]),
             ]
-            gaps.add_row(Text(one["label"]), *told)
+            gaps.add_row(Text(row_label(one)), *told)
         align(gaps)
         console.print(gaps)
     kind = evaluation["kind"]
@@ -221,9 +224,11 @@ def show_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
     console.print(line, markup=False, soft_wrap=True)
     for line in evaluation["notes"]:
         console.print(line, markup=False, soft_wrap=True)
+    if (line := beside_constant(evaluation)) and "constant" not in evaluation.get("checks", {}):
+        console.print(printable(line), markup=False, soft_wrap=True, style="bold red")
     for name, check in evaluation.get("checks", {}).items():
         line = f"check {name}: {check['verdict']}: {printable(check['line'])}"
-        console.print(line, markup=False, soft_wrap=True, style="bold" if check["verdict"] == "fail" else None)
+        console.print(line, markup=False, soft_wrap=True, style="bold red" if check["verdict"] == "fail" else None)
     for line in evaluation["problems"][:5]:
         console.print(f"left out: {printable(line)}", markup=False)
     if len(evaluation["problems"]) > 5:

@@ -23,7 +23,7 @@ MetricName = Literal[
 ]
 """Every metric of `evaluation.kinds`, by its name."""
 
-CheckName = Literal["overlap", "form", "images", "forgetting"]
+CheckName = Literal["overlap", "form", "constant", "images", "forgetting"]
 """Every check of `evaluation.checks`, by its name."""
 
 
@@ -55,7 +55,8 @@ class EvaluationSection(Section):
     )
     checks: list[CheckName] | None = Field(
         default=None,
-        description="Checks: overlap, form, images, forgetting; null for the cheap ones, and forgetting with keep.",
+        description="Checks: overlap, form, constant, images, forgetting; null for those that ask the model nothing, "
+        "and forgetting with keep.",
     )
     keep: str | None = Field(
         default=None,

@@ -12,12 +12,13 @@ from phi3v.data.schema import ImagePart, ImageRef, Message, Row, TextPart
 from phi3v.demo.catalogue import photo, products
 from phi3v.evaluation.answers import Answers
 from phi3v.evaluation.check_answers import check_forgetting, check_images
+from phi3v.evaluation.check_constant import check_constant
 from phi3v.evaluation.check_form import check_form, scripts
 from phi3v.evaluation.check_overlap import check_overlap
 from phi3v.evaluation.compared import few_rows
 from phi3v.evaluation.fields import AnswerTemplate
 from phi3v.evaluation.kinds import choose_scoring
-from phi3v.evaluation.row_scores import Column
+from phi3v.evaluation.row_scores import Column, score_rows
 
 TEMPLATE = AnswerTemplate("It is {name}.")
 
@@ -188,6 +189,29 @@ def test_a_model_tuned_on_shuffled_answers_is_caught():
     scoring = scoring_for(expected)
     assert check_images(scoring, rows, said(dealt[0]), said(dealt[1])).verdict == "fail"
     assert check_form(scoring, expected, ["What?"] * 40, said(dealt[0])).verdict == "pass"
+
+
+def test_a_model_that_knows_no_more_than_what_is_frequent_is_caught():
+    """Tuned on shuffled answers it says the likeliest: far more than its base, and no more than one answer to all."""
+    expected = [f"It is {'red' if number % 3 else 'blue'}." for number in range(60)]
+    asked, scoring = ["What?"] * 60, scoring_for(expected)
+
+    def found(answers, groups=None):
+        scores = score_rows(scoring, expected, answers, asked, groups=groups)
+        return check_constant(scoring, expected, asked, scores["exact_match"])
+
+    dealt = found(Random(3).sample(expected, 60))
+    assert dealt.verdict == "fail" and dealt.figures["difference"]["value"] < 0
+    same = found(["It is red."] * 60)
+    assert same.verdict == "fail" and same.figures["p"] == 1.0
+    assert "66.7 % by always answering “It is red.” (0 points" in same.line
+    assert "knows more than which answer is frequent" in same.line
+    some = ["It is red."] * 54 + expected[54:]  # two rows more are chance
+    assert found(some).verdict == "fail" and found(some).figures["won"] == 2
+    knows = found(expected)
+    assert (knows.verdict, knows.figures["won"], knows.figures["lost"]) == ("pass", 20, 0)
+    assert found(expected, np.arange(60) // 15).line == "4 photos are too few: 6 at least can tell"
+    assert found(expected, np.arange(60) // 10).verdict == "pass", "6 photos, all of which gain"
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ def test_all_checks_of_a_run(world, monkeypatch):
     )
     assert checks["overlap"]["looked_at"] == 18 and len(checks["overlap"]["pairs"]) == 6
     assert checks["form"]["tuned"]["formless"]["low"] > 0.6 and checks["form"]["tuned"]["cut_off"]["value"] > 0
+    assert checks["constant"]["verdict"] in ("fail", "skipped") and "too few" not in checks["form"]["line"]
     assert checks["images"]["rows"] == 6 and checks["images"]["verdict"] == "fail"
     assert checks["forgetting"]["kind"] == "number" and checks["forgetting"]["before"]["rows"] == 4
     run = RunFolder(world / "run")
@@ -72,7 +73,7 @@ def test_all_checks_of_a_run(world, monkeypatch):
 
 def test_cheap_checks_ask_nothing_more_and_forgetting_comes_with_keep(world):
     found = evaluate(world / "run", rows=2, against=None)
-    assert list(found.checks) == ["overlap", "form", "forgetting"]
+    assert list(found.checks) == ["overlap", "form", "constant", "forgetting"]
     assert found.checks["forgetting"]["before"] is not None, "the base is asked for what should be kept alone"
     assert found.base is None and found.checks["form"]["base"] is None
     stages = set()
@@ -87,7 +88,7 @@ def test_a_model_that_is_no_run_has_no_training_rows(world):
 
 
 def test_what_cannot_be_checked_is_one_line(world):
-    with pytest.raises(ConfigError, match="'blank' is no check; there are overlap, form, images, forgetting"):
+    with pytest.raises(ConfigError, match="'blank' is no check; there are overlap, form, constant, images, forgetting"):
         evaluate(world / "run", checks=["blank"])
     recipe = make_recipe(world).with_overrides(["evaluation.keep=nowhere.jsonl"])
     with pytest.raises(ConfigError, match=r"evaluation.keep names nowhere.jsonl, which does not exist"):

@@ -117,6 +117,10 @@ def test_what_cannot_be_compared_is_one_line(tmp_path):
     two.write_predictions({"row": line["row"]} for line in two.read_predictions())
     with pytest.raises(CheckpointError, match="has no scores of its rows: phi3v evaluate"):
         phi3v.compare([one.path, two.path])
+    two.recipe.rename(tmp_path / "recipe.yaml")  # as `phi3v evaluate --out` leaves it
+    with pytest.raises(CheckpointError, match=r"holds an evaluation apart from a run \(phi3v evaluate --out\)"):
+        phi3v.compare([one.path, two.path])
+    (tmp_path / "recipe.yaml").rename(two.recipe)
     two.evaluation.unlink()
     with pytest.raises(CheckpointError, match="was not evaluated: phi3v evaluate"):
         phi3v.compare([one.path, two.path])

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -44,6 +45,12 @@ def world(tmp_path_factory):
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     make_run(folder, recipe)
     return folder
+
+
+def fingerprints_of(html: str) -> dict[str, str]:
+    """The digests that a report shows."""
+    table = html[html.index("<h3>Fingerprints</h3>") :]
+    return dict(re.findall(r"<tr><td>([^<]+)</td><td><code>([^<]*)</code>", table))
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +108,8 @@ def test_a_run_gets_its_files(world, evaluation):
     assert run.read_predictions() == evaluation.predictions
     html = run.report.read_text(encoding="utf-8")
     assert run.prediction_table.read_bytes()[:4] == b"PAR1"
+    digests = run.read_evaluation()["fingerprints"]
+    assert digests == fingerprints_of(html) and {"held-out rows", "recipe.yaml"} <= digests.keys()
     assert html.count("<img") == 3 + 4 and "projector" in html and "<svg" in html
     assert evaluation.base == str(world / "model") and evaluation.data.endswith("rows.jsonl (split)")
     assert evaluation.tuned.rows == HELD_OUT == len(evaluation.predictions)
@@ -161,6 +170,11 @@ def test_an_evaluation_of_other_rows_has_a_folder_and_goes_on(world, tmp_path, m
     assert found[0] == found[1] == json.loads(json.dumps(whole.to_dict() | {"seconds": None, "created": None}))
     assert {path.name: path.read_bytes() for path in run.glob("*.*")} == before
     html = ends[0].report.read_text(encoding="utf-8")
+    digests = found[0]["fingerprints"]
+    assert list(digests) == ["rows", "weights of run", "weights of model"] and digests == fingerprints_of(html)
+    parquet = pytest.importorskip("pyarrow.parquet")
+    stored = parquet.read_schema(ends[0].prediction_table).metadata
+    assert {f"phi3v.fingerprints.{name}".encode(): one.encode() for name, one in digests.items()} == stored
     assert "<h1>run beside model</h1>" in html and "5 rows of" in html and "training never saw" not in html
     assert "<th>model</th><th>run</th>" in html and "weights of model" in html and "before (base)" not in html
 
@@ -176,7 +190,7 @@ def test_a_folder_of_something_else_is_refused(world, tmp_path):
         ({"rows": 2}, r"\(evaluation.rows: 1 there, 2 here\)"),
         ({"against": "base"}, r'\(evaluation.against: null there, "base" here\)'),
         ({"metrics": ["chrf"]}, r'\(evaluation.metrics: \["exact_match", .*\] there, \["chrf", .*\] here\)'),
-        ({"checks": ["form"]}, r'\(evaluation.checks: \["overlap", "form"\] there, \["form"\] here\)'),
+        ({"checks": ["form"]}, r'\(evaluation.checks: \["overlap", "form", "constant"\] there, \["form"\] here\)'),
         ({"overrides": ["evaluation.max_new_tokens=3"]}, r"\(evaluation.max_new_tokens: 5 there, 3 here\)"),
     ):
         with pytest.raises(ConfigError, match=r"one holds an evaluation under other settings " + line):

@@ -2,13 +2,14 @@
 
 from typing import get_args
 
+import numpy as np
 import pytest
 
 from phi3v.errors import ConfigError, MissingPackageError
 from phi3v.evaluation import kinds, text_scores
 from phi3v.evaluation.fields import AnswerTemplate
 from phi3v.evaluation.kinds import CHOSEN, METRICS, answer_kind, choose_scoring
-from phi3v.evaluation.row_scores import LABELS, TEXT_METRICS
+from phi3v.evaluation.row_scores import LABELS, TEXT_METRICS, score_rows
 from phi3v.recipe import Recipe
 from phi3v.recipe_report import MetricName
 
@@ -59,6 +60,19 @@ def test_what_a_kind_is_scored_with(kind, monkeypatch):
     chosen = choose_scoring(["Product: Scarf, Price: 470"], ["?"], PRODUCT)
     assert chosen.metrics == tuple(dict.fromkeys([*CHOSEN[kind], "exact_match", "similarity"]))
     assert chosen.numeric == {"price"} and chosen.notes == ()
+
+
+@pytest.mark.parametrize(("slips", "numeric"), [(0, True), (5, True), (6, False)])
+def test_a_field_of_numbers_may_hold_a_few_texts(slips, numeric):
+    prices = [*map(str, range(100, 200 - slips)), *["sold out"] * slips]
+    expected = [f"Product: x, Price: {price}" for price in prices]
+    chosen = choose_scoring(expected, ["?"] * 100, PRODUCT)
+    assert chosen.numeric == ({"price"} if numeric else set())
+    told = "price: 5 of 100 expected values are no numbers; they are compared as texts and have no part in the mean"
+    assert [note.startswith(told) for note in chosen.notes] == [True] * (slips == 5)
+    found = score_rows(chosen, expected, [text.replace("out", "OUT") + ".0" for text in expected], ["?"] * 100)
+    assert found["field_accuracy.price"].values.sum() == (100 - slips if numeric else 0)
+    assert not numeric or np.isnan(found["absolute_error.price"].values).sum() == slips
 
 
 def test_named_metrics_come_first():

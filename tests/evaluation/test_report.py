@@ -28,7 +28,13 @@ def test_page_holds_scores_rows_recipe_and_times():
         "83.3 %",
         "Exact match on held-out rows",
         "Not new to the model: 2 of 12 rows <leaked>.",
-        "Better after tuning",
+        "Better after tuning, but a check failed",
+        "Clearly better too: fields that are right (",
+        "loss per trained token (4.5 to 0.0123)",
+        "Giving the most frequent answer to every row would get 8.3 %: this model is +75.0 points from it",
+        "Whether the answers depend on the images was not looked at.",
+        "rows that the later column answers better, and worse",
+        "overlap: were evaluated rows in the training data?",
         "+75.0 points",
         "9 rows better, 0 worse, 3 the same",
         "would come up about 4 times in 1,000 (McNemar's test, p\u00a0=\u00a00.0039)",
@@ -80,6 +86,44 @@ def test_headline_says_no_more_than_the_overlap_check(overlap, named, warned):
     headline = Page(html[html.index('id="headline"') : html.index('id="scores"')]).text
     assert f"Exact match on {named}" in headline and ("Not new to the model" in headline) is warned
     assert not warned or overlap["line"] in headline
+
+
+def headline_of(**changed) -> str:
+    content = make_content()
+    evaluation = {**content.evaluation, "checks": {}, **changed}
+    html = render_report(ReportContent(title="a", evaluation=evaluation, predictions=content.predictions))
+    return html[html.index('id="headline"') : html.index('id="scores"')]
+
+
+def test_headline_never_calls_better_what_one_constant_answer_reaches():
+    """A model tuned on shuffled answers: far better than its base, and as good as the most frequent answer."""
+    metrics = make_content().evaluation["metrics"]
+    primary, majority = metrics["exact_match"], {"answer": "Product: " + "Scarf " * 20}
+    assert "Better after tuning" in headline_of() and "always answering" not in headline_of()
+    for value, p, words in (
+        (0.002, 0.9, "Not clearly better than always answering “Product: Scarf"),
+        (-0.1, 0.01, "No better than always answering “Product: Scarf"),
+    ):
+        above = {**primary["over_constant"], "difference": {**primary["difference"], "value": value}, "p": p}
+        dull = {**primary, "over_constant": above}
+        html = headline_of(metrics={**metrics, "exact_match": dull}, majority=majority)
+        assert "Better after tuning" not in html and f'<p class="verdict wrong">{words}' in html and "…”</p>" in html
+        alone = headline_of(metrics={**metrics, "exact_match": {**dull, "base": None}}, base=None, against=None)
+        assert "better than the most frequent answer to every row</p>" in alone
+        same = headline_of(metrics={**metrics, "exact_match": {**dull, "p": 0.5}}, majority=majority)
+        assert "No clear difference between before and after</p>" in same and words in same
+        few = headline_of(metrics={**metrics, "exact_match": dull}, rows=5)
+        assert "Better after tuning" in few, "5 rows cannot tell"
+
+
+def test_a_check_that_failed_stands_beside_the_headline():
+    lost = {"verdict": "fail", "line": "ANLS 5.4 % on 24 kept rows"}
+    html = headline_of(checks={"forgetting": lost, "form": {"verdict": "warn", "line": "a few"}, "images": lost})
+    assert 'class="verdict ">Better after tuning, but 2 checks failed' in html and "a few" not in html
+    assert '<strong class="wrong">Forgotten:</strong> ANLS 5.4 % on 24 kept rows.' in html
+    assert '<strong class="wrong">Nothing shows that the images matter:</strong>' in html
+    assert "was not looked at" not in html and "was not looked at" in headline_of()
+    assert 'class="verdict right">Better after tuning<' in headline_of()
 
 
 def test_nothing_of_a_stranger_becomes_markup():

@@ -2,10 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 from report_content import HOSTILE_GROUP, make_predictions
 
-from phi3v.evaluation.answer_files import WRITERS
+from phi3v.evaluation.answer_files import WRITERS, writable
 from phi3v.evaluation.categories import break_down, choose_categories
 from phi3v.evaluation.fields import AnswerTemplate
 from phi3v.evaluation.headline import how_often, in_words, verdict
@@ -13,7 +14,7 @@ from phi3v.evaluation.kinds import Scoring
 from phi3v.evaluation.metric_table import metric_table
 from phi3v.evaluation.prediction_table import prediction_table
 from phi3v.evaluation.report_rows import choose_extremes, list_rows
-from phi3v.evaluation.row_scores import score_rows, scores_of_row
+from phi3v.evaluation.row_scores import Column, score_rows, scores_of_row
 from phi3v.evaluation.word_marks import MOST_WORDS, mark_words
 
 PLAIN = AnswerTemplate("{answer}")
@@ -72,7 +73,17 @@ def test_each_category_has_its_scores():
     found = break_down(rows, "exact_match")["group"]
     assert {value: one["rows"] for value, one in found.items()} == {"b": 14, "a": 6} and list(found) == ["b", "a"]
     assert found["a"]["tuned"]["value"] == 0.5 and found["a"]["tuned"]["low"] == pytest.approx(0.188, abs=0.001)
-    assert found["a"]["base"] is None and found["a"]["won"] is None
+    assert found["a"]["base"] is None and found["a"]["won"] is None and found["a"]["constant"] is None
+    for place, row in enumerate(rows):
+        row["scores"]["base"] = {"exact_match": 0.0}
+        row["image_group"] = place if place < 15 else 15
+    same = Column("exact_match", None, np.array([1.0, *[0.0] * 19]))
+    found = break_down(rows, "exact_match", same)["group"]
+    assert found["a"]["constant"] == 1 / 6 and found["b"]["constant"] == 0
+    assert found["a"]["p"] == pytest.approx(2 / 2**3) and found["a"]["won"] == 3, "6 rows, 3 of which differ"
+    for row in rows[:6]:
+        row["image_group"] = row["row"] // 2
+    assert break_down(rows, "exact_match", same)["group"]["a"]["p"] is None, "3 photos are too few"
 
 
 def test_rows_have_tags_that_menus_name():
@@ -143,9 +154,10 @@ def test_predictions_as_parquet(tmp_path, base):
     parquet = pytest.importorskip("pyarrow.parquet")
     predictions, _ = make_predictions(20, base)
     columns, rows = prediction_table(predictions)
+    rows = [writable(row) for row in rows]
     WRITERS[".parquet"](tmp_path / "p.parquet", columns, rows)
     read = parquet.read_table(tmp_path / "p.parquet").to_pylist()
     assert read == rows and len(rows) == 20
     assert [one["scores.tuned.exact_match"] for one in read] == [float(one["right"]) for one in predictions]
     assert [one["fields.group.tuned"] for one in read] == [one["fields"]["group"]["tuned"] for one in predictions]
-    assert ("scores.base.loss" in columns) is base and read[1]["images"] == ["<s>1.jpg"]
+    assert ("scores.base.loss" in columns) is base and read[1]["images"] == ["<s>1.jpg", r"h\udcfct.jpg"]

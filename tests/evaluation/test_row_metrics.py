@@ -10,7 +10,14 @@ from phi3v.errors import MissingPackageError
 from phi3v.evaluation import text_scores
 from phi3v.evaluation.choices import listed_options, multiple_choice, named_option
 from phi3v.evaluation.fields import AnswerTemplate, absolute_error, field_accuracy, relaxed_accuracy
-from phi3v.evaluation.json_answers import json_field_accuracy, json_field_scores, json_leaves, json_valid, path_name
+from phi3v.evaluation.json_answers import (
+    json_errors,
+    json_field_accuracy,
+    json_field_scores,
+    json_leaves,
+    json_valid,
+    path_name,
+)
 from phi3v.evaluation.kinds import Scoring
 from phi3v.evaluation.row_scores import TEXT_METRICS, score_rows, scores_of_row
 from phi3v.evaluation.text_scores import anls, chrf, rouge_l
@@ -27,6 +34,8 @@ LETTERS = "Which is it?\nA. a cat\nB. a dog\nC. a hot dog"
         ({"a": "x", "n": "470"}, {"a": "x", "n": "471"}, 0.5),
         ({"a": "x", "n": "470", "b": "z"}, {"a": " x", "n": "cheap", "b": "z"}, 2 / 3),
         ({"a": "x", "n": "470", "b": "z"}, {"a": "X", "n": "1", "b": "z"}, 1 / 3),
+        ({"a": "x", "n": "sold out"}, {"a": "y", "n": " sold out"}, 0.5),  # no number there: a text
+        ({"a": "x", "n": "1,290.50", "b": "", "c": "z"}, {"a": "x", "n": "1290.5", "b": "0"}, 2 / 4),
         ({"a": "x", "n": "470"}, None, 0.0),
     ],
 )
@@ -189,6 +198,8 @@ def test_options_that_a_question_lists():
         ("470 EUR", "470", 0.0),  # 4 of 7 are missing
         ("abcd", "abxy", 0.0),  # exactly one half
         ("abcde", "abcxy", 3 / 5),
+        ("écharpe", "echarpe", 6 / 7),
+        ("12:30", "12.30 h", 4 / 7),  # another mark and two more characters
         ("cat", "", 0.0),
         ("", "", 1.0),
     ],
@@ -269,6 +280,8 @@ def test_words_of_rouge_are_the_librarys_own_on_plain_text():
         ("abc", "abd", (2 / 3 + 1 / 2 + 0) / 3),
         ("ab", "abab", 5 * (5 / 12) / (4 * (5 / 12) + 1)),  # precision 2/4 and 1/3, recall 1
         ("abab", "ab", 5 * (5 / 12) / (4 + 5 / 12)),  # forgotten text costs more than invented text
+        ("abab", "abxx", (5 * 0.5 / 5 + 1 / 3 + 0 + 0) / 4),  # as long: precision is recall, 2/4 and 1/3
+        ("aa", "a", 5 * 0.5 / 4.5),  # of runs of 2 none is possible: one length counts
         ("a b c", "abc", 1.0),  # white space aside
         ("abc", "xyz", 0.0),
         ("", "", 1.0),
@@ -297,6 +310,12 @@ def test_a_package_that_is_not_installed_is_one_line(monkeypatch):
     assert str(caught.value) == (
         'the metric chrf needs sacrebleu, which is not installed: pip install "phi3v[metrics]"'
     )
+
+
+def test_scores_with_partial_credit_have_five_literal_cases_between_0_and_1():
+    for test in (test_field_accuracy, test_json_field_accuracy, test_anls, test_rouge_l, test_chrf):
+        [mark] = [mark for mark in test.pytestmark if mark.name == "parametrize"]
+        assert sum(0.0 < case[-1] < 1.0 for case in mark.args[1]) >= 5, test.__name__
 
 
 def scoring(*metrics: str, template: str = "{answer}", numeric: tuple[str, ...] = ()) -> Scoring:
@@ -335,7 +354,16 @@ def test_columns_of_a_template():
 
 def test_columns_of_json_numbers_and_choices():
     found = score_rows(scoring("json_field_accuracy"), ['{"a": [1, 2]}', "{}"], ['{"a": [1]}', "{}"], ["", ""])
-    assert list(found) == ["json_field_accuracy", "json_field_accuracy.a[]", "json_field_accuracy.value"]
+    assert list(found)[:3] == ["json_field_accuracy", "json_field_accuracy.a[]", "absolute_error.a[]"]
+    assert list(found)[3:] == ["json_field_accuracy.value"]
+    np.testing.assert_array_equal(found["absolute_error.a[]"].values, [0, math.nan])
+    wanted = [f'{{"p": {number}, "q": "x"}}' for number in range(19)] + ['{"p": "sold out", "q": "x"}']
+    given = ['{"q": 1, "p": 20.5}'] * 18 + ['{"p": "18"}', '{"p": 3}']
+    errors = score_rows(scoring("json_field_accuracy"), wanted, given, [""] * 20)
+    assert [name for name in errors if name.startswith("absolute")] == ["absolute_error.p"]
+    np.testing.assert_array_equal(errors["absolute_error.p"].values, [20.5 - n for n in range(18)] + [math.nan] * 2)
+    assert json_errors('{"n": 2, "i": [{"p": 1}, {"p": 2}]}', '{"n": true, "i": [{"p": 4}]}') == {"n": None, "i[].p": 3}
+    assert json_errors('{"n": 1}', '{"n": 1%s}' % ("0" * 400))["n"] == sys.float_info.max
     np.testing.assert_array_equal(found["json_field_accuracy.a[]"].values, [0.5, math.nan])
     found = score_rows(scoring("relaxed_accuracy"), ["100", "5"], ["104", "x"], ["", ""])
     np.testing.assert_array_equal(found["absolute_error"].values, [4, math.nan])

@@ -12,7 +12,7 @@ from phi3v.evaluation.fields import AnswerTemplate
 from phi3v.evaluation.headline import in_words
 from phi3v.evaluation.intervals import _resampled_sums, bootstrap_intervals, estimate, mean, newcombe_interval
 from phi3v.evaluation.kinds import choose_scoring
-from phi3v.evaluation.metric_table import constant_scores, metric_table, remarks
+from phi3v.evaluation.metric_table import constant_columns, metric_table, remarks
 from phi3v.evaluation.paired import FEW_ROWS, mcnemar_p, paired_test, sign_flip_p
 from phi3v.evaluation.row_scores import Column, score_rows
 from phi3v.evaluation.shares import wilson_interval
@@ -269,7 +269,7 @@ def test_the_table_of_metrics():
     base, asked = ["nonsense"] * 40, ["?"] * 40
     scoring = choose_scoring(expected, asked, template)
     ours, theirs = (score_rows(scoring, expected, one, asked, [4.0] * 40, [2] * 40) for one in (tuned, base))
-    table = metric_table(ours, theirs, constant_scores(scoring, expected, asked))
+    table = metric_table(ours, theirs, constant_columns(scoring, expected, asked))
     json.dumps(table, allow_nan=False)
     exact = table["exact_match"]
     assert exact["tuned"]["value"] == exact["difference"]["value"] == 0.75 and exact["base"]["value"] == 0
@@ -279,7 +279,10 @@ def test_the_table_of_metrics():
     assert error["tuned"]["rows"] == 40 and error["base"]["value"] is None and error["p"] is None
     assert error["constant"] == 19.5 and error["unit"] == "number" and error["better"] == "lower"
     assert table["loss"]["tuned"] == {"value": 2.0, "low": None, "high": None, "interval": None, "rows": 40}
-    assert table["well_formed"]["constant"] is None
+    assert table["well_formed"]["constant"] is table["well_formed"]["over_constant"] is None
+    above = exact["over_constant"]
+    assert above["difference"]["value"] == 0.75 - 1 / 40 and (above["won"], above["lost"]) == (29, 0)
+    assert above["p"] < 1e-6 and above["test"] == "mcnemar"
     assert remarks(table, {"rows": 40, "different": 40}) == []
     assert remarks(table, {"rows": 40, "different": 4})[0] == (
         "rows about the same photo are taken together in intervals and tests"
@@ -301,6 +304,12 @@ def test_what_figures_need_to_be_read_with():
         "mean absolute error: intervals over fewer than 20 rows or photos are too short where a few errors are large",
         "ANLS: interval and test of the difference disagree, and the test decides",
     ]
+    said = [{"scores": {"tuned": {"absolute_error": error}}} for error in (900.0, 40.0, *range(18), None)]
+    assert remarks(table, {"rows": 0, "different": 0}, said)[1] == (
+        "mean absolute error: one row makes more than half of it, of 20, so its interval is wide"
+    )
+    even = [{"scores": {"tuned": {"absolute_error": float(error)}}} for error in range(20)]
+    assert len(remarks(table, {"rows": 0, "different": 0}, even)) == 2
     assert in_words(table["anls"]).endswith("Here the two disagree, and the test decides.")
     assert "disagree" not in in_words(table["absolute_error"])
 

@@ -67,7 +67,10 @@ def run_demo(
     say("painting products")
     tables = _products(folder / "products")
     captions = write_captions(folder / "captions")
-    checked = ["evaluation.checks=[overlap, form, images, forgetting]", f"evaluation.keep={json.dumps(str(captions))}"]
+    checked = [
+        "evaluation.checks=[overlap, form, constant, images, forgetting]",
+        f"evaluation.keep={json.dumps(str(captions))}",
+    ]
     recipe = demo_recipe(tables["train"], tables["test"], folder / "tuned", [*checked, *(overrides or [])])
     say(f"tuning on {_count_rows(tables['train'])} products")
     features = feature_store(recipe, None)  # both runs see the same photos
@@ -77,7 +80,7 @@ def run_demo(
     spoiled = answer_controls(run.path, blank=False, on_progress=on_progress, features=features)
     say("control: a second run, tuned on answers that were shuffled among the photos")
     shuffled = shuffle_answers(tables["train"])
-    tuned_alone = ["evaluation.against=null", "evaluation.checks=[images]", "training.eval_strategy=no"]
+    tuned_alone = ["evaluation.against=null", "evaluation.checks=[constant, images]", "training.eval_strategy=no"]
     control = demo_recipe(shuffled, tables["test"], folder / "shuffled", [*tuned_alone, *(overrides or [])])
     train(control, on_event=on_event, features=features)
     evaluation, lost = run.read_evaluation(), RunFolder(folder / "shuffled").read_evaluation()

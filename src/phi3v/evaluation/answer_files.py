@@ -121,13 +121,16 @@ def _write_jsonl(path: Path, columns: Mapping[str, type], rows: Iterable[TableRo
         file.writelines(to_json({name: row[name] for name in columns}) + "\n" for row in rows)
 
 
-def _write_parquet(path: Path, columns: Mapping[str, type], rows: Iterable[TableRow]) -> None:
+def write_parquet(
+    path: Path, columns: Mapping[str, type], rows: Iterable[TableRow], about: Mapping[str, str] | None = None
+) -> None:
+    """Writes a table, with what its schema's metadata shall say about it: {"phi3v.rows": "9f2c..."}."""
     import pyarrow
     from pyarrow import parquet
 
     types = {int: pyarrow.int64(), str: pyarrow.string(), list: pyarrow.list_(pyarrow.string())}
     types |= {float: pyarrow.float64(), bool: pyarrow.bool_()}
-    schema = pyarrow.schema([(name, types[kind]) for name, kind in columns.items()])
+    schema = pyarrow.schema([(name, types[kind]) for name, kind in columns.items()], metadata=about)
     with parquet.ParquetWriter(path, schema) as file:
         for some in _groups(rows):
             file.write_table(pyarrow.Table.from_pylist(some, schema=schema))
@@ -140,7 +143,7 @@ def _groups(rows: Iterable[TableRow]) -> Iterator[Sequence[TableRow]]:
 
 
 WRITERS: dict[str, Callable[[Path, Mapping[str, type], Iterable[TableRow]], None]] = {
-    ".parquet": _write_parquet,
+    ".parquet": write_parquet,
     ".csv": _write_csv,
     ".jsonl": _write_jsonl,
 }

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from phi3v.evaluation.intervals import estimate
+from phi3v.evaluation.intervals import estimate, mean
+from phi3v.evaluation.paired import LEAST_ROWS, paired_test
 from phi3v.evaluation.row_scores import Column
 
 MOST_VALUES = 12
@@ -41,26 +42,35 @@ def choose_categories(predictions: Sequence[Mapping[str, Any]]) -> dict[str, lis
     return dict(list(found.items())[:MOST_CATEGORIES])
 
 
-def break_down(predictions: Sequence[Mapping[str, Any]], metric: str) -> dict[str, dict[str, dict[str, Any]]]:
+def break_down(
+    predictions: Sequence[Mapping[str, Any]], metric: str, constant: Column | None = None
+) -> dict[str, dict[str, dict[str, Any]]]:
     """The scores of each category's values, the most frequent value first.
 
     Args:
         predictions: see `result.prediction_rows`.
         metric: the score that is broken down, one where more is better.
+        constant: what the most frequent answer of all rows gets, row by row; None where that says nothing.
     Example: {"group": {"TOPS": {"rows": 30, "tuned": {"value": 0.9, "low": ..., "high": ..., ...}, "base": None,
-    "won": None, "lost": None}}}.
+    "p": None, "won": None, "lost": None, "constant": 0.1}}}; `p` is None as well where fewer than 6 rows, or photos of
+    rows, can be compared.
     """
     return {
-        name: {value: _scores(predictions, values, value, metric) for value, _ in Counter(values).most_common()}
+        name: {
+            value: _scores(predictions, values, value, metric, constant) for value, _ in Counter(values).most_common()
+        }
         for name, values in choose_categories(predictions).items()
     }
 
 
-def _scores(predictions: Sequence[Mapping[str, Any]], values: Sequence[str], value: str, metric: str) -> dict[str, Any]:
+def _scores(
+    predictions: Sequence[Mapping[str, Any]], values: Sequence[str], value: str, metric: str, constant: Column | None
+) -> dict[str, Any]:
     """The figures of the rows that have a value."""
-    chosen = [one["scores"] for one, its in zip(predictions, values, strict=True) if its == value]
+    its = np.array([one == value for one in values])
+    chosen = [one["scores"] for one, here in zip(predictions, values, strict=True) if here == value]
     groups = np.array([one.get("image_group", place) for place, one in enumerate(predictions)])
-    groups = groups[[its == value for its in values]]
+    groups = groups[its]
     sides = [side for side in ("tuned", "base") if chosen[0][side] is not None]
     columns = {
         side: Column(metric, None, np.array([scores[side].get(metric) for scores in chosen], np.float64), None, groups)
@@ -68,12 +78,15 @@ def _scores(predictions: Sequence[Mapping[str, Any]], values: Sequence[str], val
     }
     means = dict(zip(sides, estimate(list(columns.values()))[0], strict=True))
     gain = columns["tuned"].values - columns["base"].values if "base" in columns else None
+    enough = gain is not None and len(np.unique(groups[~np.isnan(gain)])) >= LEAST_ROWS
     return {
         "rows": len(chosen),
         "tuned": means["tuned"].to_dict(),
         "base": means["base"].to_dict() if gain is not None else None,
+        "p": paired_test(columns["tuned"], columns["base"]).p if enough else None,
         "won": int((gain > 0).sum()) if gain is not None else None,
         "lost": int((gain < 0).sum()) if gain is not None else None,
+        "constant": None if constant is None else mean(constant.part(its)),
     }
 
 

@@ -15,19 +15,16 @@ import numpy as np
 from phi3v.data.schema import Row
 from phi3v.evaluation.answers import Answers
 from phi3v.evaluation.compared import Check, compare
-from phi3v.evaluation.figures import counted, ends, figure, gain, gain_ends, p_value, rows_about
-from phi3v.evaluation.headline import at_odds
+from phi3v.evaluation.figures import counted, ends, figure, gain, gain_ends, p_said, rows_about
+from phi3v.evaluation.headline import CHANCE, at_odds
 from phi3v.evaluation.image_groups import count_groups, image_groups
-from phi3v.evaluation.intervals import estimate
+from phi3v.evaluation.intervals import estimate, mean
 from phi3v.evaluation.kinds import Scoring
-from phi3v.evaluation.metric_table import constant_scores
-from phi3v.evaluation.row_scores import Column, Groups, score_rows
+from phi3v.evaluation.metric_table import constant_columns
+from phi3v.evaluation.paired import LEAST_ROWS
+from phi3v.evaluation.row_scores import LABELS, Column, Groups, score_rows
 from phi3v.evaluation.shares import same_text
 
-LEAST_ROWS = 6
-"""Fewer cannot say: 5 rows that are all lost have p = 0.06."""
-CHANCE = 0.05
-"""p values below are taken for no chance."""
 MOSTLY = 0.5
 """Part of what was above the most frequent answer; with more of it left, most of the score comes from elsewhere."""
 SMALL_LOSS = 0.05
@@ -55,7 +52,8 @@ def check_images(scoring: Scoring, rows: Sequence[Row], seeing: Answers, blind: 
     columns = [_columns(scoring, rows, answers, groups) for answers in (seeing, blind)]
     one, other = (column[name] for column in columns)
     found = compare(one, other)
-    constant = constant_scores(scoring, expected, questions).get(name)
+    same_to_all = constant_columns(scoring, expected, questions).get(name)
+    constant = None if same_to_all is None else mean(same_to_all)
     same = [float(same_text(a, b)) for a, b in zip(seeing.texts, blind.texts, strict=True)]
     kept = estimate([replace(one, values=np.array(same))])[0][0]
     figures: dict[str, Any] = {
@@ -74,7 +72,7 @@ def check_images(scoring: Scoring, rows: Sequence[Row], seeing: Answers, blind: 
     line = f"{_score(name, with_images)} ({ends(figures['with_images'], 'share')}) with the images, "
     line += f"{figure(without, 'share')} ({ends(figures['with_grey_images'], 'share')}) with grey ones in their place"
     line += "" if constant is None else f", {figure(constant, 'share')} by the most frequent answer"
-    line += f" (p {_p(figures['p'])}, {rows_about({'rows': len(rows), 'images': images}, 'row')})"
+    line += f" (p {p_said(figures['p'])}, {rows_about({'rows': len(rows), 'images': images}, 'row')})"
     if figures["difference"]["value"] <= 0 or figures["p"] >= CHANCE:
         return Check("fail", f"{line}: nothing shows that answers depend on the images", figures)
     above = with_images - (constant or 0.0)
@@ -114,7 +112,7 @@ def check_forgetting(scoring: Scoring, rows: Sequence[Row], before: Answers | No
     gap = figures["difference"]
     line = f"{now} on {counted(len(rows), 'kept row')}, {figure(figures['before']['value'], 'share')} before the tuning"
     odds = "; the two disagree, and the p value decides" if at_odds(figures) else ""
-    line += f" ({gain(gap['value'], 'share')} points, {gain_ends(gap, 'share')}, p {_p(figures['p'])}{odds})"
+    line += f" ({gain(gap['value'], 'share')} points, {gain_ends(gap, 'share')}, p {p_said(figures['p'])}{odds})"
     if gap["value"] >= 0 or figures["p"] >= CHANCE:
         return Check("pass", line, figures)
     return Check("warn" if -gap["value"] < SMALL_LOSS else "fail", line, figures)
@@ -135,11 +133,5 @@ def _columns(scoring: Scoring, rows: Sequence[Row], answers: Answers, groups: Gr
 
 
 def _score(name: str, value: float | None) -> str:
-    """ "exact_match", 0.9 -> "exact match 90.0 %"."""
-    return f"{name.replace('_', ' ')} {figure(value, 'share')}"
-
-
-def _p(p: float | None) -> str:
-    """ "< 0.001", or "= 0.5"."""
-    text = p_value(p)
-    return text if text.startswith("<") else f"= {text}"
+    """ "anls", 0.9 -> "ANLS 90.0 %", as the table of scores calls it."""
+    return f"{LABELS[name]} {figure(value, 'share')}"

@@ -14,6 +14,7 @@ from phi3v.data.schema import Row
 from phi3v.errors import ConfigError
 from phi3v.evaluation.answers import Answers
 from phi3v.evaluation.check_answers import check_forgetting, check_images, some_answers
+from phi3v.evaluation.check_constant import check_constant
 from phi3v.evaluation.check_form import check_form
 from phi3v.evaluation.check_overlap import check_overlap
 from phi3v.evaluation.compared import Check, few_rows
@@ -26,7 +27,7 @@ from phi3v.recipe_report import CheckName
 
 ALL: tuple[str, ...] = get_args(CheckName)
 """Every check."""
-CHEAP = ("overlap", "form")
+CHEAP = ("overlap", "form", "constant")
 """Those that ask the model nothing."""
 GREY_ROWS = 100
 """Rows that are asked once more with grey images, drawn by a fixed seed."""
@@ -152,7 +153,10 @@ def run_checks(
         others = beside.answers if beside else None
         return check_form(scoring, expected, questions, tuned, others, groups=held_out.groups)
 
-    makers = {"overlap": overlap, "form": form, "images": images, "forgetting": forgetting}
+    def constant() -> Check:
+        return check_constant(scoring, expected, questions, _primary(scoring, held_out, tuned))
+
+    makers = {"overlap": overlap, "form": form, "constant": constant, "images": images, "forgetting": forgetting}
     return {name: makers[name]().to_dict() for name in plan.names}
 
 

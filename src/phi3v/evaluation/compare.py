@@ -134,6 +134,11 @@ def _names(runs: Sequence[str | Path]) -> list[str]:
 def _read(path: Path) -> tuple[RunFolder, Mapping[str, Any], list[dict[str, Any]]]:
     """A run, its evaluation and predictions."""
     run = RunFolder(path)
+    if run.evaluation.is_file() and not run.recipe.is_file():
+        raise CheckpointError(
+            f"{path} holds an evaluation apart from a run (phi3v evaluate --out), which compare does not take: name "
+            "runs, evaluated on the same rows, or take phi3v evaluate RUN --against OTHER"
+        )
     run.read_recipe()
     if not run.evaluation.is_file():
         raise CheckpointError(f"run {path} was not evaluated: phi3v evaluate {path}")

@@ -20,6 +20,7 @@ _NUMBER = re.compile(
 
 
 RELAXED = 0.05  # of the expected number, ChartQA's tolerance
+MOST = 0.95  # of the expected answers have to have a form: a few slips in the data change neither kind nor field
 
 
 class AnswerTemplate:
@@ -160,8 +161,8 @@ def relaxed_accuracy(expected: str, answer: str) -> float:
 def choose_numeric_fields(
     expected: Sequence[str], template: AnswerTemplate, named: Iterable[str] | None = None
 ) -> frozenset[str]:
-    """The fields of a template that are compared as numbers: those named, else those whose expected values all are
-    numbers.
+    """The fields of a template that are compared as numbers: those named, else those of whose expected values at least
+    95 % are numbers; the others of such a field are compared as texts, see `no_numbers`.
 
     Example: expected ["a: x, b: 1", "a: y, b: 2"], template "a: {a}, b: {b}" -> {"b"}.
     Raises: ConfigError when a named field is not in the template.
@@ -175,4 +176,20 @@ def choose_numeric_fields(
             )
         return chosen
     parsed = [row for row in map(template.parse, expected) if row is not None]
-    return frozenset(name for name in template.fields if looks_numeric(row[name] for row in parsed))
+    return frozenset(name for name in template.fields if mostly_numeric([row[name] for row in parsed]))
+
+
+def mostly_numeric(values: Sequence[str]) -> bool:
+    """Whether at least 95 % of some values are numbers and no codes: 19 numbers and one "sold out" -> True, [] ->
+    False."""
+    return bool(values) and sum(looks_numeric([value]) for value in values) >= MOST * len(values)
+
+
+def no_numbers(expected: Sequence[str], template: AnswerTemplate, numeric: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Field compared as a number -> how many of how many expected values are none; fields without any are left out.
+
+    Example: ["a: x, b: 1", "a: y, b: sold out"], template "a: {a}, b: {b}", {"b"} -> {"b": (1, 2)}.
+    """
+    parsed = [row for row in map(template.parse, expected) if row is not None]
+    counts = {name: sum(parse_number(row[name]) is None for row in parsed) for name in sorted(numeric)}
+    return {name: (count, len(parsed)) for name, count in counts.items() if count}

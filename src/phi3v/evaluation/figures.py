@@ -48,6 +48,18 @@ def p_value(p: float | None) -> str:
     return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
+def p_said(p: float | None) -> str:
+    """A p value behind the letter: 6e-58 -> "< 0.001", 0.5 -> "= 0.5"."""
+    text = p_value(p)
+    return text if text.startswith("<") else f"= {text}"
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """A text on one line, its end left out where it is long: "a\nb" -> "a b", 100 letters -> 59 and "…"."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1].rstrip() + "…"
+
+
 def short_number(value: float | None) -> str:
     """A figure in three or four digits: None -> "–", 1234567 -> "1,234,567", 0.012345 -> "0.0123", 5.0 -> "5"."""
     if value is None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from phi3v.evaluation.figures import counted, gain, gain_ends, p_value
+from phi3v.evaluation.figures import counted, gain, gain_ends, p_said, shortened
+from phi3v.evaluation.figures import figure as value_said
 
 CHANCE = 0.05
 """The p value from which on a difference is called chance."""
@@ -20,11 +21,106 @@ def which_rows(evaluation: Mapping[str, Any]) -> str:
     return "rows that training never saw" if whole else "held-out rows"
 
 
-def caution(evaluation: Mapping[str, Any]) -> str:
-    """The line of an overlap that was found, "" where none was: "2 of 12 rows (16.7 %) are in the training data as
-    well; ..."."""
-    found = (evaluation.get("checks") or {}).get("overlap") or {}
-    return found["line"] if found.get("verdict") in ("warn", "fail") else ""
+FAILED = {
+    "overlap": "Not new to the model",
+    "form": "Answers are not in form",
+    "constant": "No better than one answer to everything",
+    "images": "Nothing shows that the images matter",
+    "forgetting": "Forgotten",
+}
+"""What is said of a check that failed, in front of its line."""
+
+
+def cautions(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What stands beside the headline: each check that failed, and an overlap that only warns, as words and its line.
+
+    Example: [("Forgotten", "ANLS 5.4 % on 24 kept rows, 97.9 % before the tuning (...)")].
+    """
+    found = evaluation.get("checks") or {}
+    told = [name for name, one in found.items() if one["verdict"] == "fail"]
+    if "constant" in told and beside_constant(evaluation):
+        told.remove("constant")  # the large line, or the one beneath it, says so
+    if found.get("overlap", {}).get("verdict") == "warn":
+        told.insert(0, "overlap")
+    return [(FAILED.get(name, f"Check {name} failed"), found[name]["line"]) for name in told]
+
+
+def beside_constant(evaluation: Mapping[str, Any]) -> str:
+    """Says so where the primary figure is no better than one answer to every row, else "".
+
+    Example: 65.9 % beside 65.7 %, p 0.9 -> "Not clearly better than always answering “Product: Scarf”"; as much or less
+    -> "No better than always answering ...". Fewer than 6 rows can tell nothing, nor can an older evaluation.json.
+    """
+    primary = evaluation["metrics"][evaluation["primary"]]
+    found = primary.get("over_constant")
+    images, few = evaluation.get("images") or {}, 6
+    if found is None or found["p"] is None or min(evaluation["rows"], images.get("different") or few) < few:
+        return ""
+    gap = found["difference"]["value"] * (1 if primary["better"] == "higher" else -1)
+    if gap > 0 and found["p"] < CHANCE:
+        return ""
+    answer = (evaluation.get("majority") or {}).get("answer")
+    named = "the most frequent answer to every row" if answer is None else f"always answering “{shortened(answer)}”"
+    return f"{'No' if gap <= 0 else 'Not clearly'} better than {named}"
+
+
+def conclusion(evaluation: Mapping[str, Any]) -> dict[str, str]:
+    """The large line of the page, and how it looks: {"text": "Better after tuning", "look": "right"}.
+
+    "Better" is only said where the model is better than one answer to every row as well, and not in green where a check
+    failed: "Better after tuning, but a check failed". Both texts are "" where there is nothing to say.
+    """
+    primary = evaluation["metrics"][evaluation["primary"]]
+    dull = beside_constant(evaluation)
+    if not primary["base"]:
+        return {"text": dull, "look": "wrong" if dull else ""}
+    found, tuning = verdict(primary), evaluation["against"] == "base"
+    if found == "better" and dull:
+        return {"text": dull, "look": "wrong"}
+    if found == "no clear difference":
+        beside = "between before and after" if tuning else f"to {column_names(evaluation)['base']}"
+        text = f"No clear difference {beside}"
+    else:
+        text = f"{found.capitalize()} {'after tuning' if tuning else 'than ' + column_names(evaluation)['base']}"
+    failed = sum(one["verdict"] == "fail" for one in (evaluation.get("checks") or {}).values())
+    if failed and found == "better":
+        return {"text": f"{text}, but {'a check' if failed == 1 else f'{failed} checks'} failed", "look": ""}
+    return {"text": text, "look": {"better": "right", "worse": "wrong"}.get(found, "")}
+
+
+def not_looked_at(evaluation: Mapping[str, Any]) -> str:
+    """Says so where nothing looked whether answers depend on the images, "" where something did or there are none."""
+    pictured = (evaluation.get("images") or {}).get("different", 0)
+    if "images" in (evaluation.get("checks") or {}) or not pictured:
+        return ""
+    return (
+        "Whether the answers depend on the images was not looked at. A model that ignores them, or was tuned on "
+        "answers that belong to other images, is looked for by the check images (evaluation.checks: [images], or "
+        "phi3v evaluate --checks), which asks up to 100 rows once more with grey images"
+    )
+
+
+def also_changed(evaluation: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What else than the primary figure changed clearly (p < 0.05), "better" and "worse".
+
+    Example: {"better": ["field “price” (0 % to 86.7 %)", "loss per trained token (8.84 to 0.978)"], "worse": []}.
+    """
+    found: dict[str, list[str]] = {"better": [], "worse": []}
+    for name, one in evaluation["metrics"].items():
+        if name != evaluation["primary"] and one["base"] and (way := verdict(one)) in found:
+            before, after = (
+                value_said(one[side]["value"], one["unit"]).replace(" ", "\u00a0") for side in ("base", "tuned")
+            )
+            found[way].append(f"{row_label(one)} ({before} to {after})")
+    return found
+
+
+def row_label(figure: Mapping[str, Any]) -> str:
+    """What a figure is called where people read it: "exact match", "field “price”", "“price”, mean absolute error"."""
+    if figure["field"] is None:
+        return str(figure["label"])
+    error = figure["metric"] == "absolute_error"
+    return f"“{figure['field']}”, mean absolute error" if error else f"field “{figure['field']}”"
 
 
 def verdict(figure: Mapping[str, Any]) -> str:
@@ -61,9 +157,8 @@ def in_words(figure: Mapping[str, Any]) -> str:
     if figure["p"] is None:
         return f"No row has this score on both sides: {rows}."
     name = "McNemar's test" if figure["test"] == "mcnemar" else "sign-flip test"
-    p = p_value(figure["p"])
     odds = " Here the two disagree, and the test decides." if at_odds(figure) else ""
-    p = f"p\u00a0{p if p.startswith('<') else '= ' + p}".replace(" ", "\u00a0")  # not broken between two lines
+    p = f"p {p_said(figure['p'])}".replace(" ", "\u00a0")  # not broken between two lines
     return (
         f"{gain(figure['difference']['value'], figure['unit'])}{points} (95 % interval "
         f"{gain_ends(figure['difference'], figure['unit'])}): {rows}. If neither were better, a difference as large as "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -63,6 +64,25 @@ def json_field_scores(expected: str, answer: str) -> dict[str, float]:
     return {name: sum(right) / len(right) for name, right in found.items()}
 
 
+def json_errors(expected: str, answer: str) -> dict[str, float | None]:
+    """For every field whose expected values in this row are numbers how far the answer's are off on average.
+
+    Elements that the answer lacks, or has no number for, are left out; None where that leaves none.
+
+    Example: expected '{"n": 2, "items": [{"p": 1}, {"p": 2}], "x": "a"}', answer '{"n": "2", "items": [{"p": 4}]}' ->
+    {"n": None, "items[].p": 3.0}.
+    """
+    wanted, given = json_leaves(expected) or {}, json_leaves(answer) or {}
+    texts = {path_name(path) for path, value in wanted.items() if type(value) not in (int, float)}
+    found: dict[str, list[float]] = {}
+    for path, value in wanted.items():
+        if (name := path_name(path)) not in texts:
+            errors = found.setdefault(name, [])
+            if type(given.get(path)) in (int, float):
+                errors.append(_distance(value, given[path]))
+    return {name: sum(errors) / len(errors) if errors else None for name, errors in found.items()}
+
+
 def path_name(path: Path) -> str:
     """A path as people write it, without positions: ("items", 0, "p") -> "items[].p", () -> "value", ("a.b",) ->
     '"a.b"'."""
@@ -96,6 +116,14 @@ def _right(wanted: dict[Path, Any], given: dict[Path, Any], path: Path) -> bool:
     if all(numbers):
         return one == other or (abs(one) < 1e300 and abs(other) < 1e300 and math.isclose(one, other, rel_tol=1e-9))
     return type(one) is type(other) and one == other
+
+
+def _distance(one: float, other: float) -> float:
+    """How far two numbers are apart, at most the largest float: whole numbers of JSON have no limit."""
+    try:
+        return min(abs(float(one) - float(other)), sys.float_info.max)
+    except OverflowError:
+        return sys.float_info.max
 
 
 def _refuse(name: str) -> NoReturn:

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 
 from phi3v.errors import ConfigError, install
 from phi3v.evaluation.choices import listed_options, named_option
-from phi3v.evaluation.fields import AnswerTemplate, choose_numeric_fields, looks_numeric
+from phi3v.evaluation.fields import MOST, AnswerTemplate, choose_numeric_fields, looks_numeric, no_numbers
 from phi3v.evaluation.json_answers import json_leaves
 from phi3v.evaluation.text_scores import PACKAGES, missing_package, require_package
 
-MOST = 0.95  # of the expected answers have to have a form: a few slips in the data do not change the kind
 MOST_LETTERS = 8
 MOST_WORDS, MOST_CHARACTERS = 8, 60
 
@@ -53,7 +52,7 @@ class Scoring:
         why: a line that says what it was taken from.
         metrics: names, the one that stands for the whole first.
         template: the answer template.
-        numeric: its fields that hold numbers.
+        numeric: its fields that are compared as numbers.
         notes: lines about what was left out.
     """
 
@@ -99,6 +98,12 @@ def choose_scoring(
         names = list(metrics)
         check_metrics(names, template)
     numeric = choose_numeric_fields(expected, template, numeric_fields) if template.separable else frozenset()
+    if "field_accuracy" in names:
+        notes += [
+            f"{field}: {count} of {rows} expected values are no numbers; they are compared as texts and have no part "
+            "in the mean absolute error"
+            for field, (count, rows) in no_numbers(expected, template, numeric).items()
+        ]
     return Scoring(kind, why, tuple(dict.fromkeys([*names, *ALWAYS])), template, numeric, tuple(notes))
 
 

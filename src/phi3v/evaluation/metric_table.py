@@ -6,14 +6,16 @@ What it makes is `metrics` in evaluation.json, whose keys docs/evaluation.md lis
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from phi3v.evaluation.headline import at_odds
+import numpy as np
+
+from phi3v.evaluation.headline import at_odds, row_label
 from phi3v.evaluation.intervals import estimate, mean
 from phi3v.evaluation.kinds import Scoring
-from phi3v.evaluation.metrics import majority_fields
 from phi3v.evaluation.paired import paired_test
-from phi3v.evaluation.row_scores import LABELS, Column, score_rows
+from phi3v.evaluation.row_scores import LABELS, Column, Groups, score_rows
 from phi3v.evaluation.shares import majority_answer
 
 FEW_ERRORS = 20
@@ -21,21 +23,24 @@ FEW_ERRORS = 20
 
 
 def metric_table(
-    tuned: Mapping[str, Column], base: Mapping[str, Column] | None, constant: Mapping[str, float | None]
+    tuned: Mapping[str, Column], base: Mapping[str, Column] | None, constant: Mapping[str, Column]
 ) -> dict[str, dict[str, Any]]:
     """The figures of each column, by name.
 
     Args:
         tuned: columns of the target's answers.
         base: columns of what stands beside it, on the same rows; None for nothing.
-        constant: what the most frequent answer gets, by name; see `constant_scores`.
+        constant: columns of the most frequent answer; see `constant_columns`.
     """
     beside = [name for name in tuned if base and name in base]
+    controlled = [name for name in tuned if name in constant]
     pairs = [(tuned[name], base[name]) for name in beside] if base else []
-    means, gaps = estimate([*tuned.values(), *(pair[1] for pair in pairs)], pairs)
+    controls = [(tuned[name], constant[name]) for name in controlled]
+    means, gaps = estimate([*tuned.values(), *(pair[1] for pair in pairs)], [*pairs, *controls])
     found = dict(zip(tuned, means, strict=False))
     others = dict(zip(beside, means[len(tuned) :], strict=True))
-    differences = dict(zip(beside, gaps, strict=True))
+    differences = dict(zip(beside, gaps, strict=False))
+    above = dict(zip(controlled, gaps[len(pairs) :], strict=True))
     tests = {name: paired_test(*pair) for name, pair in zip(beside, pairs, strict=True)}
     table = {}
     for name, column in tuned.items():
@@ -50,33 +55,57 @@ def metric_table(
             "base": others[name].to_dict() if there else None,
             "difference": differences[name].to_dict() if there else None,
             **(vars(tests[name]) if there else dict.fromkeys(("p", "test", "won", "lost", "tied"))),
-            "constant": constant.get(name),
+            "constant": mean(constant[name]) if name in constant else None,
+            "over_constant": None
+            if name not in constant
+            else {"difference": above[name].to_dict(), **vars(paired_test(column, constant[name]))},
         }
     return table
 
 
-def remarks(table: Mapping[str, Mapping[str, Any]], images: Mapping[str, int]) -> list[str]:
+def remarks(
+    table: Mapping[str, Mapping[str, Any]],
+    images: Mapping[str, int],
+    predictions: Sequence[Mapping[str, Any]] = (),
+) -> list[str]:
     """What the figures of a table need to be read with, one line each; none where all is as usual.
 
     Args:
         table: see `metric_table`.
         images: of the rows, see `image_groups.count_groups`.
+        predictions: the rows, see `result.prediction_rows`.
     Example: ["exact match: interval and test of the difference disagree, and the test decides"].
     """
     found = []
     together = images["rows"] - images["different"]
     if together:
         found.append("rows about the same photo are taken together in intervals and tests")
-    few = [one["label"] for one in table.values() if _is_short(one, together)]
+    few = [row_label(one) for one in table.values() if _is_short(one, together)]
     if few:
         found.append(
             f"{', '.join(few)}: intervals over fewer than {FEW_ERRORS} rows or photos are too short where a few errors "
             "are large"
         )
-    odd = [one["label"] for one in table.values() if at_odds(one)]
+    found += filter(None, (_few_far_off(name, one, predictions) for name, one in table.items()))
+    odd = [row_label(one) for one in table.values() if at_odds(one)]
     if odd:
         found.append(f"{', '.join(odd)}: interval and test of the difference disagree, and the test decides")
     return found
+
+
+def _few_far_off(name: str, figure: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]) -> str | None:
+    """Says so where a tenth of the rows or fewer hold more than half of a mean error."""
+    if figure["metric"] != "absolute_error":
+        return None
+    said = [one["scores"]["tuned"].get(name) for one in predictions]
+    errors = sorted((error for error in said if error is not None), reverse=True)
+    if len(errors) < 10 or not sum(errors):
+        return None
+    few = next(count for count in range(1, len(errors) + 1) if 2 * sum(errors[:count]) > sum(errors))
+    if 10 * few > len(errors):
+        return None
+    rows = "one row makes" if few == 1 else f"{few} rows make"
+    return f"{row_label(figure)}: {rows} more than half of it, of {len(errors)}, so its interval is wide"
 
 
 def _is_short(figure: Mapping[str, Any], together: int) -> bool:
@@ -85,19 +114,24 @@ def _is_short(figure: Mapping[str, Any], together: int) -> bool:
     return any(side["interval"] == "studentized" and side["rows"] - together < FEW_ERRORS for side in sides)
 
 
-def constant_scores(scoring: Scoring, expected: Sequence[str], questions: Sequence[str]) -> dict[str, float | None]:
-    """The control: what the most frequent expected answer gets when it is given to every row, by name of the column.
+def constant_columns(
+    scoring: Scoring, expected: Sequence[str], questions: Sequence[str], groups: Groups | None = None
+) -> dict[str, Column]:
+    """The control: columns of the most frequent expected answer, given to every row, by name.
 
-    For a field of the template it is the share of the field's own most frequent value, which no constant can beat. None
-    where the figure says nothing: the form of the answer.
+    For a field of the template it is the field's own most frequent value, which no constant can beat. There is none
+    where it says nothing: for the form, which a constant answer always has, and for the loss, which it does not have.
     """
     answers = [majority_answer(expected)] * len(expected)
-    columns = score_rows(scoring, expected, answers, questions)
-    means = {name: mean(column) for name, column in columns.items()}
+    columns = score_rows(scoring, expected, answers, questions, groups=groups)
     if "field_accuracy" in scoring.metrics:
-        for name, share in majority_fields(expected, scoring.template).items():
-            means[f"field_accuracy.{name}"] = share.value
-    return means | dict.fromkeys(("well_formed", "json_valid"))
+        parsed = [scoring.template.parse(text) for text in expected]
+        for name in scoring.template.fields:
+            most = majority_answer([row[name] for row in parsed if row is not None])
+            right = [np.nan if row is None else float(row[name].strip() == most) for row in parsed]
+            column = f"field_accuracy.{name}"
+            columns[column] = replace(columns[column], values=np.array(right, dtype=np.float64))
+    return {name: column for name, column in columns.items() if name not in ("well_formed", "json_valid")}
 
 
 def label(column: Column) -> str:

@@ -71,7 +71,8 @@ def score_answers(
         answers: what was answered.
         template: how the expected answers were made; None (free text) gives no field scores. A template that cannot be
             read backwards counts as None, and so do rows whose expected answer does not have its form.
-        numeric_fields: fields compared as numbers; None chooses those whose expected values all are numbers.
+        numeric_fields: fields compared as numbers; None chooses those whose expected values are numbers, see
+            `choose_numeric_fields`.
         loss: passed through into the result.
         groups: which rows belong together; None where each stands for itself.
 

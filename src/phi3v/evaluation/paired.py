@@ -16,6 +16,8 @@ import numpy as np
 
 from phi3v.evaluation.row_scores import Column, Numbers
 
+LEAST_ROWS = 6
+"""Fewer cannot tell: 5 rows that all are better have p = 0.06."""
 FLIPS = 9999
 FEW_ROWS = 13  # 8,192 ways to flip them: fewer than are drawn
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.float64)

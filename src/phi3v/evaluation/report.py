@@ -19,7 +19,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from phi3v.evaluation import figures
-from phi3v.evaluation.headline import caution, in_words, verdict, which_rows
+from phi3v.evaluation.headline import (
+    also_changed,
+    beside_constant,
+    cautions,
+    conclusion,
+    in_words,
+    not_looked_at,
+    row_label,
+    verdict,
+    which_rows,
+)
+from phi3v.evaluation.legend import CHECKS, legend
 from phi3v.evaluation.report_curves import EVALUATION_COLOUR, TRAIN_COLOUR, curve_points, loss_curve_svg
 from phi3v.evaluation.report_rows import choose_extremes, list_rows, side_names
 
@@ -102,6 +113,7 @@ def render_report(content: ReportContent) -> str:
         best=best,
         names=side_names(evaluation) if evaluation else {},
         one_question=len({one["question"] for one in content.predictions}) == 1,
+        check_words=CHECKS,
     )
 
 
@@ -126,6 +138,7 @@ def render_page(template: str, **values: Any) -> str:
         gain=figures.gain,
         gain_ends=figures.gain_ends,
         p_value=figures.p_value,
+        p_said=figures.p_said,
         number=figures.short_number,
         counted=figures.counted,
         rows_about=figures.rows_about,
@@ -133,7 +146,13 @@ def render_page(template: str, **values: Any) -> str:
         verdict=verdict,
         in_words=in_words,
         which_rows=which_rows,
-        caution=caution,
+        cautions=cautions,
+        beside_constant=beside_constant,
+        conclusion=conclusion,
+        not_looked_at=not_looked_at,
+        also_changed=also_changed,
+        row_label=row_label,
+        legend=legend,
     )
     script = resources.files("phi3v.evaluation").joinpath("report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")

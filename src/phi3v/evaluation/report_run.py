@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -16,7 +15,7 @@ from phi3v.evaluation.report import Photos, ReportContent, render_report
 from phi3v.evaluation.report_curves import loss_curve_png
 from phi3v.evaluation.report_rows import choose_extremes
 from phi3v.evaluation.result import Evaluation, HeldOut
-from phi3v.fingerprints import name_rows
+from phi3v.evaluation.sources import run_fingerprints
 from phi3v.run_folder import RunFolder, gather_versions
 from phi3v.whole_files import replace_file
 
@@ -61,7 +60,7 @@ def write_report(run: RunFolder, rows: Sequence[Row], controls: Mapping[str, Map
         versions=run.read_versions(),
         times=times | (evaluation["seconds"] if evaluation else {}),
         memory_gib=summary.get("memory_gib"),
-        fingerprints=fingerprints(run, rows),
+        fingerprints=(evaluation or {}).get("fingerprints") or run_fingerprints(run, rows),
         problems=left_out(run, evaluation),
         controls=controls or {},
     )
@@ -81,8 +80,6 @@ def write_report_apart(folder: RunFolder, evaluation: Evaluation, held_out: Held
     found, recipe, said = evaluation.to_dict(), held_out.recipe, evaluation.predictions
     names, samples = column_names(found), recipe.report.samples
     shown = chain(*choose_extremes(said, found["primary"], samples))
-    sides = {"base": "base", "tuned": "tuned", "other": "base"}
-    named = {f"weights of {names[sides[side]]}": name for side, name in evaluation.weights.items() if side in sides}
     content = ReportContent(
         title=f"{names['tuned']} beside {names['base']}" if evaluation.base else names["tuned"],
         evaluation=found,
@@ -92,7 +89,7 @@ def write_report_apart(folder: RunFolder, evaluation: Evaluation, held_out: Held
         recipe=recipe.to_yaml(),
         versions=gather_versions(),
         times=evaluation.seconds,
-        fingerprints={"rows": name_rows(held_out.rows), **named},
+        fingerprints=evaluation.fingerprints,
         problems=evaluation.problems,
         apart=True,
     )
@@ -132,22 +129,6 @@ def gather_photos(rows: Sequence[Row], shown: Iterable[int], max_pixels: int) ->
     if len(small) + broken < len(rows):
         note += f": a page holds those of {MOST_PHOTOS} rows, and {PHOTO_BYTES // 10**6} MB at most"
     return Photos(large, small, note + (f"; those of {broken} could not be opened" if broken else ""))
-
-
-def fingerprints(run: RunFolder, rows: Sequence[Row]) -> dict[str, str]:
-    """Short names for what the figures depend on, where they are known: {"held-out rows": "9f2c...", ...}."""
-    conditions = run.read_conditions()
-    named = {
-        "held-out rows": name_rows(rows) if rows else None,
-        "training rows": conditions.get("rows"),
-        "their photos": conditions.get("photos"),
-        "weights of the base": conditions.get("base"),
-        "recipe.yaml": hashlib.sha256(run.recipe.read_bytes()).hexdigest()[:32],
-        "trained on": conditions.get("device"),
-        "computed in": conditions.get("dtype"),
-        "processes": conditions.get("ranks"),
-    }
-    return {name: str(value) for name, value in named.items() if value is not None}
 
 
 def left_out(run: RunFolder, evaluation: Mapping[str, Any] | None) -> list[str]:

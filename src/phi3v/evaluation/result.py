@@ -18,7 +18,7 @@ from phi3v.evaluation.categories import break_down
 from phi3v.evaluation.fields import AnswerTemplate
 from phi3v.evaluation.image_groups import count_groups, image_groups
 from phi3v.evaluation.kinds import Scoring, choose_scoring
-from phi3v.evaluation.metric_table import constant_scores, metric_table, remarks
+from phi3v.evaluation.metric_table import constant_columns, metric_table, remarks
 from phi3v.evaluation.metrics import Scores, exact_match, majority_fields, score_answers
 from phi3v.evaluation.row_scores import Column, Groups, score_rows, scores_of_row
 from phi3v.evaluation.shares import Share, majority_answer
@@ -74,6 +74,7 @@ class Evaluation:
         predictions: one dict per row, see `prediction_rows`.
         checks: name -> verdict, line and figures, see `checks`.
         settings: what the figures depend on besides the target: values of the recipe, and a name of the rows.
+        fingerprints: digests of what the figures depend on, under the names that the report gives them.
         weights: side, "tuned" for instance -> name of the weights that answered, where answers were kept meanwhile.
     """
 
@@ -98,6 +99,7 @@ class Evaluation:
     checks: dict[str, dict[str, Any]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the predictions, as plain values for JSON."""
@@ -113,10 +115,11 @@ class Evaluation:
             "primary": self.scoring.metrics[0],
             "metrics": self.metrics,
             "categories": self.categories,
-            "notes": [*self.scoring.notes, *remarks(self.metrics, self.images)],
+            "notes": [*self.scoring.notes, *remarks(self.metrics, self.images, self.predictions)],
             "checks": self.checks,
             "settings": self.settings,
             "weights": self.weights,
+            "fingerprints": self.fingerprints,
             "scores": {
                 "base": self.base_scores.to_dict() if self.base_scores else None,
                 "tuned": self.tuned.to_dict(),
@@ -191,6 +194,7 @@ def build_evaluation(
     answer = majority_answer(expected)
     theirs_said = beside.answers.texts if beside else None
     texts = (tuned.texts, theirs_said)
+    constant = constant_columns(scoring, expected, questions, held_out.groups)
     predictions = prediction_rows(held_out.rows, *texts, template, ours, theirs, held_out.groups)
     return Evaluation(
         target=target,
@@ -200,8 +204,8 @@ def build_evaluation(
         template=recipe.data.answer,
         scoring=scoring,
         images=count_groups(held_out.rows, held_out.groups),
-        metrics=metric_table(ours, theirs, constant_scores(scoring, expected, questions)),
-        categories=break_down(predictions, scoring.metrics[0]),
+        metrics=metric_table(ours, theirs, constant),
+        categories=break_down(predictions, scoring.metrics[0], constant.get(scoring.metrics[0])),
         tuned=scores(tuned),
         base_scores=scores(beside.answers) if beside else None,
         majority_answer=answer,

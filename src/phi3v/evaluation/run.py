@@ -27,6 +27,7 @@ from phi3v.evaluation.answers import Answers, answer_rows
 from phi3v.evaluation.checks import Asked, plan_checks, run_checks
 from phi3v.evaluation.keeping import Keeping, locked, own_device, shared
 from phi3v.evaluation.result import Beside, Evaluation, HeldOut, build_evaluation, scoring_of
+from phi3v.evaluation.sources import fingerprints
 from phi3v.evaluation.written import open_folder, refuse_another, refuse_other_weights, write_evaluation
 from phi3v.features.opening import open_store
 from phi3v.features.store import FeatureStore
@@ -142,6 +143,8 @@ def evaluate(
         found = together.told(lambda: run_checks(*how, lambda: training_rows(place, held_out)))
         weights = together.told(lambda: dict(keeping.weights))
         evaluation = replace(evaluation, checks=found, settings=settings, weights=weights)
+        run = folder if own and out is None else None
+        evaluation = replace(evaluation, fingerprints=fingerprints(run, evaluation, held_out))
         if kept:
             together.alone(lambda: write_evaluation(folder, evaluation, held_out))
             keeping.done()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3v.errors import ConfigError
-from phi3v.evaluation.answer_files import WRITERS, writable
+from phi3v.evaluation.answer_files import writable, write_parquet
 from phi3v.evaluation.prediction_table import prediction_table
 from phi3v.evaluation.result import Evaluation, HeldOut
 from phi3v.run_folder import RunFolder, to_json
@@ -109,7 +109,8 @@ def write_evaluation(folder: RunFolder, evaluation: Evaluation, held_out: HeldOu
 
     folder.write_predictions(evaluation.predictions)
     columns, rows = prediction_table(evaluation.predictions)
-    folder.write_prediction_table(lambda file: WRITERS[".parquet"](file, columns, map(writable, rows)))
+    about = {f"phi3v.fingerprints.{name}": digest for name, digest in evaluation.fingerprints.items()}
+    folder.write_prediction_table(lambda file: write_parquet(file, columns, map(writable, rows), about))
     folder.write_evaluation(evaluation.to_dict())
     if RunFolder.is_run(folder.path):
         write_report(folder, held_out.rows)

@@ -151,13 +151,15 @@ def log_predictions(run: RunFolder) -> None:
 
     columns, rows = prediction_table(run.read_predictions())
     cells = [[to_json(value) if isinstance(value, list) else value for value in row.values()] for row in rows]
-    metrics = run.read_evaluation(needed=["metrics"])["metrics"]
+    evaluation = run.read_evaluation(needed=["metrics"])
+    metrics, digests = evaluation["metrics"], evaluation.get("fingerprints", {})
     scores = {f"{side}/{name}": one[side]["value"] for name, one in metrics.items() for side in _SIDES if one[side]}
     name, number = recipe.report.run_name or run.path.name, _wandb_id(run.path)
     try:
         opened = wandb.init(name=name, id=number, resume="allow", project=recipe.report.project, dir=str(run.path))
         opened.log({"predictions": wandb.Table(columns=list(columns), data=cells)})
         opened.summary.update({name: value for name, value in scores.items() if value is not None})
+        opened.summary.update({f"fingerprints/{name}": digest for name, digest in digests.items()})
         opened.finish()
     except Exception as error:  # of W&B, of its HTTP library, or of the system: the run is done all the same
         _log.warning("wandb got no predictions (%s): they are in predictions.jsonl", first_line(error))

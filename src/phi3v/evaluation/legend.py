@@ -1,0 +1,64 @@
+"""Every word of a report's tables in plain words. Names in, sentences out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from phi3v.evaluation.headline import column_names
+
+COLUMNS = {
+    "difference": "the later column minus the earlier one, over the rows that have both; the interval beneath says "
+    "where it would probably lie on other rows like these",
+    "p": "how often a difference as large would come up if neither were better: below 0.05 it is hardly chance",
+    "won, lost": "rows that the later column answers better, and worse",
+    "same answer to all": "the control: what the most frequent expected answer would get if it were given to every "
+    "row; for a field, its own most frequent value. “none” where that says nothing: one answer to everything always "
+    "has the right form, and it has no loss",
+    "small print": "the 95 % interval: where the figure would probably lie on other rows like these",
+}
+"""Columns of the tables."""
+
+METRICS = {
+    "exact_match": "answers that are the expected one, letter by letter",
+    "field_accuracy": "of the fields that make up an answer, the share that is right; numbers count as numbers",
+    "well_formed": "answers that are built as the expected ones are, whatever they say",
+    "json_valid": "answers that a program can read as JSON, whatever they say",
+    "json_field_accuracy": "of the values in the JSON, the share that is right; what is left out or invented counts as "
+    "wrong",
+    "multiple_choice": "answers that name the right option and no other",
+    "anls": "how alike the letters of answer and expected text are; 0 where half of them or more differ",
+    "relaxed_accuracy": "answers whose number is at most 5 % off",
+    "rouge_l": "how many words answer and expected text share in the same order",
+    "chrf": "how many short runs of letters answer and expected text share",
+    "similarity": "how much of the letters of answer and expected text match in blocks",
+    "absolute_error": "how far a number is off on average, over the answers that have one; less is better, and a few "
+    "answers that are far off make it large and its interval wide",
+    "loss": "how surprised the model is by the expected answer, word piece by word piece; less is better, and only the "
+    "difference says something",
+}
+"""What scores mean."""
+
+CHECKS = {
+    "overlap": "were evaluated rows in the training data?",
+    "form": "are the answers built as expected, whole, and in the right script? “Beside it” is what stands in the "
+    "other column",
+    "constant": "is the model better than one answer to everything?",
+    "images": "do the answers get worse when the pictures are grey?",
+    "forgetting": "can the model still do what it could before?",
+}
+"""What checks ask."""
+
+
+def legend(evaluation: Mapping[str, Any]) -> dict[str, str]:
+    """The words that the scores of an evaluation need, columns first: {"p": "how often ...", "exact match": ...}.
+
+    Columns that compare are left out where nothing stands beside.
+    """
+    metrics = evaluation["metrics"].values()
+    alone = len(column_names(evaluation)) == 1
+    found = {name: text for name, text in COLUMNS.items() if not (alone and name in ("difference", "p", "won, lost"))}
+    whole = {one["metric"]: one["label"] for one in metrics if one["field"] is None}
+    if any(one["metric"] == "absolute_error" for one in metrics):
+        whole["absolute_error"] = "mean absolute error"
+    return found | {label: METRICS[name] for name, label in whole.items() if name in METRICS}
