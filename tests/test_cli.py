@@ -83,7 +83,7 @@ def test_commands_and_flags_are_frozen():
         ],
         "plan": ["recipe", "overrides", "--memory", "--rows", "--image", "--json", "--debug"],
         "doctor": ["recipe", "overrides", "--json", "--debug"],
-        "profile": ["recipe", "overrides", "--steps", "--rows", "--image", "--trace", "--json", "--debug"],
+        "profile": ["recipe", "overrides", "--steps", "--rows", "--image", "--words", "--trace", "--json", "--debug"],
         "demo": ["--output", "--json", "--debug"],
         "data": [],
         "data check": ["source", "overrides", "--fetch", "--shard", "--quick", "--json", "--debug"],

@@ -40,7 +40,7 @@ def profile(
 ) -> None:
     """Run a few steps of a training and say where their time and memory go; the recipe's own run is not touched."""
     refuse_options(overrides)
-    sizes = [read_size(one, rows) for one in (image.split(",") if image else [None])]
+    sizes = [read_size(one, rows) for one in ([None] if image is None else image.split(","))]
     with session(debug or bool(context.obj), as_json) as here:
         from phi3v.recipe import Recipe
 

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import signal
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -176,7 +175,7 @@ def test_many_processes_fill_one_cache(tmp_path: Path) -> None:
         process.start()
     for number, process in enumerate(processes[:4]):
         time.sleep(0.01 * number)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
     for process in processes:
         process.join(timeout=60)
     assert [process.exitcode for process in processes[4:]] == [0] * 4

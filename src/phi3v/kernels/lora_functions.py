@@ -112,7 +112,7 @@ class OutputAndMlp(torch.autograd.Function):
         gate_up, normed_low, normed_kept = project(normed, gate_up_proj)
         del normed
         width = down_proj.weight.shape[1]
-        inner = gate_up.new_empty(gate_up.shape[0], width + down_proj.spare)
+        inner = _with_spare(gate_up, width, down_proj.spare)
         passes.swiglu(gate_up, inner[:, :width])
         result, inner_low, inner_kept = project(inner, down_proj, residual=middle)
         ctx.save_for_backward(
@@ -146,9 +146,21 @@ class OutputAndMlp(torch.autograd.Function):
         return to_outer, to_middle.view(shape), None, None, None, None, *factors
 
 
+def _with_spare(like: torch.Tensor, width: int, spare: int) -> torch.Tensor:
+    """Empty rows `[T, width + spare]` for as many rows as `like` has.
+
+    On a CPU the spare columns begin as zeros: matrix products in bfloat16 (AMX) read behind the columns that they are
+    given, up to a multiple of 32, and multiply what they find there with zero, which is no number where that is none.
+    """
+    rows = like.new_empty(like.shape[0], width + spare)
+    if rows.device.type == "cpu":
+        rows[:, width:] = 0
+    return rows
+
+
 def _normed(rows: torch.Tensor, norm: Norm, spare: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Normed rows with columns to spare behind them, `[T, H + R]`, and 1 / rms."""
-    normed = rows.new_empty(rows.shape[0], rows.shape[1] + spare)
+    normed = _with_spare(rows, rows.shape[1], spare)
     return normed, passes.rms_norm(rows, norm.weight, norm.eps, normed)
 
 

@@ -84,7 +84,8 @@ def use_faster_layers(model: Any, recipe: Recipe, device: torch.device) -> dict[
     if options.get("use_liger_kernel"):
         done["liger"] = use_liger(base, options.get("liger_kernel_config") or {})
     if compiles(recipe.training.compile_layers, device, quantized=recipe.quantization is not None):
-        done["compiled"] = compile_layers(base)
+        chosen = recipe.training.compile_layers is True  # torch 2.11 does not compile Liger's norm and MLP
+        done["compiled"] = compile_layers(base, decoder=chosen or not done["liger"])
     return done
 
 
@@ -98,7 +99,7 @@ def compiles(choice: bool | str, device: torch.device, *, quantized: bool) -> bo
     return bool(choice)
 
 
-def compile_layers(model: Phi3VForCausalLM, **options: Any) -> int:
+def compile_layers(model: Phi3VForCausalLM, *, decoder: bool = True, **options: Any) -> int:
     """Compiles each layer of the decoder and of the tower by itself; how many are compiled: hand-written ones are not.
 
     Layers of one kind share their code, so few are compiled. Sizes are left open: a batch of another length or with
@@ -106,11 +107,15 @@ def compile_layers(model: Phi3VForCausalLM, **options: Any) -> int:
 
     Args:
         model: a Phi-3-V.
+        decoder: whether its layers are compiled, or the tower's alone.
         **options: of torch.compile.
     """
     tower = model.model.vision_embed_tokens.img_processor
     transformer = _active(tower).vision_model
-    layers: list[nn.Module] = [*model.model.layers, *transformer.encoder.layers[: transformer.layers_read]]
+    layers: list[nn.Module] = [
+        *(model.model.layers if decoder else []),
+        *transformer.encoder.layers[: transformer.layers_read],
+    ]
     for layer in layers:
         layer.compile(**{"dynamic": True, **options})
     return sum(layer._compiled_call_impl is not None for layer in layers)
@@ -153,7 +158,8 @@ def step_line(attention: str, micro_batches: MicroBatches, state: FastLoraState,
     written = f"{state.attached} of {state.layers} decoder layers hand-written"
     reasons = f" ({', '.join(state.reasons)})" if state.reasons else ""
     more = [f"{layers['compiled']} layers compiled" if layers["compiled"] else "none compiled"]
-    more += [f"{layers['liger']} with Liger's kernels"] if layers["liger"] else []
+    liger = layers["liger"] - state.attached  # hand-written layers have kernels of their own
+    more += [f"{liger} with Liger's kernels"] if liger > 0 else []
     return f"each step: {cut}, attention {attention}, {written}{reasons}, {', '.join(more)}"
 
 
