@@ -23,6 +23,7 @@ SLIPS = [
     (["profile", "r.yaml", "--trace", ""], "'--trace': it is empty"),
     (["profile", "r.yaml", "--image", ""], "--image: '' is no size"),
     (["profile", "r.yaml", "--image", "64x48"], "photos have their sizes: add --rows"),
+    (["profile", "r.yaml", "--words", "9"], "answers have their lengths: add --rows"),
     (["plan", "r.yaml", "--image", "64x48"], "photos have their sizes: add --rows"),
     (["evaluate", "runs/shop", "--data", ""], "'--data': it is empty"),
     (["evaluate", "runs/shop", "--against", " "], "'--against': it is empty"),

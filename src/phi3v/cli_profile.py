@@ -31,7 +31,7 @@ def profile(
         str | None,
         typer.Option(metavar="WxH,...", help="With --rows, the photos' sizes in turn, else 1200x1600 for all."),
     ] = None,
-    words: Annotated[int, typer.Option(min=1, help="With --rows, words of an answer.")] = 60,
+    words: Annotated[int | None, typer.Option(min=1, help="With --rows, words of an answer, else 60.")] = None,
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write what ran, for Perfetto.", parser=read_path)
     ] = None,
@@ -41,6 +41,8 @@ def profile(
     """Run a few steps of a training and say where their time and memory go; the recipe's own run is not touched."""
     refuse_options(overrides)
     sizes = [read_size(one, rows) for one in ([None] if image is None else image.split(","))]
+    if words is not None and rows is None:
+        raise typer.BadParameter("the recipe's own answers have their lengths: add --rows", param_hint="--words")
     with session(debug or bool(context.obj), as_json) as here:
         from phi3v.recipe import Recipe
 
@@ -51,7 +53,7 @@ def profile(
 
         with Screen(here.screen) as screen:
             found = profile_recipe(
-                chosen, steps=steps, rows=rows, images=sizes, words=words, trace=trace, on_event=screen.on_event
+                chosen, steps=steps, rows=rows, images=sizes, words=words or 60, trace=trace, on_event=screen.on_event
             )
         show_profile(here.screen, found)
         here.result(found.to_dict())
