@@ -17,7 +17,12 @@ import os, sys, time
 from pathlib import Path
 Path(sys.argv[1]).with_suffix(".new").write_text(str(os.getpid()))
 os.replace(Path(sys.argv[1]).with_suffix(".new"), sys.argv[1])
-time.sleep(120)
+half = Path(sys.argv[1]).parent / "half" / "merged"
+end = time.monotonic() + 120
+while time.monotonic() < end:
+    for number in range(200):
+        half.mkdir(parents=True, exist_ok=True)
+        (half / f"{number}.json").write_text("{}")
 """
 PARENT = """
 import sys
@@ -47,7 +52,8 @@ def test_it_ends_with_a_parent_that_is_killed_and_removes_what_is_half_made(tmp_
         os.kill(child, 0)
         parent.send_signal(signal.SIGKILL)
     wait(lambda: has_ended(child))
-    assert not (tmp_path / "half").exists() and (tmp_path / "sleeper.py").exists()
+    wait(lambda: not (tmp_path / "half").exists())  # which a program that still wrote would make again
+    assert (tmp_path / "sleeper.py").exists()
 
 
 def wait(until) -> None:

@@ -161,7 +161,7 @@ def test_what_asks_for_nothing_passes() -> None:
     turns = [
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "First"}, IMAGE]},
-        {"role": "assistant", "content": "Yes", "refusal": None, "annotations": []},
+        {"role": "assistant", "content": "Yes", "refusal": None, "annotations": [], "tool_calls": []},
         {"role": "user", "content": [IMAGE, {"type": "text", "text": "\U0001f600 <|end|>"}], "name": "x"},
     ]
     asked = parse({**HI, "messages": turns, "stop": "\n"})

@@ -1,8 +1,8 @@
 """A module run as a program beside this one, which ends when this one does, even by a kill.
 
-In come a module's name and its words, out comes what it said. Its standard input is a pipe whose other end nobody but
-this process holds: where that closes, the system having closed it for a process that is gone, the program removes what
-would be left half made, and ends itself.
+In come a module's name and its words, out comes what it said. A watcher starts the program. Its standard input is a
+pipe whose other end nobody but this process holds: where that closes, the system having closed it for a process that is
+gone, the watcher ends the program first, and then removes what is left half made.
 """
 
 import os
@@ -11,20 +11,37 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-_PROGRAM = """
-import os, runpy, shutil, sys, threading
-
-half_made = sys.argv.pop(1)
+_WATCHED = """
+import os, runpy, sys, threading
 
 def watch():
     os.read(0, 1)
-    if half_made:
-        shutil.rmtree(half_made, ignore_errors=True)
     os._exit(1)
 
 threading.Thread(target=watch, daemon=True).start()
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
+"""The program: it ends where its watcher is gone."""
+
+_WATCHER = """
+import os, shutil, subprocess, sys, threading
+
+half_made, program, *words = sys.argv[1:]
+running = subprocess.Popen([sys.executable, "-P", "-c", program, *words], stdin=subprocess.PIPE)
+alone = threading.Event()
+
+def watch():
+    os.read(0, 1)
+    alone.set()
+    running.kill()
+
+threading.Thread(target=watch, daemon=True).start()
+code = running.wait()
+if alone.is_set() and half_made:
+    shutil.rmtree(half_made, ignore_errors=True)
+os._exit(code if code >= 0 else 128 - code)
+"""
+"""A small process between: a program that removed its files itself would write on meanwhile."""
 
 
 def run_beside(
@@ -40,17 +57,21 @@ def run_beside(
 
     Example: run_beside("json.tool", ["a.json"], PYTHONIOENCODING="utf-8").
     """
-    theirs, ours = os.pipe()
-    try:
-        return subprocess.run(
-            [sys.executable, "-P", "-c", _PROGRAM, str(removing or ""), module, *words],
-            stdin=theirs,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env={**os.environ, **environment},
-        )
-    finally:
-        os.close(theirs)
-        os.close(ours)
+    command = [sys.executable, "-P", "-c", _WATCHER, str(removing or ""), _WATCHED, module, *words]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, **environment},
+        start_new_session=True,  # a signal to the terminal's whole group would end the watcher too
+    ) as watcher:
+        assert watcher.stdin is not None and watcher.stdout is not None
+        try:
+            said = watcher.stdout.read()
+        finally:
+            watcher.stdin.close()  # of an interrupted export the program ends before anything is removed
+            watcher.wait()
+    return subprocess.CompletedProcess(command, watcher.returncode, said)

@@ -11,8 +11,9 @@ from typing import Any
 
 READ = "0.33"
 """The version whose Phi-3-V was read: names of weights, fields of the configuration, members of the processor."""
-_CONTEXT = 8192
-"""Tokens that a server of one GPU has room for; the model's own 131,072 would be planned for else."""
+CONTEXT = 4096
+"""The original context of both of Microsoft's models. vLLM chooses rope's factors once for the server: with one token
+more every request has the long ones, short prompts too, which training and `phi3v ask` give the short ones."""
 
 
 OTHER_TOWER = "vLLM cannot serve these weights: its Phi-3-V has a tower of ViT-L/14 at 336 pixels, theirs is another"
@@ -28,8 +29,8 @@ def serves(config: Mapping[str, Any]) -> bool:
 
 
 def serve_command(name: str) -> str:
-    """The command: serve_command("shop") -> "vllm serve shop --max-model-len 8192 --limit-mm-per-prompt '...'"."""
-    return f"vllm serve {shlex.quote(name)} --max-model-len {_CONTEXT} --limit-mm-per-prompt '{{\"image\": 1}}'"
+    """The command: serve_command("shop") -> "vllm serve shop --max-model-len 4096 --limit-mm-per-prompt '...'"."""
+    return f"vllm serve {shlex.quote(name)} --max-model-len {CONTEXT} --limit-mm-per-prompt '{{\"image\": 1}}'"
 
 
 def version_note() -> str:

@@ -73,7 +73,7 @@ NOT_SERVED = {
     "prompt_cache_options": "null",
     "moderation": "null",
     "messages.#.refusal": "null",
-    "messages.#.tool_calls": "null",
+    "messages.#.tool_calls": "[]",
     "messages.#.function_call": "null",
     "messages.#.audio": "null",
     "messages.#.annotations": "[]",

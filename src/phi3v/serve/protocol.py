@@ -97,7 +97,7 @@ class ChatMessage(_Strict):
     content: Annotated[Annotated[Text, Tag(TEXT)] | Annotated[Parts, Tag(LIST)], Discriminator(_text_or_list)]
     name: Short | None = None
     refusal: None = None
-    tool_calls: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
     function_call: None = None
     audio: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
