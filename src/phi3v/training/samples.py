@@ -242,7 +242,7 @@ class NoteOnce:
     """Writes down rows that turned out to be unusable, in whichever process that was seen.
 
     A row that the run has named is not named again: a stream is read from its start at the first look, in training and
-    in each session. Two loader workers that meet one row at the same time each write it; reading drops the second.
+    in each session. Of loader workers each writes a row of a stream that it meets; reading drops doubles.
     """
 
     def __init__(self, run: RunFolder) -> None:
