@@ -310,12 +310,17 @@ def test_an_image_that_a_part_names_is_the_one_that_is_shown(folder: Path) -> No
         {"messages": pictured("b.png"), "images": ["a.png"]},
         {"messages": pictured("b.png", "c.png"), "images": ["c.png", "b.png"]},
         {"messages": pictured("b.png", None), "images": ["a.png", "b.png"]},
+        {"messages": pictured("./b.png"), "images": ["b.png"]},  # one image, spelled in two ways
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": ["b.png"]}]}, SAID], "images": ["b.png"]},
     ]
     source = jsonl(folder, records)
     data = load_data(source, options=RowOptions(), validation_split=None, reading=everything())
-    assert [[image.path for image in row.images] for row in data.train] == [["b.png", "a.png"], ["a.png", "b.png"]]
+    found = [[image.path for image in row.images] for row in data.train]
+    assert found == [["b.png", "a.png"], ["a.png", "b.png"], ["b.png"]]
+    listed = data.problems[-1]
+    assert (listed.row, listed.message) == (6, "an image part holds a list, which is no path and no image")
     line = "its content parts name other images than the column 'images' holds"
-    assert [(one.row, one.reason_code, one.message) for one in data.problems] == [
+    assert [(one.row, one.reason_code, one.message) for one in data.problems[:-1]] == [
         (number, "image_tags", line) for number in (2, 3, 4)
     ]
     texts = jsonl(folder, [{"messages": pictured("b.png")}, {"messages": [ASKED, SAID]}], "texts.jsonl")

@@ -1,11 +1,16 @@
 """Where a row cannot be encoded the next one stands in, and the row is told of once."""
 
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from phi3v.data.schema import Message, Row, RowProblem, TextPart
 from phi3v.data.stand_ins import StandIns
 from phi3v.errors import DataError, ImageError, TooLongError
+from phi3v.training.loader_watch import taking_over
 
 
 class Numbers:
@@ -53,3 +58,27 @@ def test_iterating_ends_behind_the_last_row() -> None:
     for number in (3, -4):
         with pytest.raises(IndexError, match=f"there is no row {number}: there are 3"):
             samples[number]
+
+
+@pytest.mark.filterwarnings("ignore:.*worker processes in total")
+def test_loader_workers_share_what_may_fail() -> None:
+    """Each of two workers meets two of the four bad samples, which are two rows: weights have each there twice."""
+    rows = Numbers(12, {number: DataError(f"a.csv, row {number % 6}: 9 tokens") for number in (0, 3, 6, 9)})
+    rows.rows = rows.rows[:6] * 2
+
+    def loader(samples: StandIns) -> DataLoader[Any]:
+        return DataLoader(samples, batch_size=1, num_workers=2, collate_fn=list, multiprocessing_context="fork")
+
+    samples = StandIns(rows, spare=2)
+    found = [int(sample["input_ids"]) for (sample,) in loader(samples)]
+    assert found == [1, 1, 2, 4, 4, 5, 7, 7, 8, 10, 10, 11]
+    assert [samples.is_own(number) for number in range(12)] == [False, True, True] * 4
+    line = r"^a.csv, row \d: 9 tokens; with it 2 rows could not be used when their turn came"
+    with pytest.raises(DataError, match=line), taking_over():
+        list(loader(StandIns(rows, spare=1)))
+
+
+def test_spawned_workers_share_it_too() -> None:
+    samples = StandIns(Numbers(3, {1: DataError("a.csv, row 1: 9 tokens")}), spare=1, tell=str)
+    sent = ForkingPickler.loads(ForkingPickler.dumps(samples))  # as it comes to a spawned process
+    assert int(sent[1]["input_ids"]) == 2 and not samples.is_own(1)

@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,26 @@ def test_loader_workers_change_nothing(workers: int, tmp_path: Path) -> None:
     assert found == expected
     if not workers:
         assert {problem.row for problem in told} == {2} and {problem.reason_code for problem in told} == {"too_long"}
+
+
+@pytest.mark.filterwarnings("ignore:.*worker processes in total")
+@pytest.mark.parametrize(("allowed", "refused"), [(0.15, True), (0.25, False)])
+def test_loader_workers_share_what_may_fail_of_a_stream(allowed: float, refused: bool, tmp_path: Path) -> None:
+    """A fifth of the rows cannot be encoded; each of two workers sees a tenth, and its neighbour's as stand-ins."""
+
+    def sample(row: Row) -> dict[str, torch.Tensor]:
+        if row.index % 5 == 0:
+            raise TooLongError(f"t.jsonl, row {row.index}: too long")
+        return {"input_ids": torch.tensor([row.index])}
+
+    (tmp_path / "t.jsonl").write_text("\n".join(texts(1500)) + "\n")
+    options = RowOptions(images=None, prompt="{q}", answer="{a}")
+    data = stream_data(str(tmp_path / "t.jsonl"), options=options, reading=Reading(max_skipped=allowed))
+    examples = StreamedExamples(data.train, sample, micro_batch=20, tell=ignore)
+    batches = iter(torch.utils.data.DataLoader(examples, batch_size=20, num_workers=2, collate_fn=list))
+    with pytest.raises(DataError, match="rows could not be encoded .* more than") if refused else nullcontext():
+        for _ in range(70):
+            next(batches)
 
 
 def make(kind: str, folder: Path) -> str:

@@ -81,6 +81,7 @@ def test_a_broken_photo_stops_neither_a_run_nor_its_resuming(
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     for recipe in (whole, cut):
         (problem,) = RunFolder(recipe.output).read_problems()
+        assert len(RunFolder(recipe.output).problems.read_text().splitlines()) == 1  # reading drops doubles
         assert (problem["row"], problem["reason_code"], problem["found"]) == (7, "image_unreadable", "training")
         assert "7.png does not decode" in problem["message"]
 

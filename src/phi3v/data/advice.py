@@ -28,7 +28,8 @@ ADVICE = {
     "image_path": "mend the path, or set data.image_root",
     "image_unreadable": "save it again as JPEG or PNG, or drop the row; for its size raise image.max_pixels",
     "data_uri": "write it as data:image/png;base64,... or save the image as a file",
-    "held_out_image": "nothing; where they are too many give data.validation, or raise data.max_skipped",
+    "held_out_image": "nothing; where they are too many give data.validation, or (not of a stream, which does not "
+    "count them) raise data.max_skipped",
     "image_narrow": "crop it to a less extreme shape, or raise image.num_crops",
     "too_long": "set data.on_too_long to fewer_crops or cut_text, lower image.num_crops, shorten the text, "
     "or raise data.max_length",

@@ -109,6 +109,8 @@ class ConversationMap:
         named = [placed for placed in parts if not is_empty(placed[0])]
         if not named or not column:
             return column or named
+        if any(isinstance(cell, list) for cell, _ in named):
+            return named  # no image, which is told as it is without a column
         if len(column) == len(parts) - len(named):
             others = iter(column)
             return [next(others) if is_empty(placed[0]) else placed for placed in parts]
@@ -252,9 +254,13 @@ def _find(column: str, columns: Sequence[str]) -> str | None:
 
 
 def _is_same(cell: Any, other: Any) -> bool:
-    """Whether two image cells are one image: "a.jpg" and {"bytes": b"...", "path": "a.jpg"}."""
+    """Whether two image cells are one image: "./a.jpg" and {"bytes": b"...", "path": "a.jpg"}.
+
+    Only "./" is taken off: behind a link "b/../a.jpg" may be another file, and in an address each character counts.
+    """
     paths = [one.get("path") if isinstance(one, Mapping) else one for one in (cell, other)]
-    return bool(cell == other or (isinstance(paths[0], str) and paths[0] == paths[1]))
+    names = [path.removeprefix("./") if isinstance(path, str) else None for path in paths]
+    return bool(cell == other or (names[0] is not None and names[0] == names[1]))
 
 
 def _parsed(value: str, column: str) -> Any:

@@ -36,7 +36,7 @@ class StandIns(torch.utils.data.Dataset[Example]):
 
         Args:
             encoded: an `EncodedRows`: samples by number, and `rows`.
-            spare: so many rows may fail; more stops with an error.
+            spare: so many rows may fail, whichever loader workers find them; more stops with an error.
             on_problem: "stop" allows none.
             tell: called once with each problem, in whichever process finds it.
         """
@@ -44,8 +44,10 @@ class StandIns(torch.utils.data.Dataset[Example]):
         self.spare = spare
         self.on_problem = on_problem
         self.tell = tell
-        self._failed: set[int] = set()
-        self._told: set[tuple[str, int]] = set()  # fewer, where weights repeat rows
+        # A byte for each sample in memory that loader workers share. Each process only ever writes a 1, so no lock is
+        # needed, which could not go to forked and to spawned workers alike.
+        self._failed = torch.zeros(len(encoded), dtype=torch.uint8).share_memory_()
+        self._keys: dict[int, tuple[str, int]] = {}  # of failed samples; fewer rows, where weights repeat them
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -61,7 +63,7 @@ class StandIns(torch.utils.data.Dataset[Example]):
             raise IndexError(f"there is no row {index}: there are {len(self)}")
         for place in range(index, index + len(self)):
             number = place % len(self)
-            if number in self._failed:
+            if self._failed[number]:
                 continue
             try:
                 return self.encoded[number]
@@ -70,25 +72,33 @@ class StandIns(torch.utils.data.Dataset[Example]):
         raise DataError("no row can be encoded")
 
     def is_own(self, index: int) -> bool:
-        """Whether the sample of a row is its own, as far as this process has seen."""
-        return index % len(self) not in self._failed
+        """Whether the sample of a row is its own, as far as this process and its loader workers have seen."""
+        return not self._failed[index % len(self)]
 
     def _note(self, number: int, error: DataError) -> None:
         """Counts and tells of a failure. Raises: DataError when it is one too many."""
         if self.on_problem == "stop":
             raise error
-        self._failed.add(number)
+        before = self._failed_rows()
+        self._failed[number] = 1
         problem = row_problem(self.encoded.rows[number], error)
-        if (problem.source, problem.row) in self._told:
+        if (problem.source, problem.row) in before:
             return
-        self._told.add((problem.source, problem.row))
         self.tell(problem)
         _logger.warning("%s; the next row stands in for it", problem)
-        if len(self._told) > self.spare:
+        if (failed := len(self._failed_rows())) > self.spare:
             raise DataError(
-                f"{problem}; with it {len(self._told)} rows could not be used when their turn came, more than "
+                f"{problem}; with it {failed} rows could not be used when their turn came, more than "
                 "data.max_skipped leaves: mend the data, or raise it"
             ) from error
+
+    def _failed_rows(self) -> set[tuple[str, int]]:
+        """Source and index of the rows that have failed, in whichever process."""
+        for number in self._failed.nonzero().flatten().tolist():
+            if number not in self._keys:
+                row = self.encoded.rows[number]
+                self._keys[number] = (row.source, row.index)
+        return set(self._keys.values())
 
 
 def row_problem(row: Row, error: DataError) -> RowProblem:

@@ -8,6 +8,7 @@ positions stay what they are.
 from collections import deque
 from collections.abc import Callable, Iterator
 
+import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from phi3v.data.encode import Example
@@ -19,6 +20,9 @@ from phi3v.errors import DataError
 
 _MOST_STAND_INS = 100
 """Rows in a row that may fail before the stream is given up."""
+_MOST_WORKERS = 4096
+"""More loader workers than any machine runs; each has its own place among the shared counts."""
+_FAILED, _POSITION = 0, 1
 
 
 class StreamedExamples(IterableDataset[Example]):
@@ -51,6 +55,9 @@ class StreamedExamples(IterableDataset[Example]):
         self.micro_batch = micro_batch
         self.start = start
         self.tell = tell
+        # In memory that loader workers share. Each writes its own line alone, so no lock is needed, which could not go
+        # to forked and to spawned workers alike.
+        self._counts = torch.zeros((_MOST_WORKERS, 2), dtype=torch.int64).share_memory_()
 
     def __iter__(self) -> Iterator[Example]:
         """Samples from `start` on; a loader worker gives those of its own batches alone.
@@ -63,18 +70,29 @@ class StreamedExamples(IterableDataset[Example]):
         rows = self.stream.rows(tell, start=self.start)
         ahead: deque[Row | None] = deque()
         position = 0
-        self._failed = 0
+        counts = self._counts[mine]
+        counts.zero_()
+
+        def is_mine(place: int) -> bool:
+            return place // self.micro_batch % workers == mine
+
         while True:
-            if position // self.micro_batch % workers == mine:
-                yield self._sample(ahead, rows)
-                self._refuse_failures(position)
+            if is_mine(position):
+                sample, failed = self._sample(ahead, rows)
+                # A worker also meets bad rows of another one's, in search of a stand-in; that one meets them, too.
+                counts[_FAILED] += sum(is_mine(position + place) for place in failed)
+                counts[_POSITION] = position
+                yield sample
+                self._refuse_failures(workers)
             if not ahead:
                 ahead.append(next(rows))
             ahead.popleft()
             position += 1
 
-    def _sample(self, ahead: deque[Row | None], rows: Iterator[Row]) -> Example:
-        """The sample of the first row ahead that can be encoded; one that cannot is None from then on."""
+    def _sample(self, ahead: deque[Row | None], rows: Iterator[Row]) -> tuple[Example, list[int]]:
+        """The sample of the first row ahead that can be encoded, and the places ahead of those that now could not; such
+        a row is None from then on."""
+        failed: list[int] = []
         problem: RowProblem | str = "all had failed before"
         for place in range(_MOST_STAND_INS):
             if place == len(ahead):
@@ -83,12 +101,12 @@ class StreamedExamples(IterableDataset[Example]):
             if row is None:
                 continue
             try:
-                return self.encode(row)
+                return self.encode(row), failed
             except DataError as error:
                 if self.stream.on_problem == "stop":
                     raise
                 ahead[place] = None
-                self._failed += 1
+                failed.append(place)
                 problem = row_problem(row, error)
                 self.tell(problem)
         raise DataError(
@@ -96,10 +114,15 @@ class StreamedExamples(IterableDataset[Example]):
             "the set with phi3v data check"
         )
 
-    def _refuse_failures(self, position: int) -> None:
-        """Raises: DataError when more samples have failed than the stream allows of its records."""
-        if position >= CHECKED_EVERY and self._failed > most_allowed(self.stream.max_skipped, position):
+    def _refuse_failures(self, workers: int) -> None:
+        """Raises: DataError when more rows have failed in all workers than the stream allows of its records.
+
+        They are held against the foremost worker's position: those behind it have still to count some of theirs.
+        """
+        counts = self._counts[:workers]
+        failed, position = int(counts[:, _FAILED].sum()), int(counts[:, _POSITION].max())
+        if position >= CHECKED_EVERY and failed > most_allowed(self.stream.max_skipped, position):
             raise DataError(
-                f"{self._failed} of {position} rows could not be encoded when their turn came, more than "
+                f"{failed} of {position} rows could not be encoded when their turn came, more than "
                 "data.max_skipped allows: mend the data, or raise it"
             )

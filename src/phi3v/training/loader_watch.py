@@ -23,6 +23,8 @@ import psutil
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from phi3v.errors import DataError
+
 STUCK_AFTER = 45.0
 """Seconds without any life; one photo of 20 million pixels takes less than a second."""
 _LOOK_EVERY = 1.0
@@ -164,12 +166,17 @@ def taking_over() -> Iterator[None]:
     """Where samples are taken over: a worker that ends with one half handed over raises as any that ends.
 
     Its tensors are fetched from the worker itself, so a socket breaks where torch would see an end. What a data set
-    raised in a worker, whose text begins with "Caught", stays as it is.
+    raised in a worker, whose text begins with "Caught", stays as it is; of what is wrong with the data the line alone
+    is left, without the worker's traceback that torch puts in front.
 
-    Raises: RuntimeError for a connection that broke.
+    Raises: RuntimeError for a connection that broke; DataError.
     """
     try:
         yield
+    except DataError as error:
+        if not str(error).startswith("Caught"):
+            raise
+        raise type(error)(str(error).rstrip().rpartition("\nphi3v.errors.")[2].partition(": ")[2]) from None
     except (ConnectionError, EOFError) as error:
         if str(error).startswith("Caught"):
             raise

@@ -84,10 +84,11 @@ def make_samples(
     Raises: TrainingError when the first row has nothing to train; DataError when too many rows fail.
     """
     longest = recipe.data.longest(model.config.max_position_embeddings)
-    held_out = _stand_ins(recipe, run, data, data.validation or [], processor, longest)
+    tell = NoteOnce(run)
+    held_out = _stand_ins(recipe, tell, data, data.validation or [], processor, longest)
     if isinstance(data, StreamedData):
-        return _streamed(recipe, run, data, processor, longest, steps_done), held_out
-    train = _stand_ins(recipe, run, data, data.train, processor, longest)
+        return _streamed(recipe, tell, data, processor, longest, steps_done), held_out
+    train = _stand_ins(recipe, tell, data, data.train, processor, longest)
     _refuse_empty(_first(train))
     if store is None:
         return train, held_out
@@ -169,7 +170,7 @@ def planned_steps(recipe: Recipe, lengths: Sequence[int], epoch: int) -> Iterato
 
 def _stand_ins(
     recipe: Recipe,
-    run: RunFolder,
+    tell: Callable[[RowProblem], None],
     data: LoadedData | StreamedData,
     rows: Sequence[Row],
     processor: Any,
@@ -183,12 +184,17 @@ def _stand_ins(
         spare=most_allowed(recipe.data.max_skipped, known)
         - (len(data.problems) if isinstance(data, LoadedData) else 0),
         on_problem=recipe.data.on_problem,
-        tell=partial(note_problem, run),
+        tell=tell,
     )
 
 
 def _streamed(
-    recipe: Recipe, run: RunFolder, data: StreamedData, processor: Any, longest: int, steps_done: int
+    recipe: Recipe,
+    tell: Callable[[RowProblem], None],
+    data: StreamedData,
+    processor: Any,
+    longest: int,
+    steps_done: int,
 ) -> StreamedExamples:
     """Samples of a stream."""
     examples = StreamedExamples(
@@ -196,7 +202,7 @@ def _streamed(
         partial(_encode, processor=processor, options=_encode_options(recipe, processor, longest)),
         micro_batch=recipe.training.samples_per_step,  # the loader's batch is a step
         start=steps_done * recipe.training.samples_per_step,
-        tell=partial(note_problem, run),
+        tell=tell,
     )
     if not steps_done:
         _refuse_empty(next(iter(examples)))
@@ -232,6 +238,20 @@ def _refuse_empty(example: Example) -> None:
         raise TrainingError("the first row has no trained token: its answer is empty, see data.answer")
 
 
-def note_problem(run: RunFolder, problem: RowProblem) -> None:
-    """Writes down a row that turned out to be unusable, in whichever process that was seen."""
-    run.append_problem(asdict(problem))
+class NoteOnce:
+    """Writes down rows that turned out to be unusable, in whichever process that was seen.
+
+    A row that the run has named is not named again: a stream is read from its start at the first look, in training and
+    in each session. Of loader workers each writes a row of a stream that it meets; reading drops doubles.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        """Into this run's folder."""
+        self._run = run
+        self._told = {(line.get("source"), line.get("row")) for line in run.read_problems()}
+
+    def __call__(self, problem: RowProblem) -> None:
+        """Writes the row down."""
+        if (problem.source, problem.row) not in self._told:
+            self._told.add((problem.source, problem.row))
+            self._run.append_problem(asdict(problem))
