@@ -57,8 +57,9 @@ def export_onnx(place: Target, folder: Path, *, precision: Precision = "fp32") -
     write_embedding(merged, folder, number)
     build_decoder(config, merged, folder, precision)
     built = json.loads((folder / GENAI_CONFIG).read_text())
-    (folder / GENAI_CONFIG).unlink(missing_ok=True)  # with it the decoder loads
-    (merged / "config.json").unlink(missing_ok=True)  # with it the language model does: first, so that a kill in rmtree leaves neither
+    # With the one the decoder loads, with the other the language model: first, so that a kill in rmtree leaves neither.
+    (folder / GENAI_CONFIG).unlink()
+    (merged / "config.json").unlink(missing_ok=True)
     shutil.rmtree(merged)
     processor.image_processor.byte_crops = False  # the vision graph takes floats
     write_processor(processor, folder, None, None)
