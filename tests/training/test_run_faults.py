@@ -13,13 +13,14 @@ from phi3v.ranks import ALONE
 from phi3v.training.run_faults import one_line_at_the_end, one_line_faults
 
 
+def trainer_of(folder: Path, **more: Any) -> Any:
+    """What is asked of a Trainer alone at step 4, which saves into the folder."""
+    state = SimpleNamespace(global_step=4)
+    return SimpleNamespace(ranks=ALONE, state=state, save_last_step=lambda: folder / "checkpoint-4", **more)
+
+
 def test_no_memory_for_held_out_rows_names_their_settings(tmp_path: Path) -> None:
-    trainer: Any = SimpleNamespace(
-        validating=True,
-        ranks=ALONE,
-        state=SimpleNamespace(global_step=4),
-        save_last_step=lambda: tmp_path / "checkpoint-4",
-    )
+    trainer = trainer_of(tmp_path, validating=True)
     said = "^out of memory in the validation behind step 4 .* evaluation.batch_size or .* goes on from checkpoint-4$"
     with pytest.raises(TrainingError, match=said), one_line_faults(trainer, tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -47,14 +48,8 @@ def test_what_ends_the_report_of_a_run_is_one_line(tmp_path: Path, error: Except
 
 def test_a_worker_that_ends_while_it_hands_a_sample_over_is_one_line(tmp_path: Path) -> None:
     watch = SimpleNamespace(killed=False)
-    trainer: Any = SimpleNamespace(
-        args=SimpleNamespace(dataloader_num_workers=2),
-        workers=watch,
-        eval_workers=watch,
-        ranks=ALONE,
-        state=SimpleNamespace(global_step=4),
-        save_last_step=lambda: tmp_path / "checkpoint-4",
-    )
+    workers = SimpleNamespace(dataloader_num_workers=2)
+    trainer = trainer_of(tmp_path, args=workers, workers=watch, eval_workers=watch)
     said = "a loader worker was ended .* before step 5 .EOFError.: .*; the same command goes on from checkpoint-4"
     with pytest.raises(TrainingError, match=said), one_line_faults(trainer, tmp_path):
         raise EOFError

@@ -141,9 +141,8 @@ class Backend:
         if process is None or process.poll() is not None:
             process = _launch()
         if self._first_ready is not None and self._first_ready.done():
-            self._spare = (
-                _launch()
-            )  # beside the loading, for the next death; at the very start it would only be in the way
+            # Beside the loading, for the next death; at the very start it would only be in the way.
+            self._spare = _launch()
         assert process.stdin is not None and process.stdout is not None
         self._process = process
         self._outbox = queue.SimpleQueue()

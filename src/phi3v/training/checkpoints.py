@@ -116,14 +116,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
             without_best.append((path, fault))
         if fault is None:
             if faults:
-                more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-                _log.warning("%s%s; going on from %s", faults[0], more, path.name)
+                _warn_of_damage(faults[0], len(faults), path.name)
             return path
         faults.append(fault)
     if without_best:
         path, fault = without_best[0]
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        _log.warning("%s%s; going on from %s, with the best weights that are left", fault, more, path.name)
+        _warn_of_damage(fault, len(faults), f"{path.name}, with the best weights that are left")
         return path
     if faults:
         raise CheckpointError(
@@ -131,6 +129,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
             "start"
         )
     return None
+
+
+def _warn_of_damage(fault: str, count: int, going_on: str) -> None:
+    """One warning for all faults: "... is damaged (and 2 more); going on from checkpoint-50"."""
+    more = f" (and {count - 1} more)" if count > 1 else ""
+    _log.warning("%s%s; going on from %s", fault, more, going_on)
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
