@@ -8,6 +8,7 @@ from typing import Any
 
 from phi3v.evaluation.figures import counted, gain, gain_ends, p_said, shortened
 from phi3v.evaluation.figures import figure as value_said
+from phi3v.evaluation.paired import LEAST_ROWS
 
 CHANCE = 0.05
 """The p value from which on a difference is called chance."""
@@ -53,8 +54,9 @@ def beside_constant(evaluation: Mapping[str, Any]) -> str:
     """
     primary = evaluation["metrics"][evaluation["primary"]]
     found = primary.get("over_constant")
-    images, few = evaluation.get("images") or {}, 6
-    if found is None or found["p"] is None or min(evaluation["rows"], images.get("different") or few) < few:
+    images = evaluation.get("images") or {}
+    different = min(evaluation["rows"], images.get("different") or LEAST_ROWS)
+    if found is None or found["p"] is None or different < LEAST_ROWS:
         return ""
     gap = found["difference"]["value"] * (1 if primary["better"] == "higher" else -1)
     if gap > 0 and found["p"] < CHANCE:
