@@ -1,6 +1,8 @@
 """Where a row cannot be encoded the next one stands in, and the row is told of once."""
 
+import json
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ from torch.utils.data import DataLoader
 from phi3v.data.schema import Message, Row, RowProblem, TextPart
 from phi3v.data.stand_ins import StandIns
 from phi3v.errors import DataError, ImageError, TooLongError
+from phi3v.run_folder import RunFolder
+from phi3v.training.failed_rows import FailedRows
 from phi3v.training.loader_watch import taking_over
 
 
@@ -82,3 +86,25 @@ def test_spawned_workers_share_it_too() -> None:
     samples = StandIns(Numbers(3, {1: DataError("a.csv, row 1: 9 tokens")}), spare=1, tell=str)
     sent = ForkingPickler.loads(ForkingPickler.dumps(samples))  # as it comes to a spawned process
     assert int(sent[1]["input_ids"]) == 2 and not samples.is_own(1)
+
+
+def test_ranks_share_what_may_fail_by_the_run(tmp_path: Path) -> None:
+    """Each of two ranks meets two of four bad rows; a session that goes on counts those that it meets again."""
+    rows = Numbers(12, {number: DataError(f"a.csv, row {number}: 9 tokens") for number in (0, 3, 6, 9)})
+    run = RunFolder(tmp_path)
+    run.write_problems([{"source": "a.csv", "row": 99, "reason_code": "missing_value", "message": "empty"}])
+
+    def ranks(spare: int) -> list[StandIns]:
+        found = [FailedRows(run) for _ in range(2)]
+        return [StandIns(rows, spare=spare, tell=one, elsewhere=one.found) for one in found]
+
+    first, second = ranks(spare=3)
+    assert [int(one[number]["input_ids"]) for one, number in ((first, 0), (second, 3), (second, 6))] == [1, 4, 7]
+    assert int(first[3]["input_ids"]) == 4  # found by the other one, and counted once
+    with pytest.raises(DataError, match=r"row 9: 9 tokens; with it 4 rows could not be used when their turn came"):
+        first[9]
+    assert [line["row"] for line in map(json.loads, run.problems.read_text().splitlines())] == [99, 0, 3, 6, 9]
+    del rows.bad[0], rows.bad[3]  # mended
+    gone_on = ranks(spare=2)
+    assert [int(one[number]["input_ids"]) for one in gone_on for number in (0, 3, 6, 9)] == [0, 3, 7, 10] * 2
+    assert len(run.problems.read_text().splitlines()) == 5

@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from image_server import image_server, picture
 
 from phi3v.data.columns import RowOptions
@@ -128,9 +129,13 @@ def test_loader_workers_change_nothing(workers: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*worker processes in total")
-@pytest.mark.parametrize(("allowed", "refused"), [(0.15, True), (0.25, False)])
-def test_loader_workers_share_what_may_fail_of_a_stream(allowed: float, refused: bool, tmp_path: Path) -> None:
-    """A fifth of the rows cannot be encoded; each of two workers sees a tenth, and its neighbour's as stand-ins."""
+@pytest.mark.parametrize(("allowed", "refused", "ranks"), [(0.15, True, 1), (0.15, True, 2), (0.25, False, 1)])
+def test_loader_workers_share_what_may_fail_of_a_stream(
+    allowed: float, refused: bool, ranks: int, tmp_path: Path
+) -> None:
+    """A fifth of the rows cannot be encoded; each of two workers sees a tenth, and its neighbour's as stand-ins. A rank
+    reads all steps and keeps its part of each, so it counts what all of them have.
+    """
 
     def sample(row: Row) -> dict[str, torch.Tensor]:
         if row.index % 5 == 0:
@@ -141,7 +146,9 @@ def test_loader_workers_share_what_may_fail_of_a_stream(allowed: float, refused:
     options = RowOptions(images=None, prompt="{q}", answer="{a}")
     data = stream_data(str(tmp_path / "t.jsonl"), options=options, reading=Reading(max_skipped=allowed))
     examples = StreamedExamples(data.train, sample, micro_batch=20, tell=ignore)
-    batches = iter(torch.utils.data.DataLoader(examples, batch_size=20, num_workers=2, collate_fn=list))
+    part = IterableDatasetShard(examples, batch_size=20 // ranks, num_processes=ranks, process_index=ranks - 1)
+    loader = torch.utils.data.DataLoader(part, batch_size=20 // ranks, num_workers=2, collate_fn=list)
+    batches = iter(loader)
     with pytest.raises(DataError, match="rows could not be encoded .* more than") if refused else nullcontext():
         for _ in range(70):
             next(batches)

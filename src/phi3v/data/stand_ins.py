@@ -6,7 +6,7 @@ stands in depends on the rows alone, so a step has its number of samples, and a 
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, Literal
 
 import torch
@@ -31,19 +31,23 @@ class StandIns(torch.utils.data.Dataset[Example]):
         spare: float,
         on_problem: Literal["skip", "stop"] = "skip",
         tell: Callable[[RowProblem], None] = lambda problem: None,
+        elsewhere: Callable[[], Set[tuple[str, int]]] = frozenset,
     ) -> None:
         """Keep the samples.
 
         Args:
             encoded: an `EncodedRows`: samples by number, and `rows`.
-            spare: so many rows may fail, whichever loader workers find them; more stops with an error.
+            spare: so many rows may fail, whichever loader workers and ranks find them; more stops with an error.
             on_problem: "stop" allows none.
             tell: called once with each problem, in whichever process finds it.
+            elsewhere: source and index of the rows that count beside those that these samples meet: what other ranks
+                and other samples of the run have found. Asked after each failure alone.
         """
         self.encoded = encoded
         self.spare = spare
         self.on_problem = on_problem
         self.tell = tell
+        self.elsewhere = elsewhere
         # A byte for each sample in memory that loader workers share. Each process only ever writes a 1, so no lock is
         # needed, which could not go to forked and to spawned workers alike.
         self._failed = torch.zeros(len(encoded), dtype=torch.uint8).share_memory_()
@@ -86,7 +90,7 @@ class StandIns(torch.utils.data.Dataset[Example]):
             return
         self.tell(problem)
         _logger.warning("%s; the next row stands in for it", problem)
-        if (failed := len(self._failed_rows())) > self.spare:
+        if (failed := len(self._failed_rows() | self.elsewhere())) > self.spare:
             raise DataError(
                 f"{problem}; with it {failed} rows could not be used when their turn came, more than "
                 "data.max_skipped leaves: mend the data, or raise it"

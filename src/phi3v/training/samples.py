@@ -6,7 +6,6 @@ run's problems.jsonl, whichever process sees it.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ from phi3v.data.encode_seen import encode_seen
 from phi3v.data.judging import most_allowed
 from phi3v.data.plan import MicroBatches, plan_steps
 from phi3v.data.reading import Reading
-from phi3v.data.schema import Row, RowProblem
+from phi3v.data.schema import Row
 from phi3v.data.sources import LoadedData, StreamedData, stream_data
 from phi3v.data.stand_ins import StandIns
 from phi3v.data.streamed_examples import StreamedExamples
@@ -30,6 +29,7 @@ from phi3v.first_look import MeasuredData, Progress, measured_rows, open_data, r
 from phi3v.loading import load_config
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
+from phi3v.training.failed_rows import FailedRows, RowKey
 from phi3v.training.feature_cache import FeatureCache, FeatureReport
 from phi3v.training.sampling import epoch_order
 
@@ -84,11 +84,11 @@ def make_samples(
     Raises: TrainingError when the first row has nothing to train; DataError when too many rows fail.
     """
     longest = recipe.data.longest(model.config.max_position_embeddings)
-    tell = NoteOnce(run)
-    held_out = _stand_ins(recipe, tell, data, data.validation or [], processor, longest)
+    failed = FailedRows(run)
+    held_out = _stand_ins(recipe, failed, data, data.validation or [], processor, longest)
     if isinstance(data, StreamedData):
-        return _streamed(recipe, tell, data, processor, longest, steps_done), held_out
-    train = _stand_ins(recipe, tell, data, data.train, processor, longest)
+        return _streamed(recipe, failed, data, processor, longest, steps_done), held_out
+    train = _stand_ins(recipe, failed, data, data.train, processor, longest)
     _refuse_empty(_first(train))
     if store is None:
         return train, held_out
@@ -170,7 +170,7 @@ def planned_steps(recipe: Recipe, lengths: Sequence[int], epoch: int) -> Iterato
 
 def _stand_ins(
     recipe: Recipe,
-    tell: Callable[[RowProblem], None],
+    failed: FailedRows,
     data: LoadedData | StreamedData,
     rows: Sequence[Row],
     processor: Any,
@@ -178,19 +178,28 @@ def _stand_ins(
 ) -> StandIns:
     """Samples of rows that are all known."""
     encoded = encoded_rows(recipe, rows, processor, longest)
-    known = data.rows_in if isinstance(data, LoadedData) else len(rows)
+    if isinstance(data, LoadedData):
+        known, left_out, elsewhere = data.rows_in, len(data.problems), failed.found
+    else:  # of a stream held-out rows are all that is known, and what the stream leaves out is judged by itself
+        known, left_out = len(rows), 0
+        elsewhere = partial(_found_among, failed, frozenset((row.source, row.index) for row in rows))
     return StandIns(
         encoded,
-        spare=most_allowed(recipe.data.max_skipped, known)
-        - (len(data.problems) if isinstance(data, LoadedData) else 0),
+        spare=most_allowed(recipe.data.max_skipped, known) - left_out,
         on_problem=recipe.data.on_problem,
-        tell=tell,
+        tell=failed,
+        elsewhere=elsewhere,
     )
+
+
+def _found_among(failed: FailedRows, keys: frozenset[RowKey]) -> frozenset[RowKey]:
+    """Those of some rows that have failed; a function of a module, so that loader workers can be given it."""
+    return failed.found() & keys
 
 
 def _streamed(
     recipe: Recipe,
-    tell: Callable[[RowProblem], None],
+    failed: FailedRows,
     data: StreamedData,
     processor: Any,
     longest: int,
@@ -202,7 +211,7 @@ def _streamed(
         partial(_encode, processor=processor, options=_encode_options(recipe, processor, longest)),
         micro_batch=recipe.training.samples_per_step,  # the loader's batch is a step
         start=steps_done * recipe.training.samples_per_step,
-        tell=tell,
+        tell=failed,
     )
     if not steps_done:
         _refuse_empty(next(iter(examples)))
@@ -236,22 +245,3 @@ def _refuse_empty(example: Example) -> None:
     """Raises: TrainingError when nothing of a sample is trained."""
     if not any(label != -100 for label in example["labels"].tolist()):
         raise TrainingError("the first row has no trained token: its answer is empty, see data.answer")
-
-
-class NoteOnce:
-    """Writes down rows that turned out to be unusable, in whichever process that was seen.
-
-    A row that the run has named is not named again: a stream is read from its start at the first look, in training and
-    in each session. Of loader workers each writes a row of a stream that it meets; reading drops doubles.
-    """
-
-    def __init__(self, run: RunFolder) -> None:
-        """Into this run's folder."""
-        self._run = run
-        self._told = {(line.get("source"), line.get("row")) for line in run.read_problems()}
-
-    def __call__(self, problem: RowProblem) -> None:
-        """Writes the row down."""
-        if (problem.source, problem.row) not in self._told:
-            self._told.add((problem.source, problem.row))
-            self._run.append_problem(asdict(problem))
