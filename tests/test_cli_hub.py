@@ -5,13 +5,21 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
+from transformers import PreTrainedConfig
 
 from phi3v import cli_hub
+from phi3v.data import hub_card
+from phi3v.data.opening import open_set
+from phi3v.errors import CheckpointError, DataError
+from phi3v.loading import load_config
 
 
 @pytest.fixture
@@ -76,3 +84,51 @@ def test_connecting_has_a_limit() -> None:
     timeout = {"connect": None, "read": 60.0}
     assert cli_hub._impatient({"timeout": timeout}) == {"timeout": {"connect": 10.0, "read": 60.0}}
     assert cli_hub._impatient({"timeout": {"connect": 3.0}}) == {"timeout": {"connect": 3.0}}
+
+
+def answered(status: int, kind: str = "HfHubHTTPError") -> Exception:
+    """An error as huggingface_hub raises it: the answer, in which the server repeats the token, hidden below."""
+    response = SimpleNamespace(status_code=status)
+    own = type(kind, (OSError,), {"response": response})("Client error for url ... you sent Bearer hf_secret1234")
+    hidden = OSError("we cannot find the file")
+    hidden.__cause__ = own
+    return hidden
+
+
+ANSWERS = {
+    (401, "HfHubHTTPError"): "cannot be read: the hub wants to know who asks, .* hf auth login or set HF_TOKEN",
+    (
+        403,
+        "HfHubHTTPError",
+    ): "cannot be read: the hub forbids it .403.: ask for access .* hf auth login or set HF_TOKEN",
+    (429, "HfHubHTTPError"): "cannot be read: the hub has had too many requests .429.: run the command again later",
+    (503, "HfHubHTTPError"): "cannot be read: the hub has a fault of its own .503.: run the command again later",
+    (403, "GatedRepoError"): "is gated on the hub: ask for access on its page, .* hf auth login or set HF_TOKEN",
+    (401, "RepositoryNotFoundError"): "is no file or folder here, and the hub has none .*: check the name; .* HF_TOKEN",
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_an_answer_of_the_hub_is_no_fault_of_the_network(answer: tuple[int, str], hubs: list[Exception]) -> None:
+    hubs.append(answered(*answer))
+    with pytest.raises(DataError, match=f"^data set owner/name {ANSWERS[answer]}") as of_data:
+        open_set("owner/name")
+    with pytest.raises(CheckpointError, match=f"^model owner/name {ANSWERS[answer]}") as of_model:
+        load_config("owner/name")
+    for error in (of_data, of_model):
+        assert "hf_secret" not in "".join(traceback.format_exception(error.value))
+        assert "network" not in str(error.value)
+
+
+@pytest.fixture
+def hubs(monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
+    """A hub that gives the error put here for whatever it is asked."""
+    found: list[Exception] = []
+
+    def ask(*arguments: Any, **options: Any) -> Any:
+        raise found[0]
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_card, "hf_hub_download", ask)
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", ask)
+    return found

@@ -29,6 +29,7 @@ from transformers import (
 from phi3v.adapters import check_adapter, load_adapter
 from phi3v.checkpoint_files import PROCESSOR_FILES, check_processor, check_processor_files, config_fault
 from phi3v.errors import CheckpointError, ConfigError, DeviceError, MissingPackageError, install
+from phi3v.hub_faults import hub_fault
 from phi3v.image_tokens import crops_allowed, most_image_tokens
 from phi3v.launch import Launch
 from phi3v.model.register import register
@@ -190,6 +191,8 @@ def _read_config(base: str, revision: str | None) -> Any:
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
+        if (line := hub_fault(error, base, "model")) is not None:
+            raise CheckpointError(line) from None  # what it was raised from may show the token
         reason = connection_fault(error) or first_line(error)
         raise CheckpointError(
             f"{base} is no folder here and could not be read from the hub ({reason}): "

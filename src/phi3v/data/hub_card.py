@@ -18,10 +18,8 @@ from huggingface_hub import DatasetCard, HfApi, hf_hub_download
 from huggingface_hub import constants as hub
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    GatedRepoError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
-    RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import repo_folder_name
@@ -54,11 +52,6 @@ def checked_commit(source: str, revision: str | None) -> str | None:
         standalone = _file(source, _STANDALONE, commit)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ConnectionError(f"Couldn't reach '{source}' on the Hub") from error
-    except GatedRepoError as error:
-        words = "is a gated dataset on the Hub: ask for access on its page, then sign in with hf auth login"
-        raise FileNotFoundError(f"Dataset '{source}' {words}") from error
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"Dataset '{source}' doesn't exist on the Hub or cannot be accessed") from error
     except RevisionNotFoundError as error:
         raise FileNotFoundError(f"Revision '{revision}' doesn't exist for dataset '{source}' on the Hub") from error
     told = [

@@ -37,6 +37,7 @@ from phi3v.data.tar_table import TarTable
 from phi3v.data.text_guard import binary_kind, count_rows, find_text_fault, header_names
 from phi3v.data.undecoded import ParsedTable, json_columns, undecoded
 from phi3v.errors import DataError
+from phi3v.hub_faults import hub_fault
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "test")
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
@@ -95,6 +96,8 @@ def open_set(
     except DataError:
         raise
     except Exception as error:  # readers of many formats, each with exceptions of its own
+        if where and (line := hub_fault(error, source)) is not None:
+            raise DataError(line) from None  # what it was raised from may show the token
         told = _fault_of_files([path], error) if path.is_file() else f"{source} {_cannot(error)}"
         text = f"data set {told}{where}"
         if _without_token(str(error)) != str(error):
