@@ -35,6 +35,7 @@ LAYERS = (
     ("model", 1),
     ("model.*", 1),
     ("errors", 0),
+    ("hub_faults", 0),
     ("image_tokens", 0),
     ("launch", 0),
     ("passthrough", 0),

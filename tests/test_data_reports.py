@@ -80,6 +80,32 @@ def test_rows_that_weights_leave_out_are_counted_set_by_set(run: Any, folder: Pa
     assert "in an epoch" not in run("check", folder / "recipe.yaml", "--quick").stdout.replace("an epoch,", "")
 
 
+def test_a_set_of_a_mix_without_a_row_to_train_on_is_refused(run: Any, folder: Path) -> None:
+    """However many rows may be left out, and whether the first look finds them or the tokens; one that the recipe
+    itself leaves out by `data.max_rows` is not missed."""
+    photos = folder / "photos"
+    sound = [json.dumps({"image": f"{number}.png", "colour": f"c{number}"}) for number in range(4)]
+    (photos / "a.jsonl").write_text("\n".join(sound * 2) + "\n")
+    sets = "data.train=" + json.dumps([{"source": f"{photos}/{name}.jsonl", "weight": 1} for name in "ab"])
+    words = ["check", folder / "recipe.yaml", "--quick", sets, "data.split=null", "data.max_skipped=1"]
+    empty, long = [{"image": "0.png", "colour": None}], [{"image": "0.png", "colour": "red " * 2000}]
+    for rows, reason in (
+        (empty, "(1 missing_value): row 0: column 'colour' is empty"),
+        (long, "(1 too_long): row 0: "),
+    ):
+        (photos / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found = json.loads(run(*words, "data.max_length=1000", "--json").stdout)
+        assert found["trouble"].startswith(f"{photos}/b.jsonl has no row to train on {reason}")
+        assert found["trouble"].endswith("; mend it, or take it out of data.train")
+    (photos / "b.jsonl").write_text(json.dumps(empty[0]) + "\n")
+    assert f"{photos}/b.jsonl: no row to train on" in run(*words).stdout.splitlines()
+    (photos / "b.jsonl").write_text(sound[0] + "\n")
+    assert (
+        json.loads(run(*words, sets.replace(', "weight": 1', ""), "data.max_rows=3", "--json").stdout)["trouble"]
+        is None
+    )
+
+
 @pytest.mark.parametrize("command", ["check", "show"])
 def test_errors_are_json_too(command: str, run: Any, folder: Path, model: Path) -> None:
     (folder / "broken.csv").write_text("image,title\na.jpg,Foo,extra\n")

@@ -66,7 +66,7 @@ def set_lines(report: Report) -> Iterator[str]:
     Example: "w1.jsonl: 60 of its 100 rows in an epoch, 40 left out (weights, data.max_rows)" and "w2.jsonl: all of its
     20 rows in an epoch, 60 with those that come again".
     """
-    if all(one.epoch == one.rows and not one.left_out for one in report.sets):
+    if all(0 < one.epoch == one.rows and not one.left_out for one in report.sets):
         return
     for one in report.sets:
         if not one.rows:

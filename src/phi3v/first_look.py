@@ -17,7 +17,7 @@ from typing import Any, Self
 from phi3v.data.columns import RowOptions
 from phi3v.data.fact_table import FactTable
 from phi3v.data.image_cache import FetchFailure
-from phi3v.data.judging import StreamTally, counted, describe_problems, refusal
+from phi3v.data.judging import StreamTally, counted, describe_problems, refusal, unused_set
 from phi3v.data.mixing import SetUse
 from phi3v.data.not_read import NotRead
 from phi3v.data.reading import Reading
@@ -325,23 +325,23 @@ def _distinct(rows: Iterable[Row]) -> tuple[list[Row], list[int]]:
 
 
 def find_refusal(
-    recipe: Recipe, data: LoadedData | FoundRows, problems: Sequence[RowProblem], usable: int
+    recipe: Recipe, data: LoadedData | FoundRows, problems: Sequence[RowProblem], kept: Sequence[int]
 ) -> str | None:
     """Why a recipe's rows are not trained on, in one line; None when they are. `check` and `train` both ask here.
 
-    Each set is judged by itself, then all rows together, and one row to train on must be left.
+    Each set is judged by itself, then all rows together, and of each set one row to train on must be left.
 
     Args:
         recipe: whose limits apply.
-        data: what was found.
-        problems: all rows that are left out.
-        usable: rows to train on.
+        data: what was found; `problems` are all rows that are left out, `kept` positions of those to train on.
     """
     name, limits = recipe.data.train_name, (recipe.data.max_skipped, recipe.data.on_problem)
     counting = counted(problems, streamed=isinstance(data, FoundRows) and data.sampled)
     line = data.refusal or refusal(counting, data.rows_in, name, max_skipped=limits[0], on_problem=limits[1])
-    if line is None and not usable:
+    if line is None and not kept:
         line = f"{describe_problems(problems, data.rows_in, name)}; no row is left to train on: mend the data"
+    if line is None and isinstance(data.train, Rows):
+        line = unused_set(data.sets, {data.train.set_numbers[position] for position in kept}, problems)
     return line
 
 
@@ -360,7 +360,7 @@ def measured_rows(
     """
     options = survey_options(recipe, context, decode=False, hashes=False)
     train, held_out, problems = survey_data(data, processor, options, on_progress=on_progress)
-    if (line := find_refusal(recipe, data, problems, len(train.kept))) is not None:
+    if (line := find_refusal(recipe, data, problems, train.kept)) is not None:
         raise DataError(line)
     validation = None if data.validation is None else data.validation.take(held_out.kept)
     found = replace(data, train=data.train.take(train.kept), validation=validation, problems=problems)

@@ -25,8 +25,8 @@ def hub_fault(error: BaseException, name: str, kind: str = "data set") -> str | 
     if "GatedRepoError" in classes:
         return f"{kind} {name} is gated on the hub: ask for access on its page, then {_SIGN_IN}"
     if "RepositoryNotFoundError" in classes:
-        told = f"{kind} {name} is no file or folder here, and the hub has none of that name that may be read"
-        return f"{told}: check the name; for a private one {_SIGN_IN}"
+        nowhere = f"{kind} {name} is no file or folder here, and the hub has none of that name that may be read"
+        return f"{nowhere}: check the name; for a private one {_SIGN_IN}"
     statuses = (getattr(getattr(one, "response", None), "status_code", None) for one in chain)
     status = next((status for status in statuses if isinstance(status, int)), None)
     told = None if status is None else _told(status)

@@ -227,19 +227,24 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_streaming(self) -> Self:
-        """Refuses what a stream, which has no end, cannot give."""
+        """Refuses what a stream, which has no end, cannot give; all of it in one line."""
         if not self.data.streaming:
             return self
+        found: list[str] = []
         if self.training.max_steps is None:
-            raise ValueError("data.streaming needs training.max_steps: a stream has no end, so no epochs")
+            found.append("data.streaming needs training.max_steps: a stream has no end, so no epochs")
         if self.vision.cache is not None:
-            raise ValueError("vision.cache keeps all rows, and data.streaming is for sets too large for that")
+            found.append("vision.cache keeps all rows, and data.streaming is for sets too large for that")
+        if self.data.max_rows is not None:
+            found.append("data.max_rows is for sets that are read whole: a stream is stopped by training.max_steps")
         split = self.data.split
         if self.data.validation is None and split is not None and not isinstance(split.validation, int):
-            raise ValueError(
+            found.append(
                 "data.split.validation is a share, and a stream has no end to count from: with data.streaming give a "
                 "number of rows, data.validation, or data.split: null"
             )
+        if found:
+            raise ValueError("; ".join(found))
         return self
 
     @property

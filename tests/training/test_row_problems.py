@@ -138,6 +138,10 @@ def test_the_recipe_says_which_answers_are_trained(world: Path, tmp_path: Path) 
         ({"training": {}}, "data.streaming needs training.max_steps"),
         ({"vision": {"cache": "memory"}}, "vision.cache keeps all rows"),
         ({"data": {"train": "a.csv", "streaming": True}}, "data.split.validation is a share"),
+        (
+            {"data": {"train": "a.csv", "streaming": True, "max_rows": 9}, "training": {}},
+            "data.streaming needs training.max_steps: .*; data.max_rows is for .*; data.split.validation is a share",
+        ),
     ],
 )
 def test_what_a_stream_cannot_give_is_one_line(changes: dict[str, Any], line: str) -> None:

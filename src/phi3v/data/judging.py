@@ -9,9 +9,10 @@ a tenth of the first thousand records, by which a stream is judged first, and ne
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from phi3v.data.mixing import SetUse
 from phi3v.data.schema import RowProblem
 from phi3v.errors import DataError, NoUsableRowError
 
@@ -72,6 +73,28 @@ def uncounted(reasons: Mapping[str, int], *, streamed: bool) -> int:
 def shared_image_problem(source: str, row: int) -> RowProblem:
     """A training row that is left out because of its image."""
     return RowProblem(row, "held_out_image", "it shares an image with a validation row", source)
+
+
+def unused_set(sets: Sequence[SetUse], used: Collection[int], problems: Sequence[RowProblem]) -> str | None:
+    """Why one of several sets cannot take part: it has no row to train on; None where each that is asked for one has.
+
+    Its share would fall to the others, and nobody has asked for a training without it.
+    Example: "c.jsonl has no row to train on (2 missing_value): row 0: column 't' is empty; row 1: ...; mend it, or take
+    it out of data.train".
+
+    Args:
+        sets: what an epoch holds of each; one that weights or `data.max_rows` leave out is not missed.
+        used: numbers of those that have a row to train on.
+        problems: all rows that are left out.
+    """
+    for number, one in enumerate(sets):
+        if number in used or (one.rows and not one.epoch):
+            continue
+        its = [problem for problem in problems if problem.source == one.source]
+        counts = ", ".join(f"{count} {code}" for code, count in Counter(one.reason_code for one in its).most_common())
+        why = f" ({counts}): {_first_told(its[:_TOLD], one.source)}" if its else ": each is held out or cannot be used"
+        return f"{one.source} has no row to train on{why}; mend it, or take it out of data.train"
+    return None
 
 
 @dataclass
@@ -160,7 +183,11 @@ def describe_counts(reasons: Counter[str], first: Sequence[RowProblem], total: i
     if not total:
         return f"{source} has no rows"
     counts = ", ".join(f"{count} {code}" for code, count in reasons.most_common())
-    told = "; ".join(
+    return f"{source}: {reasons.total()} of {total} rows cannot be used ({counts}): {_first_told(first, source)}"
+
+
+def _first_told(first: Sequence[RowProblem], source: str) -> str:
+    """Problems one by one, with the source of those that are of another."""
+    return "; ".join(
         f"row {problem.row}: {problem.message}" if problem.source == source else str(problem) for problem in first
     )
-    return f"{source}: {reasons.total()} of {total} rows cannot be used ({counts}): {told}"

@@ -85,7 +85,7 @@ def check_recipe(
         problems=listed(problems),
         reasons=count_reasons(problems),
         **_limits(recipe),
-        trouble=data.refusal or unsplit or find_refusal(recipe, data, problems, len(train.kept)),
+        trouble=data.refusal or unsplit or find_refusal(recipe, data, problems, train.kept),
         sampled=data.sampled,
         decoded=decode,
         images=Images.of(facts, data.not_cached),
