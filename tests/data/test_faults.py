@@ -38,6 +38,7 @@ pytestmark = pytest.mark.usefixtures("datasets_cache")
         ),
         ("a.jsonl", b'{"a": 1}\n\n{"a":\n', "line 3 is not JSON .*: write one JSON object a line"),
         ("a.jsonl", b'{"a": 1}\n[1]\n', "line 2 holds a list: write one JSON object a line"),
+        ("a.jsonl", b'[{"a": 1}]\n', "line 1 holds a list: write one JSON object a line, or name the file .json$"),
         ("a.jsonl", b'{"a": "\xe9"}\n', "line 1 is not UTF-8 text: save it as UTF-8"),
         ("a.json", b'[{"a": 1},\n{"a":}]', "line 2 is not JSON .*: write a list of objects"),
         ("a.json", b'[{"a": 1}]\n[{"a": 2}] rest', r"line 2 is not JSON \(Extra data, column 1\): write a list of obj"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import pytest
+from PIL import Image
 from product_sets import png, records, write, write_photos
 
 from phi3v.data.columns import RowOptions
@@ -259,6 +260,27 @@ def test_missing_columns_name_those_that_exist(tmp_path: Path) -> None:
         load_rows(source, options=RowOptions(prompt="?", answer="{title}", images="photo"))
     rows, _ = load_rows(source, options=RowOptions(prompt="?", answer="{title}", images=None))
     assert rows[0].images == () and rows[0].messages[0].parts == (TextPart("?"),)
+
+
+def test_a_column_that_is_not_there_is_told_with_what_people_mostly_have_then(tmp_path: Path) -> None:
+    (tmp_path / "whole.json").write_text('{"version": 1, "data": [{"title": "a"}]}')
+    (tmp_path / "rows.jsonl").write_text('{"title": "a"}\n{"title": "b"}\n')
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "photos" / "0.png")
+    (tmp_path / "photos" / "0.txt").write_text("a hat")
+    whole = (
+        r"whole.json does not have; its columns are version, data .*; the file is one object: write its rows as a list"
+    )
+    photos = r"column 'txt', which .*photos does not have.*; what is said of photos is read from a metadata.jsonl or"
+    default = r"column 'prompt', which .*rows.jsonl does not have; .* \(set data.prompt to a text, in which \{column\}"
+    for name, prompt, answer, line in (
+        ("whole.json", "?", "{title}", whole),
+        ("photos", "?", "{txt}", photos),
+        ("rows.jsonl", "{prompt}", "{title}", default),
+    ):
+        images = "image" if name == "photos" else None
+        with pytest.raises(DataError, match=line):
+            load_rows(str(tmp_path / name), options=RowOptions(images=images, prompt=prompt, answer=answer))
 
 
 def test_what_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

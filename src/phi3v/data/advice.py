@@ -25,7 +25,7 @@ ADVICE = {
     "lists (JSON, Parquet), else a set of their own with data.images: null",
     "image_type": "name the column with the images in data.images; write base64 as data:image/png;base64,...; "
     "write lists of images in a JSON or Parquet file",
-    "image_path": "mend the path, or set data.image_root",
+    "image_path": "mend the path (with / between folders, not \\), or set data.image_root",
     "image_unreadable": "save it again as JPEG or PNG, or drop the row; for its size raise image.max_pixels",
     "data_uri": "write it as data:image/png;base64,... or save the image as a file",
     "held_out_image": "nothing; where they are too many give data.validation, or (not of a stream, which does not "
@@ -36,7 +36,8 @@ ADVICE = {
     "no_answer": "end the conversation with a turn of the assistant",
     "image_places": "place each image once, in the order of the list",
     "not_encoded": "mend what the line says, or drop the row",
-    "url_scheme": "give an http or https address, or save the image as a file",
+    "url_scheme": "give an http or https address, or save the image as a file; of file:///a/b.png write the path "
+    "alone, /a/b.png",
     "url_not_cached": "run the command again",
     "url_invalid": "write it as https://host/path, or save the image as a file",
     "url_private": "if the machine is yours, list it in data.allow_hosts; never one that the line calls link-local or "

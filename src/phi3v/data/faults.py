@@ -75,7 +75,8 @@ def _lines_fault(path: Path) -> str | None:
         except ValueError as error:
             return f"{_reason(error, number)}: write one JSON object a line"
         if not isinstance(value, dict):
-            return f"line {number} holds {_kind(value)}: write one JSON object a line"
+            other = ", or name the file .json" if isinstance(value, list) and number == 1 else ""
+            return f"line {number} holds {_kind(value)}: write one JSON object a line{other}"
     return None
 
 

@@ -48,6 +48,11 @@ class JsonTable(RecordTable):
         """Number of records."""
         return len(self._starts)
 
+    @property
+    def column_hint(self) -> str:
+        """Why a column may not be there: the file is {"data": [...]} in one line; "" where it has several records."""
+        return "" if len(self) > 1 else "the file is one object: write its rows as a list of objects, or one a line"
+
     def _read(self, number: int, file: BinaryIO) -> dict[str, Any]:
         file.seek(self._starts[number])
         record = parse_json(file.read(self._ends[number] - self._starts[number]))

@@ -31,6 +31,10 @@ class PhotosTable:
         self._paths = [str(path) for path in paths]
         self._labels = labels
         self.column_names = ["image"] if labels is None else ["image", "label"]
+        self.column_hint = (
+            "what is said of photos is read from a metadata.jsonl or metadata.csv beside them, which names them in its "
+            "column file_name"
+        )
 
     def __len__(self) -> int:
         """Number of records."""

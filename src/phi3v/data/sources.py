@@ -33,7 +33,6 @@ from phi3v.data.set_choice import SetChoice, choices_of, weights_of
 from phi3v.data.split import split_rows
 from phi3v.data.streaming import RowStream, interleaved
 from phi3v.data.tables import OpenedTable
-from phi3v.data.tar_table import TarTable
 from phi3v.errors import DataError
 
 _logger = logging.getLogger(__name__)
@@ -326,7 +325,7 @@ def _records(opened: OpenedTable, source: str, choice: SetChoice, how: Reading) 
     try:
         columns.check(opened.table.column_names)
     except DataError as error:
-        if isinstance(opened.table, TarTable) and (hint := opened.table.column_hint):
+        if hint := getattr(opened.table, "column_hint", ""):
             raise DataError(f"{error}; {hint}") from None
         raise
     table, parts = narrowed(opened.table, columns.columns), opened.parts

@@ -74,9 +74,12 @@ class Template:
         """Raises: DataError, naming the columns that exist, when the template names another."""
         for column in self.columns:
             if column not in columns:
+                how = "a template takes {column} only"
+                if column == self.name:  # the default, of somebody who may not know that there are templates
+                    how = f"set data.{self.name} to a text, in which {{column}} stands for a cell"
                 raise DataError(
                     f"data.{self.name} names the column {column!r}, which {source} does not have"
-                    f"{known_columns(column, columns)} (a template takes {{column}} only)"
+                    f"{known_columns(column, columns)} ({how})"
                 )
 
     def render(self, values: Mapping[str, str]) -> str:
