@@ -56,6 +56,19 @@ def test_the_line_says_which_value_is_at_fault(folder: Path) -> None:
         assert [problem.message for problem in data.problems] == [message]
 
 
+def test_white_space_around_a_path_is_seen(folder: Path) -> None:
+    source = jsonl(
+        folder, [{"image": "a.png\n", "t": "x"}, {"image": " a.png", "t": "x"}, {"image": "b.png", "t": "x"}]
+    )
+    _, problems = load_rows(source, options=RowOptions(prompt="?", answer="{t}"), reading=Reading(max_skipped=1.0))
+    ends = "; the path begins or ends with white space: take it away"
+    assert [problem.message for problem in problems] == [
+        f"image a.png\\n does not exist (looked for {folder}/a.png\\n){ends}",
+        f"image  a.png does not exist (looked for {folder}/ a.png){ends}",
+        f"image b.png does not exist (looked for {folder}/b.png)",
+    ]
+
+
 def test_the_developer_of_chat_apis_is_a_system_turn(folder: Path) -> None:
     source = jsonl(folder, [{"messages": [{"role": "developer", "content": "Be brief."}, ASKED, SAID]}])
     assert load_rows(source, options=RowOptions())[0][0].messages[0] == Message("system", (TextPart("Be brief."),))

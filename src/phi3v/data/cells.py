@@ -215,10 +215,20 @@ def check_images(row: Row, max_pixels: int, *, digests: bool = False) -> Looks:
         try:
             looks.append(look_at(image, max_pixels=max_pixels, digest=digests and image.url is None))
         except ImagePathError as error:
-            raise UnusableRecord("image_path", str(error)) from error
+            raise UnusableRecord("image_path", f"{_one_line(str(error))}{_blanks(image.path or '')}") from error
         except ImageError as error:
             raise UnusableRecord("image_unreadable", str(error)) from error
     return looks
+
+
+def _one_line(text: str) -> str:
+    """A text whose line breaks, which a path may hold, are shown as escapes."""
+    return text.replace("\n", "\\n").replace("\r", "\\r")
+
+
+def _blanks(path: str) -> str:
+    """What nobody sees of a path that is not there: " 0.png" beside "0.png"."""
+    return "" if path == path.strip() else "; the path begins or ends with white space: take it away"
 
 
 def group_keys(row: Row, looks: Looks = ()) -> list[str]:
