@@ -142,7 +142,7 @@ def test_rows_of_which_none_can_be_used_or_split_are_reported_too(run: Any, fold
         ((2, 2), [], None),  # 4 of 80
         ((3, 0), [], "a.jsonl: 3 of 40 rows cannot be used"),  # 3 of 80 in all, and more than the share of one set
         ((2, 2), ["data.on_problem=stop"], "data.on_problem is stop"),
-        ((40, 0), ["data.max_skipped=1.0"], None),
+        ((40, 0), ["data.max_skipped=1.0"], "a.jsonl has no row to train on (40 missing_value): row 0: "),
         ((40, 40), ["data.max_skipped=1.0"], "no row is left to train on"),
         ((0, 0), ["data.max_length=330"], "80 too_long"),
         ((0, 0), ["data.max_length=330", "data.max_skipped=1.0"], "no row is left to train on"),
