@@ -104,7 +104,10 @@ def test_ranks_share_what_may_fail_by_the_run(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"row 9: 9 tokens; with it 4 rows could not be used when their turn came"):
         first[9]
     assert [line["row"] for line in map(json.loads, run.problems.read_text().splitlines())] == [99, 0, 3, 6, 9]
+    with run.problems.open("a") as file:
+        file.write('{"source": "a.csv", "ro')  # as a full disk leaves it
     del rows.bad[0], rows.bad[3]  # mended
     gone_on = ranks(spare=2)
     assert [int(one[number]["input_ids"]) for one in gone_on for number in (0, 3, 6, 9)] == [0, 3, 7, 10] * 2
-    assert len(run.problems.read_text().splitlines()) == 5
+    FailedRows(run)(RowProblem(2, "too_long", "9 tokens", "a.csv"))
+    assert [line["row"] for line in run.read_problems()] == [99, 0, 3, 6, 9, 2]

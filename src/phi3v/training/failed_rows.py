@@ -6,6 +6,7 @@ for as long as a line takes, so no step pays for it and no process waits for ano
 """
 
 import json
+import os
 from dataclasses import asdict
 
 from phi3v.data.schema import RowProblem
@@ -42,6 +43,7 @@ class FailedRows:
         with alone(self._run.problems) as file:
             self._read_on(file)
             if key not in self._found:
+                os.ftruncate(file, self._read)  # half a line, left by a full disk, would spoil the next one
                 self._run.append_problem(asdict(problem))
 
     def found(self) -> frozenset[RowKey]:
@@ -56,7 +58,7 @@ class FailedRows:
         return frozenset(self._found)
 
     def _read_on(self, file: int) -> None:
-        """Takes in the lines behind those that are known; a half one is left for later."""
+        """Takes in the lines behind those that are known; a half one is none."""
         with open(file, "rb", closefd=False) as reader:
             reader.seek(self._read)
             text = reader.read()
