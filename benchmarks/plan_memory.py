@@ -27,9 +27,10 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "lora": ("lora_24gb.yaml", []),
     "lora plain": ("lora_24gb.yaml", ["training.gradient_checkpointing=false"]),
     "qlora": ("qlora_8gb.yaml", []),
+    "qlora of 4": ("qlora_8gb.yaml", ["training.micro_batch_size=4", "training.samples_per_step=4"]),
     "full": ("lora_24gb.yaml", ["lora=null", "vision.projector=train"]),
 }
-"""Name -> a shipped recipe, and what is changed of it."""
+"""Name -> a shipped recipe, and what is changed of it, where a micro-batch has one sample and a step two."""
 STEPS = 2
 
 
@@ -38,7 +39,7 @@ def case_recipe(name: str, folder: Path, image: tuple[int, int], device: str) ->
     from phi3v.recipe import Recipe
 
     file, changes = CASES[name]
-    values = Recipe.load(RECIPES / file, changes).model_dump()
+    values = Recipe.load(RECIPES / file).model_dump()
     values["model"] = {**values["model"], "name": str(folder / "model"), "device": device, "revision": None}
     values["model"]["dtype"] = "auto"
     values["data"] = {"train": str(folder / "rows" / "rows.jsonl"), "split": None, "answer": "{answer}"}
@@ -47,7 +48,7 @@ def case_recipe(name: str, folder: Path, image: tuple[int, int], device: str) ->
     values["training"]["micro_batch_size"] = 1
     values["report"] = {"to": []}
     values["output"] = str(folder / f"run_{name.replace(' ', '_')}")
-    return Recipe.from_dict(values)
+    return Recipe.from_dict(values).with_overrides(changes)
 
 
 def prepare(folder: Path, size: str, device: str, image: tuple[int, int]) -> None:

@@ -44,7 +44,7 @@ def doctor(
 
 
 def show_diagnosis(console: Console, found: Diagnosis) -> None:
-    """A line for each check, and one for each fault below it."""
+    """A line for each check, one for each fault below it, and one for each note."""
     from phi3v.evaluation.figures import counted
 
     console.print(f"on {counted(found.rows, 'row')} of this recipe:", markup=False)
@@ -54,3 +54,5 @@ def show_diagnosis(console: Console, found: Diagnosis) -> None:
         )
         for fault in check.faults:
             console.print(f"           {printable(fault)}", markup=False, soft_wrap=True)
+    for note in found.notes:
+        console.print(f"  note   {printable(note)}", markup=False, soft_wrap=True)

@@ -2,7 +2,10 @@
 
 import contextlib
 import copy
+import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +23,7 @@ from phi3v.first_look import open_data
 from phi3v.loading import load_base, load_processor
 from phi3v.model.vision_phi3_v import Phi3VVisionTransformer
 from phi3v.training import doctor
-from phi3v.training.batch_checks import Ids, batch_faults, sequences_of
+from phi3v.training.batch_checks import Ids, batch_faults, sequences_of, vocabulary_faults
 from phi3v.training.meter import Meter
 from phi3v.training.model_checks import gradient_faults, saved_faults, sight_faults, weight_faults
 from phi3v.tuning import attach_lora
@@ -125,6 +128,31 @@ def test_each_defect_of_a_batch_is_seen(example: Batch, processor: Any, name: st
     assert all("\n" not in fault for fault in found)
 
 
+def test_swapped_control_tokens_are_seen(make: MakeRecipe, world: Path, tmp_path: Path) -> None:
+    """A tokenizer.json in which <|user|> and <|assistant|> have each other's ids; one with a vocabulary of its own."""
+    shutil.copytree(world / "model", tmp_path / "swapped")
+    file = tmp_path / "swapped" / "tokenizer.json"
+    read = json.loads(file.read_text())
+    one, other = (token for token in read["added_tokens"] if token["content"] in ("<|user|>", "<|assistant|>"))
+    one["id"], other["id"] = other["id"], one["id"]
+    read["added_tokens"].sort(key=lambda token: token["id"])
+    file.write_text(json.dumps(read))
+    swapped = load_processor(tmp_path / "swapped")
+    sample = EncodedRows(open_data(make()).train, swapped)[0]
+    found = faults_of([sample], swapped)
+    assert len(found) == 1 and "control tokens are swapped: <|assistant|> is" in found[0], found
+    ids = replace(Ids.of(swapped), user=3)
+    assert vocabulary_faults(list(sequences_of(Collator(0)([sample]))), ids) == []
+
+
+def test_rows_that_hold_tags_as_text_are_noted(make: MakeRecipe, processor: Any) -> None:
+    plain = list(open_data(make()).train)
+    pasted = list(open_data(make(data={"prompt": "<|user|> which colour?"})).train)[:2]
+    assert doctor.tag_notes(plain, processor.tokenizer) == []
+    (note,) = doctor.tag_notes([*pasted, *plain], processor.tokenizer)
+    assert note.startswith(f"2 of {2 + len(plain)} rows have") and "row 0: '<|user|> which colou'" in note
+
+
 def test_padding_that_is_trained_is_seen(example: Batch, processor: Any) -> None:
     """Step 4: padding="max_length" and labels cloned from it."""
     batch = Collator(processor.tokenizer.pad_token_id)([example, without_the_last(example, 3)])
@@ -223,7 +251,7 @@ def test_weights_and_saved_copies_are_compared_with_files(world: Path, tmp_path:
 def test_the_doctor_finds_nothing_on_sound_recipes(make: MakeRecipe, sections: dict[str, Any]) -> None:
     recipe = make(**sections)
     found = doctor.examine(recipe)
-    assert found.passed and len(found.checks) == 6, found
+    assert found.passed and len(found.checks) == 6 and found.notes == [], found
     assert not Path(recipe.output).exists()
 
 

@@ -144,6 +144,11 @@ class TextGuard:
         """
         return self._marked.sub(r"\g<0>" + GUARD, text.replace(GUARD, "\N{REPLACEMENT CHARACTER}"))
 
+    def found_in(self, text: str) -> str | None:
+        """`text` from its first control token or image tag on; None where there is none."""
+        found = self._marked.search(text)
+        return None if found is None else text[found.start() :]
+
 
 def _first_characters(rests: Mapping[str, list[str]]) -> re.Pattern[str]:
     """Matches the first character of any token; looking ahead for the rest finds overlapping ones too."""

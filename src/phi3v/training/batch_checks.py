@@ -20,6 +20,9 @@ _LEAST, _MOST = -3.6, 3.9
 noise, at the weights (-3, 19, 19, -3) / 32, overshoots by up to 0.45 of what lies between them,
 (38^2 + 6^2) / 32^2 - 1."""
 
+_BEHIND_TEXT_END = {"assistant": 1, "end": 7, "user": 10}
+"""Control tokens of Phi-3's vocabulary, counted from <|endoftext|>: 32001, 32007 and 32010 from 32000."""
+
 
 @dataclass(frozen=True)
 class Ids:
@@ -70,10 +73,28 @@ def batch_faults(batch: Mapping[str, Any], ids: Ids, *, tags: bool = True) -> li
     Example: a batch whose labels are its ids -> ["image tokens are trained: ...", "sample 1 trains its prompt: ..."].
     """
     samples = list(sequences_of(batch))
-    faults = image_faults(batch, samples, ids, tags=tags)
+    faults = [*vocabulary_faults(samples, ids), *image_faults(batch, samples, ids, tags=tags)]
     for number, sample in enumerate(samples, 1):
         faults += [f"sample {number} {fault}" for fault in (*label_faults(sample, ids), *form_faults(sample, ids))]
     return faults
+
+
+def vocabulary_faults(samples: list[Sequence], ids: Ids) -> list[str]:
+    """Whether the control tokens of samples are the ids that Phi-3 knows them by, seen from its end of text.
+
+    A tokenizer that swaps two of them opens, trains and closes turns with the wrong ones, and each other check reads
+    the batch by the same tokenizer. A vocabulary that has its control tokens at quite other places is somebody's own.
+
+    Example: <|endoftext|> 32000, <|user|> 32001 and <|assistant|> 32010 -> one fault.
+    """
+    found = {name: getattr(ids, name) - ids.text_end for name in _BEHIND_TEXT_END}
+    swapped = [name for name, place in _BEHIND_TEXT_END.items() if found[name] != place]
+    if not swapped or sorted(found.values()) != sorted(_BEHIND_TEXT_END.values()):
+        return []
+    if not any(getattr(ids, name) in sample.ids for name in swapped for sample in samples):
+        return []
+    shown = " and ".join(f"<|{name}|> is {getattr(ids, name)}" for name in swapped)
+    return [f"control tokens are swapped: {shown}, which the model knows the other way round; restore tokenizer.json"]
 
 
 def sequences_of(batch: Mapping[str, Any]) -> Iterator[Sequence]:

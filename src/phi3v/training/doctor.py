@@ -7,8 +7,8 @@ and `FirstStepCallback` are its short form, which every training goes through. P
 
 import gc
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from phi3v.data.schema import Row
 from phi3v.errors import TrainingError
 from phi3v.first_look import Progress
 from phi3v.loading import load_processor, load_target, resolve_device
+from phi3v.model.chat_phi3_v import TextGuard
 from phi3v.recipe import Recipe
 from phi3v.training.batch_checks import Ids, batch_faults
 from phi3v.training.memory_plan import settle
@@ -42,6 +43,9 @@ from phi3v.training.samples import encoded_rows, make_collators, read_data
 BATCH = 4
 """Samples that are looked at, as many as a step has at most."""
 
+_READ = 10_000
+"""Rows whose texts are read for tags."""
+
 _EVERY = 50
 """A training compares each so manieth tensor of its base with the file; `examine` compares all."""
 
@@ -56,10 +60,17 @@ class Check:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found on a batch of so many rows."""
+    """What was found on a batch of so many rows.
+
+    Attributes:
+        rows: how many.
+        checks: what was looked at.
+        notes: what is not wrong and may not be meant, one line each.
+    """
 
     rows: int
     checks: list[Check]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -93,13 +104,15 @@ def examine(recipe: Recipe, *, on_progress: Progress = lambda stage, done, total
     ids = Ids.of(processor)
     checks = [
         Check(
-            "images and their tokens, labels, form", [fault for batch in batches for fault in batch_faults(batch, ids)]
+            "images and their tokens, labels, form",
+            list(dict.fromkeys(fault for batch in batches for fault in batch_faults(batch, ids))),
         ),
         Check("answers and questions are the rows'", row_faults(rows, examples, processor, recipe.data.train_on)),
     ]
     prepared = prepare_model(recipe, device)
     checks += _check_model(recipe, prepared, [to_device(batch, device) for batch in batches], processor)
-    return Diagnosis(len(rows), checks)
+    readable: Any = data.train if hasattr(data.train, "__len__") else rows
+    return Diagnosis(len(rows), checks, tag_notes(islice(readable, _READ), processor.tokenizer))
 
 
 def _some_rows(data: Any, count: int) -> list[Row]:
@@ -112,6 +125,21 @@ def _some_rows(data: Any, count: int) -> list[Row]:
     if lengths and (longest := max(range(len(rows)), key=lambda row: lengths[row])) not in places:
         places[-1] = longest
     return [rows[place] for place in places]
+
+
+def tag_notes(rows: Iterable[Row], tokenizer: Any) -> list[str]:
+    """How many rows have a control token or an image tag as plain text, as what is pasted from a chat has."""
+    guard = TextGuard(token.content for token in tokenizer.added_tokens_decoder.values() if not token.normalized)
+    count, places = 0, []
+    for count, row in enumerate(rows, 1):  # noqa: B007 -- read below
+        if shown := guard.found_in("\n".join(message.text for message in row.messages)):
+            places.append(f"{row.source}, row {row.index}: {shown[:20]!r}")
+    if not places:
+        return []
+    return [
+        f"{len(places)} of {count} rows have the text of a control token or an image tag in them ({places[0]}): it "
+        "stays text, opens no turn and shows no picture; take it out where it is not meant"
+    ]
 
 
 def row_faults(rows: Sequence[Row], examples: Sequence[Any], processor: Any, train_on: str) -> list[str]:

@@ -23,7 +23,7 @@ from phi3v.recipe import Recipe
 from phi3v.targets import Target, resolve_target
 from phi3v.training.checkpointing import checkpointing, checkpointing_kwargs
 from phi3v.training.faster_layers import compiles
-from phi3v.training.freed_memory import give_back_freed
+from phi3v.training.freed_memory import give_back_freed, leave_unused_pages
 from phi3v.training.master_weights import same_in
 from phi3v.training.step_faults import all_finite
 from phi3v.tuning import attach_lora, freeze, mark_trained, vision_choices
@@ -96,6 +96,8 @@ def prepare_model(recipe: Recipe, device: torch.device, checkpoint: Path | None 
         quantization=recipe.quantization,
         revision=recipe.model.revision,
     )
+    if device.type == "cpu":
+        leave_unused_pages(model)
     base = name_weights(model.state_dict().items())
     return replace(make_ready(model, recipe, compute, checkpoint=checkpoint), base=base)
 
