@@ -162,7 +162,7 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 def _launch(kernel: Any, grid: tuple[int, ...], given: tuple[Any, ...], constants: tuple[int, ...], warps: int) -> None:
     """Launches a kernel; what Triton compiled for such arguments is kept, so that it need not look at each one again.
 
-    Triton takes twice as long for a launch as the driver, and a step of few tokens waits for its 260 launches. The key
+    That look is a fifth of a launch, and a step of few tokens waits for its 260 launches. The key
     says of the arguments what Triton compiles for: type, and whether a place or a number can be divided by 16 or is 1.
 
     Args:
