@@ -108,7 +108,7 @@ class Counter(LiveTensors):
         moved = float(sum(map(span, given)) + sum(map(span, results)))
         if name == "copy_":
             moved = span(given[0]) + span(given[1])
-        if name.startswith("_varlen_attn"):
+        if name.startswith("_flash_attention"):
             heads, width = given[1 if "backward" in name else 0].shape[-2:]
             forward = 2 * heads * width * sum(length**2 for length in self.lengths)
             backward = "backward" in name

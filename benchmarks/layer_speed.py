@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from floor import matrix_rate
 from lora_layer import HEADS, INNER, PROJECTIONS, WIDTH
 from peft import LoraConfig, get_peft_model
 from results import machine, to_write, write
@@ -190,7 +191,8 @@ def main() -> None:
     given = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("no GPU here")
-    result: dict[str, Any] = {**machine(), "measured": {}}
+    rate = matrix_rate("cuda", torch.bfloat16)
+    result: dict[str, Any] = {**machine(), "matrix_rate_1e12": round(rate / 1e12, 3), "measured": {}}
 
     def tell(name: str, values: Any) -> None:
         print(f"{name}: {json.dumps(values)}", flush=True)

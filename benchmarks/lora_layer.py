@@ -32,7 +32,7 @@ from phi3v.kernels.lora_layer import attach_fast_lora, fast_lora_state
 
 TOKENS, WIDTH, INNER, HEADS, RANK = 2559, 3072, 8192, 32, 16
 PROJECTIONS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
-PASSES = ("rms_norm", "rms_norm_backward", "rotate", "rotate_backward", "swiglu", "swiglu_backward")
+PASSES = ("rms_norm", "rms_norm_backward", "rotate", "rotate_backward", "swiglu", "swiglu_backward", "scale_all")
 FREE = set(
     "view _unsafe_view t transpose permute expand slice select unsqueeze squeeze detach alias split split_with_sizes "
     "as_strided unbind chunk empty empty_like new_empty empty_strided new_empty_strided narrow reshape".split()

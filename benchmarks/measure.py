@@ -52,6 +52,7 @@ def measure(
     device: str,
     *,
     warm: int = 2,
+    warm_seconds: float = 0.0,
     most_seconds: float = 6.0,
     least: int = 3,
 ) -> Measured:
@@ -63,6 +64,8 @@ def measure(
         micro_batch: samples of a micro-batch, padded; a pack holds as many of the longest.
         device: cpu or cuda.
         warm: steps before the clock runs; the host's waits are counted in the last of them.
+        warm_seconds: of more steps behind the first: in its first seconds a process is slower, as the compiler starts
+            workers beside it, which a training of minutes does not see.
         most_seconds: the clock's limit.
         least: steps, whatever the clock says.
     Raises: torch.OutOfMemoryError.
@@ -73,6 +76,9 @@ def measure(
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     loss, waits = float(run_step(way, batches, items, optimiser, device)), None
+    settled = synchronise(device) + warm_seconds
+    while synchronise(device) < settled:
+        run_step(way, batches, items, optimiser, device)
     for turn in range(1, warm):
         if device == "cuda" and turn == warm - 1:
             waits = count_waits(lambda: run_step(way, batches, items, optimiser, device))

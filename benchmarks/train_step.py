@@ -165,8 +165,9 @@ def step_of(bench: Bench, name: str, samples: dict[str, tuple[list, list[Grid], 
 
 def largest_that_fits(bench: Bench, way: Any, examples: list) -> tuple[int, Measured | None]:
     """Measured with micro-batches of 4, or 2, or 1: the first that fits into memory."""
+    how = {"most_seconds": bench.given.seconds, "warm_seconds": 0.0 if bench.given.quick else 2.0}
     for micro_batch in (4, 2, 1):
-        measured = measure_if_it_fits(way, examples, micro_batch, bench.device, most_seconds=bench.given.seconds)
+        measured = measure_if_it_fits(way, examples, micro_batch, bench.device, **how)
         if measured is not None:
             return micro_batch, measured
     return 0, None

@@ -5,6 +5,7 @@ In come a size and a name; out comes a `Way`, and what runs a step of it. What o
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -66,9 +67,9 @@ class Way:
     note: str = ""
     masters: dict[str, nn.Parameter] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def trained(self) -> list[nn.Parameter]:
-        """The weights that train."""
+        """The weights that train; found once, as a training of ours does: it spares the others a walk over modules."""
         return [weight for weight in self.model.parameters() if weight.requires_grad]
 
 

@@ -49,7 +49,7 @@ def loss_and_gradients(model: Any, embeddings: torch.Tensor, **inputs: Any) -> d
     embeddings = embeddings.clone().requires_grad_(True)
     model.zero_grad(set_to_none=True)
     hidden = model.base_model.model.model(inputs_embeds=embeddings, use_cache=False, **inputs).last_hidden_state
-    weights = torch.linspace(-1, 1, hidden.numel(), dtype=torch.float32).view(hidden.shape).to(hidden.dtype)
+    weights = torch.linspace(-1, 1, hidden.numel()).view(hidden.shape).to(hidden)
     loss = (hidden * weights).sum()
     loss.backward()
     trained = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}

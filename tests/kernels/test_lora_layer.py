@@ -12,6 +12,10 @@ from phi3v.kernels.lora_layer import HandWrittenLayer, attach_fast_lora, detach_
 
 CLOSE = 1e-5
 LAYERS = 3
+on_each_device = pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
 
 
 def embeddings(rows: int = 2, positions: int = 11, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -22,10 +26,11 @@ def embeddings(rows: int = 2, positions: int = 11, dtype: torch.dtype = torch.fl
 def compare(plain: Any, fast: Any, *, calls: int = LAYERS, limit: float = CLOSE, **inputs: Any) -> None:
     """Output, input gradient and every adapter gradient are equal, and the fast model took the fast way."""
     before = fast_lora_state(fast).calls.get("fast", 0)
+    hidden = embeddings().to(plain.device)
     torch.manual_seed(7)
-    expected = loss_and_gradients(plain, embeddings(), **inputs)
+    expected = loss_and_gradients(plain, hidden, **inputs)
     torch.manual_seed(7)
-    found = loss_and_gradients(fast, embeddings(), **inputs)
+    found = loss_and_gradients(fast, hidden, **inputs)
     state = fast_lora_state(fast)
     assert state.calls == {"fast": before + calls}, state
     assert found.keys() == expected.keys()
@@ -38,6 +43,7 @@ OPTIONS = {
     "attention alone": {"target_modules": ["qkv_proj", "o_proj"]},
     "one projection": {"target_modules": ["down_proj"]},
     "no qkv_proj": {"target_modules": ["o_proj", "gate_up_proj"]},
+    "as wide as the columns": {"r": 16},
     "rslora": {"r": 20, "use_rslora": True},
     "ranks and alphas apart": {"rank_pattern": {"o_proj": 1, "down_proj": 70}, "alpha_pattern": {"qkv_proj": 3}},
     "one layer of three": {"layers_to_transform": [1]},
@@ -45,9 +51,10 @@ OPTIONS = {
 }
 
 
+@on_each_device
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_gradients_are_pefts(options: dict[str, Any]) -> None:
-    plain, fast = twice(**options)
+def test_gradients_are_pefts(options: dict[str, Any], device: str) -> None:
+    plain, fast = (model.to(device) for model in twice(**options))
     expected = 1 if "layers_to_transform" in options else LAYERS
     assert attach_fast_lora(fast, force=True) == expected
     compare(plain, fast, calls=expected)
@@ -149,27 +156,38 @@ def test_adapters_in_float32_on_a_bfloat16_base_under_autocast() -> None:
     assert max(errors[1]) < 0.05 and sum(errors[1]) <= 1.1 * sum(errors[0])
 
 
-def test_ten_steps_end_with_the_same_adapter() -> None:
-    plain, fast = twice()
+@on_each_device
+@pytest.mark.parametrize("rank", [4, 16])
+def test_ten_steps_end_with_the_same_adapter(rank: int, device: str) -> None:
+    """Each step has other A and B; so have the steps of a copy that is made on the way."""
+    plain, fast = (model.to(device) for model in twice(r=rank))
     attach_fast_lora(fast, force=True)
+    loss_and_gradients(fast, embeddings().to(device))
+    fast = copy.deepcopy(fast)
     for model in (plain, fast):
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         optimiser = torch.optim.AdamW(weights, lr=1e-3)
         for _ in range(10):
-            loss_and_gradients(model, embeddings())
+            loss_and_gradients(model, embeddings().to(device))
             optimiser.step()
-    assert fast_lora_state(fast).calls == {"fast": 10 * LAYERS}
+    assert fast_lora_state(fast).calls == {"fast": 11 * LAYERS}
     trained = {name: weight for name, weight in plain.named_parameters() if weight.requires_grad}
     for name, weight in fast.named_parameters():
         if weight.requires_grad:
             assert relative_error(weight.detach(), trained[name].detach()) < CLOSE, name
 
 
-def test_weights_set_behind_autograds_back_are_used() -> None:
-    """An optimiser of masters copies into `.data`, which no version counter sees."""
-    plain, fast = twice()
+@on_each_device
+@pytest.mark.parametrize("rank", [4, 16])
+def test_weights_set_behind_autograds_back_are_used(rank: int, device: str) -> None:
+    """Optimisers in other languages write where no version counter sees it, as `.data` does."""
+    plain, fast = (model.to(device) for model in twice(r=rank))
     attach_fast_lora(fast, force=True)
     compare(plain, fast)
+    together = fast.base_model.model.model.layers[0].lora_state.widened.together
+    assert together.passes == 1 and len(together.filled or []) == 0  # what is new is scaled where it is made
+    compare(plain, fast)
+    assert together.passes == 2 and len(together.filled) == 4 * LAYERS and (together.table is None) == (device == "cpu")
     for model in (plain, fast):
         for name, weight in model.named_parameters():
             if "lora_" in name or "base_layer" in name:

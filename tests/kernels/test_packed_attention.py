@@ -174,6 +174,7 @@ def test_the_kernel_for_several_lengths_is_called_in_both_of_its_forms(
     module = ModuleType("torch.nn.attention.varlen")
     module.varlen_attn = new if newer else old  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+    monkeypatch.setattr(packed_attention, "flash_operator", lambda: None)
     monkeypatch.setattr(packed_attention, "_runs_varlen", lambda device: True)
     model, pack = long_model().bfloat16(), pack_of(rows()[1:3])
     expected = model(**pack, use_cache=False)
@@ -296,6 +297,9 @@ def test_on_the_meta_device_the_kernel_stands_for_the_gpus(calls: Counter) -> No
     )
     rows = [torch.empty(1, 2, 5, 96, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3)]
     borders = {"cu_seqlens": torch.empty(3, dtype=torch.int32, device="meta"), "max_seqlen": 3}
+    assert kernel.__qualname__.startswith("flash_operator."), (
+        "torch's operator itself, without varlen's Python around it"
+    )
     found, _ = packed_attention.packed_attention(torch.nn.Module(), *rows, None, kernel=kernel, **borders)
     assert found.shape == (1, 5, 2, 96) and not calls
     found.sum().backward()

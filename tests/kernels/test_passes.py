@@ -81,23 +81,62 @@ def test_swiglu_backward_is_autograds(rank: int) -> None:
     torch.testing.assert_close(y, expected_y, rtol=1e-12, atol=1e-12)
 
 
+def test_columns_of_an_adapter_get_the_norms_scale_on_the_way() -> None:
+    hidden, weight, grad = rows(5, 12), rows(12, seed=1), rows(5, 16, seed=2)
+    scale = passes.rms_norm(hidden, weight, 1e-5, torch.empty(5, 12, dtype=torch.float64))
+    plain = passes.rms_norm_backward(grad[:, :12], hidden, weight, scale, hidden)
+    expected = grad[:, 12:] * scale[:, None]
+    found = passes.rms_norm_backward(grad[:, :12], hidden, weight, scale, hidden, grad[:, 12:])
+    assert torch.equal(found, plain) and torch.equal(grad[:, 12:], expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_matrices_of_any_sizes_are_scaled_into_wider_ones(device: str) -> None:
+    sources = [rows(*size, dtype=torch.float32).to(device) for size in ((300, 16), (7, 16), (130, 4))]
+    wide = [torch.full((len(source), 40), 5.0, dtype=torch.bfloat16, device=device) for source in sources]
+    targets, scales = (
+        [one[:, 8 : 8 + source.shape[1]] for one, source in zip(wide, sources, strict=True)],
+        [2.0, 0.3, 1],
+    )
+    table = passes.scaling_table(sources, targets, scales)
+    assert (table is None) == (device == "cpu")
+    passes.scale_all(sources, targets, scales, table)
+    for one, source, scale in zip(wide, sources, scales, strict=True):
+        expected = torch.full_like(one, 5.0)
+        expected[:, 8 : 8 + source.shape[1]] = (source * scale).bfloat16()
+        assert torch.equal(one, expected)
+    assert passes.scaling_table([sources[0], sources[1].bfloat16()], targets[:2], scales[:2]) is None
+
+
 @needs_cuda
+@pytest.mark.parametrize("apart", [0, 1], ids=["aligned", "not aligned"])
+@pytest.mark.parametrize("tokens", [37, 48, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_are_torchs_operations(dtype: torch.dtype) -> None:
-    """Widths that are no powers of two; the columns behind a written matrix stay."""
-    hidden, weight, grad = (rows(37, 96, dtype=dtype), rows(96, dtype=dtype), rows(37, 112, dtype=dtype, seed=4))
-    gate_up, low, factor = rows(37, 160, dtype=dtype), rows(37, 16, dtype=dtype), rows(16, 80, dtype=dtype)
-    cos, sin = angles(37, 24, dtype)
+def test_kernels_are_torchs_operations(dtype: torch.dtype, tokens: int, apart: int) -> None:
+    """Widths that are no powers of two; the columns behind a written matrix stay. A launch whose tensors lie elsewhere,
+    or whose numbers cannot be divided by what those before could, is not given their kernel."""
+    hidden, weight, grad = (
+        rows(tokens, 96, dtype=dtype),
+        rows(96, dtype=dtype),
+        rows(tokens, 112, dtype=dtype, seed=4),
+    )
+    gate_up, low, factor = rows(tokens, 160, dtype=dtype), rows(tokens, 16, dtype=dtype), rows(16, 80, dtype=dtype)
+    cos, sin = angles(tokens, 24, dtype)
     found = {}
     for device in ("cpu", "cuda"):
-        h, w, g, gu, a, b, c, s = (t.to(device) for t in (hidden, weight, grad, gate_up, low, factor, cos, sin))
+        h, w, g, gu, a, b, c, s = (
+            torch.cat([t.new_zeros(apart), t.flatten()]).to(device)[apart:].view(t.shape)
+            for t in (hidden, weight, grad, gate_up, low, factor, cos, sin)
+        )
         normed, inner, qkv = torch.zeros_like(g), torch.zeros_like(g), h.clone()
         scale = passes.rms_norm(h, w, 1e-5, normed)
         passes.rotate(qkv, c, s, heads=2)
         passes.swiglu(gu, inner[:, :80])
-        heads = [part.reshape(37, -1, 24) for part in h.split([48, 24, 24], 1)]
+        heads = [part.reshape(tokens, -1, 24) for part in h.split([48, 24, 24], 1)]
+        columns = g.clone()
         found[device] = [
             *(normed, scale, passes.rms_norm_backward(g[:, :96], h, w, scale, h), qkv, inner),
+            *(passes.rms_norm_backward(columns[:, :96], h, w, scale, h, columns[:, 96:]), columns),
             *(passes.rotate_backward(*heads, c, s), *passes.swiglu_backward(gu, g[:, :80], a, b)),
         ]
     for expected, other in zip(found["cpu"], found["cuda"], strict=True):

@@ -77,8 +77,9 @@ def test_no_part_of_a_model_is_left_in_another_mode() -> None:
         assert not any(module.training for module in model.modules())
         model.train()(torch.ones(1, 2)).sum().backward()
         model.zero_grad()
-    assert all(weight.grad is None for weight in model.parameters())
-    assert "train" not in vars(model) and "zero_grad" not in vars(model)
+        listed = [*model.parameters(), *model.parameters()]
+    assert listed == [*model[1].parameters()] * 2 and all(weight.grad is None for weight in listed)
+    assert not {"train", "zero_grad", "parameters"} & vars(model).keys()
 
 
 def test_a_run_has_all_its_files_and_the_second_call_says_finished(make: MakeRecipe) -> None:

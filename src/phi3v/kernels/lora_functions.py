@@ -63,11 +63,8 @@ class NormQkvRope(torch.autograd.Function):
         passes.rotate(qkv, cos, sin, heads.queries + heads.keys)
         ctx.save_for_backward(rows, scale, low, kept, cos, sin)
         ctx.norm, ctx.qkv_proj = norm, qkv_proj
-        widths = [count * heads.size for count in (heads.queries, heads.keys, heads.keys)]
-        queries, keys, values = (
-            part.view(*hidden.shape[:2], -1, heads.size).transpose(1, 2)
-            for part in qkv.view(*hidden.shape[:2], -1).split(widths, -1)
-        )
+        every = qkv.view(*hidden.shape[:2], -1, heads.size).transpose(1, 2)
+        queries, keys, values = every.split([heads.queries, heads.keys, heads.keys], 1)
         return queries, keys, values, hidden.view_as(hidden)
 
     @staticmethod
@@ -180,24 +177,21 @@ def _behind_norm(
     if operands.a is None or low is None:
         return passes.rms_norm_backward(torch.mm(grad, operands.weight), rows, norm.weight, scale, residual), None, None
     assert operands.b is not None and operands.joined is not None
-    both = torch.mm(grad, operands.joined) if wanted[0] else None
-    grad_low = torch.mm(grad, operands.b) if both is None else both[:, width:]
-    if kept is None:
-        # the normed rows are rows * scale * weight: scale goes to the R columns, weight to the R rows of the result
-        scaled = torch.mul(grad_low, scale[:, None], out=rows.new_empty(grad_low.shape))
-        to_a, to_b = factor_gradients(grad, low, scaled, rows, operands)
-        to_a.mul_(norm.weight)
-    else:
+    if not wanted[0]:  # as in the first layer of a frozen tower: only A and B want gradients
         seen = dropped(_normed(rows, norm, 0)[0], kept, operands)
-        to_a, to_b = factor_gradients(grad, low, grad_low, seen, operands)
-    if both is None:
-        return None, to_a, to_b
-    to_normed = both[:, :width]
+        return None, *factor_gradients(grad, low, torch.mm(grad, operands.b), seen, operands)
+    both = torch.mm(grad, operands.joined)
+    to_normed, grad_low = both[:, :width], both[:, width:]
     if kept is None:
         to_normed.addmm_(grad_low, operands.a)
-    else:
-        to_normed.add_(dropped(torch.mm(grad_low, operands.a), kept, operands))
-    return passes.rms_norm_backward(to_normed, rows, norm.weight, scale, residual), to_a, to_b
+        to_rows = passes.rms_norm_backward(to_normed, rows, norm.weight, scale, residual, grad_low)
+        # the normed rows are rows * scale * weight: the pass put scale into the R columns, weight goes to the R rows
+        to_a, to_b = factor_gradients(grad, low, grad_low, rows, operands)
+        return to_rows, to_a.mul_(norm.weight), to_b
+    to_normed.add_(dropped(torch.mm(grad_low, operands.a), kept, operands))
+    to_rows = passes.rms_norm_backward(to_normed, rows, norm.weight, scale, residual)
+    seen = dropped(_normed(rows, norm, 0)[0], kept, operands)
+    return to_rows, *factor_gradients(grad, low, grad_low, seen, operands)
 
 
 def _behind_swiglu(

@@ -21,7 +21,7 @@ from torch import nn
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
 from phi3v.kernels.lora_functions import Heads, Norm, NormQkvRope, OutputAndMlp
-from phi3v.kernels.lora_operands import WidenedWeights, active_adapter, adapter_weights
+from phi3v.kernels.lora_operands import Operands, Together, WidenedWeights, active_adapter, adapter_weights, base_weight
 from phi3v.model.step_phi3_v import attend, pick
 
 _SERVED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,16 +34,22 @@ class LayerState:
     Attributes:
         widened: its base weights with columns for B.
         calls: how many forward passes went which way: {"fast": 64, "generation": 2} for instance.
-        looked_at: the projections, with their active adapters, that `reason` and `parts` are of.
+        looked_at: the projections, with their active adapters, that the rest is of.
         reason: why these projections cannot be served, None when they can.
+        adapters: the active adapter of each projection by its name, None where it has none.
         parts: every module of the layer.
+        hooks: their hooks on forward passes.
+        heads: numbers of heads.
     """
 
     widened: WidenedWeights = field(default_factory=WidenedWeights)
     calls: Counter[str] = field(default_factory=Counter)
     looked_at: tuple[Any, ...] = ()
     reason: str | None = None
+    adapters: dict[str, str | None] = field(default_factory=dict)
     parts: tuple[nn.Module, ...] = ()
+    hooks: tuple[dict, ...] = ()
+    heads: Heads | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,7 @@ class HandWrittenLayer:
                 **kwargs,
             )
         assert position_embeddings is not None
+        self.lora_state.widened.begin()
         queries, keys, values, residual = self._before_attention(hidden_states, *position_embeddings)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.self_attn.layer_idx)
@@ -125,34 +132,29 @@ class HandWrittenLayer:
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values `[B, heads, S, D]`, and the residual."""
-        attention, size = self.self_attn, self.self_attn.head_dim
-        heads = Heads(attention.config.num_attention_heads, attention.num_key_value_heads, size)
-        operands = self.lora_state.widened.operands("qkv_proj", attention.qkv_proj, training=self.training)
+        state, projection = self.lora_state, self.self_attn.qkv_proj
+        adapter, heads = state.adapters["qkv_proj"], state.heads
+        assert heads is not None
         return NormQkvRope.apply(
             hidden,
-            *adapter_weights(attention.qkv_proj),
+            *adapter_weights(projection, adapter),
             _norm(self.input_layernorm),
-            operands,
-            cos.reshape(-1, size).contiguous(),
-            sin.reshape(-1, size).contiguous(),
+            state.widened.operands("qkv_proj", projection, adapter, training=self.training),
+            cos.reshape(-1, heads.size).contiguous(),
+            sin.reshape(-1, heads.size).contiguous(),
             heads,
         )
 
     def _after_attention(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Output projection, residual, norm, MLP, residual."""
-        mlp, widened, training = self.mlp, self.lora_state.widened, self.training
-        o_proj = self.self_attn.o_proj
-        return OutputAndMlp.apply(
-            attended,
-            residual,
-            _norm(self.post_attention_layernorm),
-            widened.operands("o_proj", o_proj, training=training, join=False),
-            widened.operands("gate_up_proj", mlp.gate_up_proj, training=training),
-            widened.operands("down_proj", mlp.down_proj, training=training),
-            *adapter_weights(o_proj),
-            *adapter_weights(mlp.gate_up_proj),
-            *adapter_weights(mlp.down_proj),
-        )
+        widened, adapters, training = self.lora_state.widened, self.lora_state.adapters, self.training
+        operands: list[Operands] = []
+        weights: list[torch.Tensor | None] = []
+        for name, projection in _projections(self)[1:]:
+            adapter, join = adapters[name], name != "o_proj"
+            operands.append(widened.operands(name, projection, adapter, training=training, join=join))
+            weights.extend(adapter_weights(projection, adapter))
+        return OutputAndMlp.apply(attended, residual, _norm(self.post_attention_layernorm), *operands, *weights)
 
 
 def attach_fast_lora(model: nn.Module, *, force: bool = False) -> int:
@@ -167,12 +169,13 @@ def attach_fast_lora(model: nn.Module, *, force: bool = False) -> int:
 
     Example: a PEFT model of 32 layers on a GPU gives 32; the same model in 4 bits gives 0.
     """
-    replaced = 0
+    replaced, together = 0, Together()
     for layer in _decoder_layers(model):
         if not isinstance(layer, HandWrittenLayer) and obstacle(layer, force=force) is None:
             plain: Any = type(layer)
             layer.__class__ = _hand_written(plain)
-            layer.lora_state = LayerState()
+            layer.lora_state = LayerState(WidenedWeights(together=together))
+            together.layers.append(layer.lora_state.widened)
             replaced += 1
     return replaced
 
@@ -265,12 +268,12 @@ def _obstacle_now(
     """Why this call takes the plain way, None when it is hand-written."""
     if cache is not None and not torch.is_grad_enabled():
         return "generation"
-    projections = [projection for _, projection in _projections(layer)]
-    if any(getattr(one, "disable_adapters", False) or getattr(one, "merged", False) for one in projections):
+    projections = _projections(layer)
+    if any(getattr(one, "disable_adapters", False) or getattr(one, "merged", False) for _, one in projections):
         return "an adapter is disabled or merged"
     if reason := _obstacle_of_parts(layer, projections):
         return reason
-    weight = getattr(layer.mlp.down_proj, "base_layer", layer.mlp.down_proj).weight
+    weight, state = base_weight(projections[-1][1]), layer.lora_state
     kind = hidden.device.type
     mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     if mixed and torch.get_autocast_dtype(kind) != weight.dtype:
@@ -279,26 +282,30 @@ def _obstacle_now(
         return "hidden states of another type or place than the weights"
     if hidden.is_cuda and hidden.get_device() != torch.cuda.current_device():
         return "not the current CUDA device"
-    if angles is None or angles[0].shape[-1] != layer.self_attn.head_dim:
+    if angles is None or angles[0].shape[-1] != state.heads.size:
         return "rope on a part of each head"
-    if any(module._forward_hooks or module._forward_pre_hooks for module in layer.lora_state.parts):
+    if any(state.hooks):
         return "a hook on a part of the layer"
     return None
 
 
-def _obstacle_of_parts(layer: Any, projections: list[Any]) -> str | None:
+def _obstacle_of_parts(layer: Any, projections: list[tuple[str, Any]]) -> str | None:
     """Why the layer's parts cannot be served; looked at again when a projection or its adapter is another one."""
     state: LayerState = layer.lora_state
-    looked_at = tuple((id(one), tuple(getattr(one, "active_adapters", ()))) for one in projections)
+    looked_at = tuple((id(one), tuple(getattr(one, "active_adapters", ()))) for _, one in projections)
     if looked_at != state.looked_at:
-        reasons = [reason for one in projections if (reason := _projection_obstacle(one))]
+        reasons = [reason for _, one in projections if (reason := _projection_obstacle(one))]
         state.reason = f"a projection {reasons[0]}" if reasons else None
-        if not reasons and not any(active_adapter(one) for one in projections):
+        state.adapters = {} if reasons else {name: active_adapter(one) for name, one in projections}
+        if not reasons and not any(state.adapters.values()):
             state.reason = "no active adapter"
         # the modules are held, so that an id is not given to another one
         state.looked_at, state.parts = looked_at, tuple(part for part in layer.modules() if part is not layer)
-    norms = (layer.input_layernorm, layer.post_attention_layernorm)
-    frozen = [norm.weight for norm in norms] + [getattr(one, "base_layer", one).weight for one in projections]
+        state.hooks = tuple(hooks for part in state.parts for hooks in (part._forward_hooks, part._forward_pre_hooks))
+        attention = layer.self_attn
+        state.heads = Heads(attention.config.num_attention_heads, attention.num_key_value_heads, attention.head_dim)
+    frozen = [layer._modules[name]._parameters["weight"] for name in ("input_layernorm", "post_attention_layernorm")]
+    frozen += [base_weight(one) for _, one in projections]
     return "a base weight is trained" if any(weight.requires_grad for weight in frozen) else state.reason
 
 
@@ -310,12 +317,12 @@ def _hand_written(plain: type) -> type:
 
 def _projections(layer: Any) -> list[tuple[str, Any]]:
     """The four projections of a decoder layer by name."""
-    attention, mlp = layer.self_attn, layer.mlp
+    attention, mlp = layer._modules["self_attn"]._modules, layer._modules["mlp"]._modules
     return [
-        ("qkv_proj", attention.qkv_proj),
-        ("o_proj", attention.o_proj),
-        ("gate_up_proj", mlp.gate_up_proj),
-        ("down_proj", mlp.down_proj),
+        ("qkv_proj", attention["qkv_proj"]),
+        ("o_proj", attention["o_proj"]),
+        ("gate_up_proj", mlp["gate_up_proj"]),
+        ("down_proj", mlp["down_proj"]),
     ]
 
 

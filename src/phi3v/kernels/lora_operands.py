@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from phi3v.kernels import passes
+
 
 @dataclass(frozen=True)
 class Operands:
@@ -59,13 +61,26 @@ def active_adapter(projection: nn.Module) -> str | None:
     return names[0] if names else None
 
 
-def adapter_weights(projection: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """A `[r, K]` and B `[N, r]` as PEFT trains them, or None and None."""
-    name = active_adapter(projection)
-    return (None, None) if name is None else (projection.lora_A[name].weight, projection.lora_B[name].weight)
+def adapter_weights(projection: Any, adapter: str | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """A `[r, K]` and B `[N, r]` of an adapter as PEFT trains them, or None and None.
+
+    By the modules' own dictionaries, as all that runs in each layer of each step: nn.Module finds an attribute that is
+    a module or a weight in half a microsecond, a dictionary in a tenth, and few tokens a step wait for the host.
+    """
+    if adapter is None:
+        return None, None
+    modules = projection._modules
+    a, b = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
+    return a._parameters["weight"], b._parameters["weight"]
 
 
-@dataclass(frozen=True)
+def base_weight(projection: Any) -> torch.Tensor:
+    """The frozen weight of a projection, plain or wrapped by PEFT."""
+    weight: torch.Tensor = projection._modules.get("base_layer", projection)._parameters["weight"]
+    return weight
+
+
+@dataclass
 class _Filled:
     """The operands of a projection, and what is written into them anew in each forward pass.
 
@@ -75,6 +90,7 @@ class _Filled:
         sources: A and B as PEFT trains them.
         scaled: `[N, r]`, the columns that take scaled B.
         padded: `[r, K]`, the rows that take A; None where A is used as it is.
+        version: of B when it was last scaled, by torch's count of writes.
     """
 
     operands: Operands
@@ -82,37 +98,94 @@ class _Filled:
     sources: tuple[torch.Tensor, torch.Tensor]
     scaled: torch.Tensor
     padded: torch.Tensor | None
+    version: int = -1
+
+
+@dataclass
+class Together:
+    """B of all hand-written layers of a model, scaled into their matrices in one launch of a forward pass.
+
+    A layer that comes a second time begins a pass. Writes that torch counts are seen in between too.
+
+    Attributes:
+        layers: the layers' matrices.
+        passes: passes begun so far.
+        filled: of all layers; None where one of them was made anew.
+        table: what the kernel reads, made with `filled`.
+        place: where the first B goes; elsewhere in a copy of the model, whose table is to be another one too.
+    """
+
+    layers: list["WidenedWeights"] = field(default_factory=list)
+    passes: int = 0
+    filled: list[_Filled] | None = None
+    table: torch.Tensor | None = None
+    place: int = 0
+
+    def begin(self) -> None:
+        """Scales all B."""
+        self.passes += 1
+        if self.filled is None or (self.filled and self.filled[0].scaled.data_ptr() != self.place):
+            self.filled = [filled for layer in self.layers for filled in layer.filled.values()]
+            self.place = self.filled[0].scaled.data_ptr() if self.filled else 0
+            self.table = passes.scaling_table(*self._operands(self.filled))
+        passes.scale_all(*self._operands(self.filled), self.table)
+        for filled in self.filled:
+            filled.version = filled.sources[1]._version
+
+    @staticmethod
+    def _operands(filled: list[_Filled]) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
+        """B, where it goes, and its scale, of each."""
+        return [it.sources[1] for it in filled], [it.scaled for it in filled], [it.operands.scale for it in filled]
 
 
 @dataclass
 class WidenedWeights:
-    """The widened base weights of one layer, by projection; they follow a module that is moved or loaded anew."""
+    """The widened base weights of one layer, by projection; they follow a module that is moved or loaded anew.
+
+    Attributes:
+        together: all layers of the model, of which this one is not yet; `attach_fast_lora` puts it in.
+        passed: the pass that it was last in.
+    """
 
     matrices: dict[str, torch.Tensor] = field(default_factory=dict)
     filled: dict[str, _Filled] = field(default_factory=dict)
+    together: Together = field(default_factory=Together)
+    passed: int = 0
 
-    def operands(self, name: str, projection: Any, *, training: bool, join: bool = True) -> Operands:
+    def begin(self) -> None:
+        """A forward pass of the layer begins."""
+        if self.passed == self.together.passes:
+            self.together.begin()
+        self.passed = self.together.passes
+
+    def operands(
+        self, name: str, projection: Any, adapter: str | None, *, training: bool, join: bool = True
+    ) -> Operands:
         """The operands of a projection with the adapter's weights of this moment.
 
         Args:
             name: which of the layer's projections it is.
             projection: the module, a linear layer or PEFT's around one.
+            adapter: name of its active adapter.
             training: whether the adapter's dropout is at work.
             join: whether weight and B are wanted in one matrix.
         """
-        base = getattr(projection, "base_layer", projection)
-        adapter = active_adapter(projection)
-        if adapter is None:
-            return Operands(base.weight.detach())
-        weight, a, b = base.weight, projection.lora_A[adapter].weight, projection.lora_B[adapter].weight
-        drop = projection.lora_dropout[adapter]
+        weight = base_weight(projection)
+        a, b = adapter_weights(projection, adapter)
+        if a is None or b is None:
+            return Operands(weight.detach())
+        drop = projection._modules["lora_dropout"]._modules[adapter]
         share = float(drop.p) if training and isinstance(drop, nn.Dropout) else 0.0
         options = (float(projection.scaling[adapter]), share, a.grad_dtype or a.dtype)
         filled = self.filled.get(name)
         # memory that is held here is not given to another weight, so places tell weights apart
         if filled is None or filled.key != (weight.data_ptr(), a.data_ptr(), b.data_ptr(), *options):
+            base = projection._modules.get("base_layer", projection)
             filled = self.filled[name] = self._fill(name, base, (a.detach(), b.detach()), options, join=join)
-        torch.mul(filled.sources[1], options[0], out=filled.scaled)
+            self.together.filled = None
+        if filled.version != b._version:
+            torch.mul(filled.sources[1], options[0], out=filled.scaled)
+            filled.version = b._version
         if filled.padded is not None:
             filled.padded.copy_(filled.sources[0])
         return filled.operands
@@ -160,6 +233,7 @@ class WidenedWeights:
         """Gives a module a weight of its own again, in one piece."""
         base = getattr(projection, "base_layer", projection)
         self.filled.pop(name, None)
+        self.together.filled = None
         if self.matrices.pop(name, None) is not None:
             base.weight.data = base.weight.data.contiguous()
 
@@ -221,6 +295,8 @@ def factor_gradients(
         operands: of the projection.
     """
     to_a, to_b = _product(grad_low.t(), seen, operands.grad_dtype), _product(grad.t(), low, operands.grad_dtype)
+    if operands.rank == operands.spare:
+        return to_a, to_b
     return to_a[: operands.rank], to_b[:, : operands.rank]
 
 

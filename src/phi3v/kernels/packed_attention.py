@@ -43,6 +43,9 @@ SLICES = "phi3v_packed_slices"
 
 _HALF = (torch.bfloat16, torch.float16)
 _MOST_HEAD_SIZE = 256
+_FLASH_ARGUMENTS = frozenset(
+    "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_causal return_debug_mask scale".split()
+)
 
 Kernel = Callable[..., torch.Tensor]
 
@@ -211,12 +214,14 @@ def varlen_kernel() -> Kernel | None:
     sample and the scale of scores; None where this torch has none.
 
     Its arguments changed: causal is `is_causal` in torch 2.10 and a window without a right side later, and not each of
-    them takes the scale.
+    them takes the scale. Where torch's own operator behind it takes what is known here, that is called itself.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
+    if (direct := flash_operator()) is not None:
+        return direct
     known = inspect.signature(varlen_attn).parameters
     causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     takes_scale = "scale" in known
@@ -235,6 +240,33 @@ def varlen_kernel() -> Kernel | None:
         if not takes_scale and wanted != own:
             query = query * (wanted / own)
         attended: Any = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+        return attended
+
+    return attend
+
+
+def flash_operator() -> Kernel | None:
+    """The operator that `torch.nn.attention.varlen` calls, as `varlen_kernel` gives it; None where this torch has it
+    under another name or with other arguments.
+
+    Same kernels, same numbers. varlen's is an operator written in Python around it, with a backward pass registered in
+    Python: 0.4 ms a layer, for which a step of few tokens waits.
+    """
+    operator: Any = getattr(torch.ops.aten, "_flash_attention_forward", None)
+    if operator is None or not {it.name for it in operator.default._schema.arguments} >= _FLASH_ARGUMENTS:
+        return None
+
+    def attend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        scaling: float | None,
+    ) -> torch.Tensor:
+        borders = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        # no dropout, causal, no mask to look at
+        attended: torch.Tensor = operator(query, key, value, *borders, 0.0, True, False, scale=scaling)[0]
         return attended
 
     return attend

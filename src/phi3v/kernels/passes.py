@@ -7,6 +7,8 @@ modules, adapters or autograd.
 Letters: T tokens, H hidden size, D head size, F width of the MLP, R columns behind a matrix for an adapter.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 FUSED_COLUMNS = 64
@@ -30,7 +32,12 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.
 
 
 def rms_norm_backward(
-    grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, residual: torch.Tensor
+    grad: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    residual: torch.Tensor,
+    low: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Gradient of `rms_norm`'s input plus that of the residual beside it, `[T, H]`.
 
@@ -42,11 +49,14 @@ def rms_norm_backward(
         weight: of the norm, frozen.
         scale: what `rms_norm` gave.
         residual: gradient that reaches the input without the norm.
+        low: `[T, R]`, an adapter's columns, which are multiplied by `scale` in place.
     """
     if hidden.is_cuda:
         from phi3v.kernels import triton_passes
 
-        return triton_passes.rms_norm_backward(grad, hidden, weight, scale, residual)
+        return triton_passes.rms_norm_backward(grad, hidden, weight, scale, residual, low)
+    if low is not None:
+        low.mul_(scale[:, None])
     wide = _accumulated(hidden)
     normed = hidden.to(wide) * scale[:, None]
     inner = grad.to(wide) * weight
@@ -138,6 +148,46 @@ def swiglu_backward(
     swish = gate * sigmoid
     outer = torch.cat([grad * up * (sigmoid + swish * (1 - sigmoid)), grad * swish], dim=1)
     return outer.to(gate_up.dtype), (swish * up).to(gate_up.dtype)
+
+
+def scaling_table(
+    sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], scales: Sequence[float]
+) -> torch.Tensor | None:
+    """What `scale_all` reads of where its operands lie: made once for as long as they lie there. None without CUDA, or
+    where they are not all of one dtype each."""
+    kinds = {
+        (source.dtype, target.dtype, source.is_contiguous()) for source, target in zip(sources, targets, strict=True)
+    }
+    if not sources or not sources[0].is_cuda or len(kinds) > 1 or not sources[0].is_contiguous():
+        return None
+    from phi3v.kernels import triton_passes
+
+    return triton_passes.scaling_table(sources, targets, scales)
+
+
+def scale_all(
+    sources: Sequence[torch.Tensor],
+    targets: Sequence[torch.Tensor],
+    scales: Sequence[float],
+    table: torch.Tensor | None,
+) -> None:
+    """Writes each source, `[N, r]`, times its scale into its target, whose rows may lie apart.
+
+    Args:
+        sources: matrices of any sizes.
+        targets: of the same sizes.
+        scales: a number for each.
+        table: of these operands, by `scaling_table`; without one they go one by one.
+
+    Example: sources [[1, 2]] and [[3]] with the scales 2 and 10 write [[2, 4]] and [[30]].
+    """
+    if table is not None:
+        from phi3v.kernels import triton_passes
+
+        triton_passes.scale_all(sources, targets, table)
+        return
+    for source, target, scale in zip(sources, targets, scales, strict=True):
+        torch.mul(source, scale, out=target)
 
 
 def _accumulated(values: torch.Tensor) -> torch.dtype:

@@ -5,6 +5,8 @@ taken within a row, so results do not depend on the number of tokens or the orde
 """
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -26,7 +28,10 @@ def _rms_norm(hidden, weight, out, scale, hidden_stride, out_stride, eps, H: tl.
 
 
 @triton.jit
-def _rms_norm_backward(grad, hidden, weight, scale, residual, out, grad_stride, H: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm_backward(
+    grad, hidden, weight, scale, residual, out, low, grad_stride, low_stride,
+    H: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     inside = col < H
@@ -38,6 +43,9 @@ def _rms_norm_backward(grad, hidden, weight, scale, residual, out, grad_stride, 
     beside = tl.load(residual + row * H + col, mask=inside, other=0.0).to(tl.float32)
     outer = (inner - normed * mean) * inverse + beside
     tl.store(out + row * H + col, outer.to(out.dtype.element_ty), mask=inside)
+    if R > 0:
+        place = low + row * low_stride + tl.arange(0, R)
+        tl.store(place, (tl.load(place).to(tl.float32) * inverse).to(low.dtype.element_ty))
 
 
 @triton.jit
@@ -134,38 +142,80 @@ def _swiglu_backward(
     tl.store(outer + place + F, (dy * swish).to(outer.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _scale_all(table, like_source, like_target, R: tl.constexpr, ROWS: tl.constexpr):
+    entry = table + tl.program_id(0) * 6
+    source = tl.load(entry).to(tl.pointer_type(like_source.dtype.element_ty))
+    target = tl.load(entry + 1).to(tl.pointer_type(like_target.dtype.element_ty))
+    rows, rank, stride = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
+    scale = tl.load(entry + 5).to(tl.float64, bitcast=True).to(tl.float32)
+    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    col = tl.arange(0, R)[None, :]
+    inside = (row < rows) & (col < rank)
+    value = tl.load(source + row * rank + col, mask=inside, other=0.0).to(tl.float32) * scale
+    tl.store(target + row * stride + col, value.to(like_target.dtype.element_ty), mask=inside)
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], given: tuple[Any, ...], constants: tuple[int, ...], warps: int) -> None:
+    """Launches a kernel; what Triton compiled for such arguments is kept, so that it need not look at each one again.
+
+    That look is a fifth of a launch, and a step of few tokens waits for its 260 launches. The key
+    says of the arguments what Triton compiles for: type, and whether a place or a number can be divided by 16 or is 1.
+
+    Args:
+        kernel: what `triton.jit` made.
+        grid: of programs, one or two numbers.
+        given: its tensors, integers and floats, in its order.
+        constants: the `tl.constexpr` behind them.
+        warps: of a program.
+    """
+    key: tuple[Any, ...] = (kernel.__name__, given[0].get_device(), constants)
+    for it in given:
+        if isinstance(it, torch.Tensor):
+            key += (it.dtype, it.data_ptr() % 16)
+        elif isinstance(it, int):
+            key += (it == 1, it % 16 == 0, it >= 2**31)
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[grid](*given, *constants, num_warps=warps)
+    else:
+        compiled[(*grid, 1, 1)](*given, *constants)
+
+
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
     """See `passes.rms_norm`."""
     tokens, width = hidden.shape
     scale = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
-    block = _block(width)
-    _rms_norm[(tokens,)](
-        hidden, weight, out, scale, hidden.stride(0), out.stride(0), eps, H=width, BLOCK=block, num_warps=8
-    )
+    given = (hidden, weight, out, scale, hidden.stride(0), out.stride(0), eps)
+    _launch(_rms_norm, (tokens,), given, (width, _block(width)), 8)
     return scale
 
 
 def rms_norm_backward(
-    grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, residual: torch.Tensor
+    grad: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    residual: torch.Tensor,
+    low: torch.Tensor | None,
 ) -> torch.Tensor:
-    """See `passes.rms_norm_backward`."""
+    """See `passes.rms_norm_backward`; `low` has a power of two of columns."""
     tokens, width = hidden.shape
     out = torch.empty_like(hidden)
-    block = _block(width)
-    _rms_norm_backward[(tokens,)](
-        grad, hidden, weight, scale, residual, out, grad.stride(0), H=width, BLOCK=block, num_warps=8
-    )
+    columns = out[:, :0] if low is None else low
+    given = (grad, hidden, weight, scale, residual, out, columns, grad.stride(0), columns.stride(0))
+    _launch(_rms_norm_backward, (tokens,), given, (width, _block(width), columns.shape[1]), 8)
     return out
 
 
 def rotate(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int) -> None:
     """See `passes.rotate`."""
     half = cos.shape[1] // 2
-    _rotate[(qkv.shape[0],)](
-        qkv, cos, sin, qkv.stride(0), cos.shape[0],
-        HEADS=heads, HEAD_BLOCK=_block(heads), HALF=half, BLOCK=_block(half),
-        num_warps=4,
-    )  # fmt: skip
+    given = (qkv, cos, sin, qkv.stride(0), cos.shape[0])
+    _launch(_rotate, (qkv.shape[0],), given, (heads, _block(heads), half, _block(half)), 4)
 
 
 def rotate_backward(
@@ -173,17 +223,13 @@ def rotate_backward(
 ) -> torch.Tensor:
     """See `passes.rotate_backward`."""
     tokens, query_heads, head_size = queries.shape
-    key_heads = keys.shape[1]
+    key_heads, half = keys.shape[1], head_size // 2
     queries, keys, values = _heads_together(queries), _heads_together(keys), _heads_together(values)
     out = queries.new_empty(tokens, (query_heads + 2 * key_heads) * head_size)
-    _rotate_backward[(tokens,)](
-        queries, keys, values, out, cos, sin,
-        queries.stride(0), keys.stride(0), values.stride(0), out.stride(0), cos.shape[0],
-        QUERY_HEADS=query_heads, KEY_HEADS=key_heads,
-        QUERY_BLOCK=_block(query_heads), KEY_BLOCK=_block(key_heads),
-        HALF=head_size // 2, BLOCK=_block(head_size // 2),
-        num_warps=4,
-    )  # fmt: skip
+    strides = (queries.stride(0), keys.stride(0), values.stride(0), out.stride(0))
+    given = (queries, keys, values, out, cos, sin, *strides, cos.shape[0])
+    constants = (query_heads, key_heads, _block(query_heads), _block(key_heads), half, _block(half))
+    _launch(_rotate_backward, (tokens,), given, constants, 4)
     return out
 
 
@@ -191,7 +237,7 @@ def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     """See `passes.swiglu`."""
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     block = min(1024, _block(width))
-    _swiglu[(tokens, triton.cdiv(width, block))](gate_up, out, out.stride(0), F=width, BLOCK=block, num_warps=4)
+    _launch(_swiglu, (tokens, triton.cdiv(width, block)), (gate_up, out, out.stride(0)), (width, block), 4)
 
 
 def swiglu_backward(
@@ -202,12 +248,31 @@ def swiglu_backward(
     outer, y = torch.empty_like(gate_up), gate_up.new_empty(tokens, width)
     rank = 0 if low is None else low.shape[1]
     rows, block = 32, 128
-    _swiglu_backward[(triton.cdiv(tokens, rows), triton.cdiv(width, block))](
-        gate_up, grad, grad if low is None else low, grad if factor is None else factor, outer, y,
-        tokens, grad.stride(0), 0 if low is None else low.stride(0),
-        F=width, R=rank, ROWS=rows, BLOCK=block, num_warps=8,
-    )  # fmt: skip
+    thin = (grad, grad) if low is None or factor is None else (low, factor)
+    given = (gate_up, grad, *thin, outer, y, tokens, grad.stride(0), thin[0].stride(0))
+    grid = (triton.cdiv(tokens, rows), triton.cdiv(width, block))
+    _launch(_swiglu_backward, grid, given, (width, rank, rows, block), 8)
     return outer, y
+
+
+def scaling_table(
+    sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], scales: Sequence[float]
+) -> torch.Tensor:
+    """See `passes.scaling_table`: places, rows, columns, distance of target rows, bits of the scale as float64."""
+    entries = [
+        [source.data_ptr(), target.data_ptr(), *source.shape, target.stride(0)]
+        for source, target in zip(sources, targets, strict=True)
+    ]
+    bits = torch.tensor(scales, dtype=torch.float64).view(torch.int64)[:, None]
+    return torch.cat([torch.tensor(entries), bits], dim=1).to(sources[0].device)
+
+
+def scale_all(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], table: torch.Tensor) -> None:
+    """See `passes.scale_all`."""
+    rows = 128
+    most, widest = (max(source.shape[side] for source in sources) for side in (0, 1))
+    grid = (len(sources), triton.cdiv(most, rows))
+    _launch(_scale_all, grid, (table, sources[0], targets[0]), (_block(widest), rows), 4)
 
 
 def _heads_together(grad: torch.Tensor) -> torch.Tensor:

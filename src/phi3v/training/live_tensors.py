@@ -263,7 +263,7 @@ class OneKernelEach:
             results = [leaf for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)]
             for tensor in results:
                 self.seen.hold(tensor)
-            given = [value for value in args if isinstance(value, torch.Tensor)]
+            given = [value for value in tree_leaves(args) if isinstance(value, torch.Tensor)]
             moved = sum(map(span, given)) + sum(map(span, results))
             self.seen.kernel(name, 0, moved + (span(given[0]) if self.twice[name] else 0))
             return made
@@ -272,7 +272,7 @@ class OneKernelEach:
 
 
 HAND_WRITTEN = {"rms_norm": False, "rms_norm_backward": False, "rotate": True, "rotate_backward": False}
-HAND_WRITTEN |= {"swiglu": False, "swiglu_backward": False}
+HAND_WRITTEN |= {"swiglu": False, "swiglu_backward": False, "scale_all": False}
 """Hand-written kernels of `kernels.passes`, and whether they change what they are given."""
 
 
