@@ -224,6 +224,7 @@ def test_a_target_that_cannot_be_served_is_one_line(tmp_path: Path) -> None:
         ([TINY, "--adapter", f"a={other}"], "was tuned on"),
         ([TINY, "--api-key-file", tmp_path / "none"], "cannot be read"),
         ([TINY, "--allow-host", "a/b"], "write host or host:port"),
+        ([TINY, "--allow-host", ""], "write host or host:port"),
     ):
         done = CliRunner().invoke(app, ["serve", *map(str, words), "--port", "0"])
         assert done.exit_code == 1 and done.stderr.count("\n") == 1 and says in done.stderr, done.output
