@@ -87,7 +87,7 @@ def test_config_and_processor_are_microsofts_flat_files(name: str, shared: Path,
     (base / "config.json").write_text(json.dumps({**own, "auto_map": published["auto_map"]}))
     found = export(base, tmp_path / "merged", to="merged")
     assert found.base == f"microsoft/{name}" and found.facts["dtype"] == "bfloat16"
-    assert vllm.serves(published) and not found.vllm  # which is narrow here
+    assert vllm.Serving.of(published, {}) == vllm.Serving() and found.vllm is None  # which is narrow here
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     differ = {key for key in published if config.get(key) != published[key]}
     assert differ == {
@@ -184,7 +184,7 @@ def test_the_command_for_vllm_says_which_version_was_read(there: str | None, say
     monkeypatch.setattr(vllm.metadata, "version", version)
     assert says in vllm.version_note()
     original = Phi3VConfig().original_max_position_embeddings  # beyond it vLLM gives every request rope's long factors
-    assert vllm.serve_command("a b").startswith(f"vllm serve 'a b' --max-model-len {original} ")
+    assert vllm.Serving().command("a b").startswith(f"vllm serve 'a b' --max-model-len {original} ")
 
 
 def test_a_pipeline_answers_as_phi3v_ask_does(tmp_path: Path) -> None:
