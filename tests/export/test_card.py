@@ -348,8 +348,8 @@ def test_the_system_turn_goes_on_from_export_to_export(
 ) -> None:
     """Of an adapter and of merged weights, also into a folder of graphs, whose graphs are not built here."""
 
-    def decoder(config: object, merged: Path, folder: Path, precision: str) -> None:
-        (folder / "genai_config.json").write_text('{"model": {}}')
+    def decoder(config: object, merged: Path, folder: Path, precision: str) -> dict[str, Any]:
+        return {"model": {}}
 
     for name in ("refuse_without_packages", "write_vision", "write_embedding"):
         monkeypatch.setattr(onnx, name, lambda *args: None)
