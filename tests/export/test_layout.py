@@ -212,6 +212,26 @@ def test_a_pipeline_answers_as_phi3v_ask_does(tmp_path: Path) -> None:
         assert [piped(pipe, turns)] == chat.answer([opened], **longest) == tuned.answer([opened], **longest)
 
 
+def test_a_pipeline_answers_beyond_the_original_context_as_phi3v_ask_does(tmp_path: Path) -> None:
+    """A prompt in rope's long factors, and an answer that crosses into them; the context here is short, for speed."""
+    limit = 400
+    write_tiny_model(tmp_path / "model", original_max_position_embeddings=limit)
+    write_photos(tmp_path / "photos", 1)
+    export(tmp_path / "model", tmp_path / "merged", to="merged")
+    chat, photo = ChatModel.from_target(tmp_path / "merged"), tmp_path / "photos" / "0.png"
+    phi3v.register()
+    pipe = transformers.pipeline("image-text-to-text", model=str(tmp_path / "merged"))
+    shown = {"type": "image", "image": Image.open(photo)}
+    lengths = []
+    for repeats in (60, 35):
+        asked = {"type": "text", "text": "a " * repeats}
+        lengths.append(len(chat.encode([{"role": "user", "content": [shown, asked]}])["input_ids"]))
+        turns = [{"role": "user", "content": [{"type": "image", "path": str(photo)}, asked]}]
+        answer = chat.ask(photo, asked["text"], max_new_tokens=12)
+        assert piped(pipe, turns) == answer and len(answer) > 12, lengths
+    assert limit < lengths[0] and limit - 8 < lengths[1] <= limit
+
+
 def _opened(part: dict[str, Any]) -> dict[str, Any]:
     return {"type": "image", "image": Image.open(part["path"])} if part["type"] == "image" else part
 
