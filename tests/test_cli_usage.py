@@ -39,6 +39,7 @@ SLIPS = [
     (["ask", "runs/shop", "https://shop.example/1"], "looks like the name of an image"),
     (["ask", "runs/shop", "a.png", "\udcff\ud83d"], "the question is not UTF-8"),
     (["ask", "--device", "", "runs/shop", "What?"], "'--device': it is empty"),
+    (["serve", "runs/shop", "--host", ""], "'--host': it is empty"),
     (["serve", "runs/shop", "--adapter", "hats"], "--adapter: 'hats' is not name=path"),
     (["serve", "runs/shop", "--adapter", "a=b", "--adapter", "a=c"], "'a' is named twice"),
     (["data", "check", " "], "it is empty"),

@@ -40,11 +40,14 @@ def chat(
             raise MissingPackageError(f"phi3v chat needs gradio, which is not installed: {install('chat')}")
 
         from phi3v.serve.chat import PASSWORD, serve_chat
+        from phi3v.serve.run import for_others
 
         def ready(url: str, columns: tuple[str, ...]) -> None:
             beside = " beside its base" if len(columns) > 1 else ""
             here.screen.print(
-                f"{target}{beside}: open {url} in a browser; Ctrl-C ends it", markup=False, soft_wrap=True
+                f"{target}{beside}: open {url} in a browser{for_others(host)}; Ctrl-C ends it",
+                markup=False,
+                soft_wrap=True,
             )
             here.result({"target": target, "url": url, "columns": list(columns)})
 

@@ -106,14 +106,16 @@ def export(
 
 
 def show_export(console: Console, found: Exported) -> None:
-    """Where it lies, how large it is, of merged weights the command of vLLM or why there is none, where it was sent."""
-    from phi3v.export.vllm import OTHER_TOWER, serve_command, version_note
+    """Where it lies, how large it is, the command of vLLM or why there is none, notes, where it was sent."""
+    from phi3v.export.vllm import OTHER_TOWER, version_note
 
     facts = ", ".join(f"{name} {value}" for name, value in found.facts.items())
     line = f"{found.out}: {found.to}, {found.bytes / 10**9:.3g} GB, {facts}"
     console.print(line, markup=False, soft_wrap=True)
     if found.to == "merged":
-        command = f"{serve_command(str(found.out))}   # {version_note()}"
-        console.print(command if found.vllm else OTHER_TOWER, markup=False, soft_wrap=True)
+        command = f"{found.vllm.command(str(found.out))}   # {version_note()}" if found.vllm else OTHER_TOWER
+        console.print(command, markup=False, soft_wrap=True)
+    for note in found.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     if found.pushed:
         console.print(f"sent: {found.pushed}", markup=False, soft_wrap=True)

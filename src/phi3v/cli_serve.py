@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from phi3v.cli_command import AsJson, Debug, Device, Target, read_path
+from phi3v.cli_command import AsJson, Debug, Device, Target, read_path, refuse_empty
 from phi3v.cli_session import session
 
 
@@ -22,7 +22,9 @@ def serve(
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="NAME=PATH", help="One more adapter of the same base; may be repeated.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to bind; beyond loopback it needs a key.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to bind; beyond loopback it needs a key.", callback=refuse_empty)
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     api_key_file: Annotated[
         Path | None,
@@ -46,7 +48,7 @@ def serve(
     with session(debug or bool(context.obj), as_json) as here:
         from phi3v.serve.limits import Limits
         from phi3v.serve.names import named_targets
-        from phi3v.serve.run import ServeOptions, read_key
+        from phi3v.serve.run import ServeOptions, for_others, read_key
         from phi3v.serve.run import serve as serve_target
         from phi3v.targets import resolve_target
 
@@ -56,7 +58,8 @@ def serve(
         named_targets(resolve_target(target), adapters)  # what is wrong with them is told before seconds of imports
 
         def on_ready(address: str, names: list[str]) -> None:
-            here.screen.print(f"serving {', '.join(names)} at {address} (Ctrl-C ends it)", markup=False, soft_wrap=True)
+            line = f"serving {', '.join(names)} at {address}{for_others(host)} (Ctrl-C ends it)"
+            here.screen.print(line, markup=False, soft_wrap=True)
             here.result({"address": address, "models": names})
 
         serve_target(target, adapters, options, device=device, on_ready=on_ready)

@@ -31,6 +31,14 @@ from phi3v.export.beside import run_beside
 run_beside("sleeper", sys.argv[1:], removing=Path(sys.argv[1]).parent / "half")
 """
 
+LATE_PARENT = """
+import sys, time
+from pathlib import Path
+from phi3v.export.beside import run_beside
+told = Path(sys.argv[1])
+run_beside("said", [], removing=told.parent / "half", afterwards=lambda: (told.touch(), time.sleep(120)))
+"""
+
 
 def test_words_and_outputs_are_those_of_the_module(tmp_path: Path) -> None:
     (tmp_path / "said.py").write_text("import sys; print(__name__, sys.argv[1:]); sys.exit('and why')")
@@ -54,6 +62,33 @@ def test_it_ends_with_a_parent_that_is_killed_and_removes_what_is_half_made(tmp_
     wait(lambda: has_ended(child))
     wait(lambda: not (tmp_path / "half").exists())  # which a program that still wrote would make again
     assert (tmp_path / "sleeper.py").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_until_afterwards_is_over_a_kill_still_removes_what_is_half_made(tmp_path: Path) -> None:
+    (tmp_path / "said.py").write_text("print('done')")
+    environment = {**os.environ, "PYTHONPATH": f"{Path(phi3v.__file__).resolve().parents[1]}{os.pathsep}{tmp_path}"}
+    told = tmp_path / "number"
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "genai_config.json").touch()
+    with subprocess.Popen([sys.executable, "-c", LATE_PARENT, str(told)], env=environment) as parent:
+        wait(told.exists)
+        parent.send_signal(signal.SIGKILL)
+    wait(lambda: not (tmp_path / "half").exists())
+
+
+def test_what_is_made_stays_where_nobody_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "said.py").write_text("print('done')")
+    (tmp_path / "made").mkdir()
+    seen: list[bool] = []
+    done = run_beside(
+        "said",
+        [],
+        removing=tmp_path / "made",
+        afterwards=lambda: seen.append((tmp_path / "made").exists()),
+        PYTHONPATH=str(tmp_path),
+    )
+    assert (done.returncode, done.stdout, seen) == (0, "done\n", [True]) and (tmp_path / "made").exists()
 
 
 def wait(until) -> None:

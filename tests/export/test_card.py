@@ -15,7 +15,7 @@ from tiny_runs import make_recipe, make_run
 
 from phi3v.errors import ConfigError
 from phi3v.evaluation.run import evaluate
-from phi3v.export import hub, onnx, vllm
+from phi3v.export import hub, onnx
 from phi3v.export.card import (
     Card,
     base_id,
@@ -29,6 +29,7 @@ from phi3v.export.card import (
     sources,
 )
 from phi3v.export.run import export
+from phi3v.export.vllm import OTHER_TOWER, Serving
 from phi3v.generate import ChatModel
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
@@ -76,7 +77,7 @@ def test_the_card_says_what_the_run_says(run: RunFolder, tmp_path: Path) -> None
         "phi3v ask run photo.jpg",
         "transformers.pipeline(",
         "AutoModelForImageTextToText",
-        vllm.OTHER_TOWER,
+        OTHER_TOWER,
     ):
         assert runtime in body
     assert "vllm serve" not in body
@@ -108,7 +109,71 @@ def test_a_card_of_weights_alone_says_only_what_is_known() -> None:
         "base_model_relation": "adapter",
         "tags": ["phi3_v", "phi3v"],
     }
-    assert "vllm serve shop --max" in render_card(Card("shop", "merged", BASE, {"dtype": "bfloat16"}))
+
+
+MICROSOFTS = {
+    "rope_scaling": {"type": "su"},
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096,
+}
+
+
+@pytest.mark.parametrize(
+    ("samples", "limits", "says", "silent"),
+    [
+        ({}, (1, 4096), "raise it where your questions have several", "Here that is so"),
+        (
+            {"most_images": 0, "shortest": 20, "longest": 4096},
+            (1, 4096),
+            "Only weights trained on nothing but longer",
+            "this run's",
+        ),
+        (
+            {"most_images": 3, "shortest": 300, "longest": 4097},
+            (3, 8192),
+            "300 to 4,097 tokens, and beyond 4,096 vLLM",
+            "Only weights",
+        ),
+        (
+            {"most_images": 2, "shortest": 4097, "longest": 8193},
+            (2, 12288),
+            "All samples of this run were longer",
+            "Here that",
+        ),
+        (
+            {"most_images": 1, "shortest": 9, "longest": 200_000},
+            (1, 131072),
+            "with --max-model-len 4096 they are not",
+            "raise it",
+        ),
+    ],
+)
+def test_the_command_for_vllm_lets_the_questions_of_the_run_pass(samples, limits, says: str, silent: str) -> None:
+    serving = Serving.of(MICROSOFTS, samples)
+    assert (serving.images, serving.context) == limits
+    card = render_card(Card("shop", "merged", BASE, {"dtype": "bfloat16"}, serving=serving))
+    options = f"--max-model-len {limits[1]} --limit-mm-per-prompt '{{\"image\": {limits[0]}}}'\n```\n"
+    assert f"vllm serve shop {options}" in card and says in card and silent not in card
+    assert 'with `"temperature": 0` it takes the likeliest' in card and OTHER_TOWER not in card
+    assert Serving.of({**MICROSOFTS, "vision_config": {}}, samples) is None
+    assert bool(serving.caveat) is ("Here that is so" in card) is (samples.get("shortest", 9999) <= 4096 < limits[1])
+
+
+def test_a_card_says_whose_answers_its_scores_are(run: RunFolder) -> None:
+    in_4_bits = run.read_recipe().with_overrides(["quantization={load_in_4bit: true}"])
+    evaluation = run.read_evaluation()
+    for to, precision, recipe, told in (
+        ("onnx", "int4", run.read_recipe(), "They were not measured with these int4 graphs"),
+        ("onnx", "fp32", in_4_bits, "merged into the base as its files have it"),
+        ("merged", None, in_4_bits, "merged into the base as its files have it"),
+        ("adapter", None, in_4_bits, None),
+        ("onnx", "fp16", run.read_recipe(), None),
+    ):
+        text = render_card(
+            Card("shop", to, BASE, {"dtype": "x", "precision": precision}, recipe, evaluation=evaluation)
+        )
+        for line in ("They were not measured with these int4", "merged into the base as its files have it"):
+            assert (line in text) is (told is not None and told.startswith(line)), (to, precision, line)
 
 
 def test_a_card_says_how_weights_come_from_their_base_where_that_is_known() -> None:
@@ -206,7 +271,7 @@ def test_a_push_sends_the_whole_folder_once(public: bool, run: RunFolder, tmp_pa
     assert created == {"repo": "owner/shop", "private": not public, "exist_ok": True}
     assert sent["repo_id"] == "owner/shop" and {"README.md", "digests.json", "adapter_config.json"} <= {*sent["files"]}
     assert found.pushed == "https://huggingface.co/owner/shop/commit/1"
-    assert 'PeftModel.from_pretrained(model, "owner/shop")' in (tmp_path / "out" / "README.md").read_text()
+    assert 'peft.PeftModel.from_pretrained(model, "owner/shop")' in (tmp_path / "out" / "README.md").read_text()
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == BASE
 
 
@@ -254,7 +319,9 @@ def test_of_an_upload_that_fails_the_folder_stays(run: RunFolder, tmp_path: Path
 
 
 @pytest.mark.parametrize("to", ["merged", "adapter"])
-def test_the_system_turn_of_a_run_goes_with_its_weights(to: str, run: RunFolder, tmp_path: Path) -> None:
+def test_the_system_turn_of_a_run_goes_with_its_weights(
+    to: str, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     export(run.path, tmp_path / "out", to=to)
     asked = [ChatModel.from_target(target, device="cpu") for target in (run.path, tmp_path / "out")]
     assert asked[0].system == asked[1].system == "Be brief.\n```\n# Heading <script>"
@@ -264,6 +331,9 @@ def test_the_system_turn_of_a_run_goes_with_its_weights(to: str, run: RunFolder,
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")  # whose own programs say the same
     programs = re.findall(r"```python\n(.*?)\n```\n", card, re.DOTALL)
     assert len(programs) == {"merged": 2, "adapter": 1}[to]
+    lines = {sum(line != "" for line in one.splitlines()) for one in programs}
+    assert lines <= {5, 6}  # six with the base of an adapter, or with the run's system turn in a pipeline
+    monkeypatch.setattr(ChatModel.ask, "__kwdefaults__", {**ChatModel.ask.__kwdefaults__, "max_new_tokens": 6})
     places = {"run": tmp_path / "out", "run-lora": tmp_path / "out", "photo.jpg": photo}
     for program in programs:
         for name, put in {**places, "THE BASE": run.path.parent / "model"}.items():
@@ -278,8 +348,8 @@ def test_the_system_turn_goes_on_from_export_to_export(
 ) -> None:
     """Of an adapter and of merged weights, also into a folder of graphs, whose graphs are not built here."""
 
-    def decoder(config: object, merged: Path, folder: Path, precision: str) -> None:
-        (folder / "genai_config.json").write_text('{"model": {}}')
+    def decoder(config: object, merged: Path, folder: Path, precision: str) -> dict[str, Any]:
+        return {"model": {}}
 
     for name in ("refuse_without_packages", "write_vision", "write_embedding"):
         monkeypatch.setattr(onnx, name, lambda *args: None)

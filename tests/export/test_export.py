@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,9 @@ from phi3v.export import vllm
 from phi3v.export.adapter import plain_config
 from phi3v.export.folder import check_digests, check_space
 from phi3v.export.run import Exported, export
+from phi3v.export.run import _notes as notes_of
+from phi3v.export.run import _serving as serving_of
+from phi3v.generate import ChatModel
 from phi3v.loading import load_base, load_target
 from phi3v.run_folder import RunFolder
 from phi3v.targets import resolve_target
@@ -275,8 +279,10 @@ def test_the_command_says_what_it_wrote(run: RunFolder, tmp_path: Path) -> None:
     code, said = command("export", run.path, "--to", "merged", "--out", tmp_path / "merged", "--shard-size", "0.001")
     assert code == 0 and vllm.OTHER_TOWER in said and "vllm serve" not in said
     screen = Console(file=io.StringIO())
-    show_export(screen, Exported("run", "merged", tmp_path / "merged", 1, None, vllm=True))
+    notes = ("first", "second")
+    show_export(screen, Exported("run", "merged", tmp_path / "merged", 1, None, vllm=vllm.Serving(), notes=notes))
     said = screen.file.getvalue()
+    assert said.endswith("\nnote: first\nnote: second\n")
     assert f"vllm serve {tmp_path / 'merged'} --max-model-len" in said and "not run here" in said
     code, said = command("export", run.path, "--to", "adapter", "--out", tmp_path / "adapter", "--json")
     found = json.loads(said)
@@ -294,8 +300,30 @@ def test_the_command_says_what_it_wrote(run: RunFolder, tmp_path: Path) -> None:
     assert code == 1 and "holds README.md" in json.loads(said)["error"]
 
 
+def test_an_export_says_where_it_answers_otherwise_than_its_run(tmp_path: Path) -> None:
+    """On the screen: of a base that was quantised, of int4, of samples on both sides of rope's long factors."""
+    write_tiny_model(tmp_path / "model")
+    run = make_run(tmp_path, make_recipe(tmp_path, quantization={"load_in_4bit": True}))
+    code, said = command("export", run.path, "--to", "merged", "--out", tmp_path / "merged")
+    assert code == 0 and said.count("\nnote: ") == 1 and "the run was trained on a quantised base" in said
+    assert f"`phi3v evaluate {tmp_path / 'merged'} --data RECIPE quantization=null` scores it" in said
+    assert "note: " not in command("export", run.path, "--to", "adapter", "--out", tmp_path / "adapter")[1]
+    (int4,) = notes_of("onnx", tmp_path, {"precision": "int4"}, None, None)
+    assert "whose scores were not measured with it" in int4 and "`phi3v evaluate` reads no graphs" in int4
+    of_both = [notes_of("onnx", tmp_path, {"precision": one}, run, None) for one in ("int4", "fp32")]
+    assert [len(notes) for notes in of_both] == [2, 1] and "quantization=null" not in of_both[1][0]
+    config = tmp_path / "config.json"
+    lengths = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
+    config.write_text(json.dumps({"rope_scaling": {"type": "su"}, **lengths}))
+    assert serving_of("merged", config, run) == vllm.Serving()  # of a run whose samples were not counted
+    run.mark_finished({"samples": {"most_images": 2, "shortest": 300, "longest": 5000}})
+    serving = serving_of("merged", config, run)
+    assert (serving.images, serving.context) == (2, 8192) and serving_of("adapter", config, run) is None
+    assert notes_of("merged", tmp_path, {}, None, serving) == (serving.caveat,) != ("",)
+
+
 def test_the_commands_of_the_export_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In their order, and the pipeline's program; those of ONNX, vLLM, pip and the hub are not run here."""
+    """In their order, and the programs of pipeline and PEFT; those of ONNX, vLLM, pip and the hub are not run here."""
     monkeypatch.chdir(tmp_path)
     write_tiny_model(tmp_path / "model")
     write_photos(tmp_path, 20)
@@ -311,7 +339,9 @@ def test_the_commands_of_the_export_page(tmp_path: Path, monkeypatch: pytest.Mon
             shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
         code, said = command(*words)
         assert code == 0 and said.strip(), words
-    (program,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "pipeline" in block]
-    printed: list[list[dict[str, str]]] = []
-    exec(compile(program.replace("256", "4"), "export.md", "exec"), {"print": printed.append})
-    assert isinstance(printed[0][0]["generated_text"], str)
+    piped, by_peft = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    printed: list[Any] = []
+    monkeypatch.setattr(ChatModel.ask, "__kwdefaults__", {**ChatModel.ask.__kwdefaults__, "max_new_tokens": 4})
+    for program in (piped.replace("256", "4"), by_peft.replace("microsoft/Phi-3.5-vision-instruct", "model")):
+        exec(compile(program, "export.md", "exec"), {"print": printed.append})
+    assert printed[0][0]["generated_text"].removeprefix(" ") == printed[1] != ""

@@ -87,7 +87,7 @@ def test_config_and_processor_are_microsofts_flat_files(name: str, shared: Path,
     (base / "config.json").write_text(json.dumps({**own, "auto_map": published["auto_map"]}))
     found = export(base, tmp_path / "merged", to="merged")
     assert found.base == f"microsoft/{name}" and found.facts["dtype"] == "bfloat16"
-    assert vllm.serves(published) and not found.vllm  # which is narrow here
+    assert vllm.Serving.of(published, {}) == vllm.Serving() and found.vllm is None  # which is narrow here
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     differ = {key for key in published if config.get(key) != published[key]}
     assert differ == {
@@ -184,7 +184,7 @@ def test_the_command_for_vllm_says_which_version_was_read(there: str | None, say
     monkeypatch.setattr(vllm.metadata, "version", version)
     assert says in vllm.version_note()
     original = Phi3VConfig().original_max_position_embeddings  # beyond it vLLM gives every request rope's long factors
-    assert vllm.serve_command("a b").startswith(f"vllm serve 'a b' --max-model-len {original} ")
+    assert vllm.Serving().command("a b").startswith(f"vllm serve 'a b' --max-model-len {original} ")
 
 
 def test_a_pipeline_answers_as_phi3v_ask_does(tmp_path: Path) -> None:
@@ -210,6 +210,26 @@ def test_a_pipeline_answers_as_phi3v_ask_does(tmp_path: Path) -> None:
             for turn in turns
         ]
         assert [piped(pipe, turns)] == chat.answer([opened], **longest) == tuned.answer([opened], **longest)
+
+
+def test_a_pipeline_answers_beyond_the_original_context_as_phi3v_ask_does(tmp_path: Path) -> None:
+    """A prompt in rope's long factors, and an answer that crosses into them; the context here is short, for speed."""
+    limit = 400
+    write_tiny_model(tmp_path / "model", original_max_position_embeddings=limit)
+    write_photos(tmp_path / "photos", 1)
+    export(tmp_path / "model", tmp_path / "merged", to="merged")
+    chat, photo = ChatModel.from_target(tmp_path / "merged"), tmp_path / "photos" / "0.png"
+    phi3v.register()
+    pipe = transformers.pipeline("image-text-to-text", model=str(tmp_path / "merged"))
+    shown = {"type": "image", "image": Image.open(photo)}
+    lengths = []
+    for repeats in (60, 35):
+        asked = {"type": "text", "text": "a " * repeats}
+        lengths.append(len(chat.encode([{"role": "user", "content": [shown, asked]}])["input_ids"]))
+        turns = [{"role": "user", "content": [{"type": "image", "path": str(photo)}, asked]}]
+        answer = chat.ask(photo, asked["text"], max_new_tokens=12)
+        assert piped(pipe, turns) == answer and len(answer) > 12, lengths
+    assert limit < lengths[0] and limit - 8 < lengths[1] <= limit
 
 
 def _opened(part: dict[str, Any]) -> dict[str, Any]:

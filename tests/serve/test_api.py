@@ -17,7 +17,7 @@ from phi3v.serve.api import build_app
 from phi3v.serve.guard import Guard
 from phi3v.serve.images import ImageSource
 from phi3v.serve.limits import Limits
-from phi3v.serve.run import ServeOptions, read_key
+from phi3v.serve.run import ServeOptions, for_others, read_key, shown_address
 
 KEY = "k" * 20
 SMALL = Limits(batch=1, queue=1, seconds=0.3, body_bytes=4000, held_bytes=6000, images=2)
@@ -313,7 +313,23 @@ def test_an_open_address_needs_a_key(tmp_path: Any) -> None:
         read_key(file, {})
     file.write_text(f"{KEY}\nmore")
     assert read_key(file, {"PHI3V_API_KEY": "other"}) == KEY
+    file.write_text(f"\ufeff{KEY}\r\n", encoding="utf-8")  # as an editor of Windows saves it
+    assert read_key(file, {}) == KEY
+    file.write_text(KEY, encoding="utf-16")
+    with pytest.raises(ConfigError, match="it is not UTF-8"):
+        read_key(file, {})
     assert read_key(None, {"PHI3V_API_KEY": KEY}) == KEY and read_key(None, {"PHI3V_API_KEY": ""}) is None
+
+
+def test_the_address_that_is_told_opens_here() -> None:
+    assert [shown_address(host, 80) for host in ("0.0.0.0", "::", "::1", "10.0.0.1", "shop.example")] == [
+        "http://127.0.0.1:80",
+        "http://[::1]:80",
+        "http://[::1]:80",
+        "http://10.0.0.1:80",
+        "http://shop.example:80",
+    ]
+    assert [bool(for_others(host)) for host in ("0.0.0.0", "::", "127.0.0.1", "10.0.0.1")] == [True, True, False, False]
 
 
 def test_requests_made_from_the_openapi_are_never_a_fault() -> None:

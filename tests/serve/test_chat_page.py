@@ -17,7 +17,7 @@ from phi3v import cli_session
 from phi3v.cli import app
 from phi3v.errors import ConfigError
 from phi3v.generate import ChatModel
-from phi3v.serve.page_guard import MAX_BODY
+from phi3v.serve.page_guard import MAX_BODY, MOST_TRIES
 from phi3v.serve.side_by_side import TUNED, SideBySide, Turn
 
 pytest.importorskip("gradio", reason="the page needs Gradio, which holds Pillow below 13 and is no test dependency")
@@ -193,13 +193,20 @@ def test_a_password_is_asked_for(page):
         assert wrong.status_code == 400
         assert client.post("/login", data={"username": "me", "password": "pass wörd"}).status_code == 200
         assert client.get("/config").status_code == 200
+        tried = [client.post("/login", data={"username": "me", "password": str(one)}) for one in range(MOST_TRIES + 1)]
+        assert [one.status_code for one in tried] == [400] * MOST_TRIES + [429] and "wait a minute" in tried[-1].text
+        right = {"username": "me", "password": "pass wörd"}
+        assert client.post("/login/", data=right).status_code == 429 and client.get("/config").status_code == 200
 
 
 def test_where_the_page_may_be(target):
     assert [is_loopback(host) for host in ("127.0.0.1", "127.9.9.9", "localhost", "::1")] == [True] * 4
     assert [is_loopback(host) for host in ("0.0.0.0", "::", "192.168.1.2", "example.org")] == [False] * 4
-    with pytest.raises(ConfigError, match="lets other machines in: set PHI3V_CHAT_PASSWORD"):
-        serve_chat(target, host="0.0.0.0", on_ready=print)
+    for password in (None, "", "p" * 15):
+        with pytest.raises(
+            ConfigError, match="lets other machines in: set PHI3V_CHAT_PASSWORD to a password of 16 char"
+        ):
+            serve_chat(target, host="0.0.0.0", password=password, on_ready=print)
     taken = socket.create_server(("127.0.0.1", 0))
     with taken, pytest.raises(ConfigError, match=r"cannot listen at 127\.0\.0\.1, port \d+ \(Address already in use\)"):
         serve_chat(target, port=taken.getsockname()[1], on_ready=print)

@@ -64,6 +64,9 @@ def test_a_host_that_is_never_fetched_from_cannot_be_allowed() -> None:
         "[::1]",
         "169.254.169.254",
         "LOCALHOST:443",
+        "nas",
+        "router.:8443",
+        "printer.lan",
         "nas.local",
         "x.internal.",
     ):
@@ -71,7 +74,9 @@ def test_a_host_that_is_never_fetched_from_cannot_be_allowed() -> None:
             ConfigError, match=r"^--allow-host [a-z0-9.:]+: images are fetched from public addresses alone"
         ):
             ImageSource(["photos.example", host], seconds=1, max_bytes=1)
-    ImageSource(["photos.example", "notlocal", "1.1.1.1:443", "[2606:4700::1]"], seconds=1, max_bytes=1)
+    ImageSource(
+        ["photos.example", "local.example", "photos.notlocal", "1.1.1.1:443", "[2606:4700::1]"], seconds=1, max_bytes=1
+    )
 
 
 def test_only_allowed_hosts_at_public_addresses_over_https(certificates: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,10 @@ from serving_trials import (
     answered_as_alone,
     drop_streams,
     kill_worker,
+    overload,
     scenes,
     send_bad_images,
+    send_made_up,
     stop_while_answering,
 )
 from typer.testing import CliRunner
@@ -47,7 +49,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def server(adapters: dict[str, Path]) -> Iterator[RunningServer]:
     words = [word for name, path in adapters.items() for word in ("--adapter", f"{name}={path}")]
-    with running_server(TINY, *words, "--batch-size", "4") as running:
+    with running_server(TINY, *words, "--batch-size", "4", "--queue", "12") as running:
         yield running
 
 
@@ -158,9 +160,22 @@ def test_streams_that_are_dropped_leave_nothing(server: RunningServer) -> None:
     drop_streams(server, 12, clients=6)
 
 
+def test_more_than_the_server_holds_is_429_and_what_is_taken_ends(server: RunningServer) -> None:
+    """Twice as many as its 16 places, for two seconds; ten times for a minute in `make torture`."""
+    found = overload(server, 2, 32)
+    assert found["statuses"][200] and found["statuses"][429] and found["slowest look"] < 3
+    for name, before in found["before"].items():
+        assert found["after"][name] < before + 100_000_000, name
+
+
+def test_made_up_requests_are_no_fault_with_a_model_behind_them(server: RunningServer) -> None:
+    found = send_made_up(server.root, 40)
+    assert sum(found.values()) >= 40 and found[400], found
+
+
 def test_a_killed_worker_is_503_and_comes_back(server: RunningServer) -> None:
-    statuses, _ = kill_worker(server)
-    assert statuses == [503] * 3
+    statuses, seconds = kill_worker(server)
+    assert statuses == [503] * 3 and seconds < 30  # 15 where the tests do not share the cores: `make torture`
 
 
 def test_the_next_spare_begins_when_the_last_one_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +239,7 @@ def test_a_target_that_cannot_be_served_is_one_line(tmp_path: Path) -> None:
         ([TINY, "--adapter", f"a={other}"], "was tuned on"),
         ([TINY, "--api-key-file", tmp_path / "none"], "cannot be read"),
         ([TINY, "--allow-host", "a/b"], "write host or host:port"),
+        ([TINY, "--allow-host", ""], "write host or host:port"),
     ):
         done = CliRunner().invoke(app, ["serve", *map(str, words), "--port", "0"])
         assert done.exit_code == 1 and done.stderr.count("\n") == 1 and says in done.stderr, done.output

@@ -1,5 +1,6 @@
 """One model answers in two columns: each as it would alone, at its own cost, whatever is stopped or refused."""
 
+import asyncio
 import io
 import threading
 
@@ -12,6 +13,7 @@ from tiny_runs import make_recipe, make_run
 from phi3v.data.encode import encode_prompt
 from phi3v.errors import DataError, DeviceError, ImageError, TooLongError
 from phi3v.generate import ChatModel
+from phi3v.serve import page_guard
 from phi3v.serve.side_by_side import BASE, MAX_PHOTOS, TUNED, Settings, SideBySide, Turn, _row
 
 SHORT = Settings(max_new_tokens=12)
@@ -198,3 +200,32 @@ def test_photos_are_shown_as_the_model_sees_them(side):
     shown = side.seen([side.take(name, picture("red", (60, 30)))])
     assert "&lt;img src=x onerror=alert(1)&gt; ${7*7} {{ 7*7 }}.png, 60×30 pixels" in shown
     assert shown.count("<img ") == 3 and "together 313" in shown and "1 crop," in shown
+
+
+def test_one_address_tries_few_passwords_at_a_time(monkeypatch):
+    """What is guarded stands for Gradio. Another address is not held up, and the right password ends the count."""
+    now = [0.0]
+    monkeypatch.setattr(page_guard.time, "monotonic", lambda: now[0])
+
+    async def page(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200 if scope["query_string"] == b"right" else 400})
+
+    guard = page_guard.PageGuard(page, None)
+
+    def status(address, typed=b"wrong", **scope):
+        told = []
+        asked = {"type": "http", "method": "POST", "path": "/login", "headers": [], "query_string": typed}
+
+        async def send(message):
+            told.append(message)
+
+        asyncio.run(guard(asked | {"client": (address, 1)} | scope, None, send))
+        return told[0]["status"]
+
+    most = page_guard.MOST_TRIES
+    assert [status("a") for _ in range(most - 1)] == [400] * (most - 1)
+    assert status("a", b"right") == 200 and [status("a") for _ in range(most)] == [400] * most
+    assert status("a", b"right") == status("a", path="/login/") == 429 and status("a", method="GET") == 400
+    assert status("b") == 400 and status("b", b"right") == 200
+    now[0] = page_guard.TRY_SECONDS + 1
+    assert status("a") == 400 and status("a", b"right") == 200

@@ -51,12 +51,13 @@ def test_64_at_once_are_answered_as_alone(server: RunningServer) -> None:
 
 def test_a_million_tags_cost_little(server: RunningServer) -> None:
     for tag in ("<|image_1|>", "<|end|>", "</s>", "\ufdd0", "\n", "\U0001f600"):
-        body = asking(tag * (1_000_000 // len(tag)))
-        began = time.monotonic()
-        status = server.post(body).status_code
-        seconds = time.monotonic() - began
-        print(f"1 MB of {tag!r}: {status} in {seconds:.2f} s")
-        assert status == 400
+        body, taken = asking(tag * (1_000_000 // len(tag))), []
+        for _ in range(3):  # the quickest is the server's own time, whatever else the machine does
+            began = time.monotonic()
+            assert server.post(body).status_code == 400
+            taken.append(time.monotonic() - began)
+        print(f"1 MB of {tag!r}: 400 in {min(taken):.2f} to {max(taken):.2f} s")
+        assert min(taken) < 1
 
 
 def test_200_dropped_streams(server: RunningServer) -> None:
@@ -65,17 +66,20 @@ def test_200_dropped_streams(server: RunningServer) -> None:
 
 def test_ten_times_the_capacity_for_a_minute() -> None:
     with running_server(TINY, "--batch-size", "4", "--queue", "4") as small:
+        overload(small, 5, 80)  # what is loaded, kept and compiled once is there now
         found = overload(small, float(os.environ.get("PHI3V_OVERLOAD", "60")), 80)
         print("overload:", found)
         assert found["statuses"][200] > 50 and found["statuses"][429] and found["slowest look"] < 2
         for name, before in found["before"].items():
-            assert found["after"][name] < before + 300_000_000
+            assert found["after"][name] < before + 50_000_000, name
 
 
 def test_killed_workers_and_the_end(server: RunningServer) -> None:
-    for _ in range(3):
+    """The second death comes while the next spare still imports, as docs/serving.md says; the third finds one again."""
+    for rest, most in ((0, 15), (0, 40), (20, 15)):
+        time.sleep(rest)
         statuses, seconds = kill_worker(server)
         print(f"killed worker: {statuses}, ready again after {seconds:.1f} s")
-        assert statuses == [503] * 3
+        assert statuses == [503] * 3 and seconds < most
     _, code = stop_while_answering(server)
     assert code == 0

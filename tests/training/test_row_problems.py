@@ -15,7 +15,7 @@ from phi3v.errors import ConfigError, DataError
 from phi3v.loading import load_processor
 from phi3v.run_folder import RunFolder
 from phi3v.training.callbacks import TrainingEvent
-from phi3v.training.samples import make_samples, read_data
+from phi3v.training.samples import encoded_rows, facts_of_samples, make_samples, read_data
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
@@ -102,6 +102,22 @@ def test_a_broken_photo_among_validation_rows_is_left_out_of_the_scores(world: P
     run = RunFolder(recipe.output)
     assert result.held_out == 3 and [line["row"] for line in run.read_predictions()] == [0, 2]
     assert any("row 1: image 7.png does not decode" in line for line in run.read_evaluation()["problems"])
+
+
+def test_the_summary_knows_images_and_lengths_of_the_samples(world: Path, tmp_path: Path) -> None:
+    """As they are encoded; most images are those of a held-out row here, and of a stream nothing is known."""
+    folder = world / "photos"
+    for name, first, counts in (("few", 0, [1, 2, 1, 2]), ("most", 10, [3, 1])):  # photos of their own
+        rows = [{"image": [f"{first + one}.png" for one in range(count)], "colour": "red" * count} for count in counts]
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    given = {"train": str(folder / "few.json"), "validation": str(folder / "most.json")}
+    recipe, processor = make(world, tmp_path / "run", {}, given), load_processor(str(world / "model"))
+    data = read_data(recipe, processor, lambda *told: None)
+    tokens = sorted(len(one["input_ids"]) for one in encoded_rows(recipe, data.train, processor))
+    assert facts_of_samples(data) == {"most_images": 3, "shortest": tokens[0], "longest": tokens[-1]}
+    assert tokens[-1] > tokens[0] + 100
+    streamed = make(world, tmp_path / "streamed", {}, given | {"streaming": True})
+    assert facts_of_samples(read_data(streamed, processor, lambda *told: None)) == {}
 
 
 def test_the_recipe_says_which_answers_are_trained(world: Path, tmp_path: Path) -> None:

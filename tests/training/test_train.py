@@ -89,6 +89,7 @@ def test_a_run_has_all_its_files_and_the_second_call_says_finished(make: MakeRec
     run = RunFolder(recipe.output)
     assert (result.status, result.steps, result.held_out) == ("trained", 4, 2)
     assert run.state() == "finished" and moved(adapter(recipe))
+    assert run.read_summary()["samples"] == result.samples and result.samples["most_images"] == 1
     for path in (run.recipe, run.versions, run.metrics, run.evaluation, run.predictions, run.report):
         assert path.stat().st_size > 0
     lines = run.read_metrics()

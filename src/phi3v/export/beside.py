@@ -1,14 +1,15 @@
 """A module run as a program beside this one, which ends when this one does, even by a kill.
 
 In come a module's name and its words, out comes what it said. A watcher starts the program. Its standard input is a
-pipe whose other end nobody but this process holds: where that closes, the system having closed it for a process that is
-gone, the watcher ends the program first, and then removes what is left half made.
+pipe whose other end nobody but this process holds: where that closes without a word, the system having closed it for a
+process that is gone, the watcher ends the program first, and then removes what is left half made.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _WATCHED = """
@@ -31,12 +32,15 @@ running = subprocess.Popen([sys.executable, "-P", "-c", program, *words], stdin=
 alone = threading.Event()
 
 def watch():
-    os.read(0, 1)
-    alone.set()
-    running.kill()
+    if not os.read(0, 1):
+        alone.set()
+        running.kill()
 
-threading.Thread(target=watch, daemon=True).start()
+watching = threading.Thread(target=watch)
+watching.start()
 code = running.wait()
+os.close(1), os.close(2)  # who reads them knows by that
+watching.join()
 if alone.is_set() and half_made:
     shutil.rmtree(half_made, ignore_errors=True)
 os._exit(code if code >= 0 else 128 - code)
@@ -45,14 +49,19 @@ os._exit(code if code >= 0 else 128 - code)
 
 
 def run_beside(
-    module: str, words: Sequence[str], removing: Path | None = None, **environment: str
+    module: str,
+    words: Sequence[str],
+    removing: Path | None = None,
+    afterwards: Callable[[], object] = lambda: None,
+    **environment: str,
 ) -> "subprocess.CompletedProcess[str]":
     """Runs `python -m module words` to its end; `stdout` holds both of its outputs.
 
     Args:
         module: its name.
         words: what stands behind it.
-        removing: a folder that is removed where this process is killed meanwhile.
+        removing: a folder that is removed where this process is killed meanwhile, or in `afterwards`.
+        afterwards: called when the program has ended, in whatever way.
         **environment: what differs from this process's.
 
     Example: run_beside("json.tool", ["a.json"], PYTHONIOENCODING="utf-8").
@@ -71,7 +80,12 @@ def run_beside(
         assert watcher.stdin is not None and watcher.stdout is not None
         try:
             said = watcher.stdout.read()
+            afterwards()
+            with contextlib.suppress(BrokenPipeError):  # of a watcher that was killed itself
+                watcher.stdin.write("!")
+                watcher.stdin.flush()
         finally:
-            watcher.stdin.close()  # of an interrupted export the program ends before anything is removed
+            with contextlib.suppress(BrokenPipeError):
+                watcher.stdin.close()  # of an interrupted export the program ends before anything is removed
             watcher.wait()
     return subprocess.CompletedProcess(command, watcher.returncode, said)

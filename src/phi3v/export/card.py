@@ -22,7 +22,7 @@ from phi3v.errors import CheckpointError, ConfigError
 from phi3v.evaluation import figures
 from phi3v.evaluation.headline import in_words
 from phi3v.evaluation.report_run import NEEDED
-from phi3v.export import vllm
+from phi3v.export.vllm import OTHER_TOWER, READ, Serving
 from phi3v.recipe import Recipe
 from phi3v.recipe_yaml import write_yaml
 from phi3v.run_folder import RunFolder
@@ -54,7 +54,7 @@ class Card:
         evaluation: `evaluation.json`, None where nothing was evaluated.
         versions: of the packages that trained it.
         repo: where it is pushed to.
-        in_vllm: whether vLLM can serve it, see `vllm.serves`.
+        serving: how vLLM serves merged weights; None where it cannot.
     """
 
     title: str
@@ -67,7 +67,7 @@ class Card:
     evaluation: Mapping[str, Any] | None = None
     versions: Mapping[str, Any] = field(default_factory=dict)
     repo: str | None = None
-    in_vllm: bool = True
+    serving: Serving | None = None
 
 
 def base_id(place: Target, given: str | None = None) -> str | None:
@@ -105,18 +105,18 @@ def read_card(
     system: str | None = None,
     repo: str | None = None,
     finished: bool = True,
-    in_vllm: bool = True,
+    serving: Serving | None = None,
 ) -> Card:
     """A card of what lies in a run's folder; of the format alone where the target is no run.
 
     Scores, steps and time are those of the finished run: `finished` is false of its checkpoints, which have none.
     """
     if run is None:
-        return Card(title, to, base, facts, system=system, repo=repo, in_vllm=in_vllm)
+        return Card(title, to, base, facts, system=system, repo=repo, serving=serving)
     evaluation = run.read_evaluation(needed=NEEDED) if finished and run.evaluation.is_file() else None
     summary = run.read_summary() if finished and run.state() == "finished" else {}
     recipe, versions = run.read_recipe(), run.read_versions()
-    return Card(title, to, base, facts, recipe, system, summary, evaluation, versions, repo, in_vllm)
+    return Card(title, to, base, facts, recipe, system, summary, evaluation, versions, repo, serving)
 
 
 def render_card(card: Card) -> str:
@@ -148,9 +148,9 @@ def render_card(card: Card) -> str:
         name=name,
         microsoft=card.base in MICROSOFT,
         version=__version__,
-        vllm=vllm.READ,
-        serve=vllm.serve_command(name),
-        other_tower=vllm.OTHER_TOWER,
+        vllm=READ,
+        serve="" if card.serving is None else card.serving.command(name),
+        other_tower=OTHER_TOWER,
         question=question(card.recipe),
         system=fixed_text(card.system, "system"),
     )

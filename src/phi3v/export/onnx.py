@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from phi3v.errors import ConfigError, MissingPackageError, install
 from phi3v.evaluation.engine import settings_reason
 from phi3v.export.layout import write_config, write_merged, write_processor
-from phi3v.export.onnx_decoder import build_decoder, check_decoder
+from phi3v.export.onnx_decoder import GENAI_CONFIG, build_decoder, check_decoder
 from phi3v.export.onnx_vision import EMBEDDING, VISION, write_embedding, write_vision
 from phi3v.loading import load_config, load_processor
 from phi3v.targets import ONNX_ABOUT, Target, read_json, run_of
@@ -26,7 +26,6 @@ from phi3v.weight_files import find_file
 from phi3v.whole_files import held_back
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime", "onnxruntime_genai")
-GENAI_CONFIG = "genai_config.json"
 SHARD_BYTES = 2 * 10**9
 Precision = Literal["fp32", "fp16", "int4"]
 _AGAIN: dict[Precision, float] = {"fp32": 1.0, "fp16": 0.5, "int4": 0.5}
@@ -55,11 +54,7 @@ def export_onnx(place: Target, folder: Path, *, precision: Precision = "fp32") -
     number = torch.float16 if precision == "fp16" else torch.float32
     write_vision(config, merged, folder, number)
     write_embedding(merged, folder, number)
-    build_decoder(config, merged, folder, precision)
-    built = json.loads((folder / GENAI_CONFIG).read_text())
-    # With the one the decoder loads, with the other the language model: first, so that a kill in rmtree leaves neither.
-    (folder / GENAI_CONFIG).unlink()
-    (merged / "config.json").unlink(missing_ok=True)
+    built = build_decoder(config, merged, folder, precision)
     shutil.rmtree(merged)
     processor.image_processor.byte_crops = False  # the vision graph takes floats
     write_processor(processor, folder, None, None)

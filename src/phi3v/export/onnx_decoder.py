@@ -1,6 +1,6 @@
 """The decoder's graph with its cache of keys and values, written by onnxruntime-genai's own builder.
 
-In come a folder of merged weights and an empty one, out go `model.onnx` and a first `genai_config.json`. The builder
+In come a folder of merged weights and an empty one, out go `model.onnx` and what the builder says of it. The builder
 reads checkpoints of transformers' Phi-3, so the merged one is given such a config, with which it loads; it runs as a
 process of its own, for it prints, and its memory goes with it. Where we are killed, it and both folders go too, see
 `beside`. Knows nothing of images.
@@ -17,6 +17,7 @@ from phi3v.export.beside import run_beside
 from phi3v.model.rope_phi3_v import Phi3VRotaryEmbedding
 
 DECODER = "model.onnx"
+GENAI_CONFIG = "genai_config.json"
 SAME_FIELDS = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
     "max_position_embeddings original_max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id "
@@ -54,18 +55,29 @@ def read_as_phi3(config: Any, merged: Path) -> None:
     (merged / "config.json").write_text(json.dumps(values), encoding="utf-8")
 
 
-def build_decoder(config: Any, merged: Path, folder: Path, precision: str) -> None:
-    """Runs the builder on a merged model inside `folder`, which is given a config.
+def build_decoder(config: Any, merged: Path, folder: Path, precision: str) -> dict[str, Any]:
+    """Runs the builder on a merged model inside `folder`, and gives what its genai_config.json said.
 
     Raises: ConfigError with the last line that the builder said, where it fails.
     """
     read_as_phi3(config, merged)
+    written = [""]
+
+    def take_configs() -> None:
+        """With the one the decoder loads, with the other the language model: gone while a kill still removes all."""
+        if (folder / GENAI_CONFIG).is_file():
+            written.append((folder / GENAI_CONFIG).read_text(encoding="utf-8"))
+        for file in (folder / GENAI_CONFIG, merged / "config.json"):
+            file.unlink(missing_ok=True)
+
     words = ["-i", merged, "-o", folder, "-p", precision, "-e", "cpu", "-c", merged / "cache"]
     options = ["--extra_options", "exclude_embeds=true", "hf_token=false"]
     module, offline = "onnxruntime_genai.models.builder", {"HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
-    done = run_beside(module, [*map(str, words), *options], removing=folder, **offline)
-    if done.returncode or not (folder / DECODER).is_file():
+    done = run_beside(module, [*map(str, words), *options], removing=folder, afterwards=take_configs, **offline)
+    if done.returncode or not written[-1] or not (folder / DECODER).is_file():
         said = [line.strip() for line in done.stdout.splitlines() if line.strip()] or ["nothing"]
         raise ConfigError(
             f"onnxruntime-genai's builder could not make the decoder (exit code {done.returncode}): {said[-1]}"
         )
+    built: dict[str, Any] = json.loads(written[-1])
+    return built

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phi3v.errors import ConfigError
-from phi3v.export import vllm
 from phi3v.export.card import MICROSOFT, base_id, read_card, render_card
 from phi3v.export.folder import fill_whole, refuse_used, write_digests
+from phi3v.export.vllm import Serving
 from phi3v.run_folder import RunFolder
 from phi3v.targets import EXPORT_ABOUT, Target, read_json, resolve_target, run_of, system_template
 from phi3v.whole_files import held_back
@@ -36,7 +36,8 @@ class Exported:
         base: hub id of the base, None where it is not known.
         facts: what the format says of itself: dtype, number of files, precision, ...
         pushed: address of the commit on the hub, None where nothing was pushed.
-        vllm: whether vLLM can serve it: merged weights, with a tower as vLLM's own.
+        vllm: how vLLM serves it; None where it cannot: other formats, another tower than vLLM's own.
+        notes: what its owner has to know of its answers, one line each.
     """
 
     target: str
@@ -46,7 +47,8 @@ class Exported:
     base: str | None
     facts: dict[str, Any] = field(default_factory=dict)
     pushed: str | None = None
-    vllm: bool = False
+    vllm: Serving | None = None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -103,8 +105,7 @@ def export(
             from phi3v.export.onnx import export_onnx
 
             facts.update(export_onnx(place, folder, precision=precision))
-        system = system_template(target)
-        if system is not None:
+        if (system := system_template(target)) is not None:
             about = json.dumps({"system": system}, ensure_ascii=False, indent=2) + "\n"
             (folder / EXPORT_ABOUT).write_text(about, encoding="utf-8")
         card = read_card(
@@ -116,7 +117,7 @@ def export(
             system=system,
             repo=push,
             finished=Path(target).absolute().parent.name != "checkpoints",
-            in_vllm=_in_vllm(held_back(folder / "config.json")),
+            serving=_serving(to, held_back(folder / "config.json"), run),
         )
         (folder / "README.md").write_text(render_card(card), encoding="utf-8")
         write_digests(folder)
@@ -128,12 +129,37 @@ def export(
         from phi3v.export.hub import push as send
 
         sent = send(out, push, public=public, api=api)
-    return Exported(str(target), to, out, size, named, facts, sent, _in_vllm(out / "config.json"))
+    serving = _serving(to, out / "config.json", run)
+    return Exported(str(target), to, out, size, named, facts, sent, serving, _notes(to, out, facts, run, serving))
 
 
-def _in_vllm(config: Path) -> bool:
-    """Whether these are merged weights, which alone have such a file, and vLLM can serve them."""
-    return config.is_file() and vllm.serves(read_json(config))
+def _serving(to: Format, config: Path, run: RunFolder | None) -> Serving | None:
+    """How vLLM serves merged weights, by the samples of the run that they are of; None of all others."""
+    if to != "merged":
+        return None
+    samples = run.read_summary().get("samples") if run is not None and run.state() == "finished" else None
+    return Serving.of(read_json(config), samples if isinstance(samples, dict) else {})
+
+
+def _notes(
+    to: Format, out: Path, facts: Mapping[str, Any], run: RunFolder | None, serving: Serving | None
+) -> tuple[str, ...]:
+    """Where an export answers otherwise than its run, and what to do about it."""
+    notes = []
+    if to != "adapter" and run is not None and run.read_recipe().quantization:
+        score = f"; `phi3v evaluate {out} --data RECIPE quantization=null` scores it" if to == "merged" else ""
+        notes.append(
+            "the run was trained on a quantised base, and this is merged into the base as its files have it: answers "
+            f"differ from the run's as the two bases do{score}"
+        )
+    if facts.get("precision") == "int4":
+        notes.append(
+            "int4 answers otherwise than the run, whose scores were not measured with it; `phi3v evaluate` reads no "
+            f"graphs: ask your held-out questions with `phi3v ask {out} PHOTO QUESTION --runtime onnx`"
+        )
+    if serving is not None and serving.caveat:
+        notes.append(serving.caveat)
+    return tuple(notes)
 
 
 def _title(place: Target, run: RunFolder | None) -> str:

@@ -17,7 +17,7 @@ from phi3v.data.templates import Template
 from phi3v.errors import ConfigError
 from phi3v.generate import ChatModel
 from phi3v.serve.names import model_name
-from phi3v.serve.run import is_loopback
+from phi3v.serve.run import LEAST_KEY, is_loopback, shown_address
 from phi3v.serve.side_by_side import BASE, TUNED, SideBySide
 from phi3v.serve.ui import ChatPage, chat_app
 from phi3v.targets import resolve_target, run_of
@@ -49,14 +49,14 @@ def serve_chat(
         **options: of `ChatModel.from_target`.
 
     Raises:
-        ConfigError: a host beyond this machine without a password, an address that cannot be had; before anything is
-            loaded. CheckpointError, DeviceError: as loading raises them.
+        ConfigError: a host beyond this machine without a password of enough characters, an address that cannot be had;
+            before anything is loaded. CheckpointError, DeviceError: as loading raises them.
     """
     place = resolve_target(target)
-    if not is_loopback(host) and not password:
+    if not is_loopback(host) and len(password or "") < LEAST_KEY:
         raise ConfigError(
-            f"--host {host} lets other machines in: set {PASSWORD} to a password that they have to type, or leave "
-            "--host out"
+            f"--host {host} lets other machines in: set {PASSWORD} to a password of {LEAST_KEY} characters or more "
+            "that they have to type (openssl rand -hex 16), or leave --host out"
         )
     with _listening(host, port) as listener, tempfile.TemporaryDirectory(prefix="phi3v-chat-") as folder:
         model = ChatModel.from_target(target, **options)
@@ -67,8 +67,7 @@ def serve_chat(
             hosts = {"127.0.0.1", "localhost", "[::1]", host} if is_loopback(host) else None
             app = chat_app(page, hosts, password)
             config = uvicorn.Config(app, log_level="critical", access_log=False, timeout_graceful_shutdown=_GRACE)
-            shown = f"[{host}]" if ":" in host else host
-            on_ready(f"http://{shown}:{listener.getsockname()[1]}/", side.columns)
+            on_ready(f"{shown_address(host, listener.getsockname()[1])}/", side.columns)
             uvicorn.Server(config).run(sockets=[listener])
 
 

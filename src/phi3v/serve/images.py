@@ -24,8 +24,10 @@ from phi3v.serve.protocol import Refusal
 
 _DATA_URL = re.compile(r"data:image/[a-zA-Z0-9.+-]{1,40};base64,", re.IGNORECASE)
 _HTTPS_PORT = 443
-_LOCAL_NAMES = (".localhost", ".local", ".internal", ".home.arpa")
-"""How names end that lead to no public address."""
+_LOCAL_NAMES = tuple(
+    ".localhost .local .internal .home.arpa .localdomain .lan .home .corp .intranet .private .mail".split()
+)
+"""How names end that lead to no public address: reserved, or never given out because private networks use them."""
 
 
 class ImageSource:
@@ -109,9 +111,11 @@ class ImageSource:
 def _is_local(host: str) -> bool:
     """Whether a host is a private address, or a name that no public server has (RFC 6761, 6762 and 8375, ICANN).
 
-    Example: "10.0.0.1", "::1", "localhost" and "nas.local" -> True; "photos.example" -> False, whatever it resolves to.
+    Example: "10.0.0.1", "::1", "nas" and "nas.lan" -> True; "photos.example" -> False, whatever it resolves to.
     """
-    return not is_public(host) if is_literal(host) else f".{host}".endswith(_LOCAL_NAMES)
+    if is_literal(host):
+        return not is_public(host)
+    return "." not in host or host.endswith(_LOCAL_NAMES)
 
 
 def _decoded(text: str, number: int) -> bytes:

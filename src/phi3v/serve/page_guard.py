@@ -6,6 +6,8 @@ sites make, and tells the browser to load nothing from elsewhere. Knows nothing 
 """
 
 import re
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
@@ -23,6 +25,9 @@ ROUTES = re.compile(
 """Paths that the page asks for; a file is one by its absolute path, never by a web address."""
 MAX_BODY = 25_000_000
 """Bytes of a request at most: a photo of 20 MB and what its form adds."""
+MOST_TRIES, TRY_SECONDS = 10, 60.0
+"""Passwords that one address may try in so many seconds; the right one ends the count."""
+_MOST_ADDRESSES = 10_000
 HEADERS = {
     "content-security-policy": (  # Gradio's own page has scripts in it, and makes functions of its templates
         "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -48,19 +53,23 @@ class PageGuard:
         """Keep what is guarded."""
         self._app = app
         self.hosts = hosts
+        self._tries: dict[str, deque[float]] = {}  # address -> when it tried a password
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answers one request."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        refusal = self._refusal(scope)
+        address = (scope.get("client") or ("",))[0] if _is_login(scope) else None
+        refusal = self._refusal(scope) or (None if address is None else self._try(address))
         if refusal is not None:
             await _refuse(send, *refusal)
             return
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
+                if address is not None and message["status"] == 200:
+                    self._tries.pop(address, None)
                 message["headers"] = [
                     *message.get("headers", ()),
                     *((name.encode(), value.encode()) for name, value in HEADERS.items()),
@@ -84,6 +93,25 @@ class PageGuard:
         if not length.isdecimal() or int(length) > MAX_BODY:
             return 413, f"more than {MAX_BODY} bytes"
         return None
+
+    def _try(self, address: str) -> tuple[int, str] | None:
+        """Counts a password as its request begins, so that many at once count too; the refusal of one too many."""
+        now = time.monotonic()
+        tries = self._tries.pop(address, deque())
+        while tries and now - tries[0] > TRY_SECONDS:
+            tries.popleft()
+        self._tries[address] = tries  # behind the others: the first one is the one that has not tried for longest
+        if len(self._tries) > _MOST_ADDRESSES:
+            del self._tries[next(iter(self._tries))]
+        if len(tries) >= MOST_TRIES:
+            return 429, f"{MOST_TRIES} passwords in {TRY_SECONDS:.0f} s: wait a minute"
+        tries.append(now)
+        return None
+
+
+def _is_login(scope: Message) -> bool:
+    """Whether a request brings a password."""
+    return scope["type"] == "http" and scope["method"] == "POST" and scope["path"].strip("/") == "login"
 
 
 def _bounded(receive: Receive) -> Receive:

@@ -203,9 +203,10 @@ def parse_request(body: bytes, *, most_images: int, most_messages: int) -> ChatR
         raise _bad("invalid_json", "the body is nested too deep") from error
     except UnicodeDecodeError as error:
         raise _bad("invalid_json", f"the body is not UTF-8 at byte {error.start}") from error
-    except ValueError as error:
-        where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
-        raise _bad("invalid_json", f"the body is no valid JSON{where}") from error
+    except json.JSONDecodeError as error:
+        raise _bad("invalid_json", f"the body is no valid JSON at character {error.pos}") from error
+    except ValueError as error:  # Python's limit: digits take time with the square of their count
+        raise _bad("invalid_request", "a number in the body has more digits than any value here takes") from error
     if _has_more_than(MOST_VALUES, value):
         raise _bad("invalid_request", f"the body holds more than {MOST_VALUES:,} values")
     if _ESCAPED_HALF.search(body) and _has_half(value):
@@ -259,7 +260,7 @@ def _bad(code: str, message: str) -> Refusal:
 
 def _no_number(name: str) -> None:
     """NaN, Infinity and -Infinity are no JSON."""
-    raise ValueError(name)
+    raise _bad("invalid_json", f"the body is no valid JSON: {name} is no number there")
 
 
 def _has_half(value: Any) -> bool:

@@ -57,12 +57,23 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def shown_address(host: str, port: int) -> str:
+    """What opens on this machine: ("0.0.0.0", 80) -> "http://127.0.0.1:80", ("::1", 80) -> "http://[::1]:80"."""
+    here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{here}]:{port}" if ":" in here else f"http://{here}:{port}"
+
+
+def for_others(host: str) -> str:
+    """How other machines open it, where it listens at all addresses of this one; else ""."""
+    return ", from other machines with this one's name or address in it" if host in ("0.0.0.0", "::") else ""
+
+
 def read_key(file: Path | None, environment: Mapping[str, str]) -> str | None:
     """The key: the first line of a file, else PHI3V_API_KEY; None where neither is given. Raises: ConfigError."""
     if file is None:
         return environment.get("PHI3V_API_KEY") or None
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()  # Windows' editors put a mark in front
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise ConfigError(f"{file} cannot be read: {reason}; name a file whose first line is the key") from error
@@ -156,8 +167,7 @@ async def _serve(
             await starting
             listening.listen(2048)
             address, port = listening.getsockname()[:2]
-            shown = f"[{address}]" if ":" in address else address
-            on_ready(f"http://{shown}:{port}/v1", [one["id"] for one in backend.models])
+            on_ready(f"{shown_address(address, port)}/v1", [one["id"] for one in backend.models])
             await server.serve(sockets=[listening])
         starting.cancel()
         stopping.cancel()

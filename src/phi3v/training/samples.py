@@ -7,6 +7,7 @@ run's problems.jsonl, whichever process sees it.
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -121,6 +122,19 @@ def make_collators(recipe: Recipe, data: LoadedData | StreamedData, processor: A
     return StepCollator(
         CollateFeatures(PackedCollator(image)) if micro_batches.packed else padded, micro_batches
     ), padded
+
+
+def facts_of_samples(data: LoadedData | StreamedData) -> dict[str, int]:
+    """What a server of the tuned model wants to know of its samples: {"most_images": 2, "shortest": 312, ...}.
+
+    `most_images` is of any row, held-out ones among them; `shortest` and `longest` are tokens of training rows, which
+    are known where they were measured. Nothing is known of a stream.
+    """
+    if not isinstance(data, MeasuredData):
+        return {}
+    rows = chain(data.train, data.validation or ())
+    most = max((len(row.images) for row in rows), default=0)
+    return {"most_images": most, "shortest": min(data.lengths, default=0), "longest": max(data.lengths, default=0)}
 
 
 def micro_batches_of(recipe: Recipe, longest: int) -> MicroBatches:

@@ -42,7 +42,7 @@ from phi3v.training.optimiser_checks import check_optimiser
 from phi3v.training.preflight import check_recipe_alone, check_upload
 from phi3v.training.prepare import Prepared, join_ranks, prepare_model, training_device
 from phi3v.training.run_faults import one_line_at_the_end, one_line_faults
-from phi3v.training.samples import make_collators, make_samples, read_data
+from phi3v.training.samples import facts_of_samples, make_collators, make_samples, read_data
 from phi3v.training.step_faults import refuse_untrained
 from phi3v.training.step_trainer import StepTrainer
 from phi3v.training.stop_signals import StopSignals
@@ -69,6 +69,7 @@ class RunResult:
         held_out: rows kept for validation.
         resumed_from: step of the checkpoint that a resumed run went on from.
         left_out: steps of the run that changed nothing, their loss or gradient being no number.
+        samples: most images of a row, tokens of the shortest and the longest training row; empty for a stream.
         fast_lora: which decoder layers were hand-written and why others were not, `{"layers": 32, "attached": 0,
             "reasons": {"no CUDA device": 32}, "calls": {}}`; calls are forward passes by the way that they took.
     """
@@ -82,6 +83,7 @@ class RunResult:
     held_out: int
     resumed_from: int | None = None
     left_out: int = 0
+    samples: dict[str, int] = field(default_factory=dict)
     fast_lora: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -235,7 +237,8 @@ def _tune(
         ranks.alone(lambda: refuse_untrained(steps_left_out(run), trainer.state.global_step))
         _save(run, recipe, trainer, processor)
     seconds = time.monotonic() - began
-    return _result(run, trainer, report, written, seconds, resumed_from=done, held_out=len(data.validation or []))
+    of_rows = {"held_out": len(data.validation or []), "samples": facts_of_samples(data)}
+    return _result(run, trainer, report, written, seconds, resumed_from=done, **of_rows)
 
 
 def _begin(run: RunFolder, recipe: Recipe, data: LoadedData | StreamedData) -> None:
