@@ -216,6 +216,7 @@ def test_flash_attention_4_is_taken_where_it_is_installed(calls: Counter, monkey
     monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
     monkeypatch.setitem(sys.modules, "flash_attn.cute", module)
     monkeypatch.setattr(packed_attention, "_runs_flash_4", lambda device: True)
+    monkeypatch.setattr(packed_attention, "MANY", 1)  # the pack is small
     model, pack = long_model().bfloat16(), pack_of(rows()[1:3])
     expected = model(**pack, use_cache=False)
     assert fastest_kernel(torch.device("meta"), compiled=True)[0] != FLASH_4  # it would cut a compiled layer in two
@@ -229,6 +230,16 @@ def test_flash_attention_4_is_taken_where_it_is_installed(calls: Counter, monkey
     seen.clear()
     model(**pack, use_cache=False)
     assert calls == {"slices": LAYERS} and not seen  # the kernel knows half precision only
+
+
+def test_packs_of_few_tokens_take_the_kernel_that_is_launched_faster() -> None:
+    told: list[tuple[str, Any]] = []
+    few, many = (lambda *args, own=own: told.append((own, args[1])) or args[0] for own in ("few", "many"))
+    attend = packed_attention.by_tokens(few, many)
+    for tokens in (packed_attention.MANY - 1, packed_attention.MANY):
+        query = torch.zeros(tokens, 1, 8)
+        assert attend(query, "borders") is query
+    assert told == [("few", "borders"), ("many", "borders")]
 
 
 def test_without_flash_attention_4_torch_has_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,6 +331,7 @@ def test_the_kernels_of_the_gpu_equal_transformers_mask(
         monkeypatch.setattr(packed_attention, "_runs_flash_4", lambda device: False)
     if name in (FLASH_4, VARLEN) and fastest_kernel(torch.device("cuda"))[0] != name:
         pytest.skip("needs torch 2.10 and a GPU of compute capability 8.0, or phi3v[flash] and one of 9 or 10")
+    monkeypatch.setattr(packed_attention, "MANY", 1)  # the pack is small
     slow, fast = long_model().cuda().bfloat16(), long_model().cuda().bfloat16()
     pack = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in pack_of(rows()).items()}
     expected = learnt(slow, [pack], 7)
