@@ -12,9 +12,9 @@ COLUMNS = {
     "where it would probably lie on other rows like these",
     "p": "how often a difference as large would come up if neither were better: below 0.05 it is hardly chance",
     "won, lost": "rows that the later column answers better, and worse",
-    "same answer to all": "the control: what the most frequent expected answer would get if it were given to every "
-    "row; for a field, its own most frequent value. “none” where that says nothing: one answer to everything always "
-    "has the right form, and it has no loss",
+    "best single answer": "the control: what one answer would get if it were given to every row, the best of those "
+    "that were tried; for a field, its own most frequent value. “none” where that says nothing: one answer to "
+    "everything always has the right form, and it has no loss",
     "small print": "the 95 % interval: where the figure would probably lie on other rows like these",
 }
 """Columns of the tables."""
@@ -43,7 +43,7 @@ CHECKS = {
     "overlap": "were evaluated rows in the training data?",
     "form": "are the answers built as expected, whole, and in the right script? “Beside it” is what stands in the "
     "other column",
-    "constant": "is the model better than one answer to everything?",
+    "constant": "is the model better than the best single answer, given to everything?",
     "images": "do the answers get worse when the pictures are grey?",
     "forgetting": "can the model still do what it could before?",
 }
