@@ -140,7 +140,8 @@ def test_right_values_out_of_form_stand_beside_the_fields():
     scores["base"]["fields"]["price"]["out_of_form"] = 11
     html = render_report(ReportContent(title="a", evaluation={**evaluation, "scores": scores}))
     assert "<td>“price”, value there, answer out of form</td>" in html and "field “price” (8.3" in html
-    assert "base said it in 11 answers out of form)" in html and html.count("answer out of form") == 1
+    assert "base said it in 11 answers out of form)" in html and html.count("<td>“price”, value there") == 1
+    assert "<dt>value there, answer out of form</dt>" in html
     assert "out of form" not in render_report(ReportContent(title="a", evaluation=evaluation))
 
 

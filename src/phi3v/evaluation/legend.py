@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from phi3v.evaluation.headline import column_names
+from phi3v.evaluation.headline import column_names, out_of_form
 
 COLUMNS = {
     "difference": "the later column minus the earlier one, over the rows that have both; the interval beneath says "
@@ -18,6 +18,13 @@ COLUMNS = {
     "small print": "the 95 % interval: where the figure would probably lie on other rows like these",
 }
 """Columns of the tables."""
+
+IN_FORM = {
+    "value there, answer out of form": "answers that are not built as the template is and hold the expected value all "
+    "the same: where they become right, the form is what was learnt",
+    "answers without a number at its place": "answers that are not in the template's form, or say something else there",
+}
+"""Rows beneath fields."""
 
 METRICS = {
     "exact_match": "answers that are the expected one, letter by letter",
@@ -61,4 +68,6 @@ def legend(evaluation: Mapping[str, Any]) -> dict[str, str]:
     whole = {one["metric"]: one["label"] for one in metrics if one["field"] is None}
     if any(one["metric"] == "absolute_error" for one in metrics):
         whole["absolute_error"] = "mean absolute error"
+    if any(out_of_form(evaluation, one) for one in metrics):
+        found |= IN_FORM
     return found | {label: METRICS[name] for name, label in whole.items() if name in METRICS}
