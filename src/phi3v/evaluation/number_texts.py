@@ -10,10 +10,11 @@ import re
 
 _CODES = "AUD|BRL|CAD|CHF|CNY|CZK|DKK|EUR|GBP|HKD|HUF|INR|JPY|KRW|MXN|NOK|NZD|PLN|RUB|SEK|SGD|TRY|USD|ZAR"
 _SPACES = "\u00a0\u2009\u202f"  # those that keep a number together; a plain blank may part two numbers
+# Blanks are taken as a whole (*+): given back one by one, a long stretch of them would take minutes.
 _NUMBER = re.compile(
-    rf"(?P<first>[$€£¥]|(?:{_CODES})\b)?\s*(?P<sign>[-+\N{{MINUS SIGN}}]?)(?P<inner>[$€£¥])?\s*"
+    rf"(?P<first>[$€£¥]|(?:{_CODES})\b)?\s*+(?P<sign>[-+\N{{MINUS SIGN}}]?)(?P<inner>[$€£¥])?\s*+"
     rf"(?P<digits>\d{{1,3}}(?:,\d{{3}})+|\d{{1,3}}(?P<space>[{_SPACES}])\d{{3}}(?:(?P=space)\d{{3}})*|\d+)?"
-    rf"(?P<fraction>\.\d+)?\s*(?P<last>[$€£¥%]|\b(?:{_CODES}))?"
+    rf"(?P<fraction>\.\d+)?\s*+(?P<last>[$€£¥%]|\b(?:{_CODES}))?"
 )
 _TOKEN = re.compile(rf"(?<![\w.,])[-+\N{{MINUS SIGN}}]?\d[\d.,{_SPACES}]*")
 
