@@ -60,7 +60,7 @@ def test_runs_on_the_same_rows_are_tested_against_the_first(tmp_path):
     page = Page(html)
     assert page.text.count("Its base: ") == page.text.count("The best single answer to every row: ") == 2
     assert page.text.count("base 5.0 %, best single 5.0 %") == 6, "each score has its controls, not the first alone"
-    assert re.search(r"-80\.0 \(-9\d\.\d to -\d\d\.\d\), p < 0\.001", page.text), "a difference has its interval"
+    assert re.search(r"-80\.0\(-9\d\.\d to -\d\d\.\d\), p < 0\.001", page.text), "a difference has its interval"
     assert page.text.count("Not new to the model: 2 of 12 rows <leaked>.") == 2
     assert first["checks"] == {"overlap": {"verdict": "fail", "line": "2 of 12 rows <leaked>"}}
     assert first["constant_answer"].startswith("Product: Wool Scarf number 0")
