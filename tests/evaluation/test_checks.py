@@ -187,6 +187,17 @@ def test_a_model_that_ignores_its_images_is_caught():
     for answers in (["It is red."] * 40, expected):  # a constant answer, and one that the question gives away
         ignoring = check_images(scoring, rows, said(answers), said(answers))
         assert ignoring.verdict == "fail" and "nothing shows that answers depend on the images" in ignoring.line
+    template = AnswerTemplate("{name} for {price}")
+    priced = [f"a {number} for {100 + number % 4}" for number in range(40)]
+    shown = [make_row(number, text, Path(f"{number}.png")) for number, text in enumerate(priced)]
+    part = check_images(
+        scoring_for(priced, template),
+        shown,
+        said([f"it for {100 + n % 4}" for n in range(40)]),
+        said(["it for 100"] * 40),
+    )
+    assert part.verdict == "pass", "no whole answer is right, and the prices come from the images"
+    assert part.line.endswith("whole answers show nothing, but field “price” falls from 100 % to 25.0 %")
     mostly = [*expected[:30], *["It is pink."] * 10]
     assert check_images(scoring, rows, said(expected), said(mostly)).verdict == "warn"
     assert check_images(scoring, rows[:5], said(expected[:5]), said(mostly[:5])).verdict == "skipped"
