@@ -12,10 +12,11 @@ from PIL import Image, ImageDraw
 from phi3v.data.data_uri import photo_uri
 from phi3v.data.schema import Message, Row, TextPart
 from phi3v.evaluation.categories import break_down
+from phi3v.evaluation.constant import best_constant, constant_columns
 from phi3v.evaluation.fields import AnswerTemplate
 from phi3v.evaluation.intervals import shares_of_rows
 from phi3v.evaluation.kinds import choose_scoring
-from phi3v.evaluation.metric_table import constant_columns, metric_table
+from phi3v.evaluation.metric_table import metric_table
 from phi3v.evaluation.metrics import score_answers
 from phi3v.evaluation.report import Photos, ReportContent
 from phi3v.evaluation.result import prediction_rows
@@ -50,7 +51,8 @@ def make_predictions(rows: int, base: bool = True) -> tuple[list[dict[str, Any]]
         )
         for i in range(rows)
     ]
-    constant = constant_columns(scoring, expected, asked)
+    single = best_constant(scoring, expected, asked, tuned)
+    constant = constant_columns(scoring, expected, asked, answer=single.answer)
     beside = (wrong, theirs) if base else (None, None)
     predictions = prediction_rows(found, tuned, beside[0], TEMPLATE, ours, beside[1], np.arange(rows))
     for one in predictions:
@@ -64,6 +66,7 @@ def make_predictions(rows: int, base: bool = True) -> tuple[list[dict[str, Any]]
         "created": "2026-01-02T03:04:05Z",
         "kind": {"name": scoring.kind, "why": scoring.why},
         "primary": scoring.metrics[0],
+        "constant": single.to_dict(),
         "metrics": metric_table(ours, beside[1], constant),
         "categories": break_down(predictions, scoring.metrics[0], constant[scoring.metrics[0]]),
         "notes": [],

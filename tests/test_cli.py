@@ -221,7 +221,8 @@ def test_train_again_says_that_it_is_finished(trained, inside, folder):
 
 def test_evaluate(trained, inside, folder):
     run = folder / "run"
-    assert "same answer to all" in inside("evaluate", run).stdout
+    shown = inside("evaluate", run).stdout
+    assert "best single answer" in shown and "check images: " in shown
     done = inside("evaluate", run, "--rows", 2, "--data", folder / "recipe.yaml", "--json")
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)

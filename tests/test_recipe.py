@@ -67,6 +67,10 @@ def test_the_output_is_named_after_the_file(tmp_path: Path) -> None:
         ("model.dtype=fp16", "model.dtype: given 'fp16', allowed is 'auto', 'bfloat16', 'float32' or 'float16'"),
         ("model.revision=1234567", "model.revision: given 1234567, allowed is text; put it in quotes"),
         ("output=", "output: given null (nothing), allowed is text"),
+        (
+            "training.epochs=null",
+            "training.epochs: given null (nothing), allowed is a number; leave it out for its default, 3.0",
+        ),
         ("lora=5", "lora: given 5, allowed is a mapping (key: value lines), or null for none"),
         ("training=5", "training: given 5, allowed is a mapping (key: value lines)"),
         ("evaluation.numeric_fields=price", "evaluation.numeric_fields: given 'price', allowed is a list"),

@@ -160,7 +160,7 @@ def evaluate(
         typer.Option(metavar="NAME,...", help="Metrics; else those of the recipe or of the answers' kind."),
     ] = None,
     checks: Annotated[
-        bool, typer.Option("--checks", help="Make every check; else those of the recipe, or the cheap ones.")
+        bool, typer.Option("--checks", help="Make every check; else those of the recipe, or the usual ones.")
     ] = False,
     rows: Annotated[int | None, typer.Option(min=1, help="Answer the first so many rows only.")] = None,
     out: EvaluationFolder = None,

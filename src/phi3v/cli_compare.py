@@ -45,10 +45,11 @@ def show_comparison(console: Console, found: Comparison) -> None:
     from rich.text import Text
 
     from phi3v.cli_screen import align
+    from phi3v.cli_session import printable
     from phi3v.evaluation.figures import counted, ends, figure, gain, p_value, rows_about
 
     label = found.runs[0]["metrics"][found.primary]["label"]
-    table = Table("", label, "95 % interval", "base", "same answer to all", "difference", "p", "won", "lost", box=None)
+    table = Table("", label, "95 % interval", "base", "best single", "minus first", "p", "won", "lost", box=None)
     for run in found.runs:
         one, gap = run["metrics"].get(found.primary), run["beside_first"].get(found.primary)
         value = ["–"] * 4
@@ -72,5 +73,9 @@ def show_comparison(console: Console, found: Comparison) -> None:
             console.print(f"{run['name']}: {about}, which are taken together", markup=False, soft_wrap=True)
         if run["why_not"]:
             console.print(f"{run['name']}: {run['why_not']}", markup=False, soft_wrap=True)
+        for name, check in run["checks"].items():
+            if check["verdict"] == "fail":
+                line = f"{run['name']}: check {name} failed: {printable(check['line'])}"
+                console.print(line, markup=False, soft_wrap=True, style="bold red")
     rows, keys = counted(len(found.disagreements), "row"), counted(len(found.recipes), "setting")
     console.print(f"{found.out}: {rows} they disagree on, {keys} that differ", markup=False, soft_wrap=True)

@@ -36,7 +36,7 @@ from phi3v.evaluation.figures import (
     rows_about,
     short_number,
 )
-from phi3v.evaluation.headline import beside_constant, column_names, row_label
+from phi3v.evaluation.headline import beside_constant, column_names, out_of_form, row_label
 
 if TYPE_CHECKING:
     from phi3v.first_look import RowUse
@@ -189,7 +189,7 @@ def show_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
     table = Table("", title=rows_about(evaluation, "held-out row"), title_justify="left", box=None)
     for name in names.values():
         table.add_column(Text(name))
-    table.add_column("same answer to all")
+    table.add_column("best single answer")
     for one in metrics:
         values = [figure(one[who]["value"], one["unit"]) if one[who] else "–" for who in names]
         constant = "none" if one["constant"] is None else figure(one["constant"], one["unit"])
@@ -199,7 +199,9 @@ def show_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
             fields = [evaluation["scores"][who]["fields"].get(one["field"], {}) for who in names]
             missing = [field.get("not_numbers") for field in fields]
             if None not in missing and f"field_accuracy.{one['field']}" in evaluation["metrics"]:
-                table.add_row("  answers without a number", *map(short_number, missing))
+                table.add_row("  answers without a number at its place", *map(short_number, missing))
+        if elsewhere := out_of_form(evaluation, one):
+            table.add_row("  value there, answer out of form", *(short_number(elsewhere[who]) for who in names))
     align(table)
     console.print(table)
     compared = [one for one in metrics if one["p"] is not None]

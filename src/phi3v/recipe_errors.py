@@ -5,7 +5,7 @@ for an unknown key the nearest valid one. Knows pydantic's error types and nothi
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -72,12 +72,25 @@ def _explain_one(mistake: dict[str, Any], model: type[BaseModel]) -> str:
         allowed = f"a name or {allowed}"
     if kind == "dict_type" and key in _BESIDE_A_MAPPING:
         allowed += _BESIDE_A_MAPPING[key]
-    hint = ""
+    hint = _default_of(mistake["loc"], model) if given is None else ""
     if kind == "string_type" and isinstance(given, dict):
         hint = "; text that begins with { needs quotes around it"
     elif kind == "string_type" and isinstance(given, int | float):
         hint = "; put it in quotes"
     return f"{key}: given {_short(given)}, allowed is {allowed}{hint}"
+
+
+def _default_of(path: Sequence[str | int], model: type[BaseModel]) -> str:
+    """What a key is where it is left out: "; leave it out for its default, 3"; "" where it has none."""
+    inner: type[BaseModel] | None = model
+    for place, step in enumerate(path):
+        field = None if inner is None else inner.model_fields.get(str(step))
+        if field is None:
+            return ""
+        if place == len(path) - 1 and isinstance(field.default, bool | int | float | str):
+            return f"; leave it out for its default, {_short(field.default)}"
+        inner = _model_in(field.annotation)
+    return ""
 
 
 def _short(value: Any) -> str:

@@ -55,8 +55,8 @@ class EvaluationSection(Section):
     )
     checks: list[CheckName] | None = Field(
         default=None,
-        description="Checks: overlap, form, constant, images, forgetting; null for those that ask the model nothing, "
-        "and forgetting with keep.",
+        description="Checks: overlap, form, constant, images, forgetting; null for the first four, and forgetting with "
+        "keep.",
     )
     keep: str | None = Field(
         default=None,

@@ -16,9 +16,11 @@ from phi3v.evaluation.check_constant import check_constant
 from phi3v.evaluation.check_form import check_form, scripts
 from phi3v.evaluation.check_overlap import check_overlap
 from phi3v.evaluation.compared import few_rows
+from phi3v.evaluation.constant import ConstantAnswer, best_constant
 from phi3v.evaluation.fields import AnswerTemplate
 from phi3v.evaluation.kinds import choose_scoring
 from phi3v.evaluation.row_scores import Column, score_rows
+from phi3v.evaluation.shares import majority_answer
 
 TEMPLATE = AnswerTemplate("It is {name}.")
 
@@ -113,6 +115,15 @@ def test_overlap_of_texts_and_a_clean_split(shop):
     same_answers = [make_row(0, test[0].answer, train[0].images[0].path)]
     told = check_overlap(same_answers, test, right, None)
     assert told.verdict == "pass" and told.figures["same_texts"] == 1, "the same answer to another picture is no leak"
+    assert (
+        "(cropped, mirrored or brighter copies are not found)" in told.line and "are in training too" not in told.line
+    )
+    others = [make_row(number, row.answer, train[number].images[0].path) for number, row in enumerate(test)]
+    copies = check_overlap(others, test, right, None)  # as cropped copies would come: texts alike, pictures not
+    assert (copies.verdict, copies.figures["same_rare_texts"], copies.figures["seen_images"]) == ("warn", 12, 0)
+    assert "question and answer of 12 of 12 rows stand in just one row of training each" in copies.line
+    usual = check_overlap([*others, *others], test, right, None)
+    assert usual.verdict == "pass" and "question and answer of 12 of 12 rows are in training too" in usual.line
     texts = [make_row(number, f"answer {number}", None) for number in range(4)]
     leaked = check_overlap(texts[:2], texts, Column("exact_match", None, np.ones(4)), None)
     assert leaked.verdict == "fail" and leaked.figures["leaked"] == 2
@@ -168,7 +179,7 @@ def test_a_model_that_ignores_its_images_is_caught():
     assert looking["constant"] == 0.25 and looking["same_answers"]["value"] == 0.25 and looking["loss"]["p"] < 0.001
     assert looking["line"] == (
         "exact match 100 % (91.2 % to 100 %) with the images, 25.0 % (12.5 % to 40.0 %) with grey ones in their place, "
-        "25.0 % by the most frequent answer (p < 0.001, 40 rows)"
+        "25.0 % by the best single answer (p < 0.001, 40 rows)"
     )
     same = [make_row(number, text, Path(f"{number // 10}.png")) for number, text in enumerate(expected)]
     few = check_images(scoring, same, said(expected), blind)
@@ -176,6 +187,17 @@ def test_a_model_that_ignores_its_images_is_caught():
     for answers in (["It is red."] * 40, expected):  # a constant answer, and one that the question gives away
         ignoring = check_images(scoring, rows, said(answers), said(answers))
         assert ignoring.verdict == "fail" and "nothing shows that answers depend on the images" in ignoring.line
+    template = AnswerTemplate("{name} for {price}")
+    priced = [f"a {number} for {100 + number % 4}" for number in range(40)]
+    shown = [make_row(number, text, Path(f"{number}.png")) for number, text in enumerate(priced)]
+    part = check_images(
+        scoring_for(priced, template),
+        shown,
+        said([f"it for {100 + n % 4}" for n in range(40)]),
+        said(["it for 100"] * 40),
+    )
+    assert part.verdict == "pass", "no whole answer is right, and the prices come from the images"
+    assert part.line.endswith("whole answers show nothing, but field “price” falls from 100 % to 25.0 %")
     mostly = [*expected[:30], *["It is pink."] * 10]
     assert check_images(scoring, rows, said(expected), said(mostly)).verdict == "warn"
     assert check_images(scoring, rows[:5], said(expected[:5]), said(mostly[:5])).verdict == "skipped"
@@ -193,25 +215,58 @@ def test_a_model_tuned_on_shuffled_answers_is_caught():
 
 def test_a_model_that_knows_no_more_than_what_is_frequent_is_caught():
     """Tuned on shuffled answers it says the likeliest: far more than its base, and no more than one answer to all."""
+    single = ConstantAnswer("It is red.", "most frequent", 2)
     expected = [f"It is {'red' if number % 3 else 'blue'}." for number in range(60)]
     asked, scoring = ["What?"] * 60, scoring_for(expected)
 
-    def found(answers, groups=None):
+    def found(answers, groups=None, fields=()):
         scores = score_rows(scoring, expected, answers, asked, groups=groups)
-        return check_constant(scoring, expected, asked, scores["exact_match"])
+        return check_constant(scoring, expected, asked, scores["exact_match"], single, fields)
 
     dealt = found(Random(3).sample(expected, 60))
     assert dealt.verdict == "fail" and dealt.figures["difference"]["value"] < 0
     same = found(["It is red."] * 60)
     assert same.verdict == "fail" and same.figures["p"] == 1.0
     assert "66.7 % by always answering “It is red.” (0 points" in same.line
-    assert "knows more than which answer is frequent" in same.line
+    assert "knows more than one answer to everything" in same.line
+    some = found(["It is red."] * 60, fields=["field “price” (90.0 % beside 10.0 %)"])
+    assert some.verdict == "warn" and some.line.endswith("to everything is field “price” (90.0 % beside 10.0 %)")
     some = ["It is red."] * 54 + expected[54:]  # two rows more are chance
     assert found(some).verdict == "fail" and found(some).figures["won"] == 2
     knows = found(expected)
     assert (knows.verdict, knows.figures["won"], knows.figures["lost"]) == ("pass", 20, 0)
     assert found(expected, np.arange(60) // 15).line == "4 photos are too few: 6 at least can tell"
     assert found(expected, np.arange(60) // 10).verdict == "pass", "6 photos, all of which gain"
+
+
+def odd_placeholder(kind: str) -> tuple[list[str], str]:
+    """60 expected answers, the most frequent of which is an odd one; and one answer that fits the others far better."""
+    items = [f"{('red', 'blue', 'green')[n % 3]} scarf number {n}" for n in range(56)]
+    if kind == "json":
+        made = [f'{{"kind": "scarf", "size": {n}, "unit": "EUR"}}' for n in range(52)]
+        return [*made, *['{"note": "unreadable"}'] * 8], '{"kind": "scarf", "size": 70, "unit": "EUR"}'
+    if kind == "number":
+        return [*["990"] * 4, *[f"{100 + n}" for n in range(56)]], "131"
+    return [*["n/a"] * 4, *items], "red scarf number 77"
+
+
+@pytest.mark.parametrize("kind", ["short", "json", "number"])
+def test_one_answer_to_everything_never_passes(kind):
+    """The control is the best single answer, not the most frequent one: beside that any of these would look clever."""
+    expected, same = odd_placeholder(kind)
+    asked, scoring = ["What?"] * 60, scoring_for(expected, AnswerTemplate("{answer}"))
+    assert scoring.kind == kind
+    tuned = score_rows(scoring, expected, [same] * 60, asked)[scoring.metrics[0]]
+    most = ConstantAnswer(majority_answer(expected), "most frequent", 1)
+    assert check_constant(scoring, expected, asked, tuned, most).verdict == "pass", "what the most frequent one lets by"
+    single = best_constant(scoring, expected, asked)
+    assert single.origin in ("expected", "fields") and single.tried > 40
+    assert check_constant(scoring, expected, asked, tuned, single).verdict == "fail"
+    own = best_constant(scoring, expected, asked, [same] * 60)
+    found = check_constant(scoring, expected, asked, tuned, own)
+    assert found.verdict == "fail" and found.figures["difference"]["value"] <= 0, "the model's own answer was tried"
+    knows = score_rows(scoring, expected, expected, asked)[scoring.metrics[0]]
+    assert check_constant(scoring, expected, asked, knows, own).verdict == "pass"
 
 
 @pytest.mark.parametrize(

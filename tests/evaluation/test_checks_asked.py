@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +11,22 @@ from tiny_models import write_photos, write_tiny_model
 from tiny_runs import make_recipe, make_run
 
 from phi3v.cli_screen import show_evaluation
+from phi3v.data.schema import ImageRef, Message, Row, TextPart
 from phi3v.errors import ConfigError
 from phi3v.evaluation import run as running
-from phi3v.evaluation.checks import ALL
+from phi3v.evaluation.checks import ALL, default_checks
 from phi3v.evaluation.run import evaluate
 from phi3v.run_folder import RunFolder
 from phi3v.training.preflight import check_recipe_alone
+
+
+def test_images_are_usual_where_rows_have_some():
+    recipe = make_recipe(Path("x"))
+    image, text = (ImageRef("a.png"),), (Message("user", (TextPart("What?"),)), Message("assistant", (TextPart("a"),)))
+    bare, shown = (Row(text, images, {}, "made", 0) for images in ((), image))
+    assert list(default_checks(recipe, [bare, shown])) == ["overlap", "form", "constant", "images"]
+    assert list(default_checks(recipe, [bare])) == ["overlap", "form", "constant"]
+    assert default_checks(recipe.with_overrides(["evaluation.checks=[]"]), [shown]) == []
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +82,12 @@ def test_all_checks_of_a_run(world, monkeypatch):
     assert "check overlap: fail: 6 of 6 rows (100 %)" in console.export_text()
 
 
-def test_cheap_checks_ask_nothing_more_and_forgetting_comes_with_keep(world):
-    found = evaluate(world / "run", rows=2, against=None)
-    assert list(found.checks) == ["overlap", "form", "constant", "forgetting"]
+def test_usual_checks_of_few_photos_ask_nothing_more_and_forgetting_comes_with_keep(world):
+    asked = set()
+    found = evaluate(world / "run", rows=2, against=None, on_progress=lambda stage, done, total: asked.add(stage))
+    assert list(found.checks) == ["overlap", "form", "constant", "images", "forgetting"]
+    assert "2 rows with images are too few" in found.checks["images"]["line"]
+    assert not any("grey" in stage for stage in asked), "2 photos cannot tell, so nobody is asked"
     assert found.checks["forgetting"]["before"] is not None, "the base is asked for what should be kept alone"
     assert found.base is None and found.checks["form"]["base"] is None
     stages = set()

@@ -58,7 +58,12 @@ def test_runs_on_the_same_rows_are_tested_against_the_first(tmp_path):
     assert rights == [{"one": True, "two": False}] * 16
     html = (tmp_path / "compare.html").read_text(encoding="utf-8")
     page = Page(html)
-    assert page.text.count("Its base: ") == page.text.count("The most frequent answer to every row: ") == 2
+    assert page.text.count("Its base: ") == page.text.count("The best single answer to every row: ") == 2
+    assert page.text.count("base 5.0 %, best single 5.0 %") == 6, "each score has its controls, not the first alone"
+    assert re.search(r"-80\.0\(-9\d\.\d to -\d\d\.\d\), p < 0\.001", page.text), "a difference has its interval"
+    assert page.text.count("Not new to the model: 2 of 12 rows <leaked>.") == 2
+    assert first["checks"] == {"overlap": {"verdict": "fail", "line": "2 of 12 rows <leaked>"}}
+    assert first["constant_answer"].startswith("Product: Wool Scarf number 0")
     assert "Worse than one." in page.text and "16 rows they" not in page.text and html.count('class="row"') == 16
     assert page.tags.count("svg") == 1 and page.tags.count("script") == 1 and page.handlers == []
     assert all(link.startswith(("data:", "#")) for link in page.links)
@@ -136,7 +141,18 @@ def test_compare_on_the_command_line(tmp_path):
     shown = CliRunner().invoke(app, words)
     assert re.search(r"two +5\.0 %.* -80\.0 +< 0\.001 +0 +16", shown.output), shown.output
     assert "16 rows they disagree on, 0 settings that differ" in shown.output
-    assert HOSTILE not in shown.output
+    assert HOSTILE not in shown.output and "two: check overlap failed: 2 of 12 rows <leaked>" in shown.output
+
+
+def test_an_older_evaluation_has_the_most_frequent_answer_and_no_checks(tmp_path):
+    make_run(tmp_path / "one")
+    old = make_run(tmp_path / "old")
+    evaluation = {name: one for name, one in old.read_evaluation().items() if name not in ("constant", "checks")}
+    old.write_evaluation(evaluation)
+    found = phi3v.compare([tmp_path / "one", tmp_path / "old"], tmp_path / "c.html")
+    assert (found.runs[1]["constant_answer"], found.runs[1]["checks"]) == (None, {})
+    page = Page((tmp_path / "c.html").read_text(encoding="utf-8")).text
+    assert page.count("The most frequent answer to every row: ") == page.count("No check was made of this run.") == 1
 
 
 def test_answers_added_to_a_finished_run_are_told(capsys):

@@ -190,7 +190,10 @@ def test_a_folder_of_something_else_is_refused(world, tmp_path):
         ({"rows": 2}, r"\(evaluation.rows: 1 there, 2 here\)"),
         ({"against": "base"}, r'\(evaluation.against: null there, "base" here\)'),
         ({"metrics": ["chrf"]}, r'\(evaluation.metrics: \["exact_match", .*\] there, \["chrf", .*\] here\)'),
-        ({"checks": ["form"]}, r'\(evaluation.checks: \["overlap", "form", "constant"\] there, \["form"\] here\)'),
+        (
+            {"checks": ["form"]},
+            r'\(evaluation.checks: \["overlap", "form", "constant", "images"\] there, \["form"\] here\)',
+        ),
         ({"overrides": ["evaluation.max_new_tokens=3"]}, r"\(evaluation.max_new_tokens: 5 there, 3 here\)"),
     ):
         with pytest.raises(ConfigError, match=r"one holds an evaluation under other settings " + line):

@@ -15,6 +15,7 @@ from phi3v.evaluation.fields import (
 )
 from phi3v.evaluation.intervals import estimate, shares_of_rows
 from phi3v.evaluation.metrics import exact_match, majority_fields, score_answers
+from phi3v.evaluation.number_texts import value_stands_in
 from phi3v.evaluation.row_scores import Column
 from phi3v.evaluation.shares import majority_answer, wilson_interval
 from phi3v.evaluation.text_scores import text_similarity
@@ -119,7 +120,21 @@ def test_broken_templates_are_refused_in_one_line(template):
         ("470,5", None),
         ("1,29", None),
         ("about 470", None),
-        ("470 USD", None),
+        ("470 USD", 470.0),
+        ("EUR 470", 470.0),
+        ("EUR470", None),
+        ("470 euros", None),
+        ("$470 USD", None),
+        ("$5%", None),
+        ("$$5", None),
+        ("\u22125", -5.0),
+        ("\u2212$1,290.50", -1290.5),
+        ("1\u202f290\u202f000.5", 1290000.5),
+        ("1\u00a0290 €", 1290.0),
+        ("1 290", None),  # a blank may part two numbers
+        ("1\u00a0290\u202f000", None),
+        ("1\u00a029", None),
+        ("1.290,50", None),
         ("1e5", None),
         ("nan", None),
         ("inf", None),
@@ -127,6 +142,7 @@ def test_broken_templates_are_refused_in_one_line(template):
         ("-", None),
         ("", None),
         ("9" * 400, None),
+        ("$" + " " * 50_000 + "x", None),  # read in no time
     ],
 )
 def test_numbers(text, number):
@@ -197,6 +213,31 @@ def test_fields_of_templated_answers(answers, exact, formed, a, b):
     assert scores.fields["a"].accuracy.hits == a
     assert scores.fields["b"].accuracy.hits == b
     assert (scores.fields["a"].numeric, scores.fields["b"].numeric) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("value", "answer", "numeric", "there"),
+    [
+        ("470", "470", True, True),
+        ("470", "It costs $470.00, today.", True, True),
+        ("1,290", "Price:1290.", True, True),
+        ("470", "4701 or 1470", True, False),
+        ("470", "1.470", True, False),
+        ("sold out", "Sold out!", True, True),
+        ("Wool Scarf", "a wool scarf, red", False, True),
+        ("Wool Scarf", "a wool and a scarf", False, False),
+        ("Cap", "a captain", False, False),
+        ("", "anything", False, False),
+    ],
+)
+def test_a_value_that_stands_in_an_answer(value, answer, numeric, there):
+    assert value_stands_in(value, answer, numeric) is there
+
+
+def test_right_content_out_of_form_is_counted_apart():
+    expected = ["a: x, b: 1", "a: y, b: 2", "a: z, b: 3"]
+    scores = score_answers(expected, ["1", "a: q, b: 2", "z costs 4"], AB)
+    assert [(one.accuracy.hits, one.out_of_form) for one in scores.fields.values()] == [(0, 1), (1, 1)]
 
 
 @pytest.mark.parametrize(

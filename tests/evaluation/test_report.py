@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -31,7 +32,8 @@ def test_page_holds_scores_rows_recipe_and_times():
         "Better after tuning, but a check failed",
         "Clearly better too: fields that are right (",
         "loss per trained token (4.5 to 0.0123)",
-        "Giving the most frequent answer to every row would get 8.3 %: this model is +75.0 points from it",
+        "Always answering “Product: Wool Scarf number 0, Group: <b onclick=alert(1)>&a…”, the best single answer "
+        "and the most frequent one, would get 8.3 %: this model is +75.0 points from it",
         "Whether the answers depend on the images was not looked at.",
         "rows that the later column answers better, and worse",
         "overlap: were evaluated rows in the training data?",
@@ -98,7 +100,8 @@ def headline_of(**changed) -> str:
 def test_headline_never_calls_better_what_one_constant_answer_reaches():
     """A model tuned on shuffled answers: far better than its base, and as good as the most frequent answer."""
     metrics = make_content().evaluation["metrics"]
-    primary, majority = metrics["exact_match"], {"answer": "Product: " + "Scarf " * 20}
+    metrics = {name: {**one, "over_constant": None} if one["field"] else one for name, one in metrics.items()}
+    primary, constant = metrics["exact_match"], {"answer": "Product: " + "Scarf " * 20, "origin": "own"}
     assert "Better after tuning" in headline_of() and "always answering" not in headline_of()
     for value, p, words in (
         (0.002, 0.9, "Not clearly better than always answering “Product: Scarf"),
@@ -106,14 +109,40 @@ def test_headline_never_calls_better_what_one_constant_answer_reaches():
     ):
         above = {**primary["over_constant"], "difference": {**primary["difference"], "value": value}, "p": p}
         dull = {**primary, "over_constant": above}
-        html = headline_of(metrics={**metrics, "exact_match": dull}, majority=majority)
+        html = headline_of(metrics={**metrics, "exact_match": dull}, constant=constant)
         assert "Better after tuning" not in html and f'<p class="verdict wrong">{words}' in html and "…”</p>" in html
-        alone = headline_of(metrics={**metrics, "exact_match": {**dull, "base": None}}, base=None, against=None)
-        assert "better than the most frequent answer to every row</p>" in alone
-        same = headline_of(metrics={**metrics, "exact_match": {**dull, "p": 0.5}}, majority=majority)
+        alone = headline_of(
+            metrics={**metrics, "exact_match": {**dull, "base": None}}, base=None, against=None, constant=constant
+        )
+        assert "better than always answering “Product: Scarf" in alone
+        same = headline_of(metrics={**metrics, "exact_match": {**dull, "p": 0.5}}, constant=constant)
         assert "No clear difference between before and after</p>" in same and words in same
         few = headline_of(metrics={**metrics, "exact_match": dull}, rows=5)
         assert "Better after tuning" in few, "5 rows cannot tell"
+        knows = {**metrics, "exact_match": dull, "field_accuracy.price": make_field(0.9, 1e-7)}
+        html = headline_of(metrics=knows, constant=constant)
+        assert f'<p class="verdict ">{words}' in html
+        assert "one answer to everything all the same: field “price” (90.0\u00a0% beside 10.0\u00a0%)." in html
+        chance = headline_of(metrics={**knows, "field_accuracy.price": make_field(0.3, 0.02)}, constant=constant)
+        assert "all the same" not in chance, "one of several fields is below 0.05 by chance"
+
+
+def make_field(value: float, p: float) -> dict[str, Any]:
+    """A field's figures, with the p value of its test against its most frequent value."""
+    one = make_content().evaluation["metrics"]["field_accuracy.price"]
+    above = {**one["over_constant"], "p": p, "difference": {**one["difference"], "value": value - 0.1}}
+    return {**one, "tuned": {**one["tuned"], "value": value}, "constant": 0.1, "over_constant": above}
+
+
+def test_right_values_out_of_form_stand_beside_the_fields():
+    evaluation = make_content().evaluation
+    scores = json.loads(json.dumps(evaluation["scores"]))
+    scores["base"]["fields"]["price"]["out_of_form"] = 11
+    html = render_report(ReportContent(title="a", evaluation={**evaluation, "scores": scores}))
+    assert "<td>“price”, value there, answer out of form</td>" in html and "field “price” (8.3" in html
+    assert "base said it in 11 answers out of form)" in html and html.count("<td>“price”, value there") == 1
+    assert "<dt>value there, answer out of form</dt>" in html
+    assert "out of form" not in render_report(ReportContent(title="a", evaluation=evaluation))
 
 
 def test_a_check_that_failed_stands_beside_the_headline():

@@ -8,11 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from phi3v.evaluation.constant import constant_columns
 from phi3v.evaluation.fields import AnswerTemplate
 from phi3v.evaluation.headline import in_words
 from phi3v.evaluation.intervals import _resampled_sums, bootstrap_intervals, estimate, mean, newcombe_interval
 from phi3v.evaluation.kinds import choose_scoring
-from phi3v.evaluation.metric_table import constant_columns, metric_table, remarks
+from phi3v.evaluation.metric_table import metric_table, remarks
 from phi3v.evaluation.paired import FEW_ROWS, mcnemar_p, paired_test, sign_flip_p
 from phi3v.evaluation.row_scores import Column, score_rows
 from phi3v.evaluation.shares import wilson_interval

@@ -283,7 +283,7 @@ def test_what_is_said_of_a_ranking() -> None:
     assert near[0].startswith("trial 4 was chosen as the best of 3 on these held-out rows")
     assert near[1] == (
         "trials 4 and 2, first and second: nothing shows that they differ, 1 (0.9 to 1.2) and 1.1 (1 to 1.3), their "
-        "intervals overlap"
+        "intervals overlap, which says less than a paired test"
     )
     assert near[2] == (
         "trial 4 beats the base beyond chance: 1 (0.9 to 1.2) against 2 (1.5 to 2.5), intervals that do not overlap"
@@ -294,6 +294,7 @@ def test_what_is_said_of_a_ranking() -> None:
     unsure = said(base, line(4, 1.8, 1.4, 2.2), line(2, 1.7, None, None), better="higher")
     assert "one of them has no interval; phi3v compare t/4 t/2 tests them row by row" in unsure[1]
     assert unsure[2].startswith("nothing shows that trial 4 beats the base: ")
+    assert unsure[2].endswith("a paired test; phi3v evaluate t/4 makes one, row by row")
     assert said({"error": "gone"}, line(0, 1.0, 0.9, 1.1)) == ["the base has no score to compare with: gone"]
 
 

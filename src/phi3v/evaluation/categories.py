@@ -50,7 +50,7 @@ def break_down(
     Args:
         predictions: see `result.prediction_rows`.
         metric: the score that is broken down, one where more is better.
-        constant: what the most frequent answer of all rows gets, row by row; None where that says nothing.
+        constant: what the best single answer to all rows gets, row by row; None where that says nothing.
     Example: {"group": {"TOPS": {"rows": 30, "tuned": {"value": 0.9, "low": ..., "high": ..., ...}, "base": None,
     "p": None, "won": None, "lost": None, "constant": 0.1}}}; `p` is None as well where fewer than 6 rows, or photos of
     rows, can be compared.

@@ -9,7 +9,7 @@ pictures: rows may share a reference.
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -23,6 +23,8 @@ from phi3v.data.rows import Rows
 from phi3v.data.schema import Row
 from phi3v.evaluation.compared import Check, compare, few_rows
 from phi3v.evaluation.figures import counted, ends, figure, percent
+from phi3v.evaluation.headline import MOST_TEXTS
+from phi3v.evaluation.paired import LEAST_ROWS
 from phi3v.evaluation.row_scores import Column
 
 MOST_IMAGES = 20_000
@@ -31,6 +33,8 @@ LEAKED_SHARE = 0.01
 """Of the evaluated rows; from there on the score says little."""
 SHOWN = 20
 """Pairs that are named."""
+UNFOUND = "cropped, mirrored or brighter copies are not found"
+"""What the check does not see, said with what it saw."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,9 @@ def check_overlap(
         most_images: training images that are looked at.
     """
     distinct = train.distinct()[0] if isinstance(train, Rows) else list(train)
-    known_texts, pictured = set(), []
+    known_texts, pictured = Counter[bytes](), []
     for place, row in enumerate(distinct):
-        known_texts.add(_text(row))
+        known_texts[_text(row)] += 1
         if row.images:
             pictured.append(place)
     known_rows = [distinct[place] for place in few_rows(pictured, most_images)]
@@ -85,12 +89,14 @@ def check_overlap(
     seen = _seen_rows(known, asked, known_rows, asked_rows)
     same = [pair.row for pair in seen if pair.leaked]
     told = [place for place, row in enumerate(asked_rows) if _text(row) in known_texts]
+    once = [place for place in told if known_texts[_text(asked_rows[place])] == 1 and asked_rows[place].images]
     leaked = sorted({*same, *(place for place in told if not asked_rows[place].images)})
     figures = {
         "rows": len(asked_rows),
         "leaked": len(leaked),
         "seen_images": len(seen),
         "same_texts": len(told),
+        "same_rare_texts": len(once),
         "train_rows": len(distinct),
         "looked_at": sum(map(len, known.places)),
         "not_looked_at": len(pictured) - len(known_rows),
@@ -158,7 +164,17 @@ def _verdict(figures: Mapping[str, Any], tuned: Column, texts: str) -> tuple[str
     if seen:
         line = f"the pictures of {seen} of {counted(rows, 'row')} are in the training data too, with {texts}"
         return "warn", f"{line}; {looked}"
-    return "pass", f"no row of the evaluation was found in the training data; {looked}"
+    if figures["looked_at"]:
+        looked += f" ({UNFOUND})"
+    told, once = figures["same_texts"], figures["same_rare_texts"]
+    if rows >= LEAST_ROWS and once >= MOST_TEXTS * rows:
+        line = f"no picture of the evaluation was found in the training data; {looked}, but question and answer"
+        some = f"of {once} of {counted(rows, 'row')}"
+        return "warn", f"{line} {some} stand in just one row of training each, as those of copies do"
+    line = f"no row of the evaluation was found in the training data; {looked}"
+    if told >= MOST_TEXTS * rows:
+        line += f"; question and answer of {told} of {counted(rows, 'row')} are in training too, beside other pictures"
+    return "pass", line
 
 
 def _without(leaked: Sequence[int], tuned: Column, base: Column | None) -> dict[str, Any]:

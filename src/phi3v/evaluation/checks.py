@@ -18,8 +18,11 @@ from phi3v.evaluation.check_constant import check_constant
 from phi3v.evaluation.check_form import check_form
 from phi3v.evaluation.check_overlap import check_overlap
 from phi3v.evaluation.compared import Check, few_rows
+from phi3v.evaluation.headline import better_fields
+from phi3v.evaluation.image_groups import count_groups
 from phi3v.evaluation.kinds import Scoring
-from phi3v.evaluation.result import Beside, HeldOut, scoring_of
+from phi3v.evaluation.paired import LEAST_ROWS
+from phi3v.evaluation.result import Beside, Evaluation, HeldOut, scoring_of
 from phi3v.evaluation.row_scores import Column, score_rows
 from phi3v.evaluation.spoiled import blank_images
 from phi3v.recipe import Recipe
@@ -29,6 +32,8 @@ ALL: tuple[str, ...] = get_args(CheckName)
 """Every check."""
 CHEAP = ("overlap", "form", "constant")
 """Those that ask the model nothing."""
+USUAL = (*CHEAP, "images")
+"""Those that are made where nothing is said; `images` of rows that have some."""
 GREY_ROWS = 100
 """Rows that are asked once more with grey images, drawn by a fixed seed."""
 
@@ -82,7 +87,7 @@ class Plan:
 
 
 def plan_checks(held_out: HeldOut, named: Sequence[str] | None, keep: Callable[[], HeldOut]) -> Plan:
-    """Chooses the checks: those named, else those of the recipe, else the cheap ones, and forgetting with a `keep`.
+    """Chooses the checks: those named, else those of the recipe, else `default_checks`.
 
     Args:
         held_out: the evaluated rows.
@@ -91,20 +96,23 @@ def plan_checks(held_out: HeldOut, named: Sequence[str] | None, keep: Callable[[
     Raises: ConfigError for a name that is no check; DataError for rows to keep that cannot be read.
     """
     recipe = held_out.recipe
-    names = tuple(dict.fromkeys(default_checks(recipe) if named is None else named))
+    names = tuple(dict.fromkeys(default_checks(recipe, held_out.rows) if named is None else named))
     for name in names:
         if name not in ALL:
             raise ConfigError(f"{name!r} is no check; there are {', '.join(ALL)}")
-    pictured = [place for place, row in enumerate(held_out.rows) if row.images] if "images" in names else []
+    pictured = []
+    if "images" in names and count_groups(held_out.rows, held_out.groups)["different"] >= LEAST_ROWS:
+        pictured = [place for place, row in enumerate(held_out.rows) if row.images]
     kept = keep() if "forgetting" in names and recipe.evaluation.keep is not None else None
     return Plan(names, few_rows(pictured, GREY_ROWS), kept)
 
 
-def default_checks(recipe: Recipe) -> Sequence[str]:
-    """The checks that a recipe asks for."""
+def default_checks(recipe: Recipe, rows: Sequence[Row]) -> Sequence[str]:
+    """The checks that a recipe asks for: those it names, else the usual ones, and forgetting with a `keep`."""
     if recipe.evaluation.checks is not None:
         return recipe.evaluation.checks
-    return (*CHEAP, "forgetting") if recipe.evaluation.keep is not None else CHEAP
+    names = USUAL if any(row.images for row in rows) else CHEAP
+    return (*names, "forgetting") if recipe.evaluation.keep is not None else names
 
 
 def run_checks(
@@ -113,6 +121,7 @@ def run_checks(
     scoring: Scoring,
     tuned: Answers,
     beside: Beside | None,
+    found: Evaluation,
     more: More,
     train: Callable[[], Sequence[Row] | str],
 ) -> dict[str, dict[str, Any]]:
@@ -124,6 +133,7 @@ def run_checks(
         scoring: how they are scored.
         tuned: the target's answers to them.
         beside: what stands beside it.
+        found: the scores of these answers.
         more: the answers to the plan's own rows.
         train: gives the training rows, or says why there are none to look at.
     """
@@ -139,9 +149,10 @@ def run_checks(
         return check_overlap(known, rows, _primary(scoring, held_out, tuned), others, **how)
 
     def images() -> Check:
-        some = [rows[place] for place in plan.places]
+        asked = [rows[place] for place in plan.places]
+        some = asked or [row for row in rows if row.images]  # of too few none is asked
         blind = more.get(("tuned", "images"), Answers([], [], []))
-        return check_images(scoring, some, some_answers(tuned, plan.places), blind)
+        return check_images(scoring, some, some_answers(tuned, plan.places), blind, found.constant.answer)
 
     def forgetting() -> Check:
         if plan.kept is None:
@@ -154,7 +165,8 @@ def run_checks(
         return check_form(scoring, expected, questions, tuned, others, groups=held_out.groups)
 
     def constant() -> Check:
-        return check_constant(scoring, expected, questions, _primary(scoring, held_out, tuned))
+        fields = better_fields(found.metrics)
+        return check_constant(scoring, expected, questions, _primary(scoring, held_out, tuned), found.constant, fields)
 
     makers = {"overlap": overlap, "form": form, "constant": constant, "images": images, "forgetting": forgetting}
     return {name: makers[name]().to_dict() for name in plan.names}

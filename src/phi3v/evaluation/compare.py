@@ -35,11 +35,12 @@ class Comparison:
     Attributes:
         primary: the metric that stands for the whole, that of the first run.
         runs: one dict per run: "name", "folder", "rows", "images" (see `count_groups`; None of an older evaluation),
-            "metrics" (name -> "label", "unit", "better", the tuned
-            answers' "value", "low", "high", "rows", and the controls: "base", the base's or None, and "constant", the
-            most frequent answer to every row), "beside_first" (name -> "difference", "p", "test", "won", "lost",
+            "metrics" (name -> "label", "unit", "better", the tuned answers' "value", "low", "high", "rows", and the
+            controls: "base", the base's or None, and "constant", the best single answer to every row),
+            "constant_answer" (that answer; None of an older evaluation, whose control is the most frequent one),
+            "checks" (name -> "verdict" and "line"), "beside_first" (name -> "difference", "p", "test", "won", "lost",
             "tied" against the first run) and "why_not", which says why there is none.
-        recipes: dotted key -> its value in each run, for keys that differ; versions are below `versions.`.
+    recipes: dotted key -> its value in each run, for keys that differ; versions are below `versions.`.
         disagreements: rows that not all runs with the first one's rows got right, or not all wrong: "row", "source",
             "question", "expected", and for each of these runs, by name, "answers" and "right".
         metrics: the lines of each run's metrics.jsonl.
@@ -183,6 +184,11 @@ def _facts(run: _Run, first: _Run) -> dict[str, Any]:
         "rows": run.evaluation["rows"],
         "images": run.evaluation.get("images"),
         "metrics": metrics,
+        "constant_answer": (run.evaluation.get("constant") or {}).get("answer"),
+        "checks": {
+            name: {key: one[key] for key in ("verdict", "line")}
+            for name, one in (run.evaluation.get("checks") or {}).items()
+        },
         "beside_first": {} if why_not or run is first else _beside(run, first),
         "why_not": why_not,
     }

@@ -6,18 +6,13 @@ backwards (`AnswerTemplate`) and every field is scored for itself; fields that h
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 
 from phi3v.data.templates import Template
 from phi3v.errors import ConfigError
+from phi3v.evaluation.number_texts import parse_number, same_number
 from phi3v.evaluation.shares import same_text
-
-_NUMBER = re.compile(
-    r"[$€£¥]?\s*(?P<sign>[-+]?)[$€£¥]?\s*(?P<digits>\d{1,3}(?:,\d{3})+|\d+)?(?P<fraction>\.\d+)?\s*[$€£¥%]?"
-)
-
 
 RELAXED = 0.05  # of the expected number, ChartQA's tolerance
 MOST = 0.95  # of the expected answers have to have a form: a few slips in the data change neither kind nor field
@@ -77,6 +72,12 @@ class AnswerTemplate:
                 return None
         return found
 
+    def fill(self, values: Mapping[str, str]) -> str:
+        """The answer that has these values, the other way round: {"title": "Scarf", "price": "470"} -> "Product: Scarf,
+        Price: 470"."""
+        texts = [values[name] for name in self._slots]
+        return "".join(piece + text for piece, text in zip(self._pieces, [*texts, ""], strict=True)).strip()
+
 
 def _literal_pieces(template: str) -> tuple[list[str], list[str]]:
     """Literal pieces around the fields, and the fields: "a {x} b {y}" -> (["a ", " b ", ""], ["x", "y"])."""
@@ -84,20 +85,6 @@ def _literal_pieces(template: str) -> tuple[list[str], list[str]]:
     marks = {name: f"\0{number}\0" for number, name in enumerate(parsed.columns)}
     parts = re.split("\0([0-9]+)\0", parsed.render(marks))
     return parts[::2], [parsed.columns[int(number)] for number in parts[1::2]]
-
-
-def parse_number(text: str) -> float | None:
-    """The number that a text is, or None: one currency or percent sign, thousands commas, a decimal point and a full
-    stop at the end are understood.
-
-    Example: "470" -> 470.0, "470." -> 470.0, "$1,290.50" -> 1290.5, "-3" -> -3.0, "470,5" -> None, "about 470" -> None,
-    "" -> None.
-    """
-    match = _NUMBER.fullmatch(text.strip().removesuffix("."))
-    if match is None or (match["digits"] is None and match["fraction"] is None):
-        return None
-    number = float(match["sign"] + (match["digits"] or "0").replace(",", "") + (match["fraction"] or ""))
-    return number if math.isfinite(number) else None
 
 
 def looks_numeric(values: Iterable[str]) -> bool:
@@ -124,7 +111,7 @@ def field_is_right(expected: str, answer: str | None, numeric: bool) -> bool:
     if numeric:
         wanted, given = parse_number(expected), parse_number(answer)
         if wanted is not None and given is not None:
-            return math.isclose(wanted, given, rel_tol=1e-9, abs_tol=1e-12)
+            return same_number(wanted, given)
     return same_text(expected, answer)
 
 

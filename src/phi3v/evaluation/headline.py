@@ -12,14 +12,18 @@ from phi3v.evaluation.paired import LEAST_ROWS
 
 CHANCE = 0.05
 """The p value from which on a difference is called chance."""
+MOST_TEXTS = 0.5
+"""Of the rows: so many texts that are in training too are most of them."""
 
 
 def which_rows(evaluation: Mapping[str, Any]) -> str:
-    """What the rows of the headline may be called: "rows that training never saw" where the check `overlap` passed and
-    looked at all of training, else "held-out rows"."""
+    """What the rows of the headline may be called: "rows that training never saw" where the check `overlap` passed,
+    looked at all of training, and most texts are not in training, else "held-out rows": copies that were cropped or
+    mirrored are not found, and their texts tell of them."""
     found = (evaluation.get("checks") or {}).get("overlap") or {}
     whole = found.get("verdict") == "pass" and not found.get("not_looked_at")
-    return "rows that training never saw" if whole else "held-out rows"
+    known = found.get("same_texts", 0) >= MOST_TEXTS * found.get("rows", 1)
+    return "rows that training never saw" if whole and not known else "held-out rows"
 
 
 FAILED = {
@@ -38,12 +42,19 @@ def cautions(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
     Example: [("Forgotten", "ANLS 5.4 % on 24 kept rows, 97.9 % before the tuning (...)")].
     """
     found = evaluation.get("checks") or {}
-    told = [name for name, one in found.items() if one["verdict"] == "fail"]
-    if "constant" in told and beside_constant(evaluation):
-        told.remove("constant")  # the large line, or the one beneath it, says so
-    if found.get("overlap", {}).get("verdict") == "warn":
-        told.insert(0, "overlap")
-    return [(FAILED.get(name, f"Check {name} failed"), found[name]["line"]) for name in told]
+    if beside_constant(evaluation):  # the large line, or the one beneath it, says so
+        found = {name: one for name, one in found.items() if name != "constant"}
+    told, overlap = failures(found), found.get("overlap", {})
+    if overlap.get("verdict") == "warn":
+        words = FAILED["overlap"] if overlap.get("seen_images", 1) else "Perhaps not new to the model"
+        told.insert(0, (words, overlap["line"]))
+    return told
+
+
+def failures(checks: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The checks that failed, as words and line: [("Forgotten", "ANLS 5.4 % on 24 kept rows, ...")]."""
+    failed = [(name, one) for name, one in checks.items() if one["verdict"] == "fail"]
+    return [(FAILED.get(name, f"Check {name} failed"), one["line"]) for name, one in failed]
 
 
 def beside_constant(evaluation: Mapping[str, Any]) -> str:
@@ -61,9 +72,43 @@ def beside_constant(evaluation: Mapping[str, Any]) -> str:
     gap = found["difference"]["value"] * (1 if primary["better"] == "higher" else -1)
     if gap > 0 and found["p"] < CHANCE:
         return ""
-    answer = (evaluation.get("majority") or {}).get("answer")
-    named = "the most frequent answer to every row" if answer is None else f"always answering “{shortened(answer)}”"
+    answer = (evaluation.get("constant") or evaluation.get("majority") or {}).get("answer")
+    named = "one answer to every row" if answer is None else f"always answering “{shortened(answer)}”"
     return f"{'No' if gap <= 0 else 'Not clearly'} better than {named}"
+
+
+def single_answer(evaluation: Mapping[str, Any]) -> str:
+    """The control by name: "Always answering “Scarf”, the best single answer,"; of an evaluation from before it was
+    looked for, the most frequent answer."""
+    single = evaluation.get("constant")
+    if single is None:
+        return "Giving the most frequent answer to every row"
+    most = " and the most frequent one" if single["origin"] == "most frequent" else ""
+    return f"Always answering “{shortened(single['answer'])}”, the best single answer{most},"
+
+
+def better_fields(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Fields that are clearly better than one answer to everything, with the figures of both; for when the primary
+    figure is not: one wrong field makes a whole answer wrong.
+
+    The limit of p is shared among the fields (Bonferroni): of twenty fields of a model that knows nothing one would be
+    below 0.05.
+
+    Example: ["field “price” (90.0 % beside 10.0 %)"].
+    """
+    its = [one for one in metrics.values() if one["field"] is not None and one["unit"] == "share"]
+    found = []
+    for one in its:
+        above = one.get("over_constant")
+        if above and above["p"] is not None and above["p"] < CHANCE / len(its) and above["difference"]["value"] > 0:
+            found.append(f"{row_label(one)} ({_beside(one['tuned']['value'], one['constant'], one['unit'], 'beside')})")
+    return found
+
+
+def _beside(one: float, other: float, unit: str, word: str) -> str:
+    """Two values that are not broken between lines: "90.0 % beside 10.0 %"."""
+    one_said, other_said = (value_said(value, unit).replace(" ", "\u00a0") for value in (one, other))
+    return f"{one_said} {word} {other_said}"
 
 
 def conclusion(evaluation: Mapping[str, Any]) -> dict[str, str]:
@@ -78,7 +123,7 @@ def conclusion(evaluation: Mapping[str, Any]) -> dict[str, str]:
         return {"text": dull, "look": "wrong" if dull else ""}
     found, tuning = verdict(primary), evaluation["against"] == "base"
     if found == "better" and dull:
-        return {"text": dull, "look": "wrong"}
+        return {"text": dull, "look": "" if better_fields(evaluation["metrics"]) else "wrong"}
     if found == "no clear difference":
         beside = "between before and after" if tuning else f"to {column_names(evaluation)['base']}"
         text = f"No clear difference {beside}"
@@ -97,8 +142,8 @@ def not_looked_at(evaluation: Mapping[str, Any]) -> str:
         return ""
     return (
         "Whether the answers depend on the images was not looked at. A model that ignores them, or was tuned on "
-        "answers that belong to other images, is looked for by the check images (evaluation.checks: [images], or "
-        "phi3v evaluate --checks), which asks up to 100 rows once more with grey images"
+        "answers that belong to other images, is looked for by the check images, which asks up to 100 rows once more "
+        "with grey images: it is made where evaluation.checks is null or names it, and by phi3v evaluate --checks"
     )
 
 
@@ -110,11 +155,31 @@ def also_changed(evaluation: Mapping[str, Any]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"better": [], "worse": []}
     for name, one in evaluation["metrics"].items():
         if name != evaluation["primary"] and one["base"] and (way := verdict(one)) in found:
-            before, after = (
-                value_said(one[side]["value"], one["unit"]).replace(" ", "\u00a0") for side in ("base", "tuned")
-            )
-            found[way].append(f"{row_label(one)} ({before} to {after})")
+            said = _beside(one["base"]["value"], one["tuned"]["value"], one["unit"], "to")
+            found[way].append(f"{row_label(one)} ({said}{_in_other_form(evaluation, one)})")
     return found
+
+
+def out_of_form(evaluation: Mapping[str, Any], one: Mapping[str, Any]) -> dict[str, int]:
+    """Beneath a field's accuracy: how many answers hold the right value and not the template's form, by side.
+
+    Example: {"base": 200, "tuned": 0}; {} for other figures and where there are none.
+    """
+    if one["metric"] != "field_accuracy" or one["field"] is None:
+        return {}
+    sides = {side: scores for side, scores in evaluation["scores"].items() if scores is not None}
+    counts = {side: (scores["fields"].get(one["field"]) or {}).get("out_of_form") for side, scores in sides.items()}
+    return {side: count or 0 for side, count in counts.items()} if any(counts.values()) else {}
+
+
+def _in_other_form(evaluation: Mapping[str, Any], one: Mapping[str, Any]) -> str:
+    """Says so where a field of the base had the right value in answers without the template's form: "; the base said it
+    in 200 answers out of form", else ""."""
+    base = evaluation["scores"]["base"]
+    count = (base["fields"].get(one["field"]) or {}).get("out_of_form") if base and one["field"] else None
+    if not count or one["metric"] != "field_accuracy":
+        return ""
+    return f"; {column_names(evaluation)['base']} said it in {counted(count, 'answer')} out of form"
 
 
 def row_label(figure: Mapping[str, Any]) -> str:

@@ -5,19 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from phi3v.evaluation.headline import column_names
+from phi3v.evaluation.headline import column_names, out_of_form
 
 COLUMNS = {
     "difference": "the later column minus the earlier one, over the rows that have both; the interval beneath says "
     "where it would probably lie on other rows like these",
     "p": "how often a difference as large would come up if neither were better: below 0.05 it is hardly chance",
     "won, lost": "rows that the later column answers better, and worse",
-    "same answer to all": "the control: what the most frequent expected answer would get if it were given to every "
-    "row; for a field, its own most frequent value. “none” where that says nothing: one answer to everything always "
-    "has the right form, and it has no loss",
+    "best single answer": "the control: what one answer would get if it were given to every row, the best of those "
+    "that were tried; for a field, its own most frequent value. “none” where that says nothing: one answer to "
+    "everything always has the right form, and it has no loss",
     "small print": "the 95 % interval: where the figure would probably lie on other rows like these",
 }
 """Columns of the tables."""
+
+IN_FORM = {
+    "value there, answer out of form": "answers that are not built as the template is and hold the expected value all "
+    "the same: where they become right, the form is what was learnt",
+    "answers without a number at its place": "answers that are not in the template's form, or say something else there",
+}
+"""Rows beneath fields."""
 
 METRICS = {
     "exact_match": "answers that are the expected one, letter by letter",
@@ -43,7 +50,7 @@ CHECKS = {
     "overlap": "were evaluated rows in the training data?",
     "form": "are the answers built as expected, whole, and in the right script? “Beside it” is what stands in the "
     "other column",
-    "constant": "is the model better than one answer to everything?",
+    "constant": "is the model better than the best single answer, given to everything?",
     "images": "do the answers get worse when the pictures are grey?",
     "forgetting": "can the model still do what it could before?",
 }
@@ -61,4 +68,6 @@ def legend(evaluation: Mapping[str, Any]) -> dict[str, str]:
     whole = {one["metric"]: one["label"] for one in metrics if one["field"] is None}
     if any(one["metric"] == "absolute_error" for one in metrics):
         whole["absolute_error"] = "mean absolute error"
+    if any(out_of_form(evaluation, one) for one in metrics):
+        found |= IN_FORM
     return found | {label: METRICS[name] for name, label in whole.items() if name in METRICS}

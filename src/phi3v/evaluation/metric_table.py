@@ -6,17 +6,12 @@ What it makes is `metrics` in evaluation.json, whose keys docs/evaluation.md lis
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from phi3v.evaluation.headline import at_odds, row_label
 from phi3v.evaluation.intervals import estimate, mean
-from phi3v.evaluation.kinds import Scoring
 from phi3v.evaluation.paired import paired_test
-from phi3v.evaluation.row_scores import LABELS, Column, Groups, score_rows
-from phi3v.evaluation.shares import majority_answer
+from phi3v.evaluation.row_scores import LABELS, Column
 
 FEW_ERRORS = 20
 """Fewer, and intervals of skewed errors hold the truth in fewer than 9 of 10 cases."""
@@ -30,7 +25,7 @@ def metric_table(
     Args:
         tuned: columns of the target's answers.
         base: columns of what stands beside it, on the same rows; None for nothing.
-        constant: columns of the most frequent answer; see `constant_columns`.
+        constant: columns of the best single answer, see `constant.constant_columns`.
     """
     beside = [name for name in tuned if base and name in base]
     controlled = [name for name in tuned if name in constant]
@@ -112,26 +107,6 @@ def _is_short(figure: Mapping[str, Any], together: int) -> bool:
     """Whether an interval of errors is over few rows, of which so many are about photos that others are about too."""
     sides = [side for side in (figure["tuned"], figure["base"]) if side is not None]
     return any(side["interval"] == "studentized" and side["rows"] - together < FEW_ERRORS for side in sides)
-
-
-def constant_columns(
-    scoring: Scoring, expected: Sequence[str], questions: Sequence[str], groups: Groups | None = None
-) -> dict[str, Column]:
-    """The control: columns of the most frequent expected answer, given to every row, by name.
-
-    For a field of the template it is the field's own most frequent value, which no constant can beat. There is none
-    where it says nothing: for the form, which a constant answer always has, and for the loss, which it does not have.
-    """
-    answers = [majority_answer(expected)] * len(expected)
-    columns = score_rows(scoring, expected, answers, questions, groups=groups)
-    if "field_accuracy" in scoring.metrics:
-        parsed = [scoring.template.parse(text) for text in expected]
-        for name in scoring.template.fields:
-            most = majority_answer([row[name] for row in parsed if row is not None])
-            right = [np.nan if row is None else float(row[name].strip() == most) for row in parsed]
-            column = f"field_accuracy.{name}"
-            columns[column] = replace(columns[column], values=np.array(right, dtype=np.float64))
-    return {name: column for name, column in columns.items() if name not in ("well_formed", "json_valid")}
 
 
 def label(column: Column) -> str:

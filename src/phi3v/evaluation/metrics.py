@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from phi3v.evaluation.fields import AnswerTemplate, absolute_error, choose_numeric_fields, field_is_right, parse_number
+from phi3v.evaluation.fields import AnswerTemplate, absolute_error, choose_numeric_fields, field_is_right
 from phi3v.evaluation.intervals import shares_of_rows
+from phi3v.evaluation.number_texts import parse_number, value_stands_in
 from phi3v.evaluation.row_scores import Groups
 from phi3v.evaluation.shares import Share, majority_answer, same_text
 from phi3v.evaluation.text_scores import text_similarity
@@ -26,7 +27,8 @@ class FieldScore:
 
     `accuracy` counts rows whose field is right. For a numeric field `mean_absolute_error` is the mean over the
     `error_rows` rows where a number was expected and answered, and `not_numbers` counts those where none was answered;
-    for other fields the three are None.
+    for other fields the three are None. `out_of_form` counts answers without the template's form that hold the expected
+    value all the same, as their words or one of their numbers.
     """
 
     accuracy: Share
@@ -34,6 +36,7 @@ class FieldScore:
     mean_absolute_error: float | None = None
     error_rows: int | None = None
     not_numbers: int | None = None
+    out_of_form: int | None = None
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,16 @@ def score_answers(
     }
     right = [[field_is_right(*pair, name in numeric) for pair in pairs] for name, pairs in texts.items()]
     well_formed, *shares = shares_of_rows([[row is not None for row in given_rows], *right], its)
+    odd = [
+        (wanted, answers[at])
+        for (at, wanted), given in zip(wanted_rows.items(), given_rows, strict=True)
+        if given is None
+    ]
     fields = {
-        name: _field_score(share, pairs, name in numeric)
+        name: replace(
+            _field_score(share, pairs, name in numeric),
+            out_of_form=sum(value_stands_in(wanted[name], answer, name in numeric) for wanted, answer in odd),
+        )
         for (name, pairs), share in zip(texts.items(), shares, strict=True)
     }
     return Scores(len(expected), exact, similarity, well_formed, fields, loss)

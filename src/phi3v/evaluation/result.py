@@ -15,10 +15,11 @@ from phi3v.data.address_guard import shorten
 from phi3v.data.schema import Row, RowProblem
 from phi3v.evaluation.answers import Answers
 from phi3v.evaluation.categories import break_down
+from phi3v.evaluation.constant import ConstantAnswer, best_constant, constant_columns
 from phi3v.evaluation.fields import AnswerTemplate
 from phi3v.evaluation.image_groups import count_groups, image_groups
 from phi3v.evaluation.kinds import Scoring, choose_scoring
-from phi3v.evaluation.metric_table import constant_columns, metric_table, remarks
+from phi3v.evaluation.metric_table import metric_table, remarks
 from phi3v.evaluation.metrics import Scores, exact_match, majority_fields, score_answers
 from phi3v.evaluation.row_scores import Column, Groups, score_rows, scores_of_row
 from phi3v.evaluation.shares import Share, majority_answer
@@ -65,6 +66,7 @@ class Evaluation:
         categories: the primary metric for parts of the rows, see `categories.break_down`.
         tuned: scores of the target.
         base_scores: scores of the base; None without one.
+        constant: the best single answer to every row, which is the control of each metric.
         majority_answer: the most frequent expected answer.
         majority: what that answer would score on every row.
         majority_fields: the same for each field by itself.
@@ -89,6 +91,7 @@ class Evaluation:
     categories: dict[str, dict[str, dict[str, Any]]]
     tuned: Scores
     base_scores: Scores | None
+    constant: ConstantAnswer
     majority_answer: str
     majority: Share
     majority_fields: dict[str, Share]
@@ -124,6 +127,7 @@ class Evaluation:
                 "base": self.base_scores.to_dict() if self.base_scores else None,
                 "tuned": self.tuned.to_dict(),
             },
+            "constant": self.constant.to_dict(),
             "majority": {
                 "answer": self.majority_answer,
                 "share": vars(self.majority),
@@ -194,7 +198,8 @@ def build_evaluation(
     answer = majority_answer(expected)
     theirs_said = beside.answers.texts if beside else None
     texts = (tuned.texts, theirs_said)
-    constant = constant_columns(scoring, expected, questions, held_out.groups)
+    single = best_constant(scoring, expected, questions, tuned.texts)
+    constant = constant_columns(scoring, expected, questions, held_out.groups, single.answer)
     predictions = prediction_rows(held_out.rows, *texts, template, ours, theirs, held_out.groups)
     return Evaluation(
         target=target,
@@ -208,6 +213,7 @@ def build_evaluation(
         categories=break_down(predictions, scoring.metrics[0], constant.get(scoring.metrics[0])),
         tuned=scores(tuned),
         base_scores=scores(beside.answers) if beside else None,
+        constant=single,
         majority_answer=answer,
         majority=exact_match(expected, [answer] * len(expected), held_out.groups),
         majority_fields=majority_fields(expected, template, held_out.groups),

@@ -158,6 +158,21 @@ def score_rows(
     return found
 
 
+def row_score(scoring: Scoring, expected: str, answer: str, question: str) -> float | None:
+    """The score of one row by the primary metric; None where the row has none.
+
+    Example: primary similarity, "abcd", "bcde" -> 0.75; field_accuracy where the expected answer does not have the
+    template's form -> None.
+    """
+    metric = scoring.metrics[0]
+    if metric == "field_accuracy":
+        wanted = scoring.template.parse(expected)
+        return None if wanted is None else field_accuracy(wanted, scoring.template.parse(answer), scoring.numeric)
+    if metric == "multiple_choice":
+        return multiple_choice(expected, answer, question)
+    return TEXT_METRICS[metric](expected, answer)
+
+
 def scores_of_row(columns: Mapping[str, Column], position: int) -> dict[str, float | None]:
     """The scores of one row for predictions.jsonl: {"exact_match": 0.0, "absolute_error.price": None, ...}."""
     return {name: column.row(position) for name, column in columns.items()}

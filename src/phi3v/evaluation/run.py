@@ -92,7 +92,7 @@ def evaluate(
         against: "base" to answer with the base too, None for the target alone, or another target, which answers the
             same rows in the same way.
         metrics: names of metrics; None for those of the recipe, or where it names none those of the answers' kind.
-        checks: names of checks, see `checks.ALL`; None for those of the recipe, or where it names none the cheap ones.
+        checks: names of checks, see `checks.ALL`; None for those of the recipe, or where it names none the usual ones.
         rows: only the first so many rows; None for as many as the recipe says.
         out: a folder for what is found, new, empty or with an earlier start of the same; None for the run's own.
         device: "auto", "cpu" or "cuda"; None as the recipe says.
@@ -139,7 +139,7 @@ def evaluate(
             tuned, beside = _answer_both(place, asked, other, device, store)
         seconds = {"evaluation": time.monotonic() - began}
         evaluation = build_evaluation(place.name, held_out, scoring, tuned, beside, seconds)
-        how = plan, held_out, scoring, tuned, beside, asked.more
+        how = plan, held_out, scoring, tuned, beside, evaluation, asked.more
         found = together.told(lambda: run_checks(*how, lambda: training_rows(place, held_out)))
         weights = together.told(lambda: dict(keeping.weights))
         evaluation = replace(evaluation, checks=found, settings=settings, weights=weights)

@@ -15,6 +15,7 @@ from phi3v.data.reading import Reading
 from phi3v.data.sources import stream_data
 from phi3v.errors import ConfigError, DataError, TrainingError
 from phi3v.evaluation.answers import answer_rows
+from phi3v.evaluation.checks import CHEAP
 from phi3v.evaluation.intervals import estimate
 from phi3v.evaluation.result import scoring_of
 from phi3v.evaluation.row_scores import score_rows
@@ -66,14 +67,17 @@ class _Pruned(Exception):
 def trial_recipe(recipe: Recipe, values: dict[str, Any], output: str) -> Recipe:
     """The recipe of a trial.
 
-    It answers held-out rows only where that is the sweep's metric, and by the tuned model alone. Features of frozen
-    vision parts are kept in memory, so that the trials of a process share them, unless the recipe says how.
+    It answers held-out rows only where that is the sweep's metric, by the tuned model alone, and where the recipe names
+    no checks not once more with grey images, which would be 100 answers for each trial. Features of frozen vision parts
+    are kept in memory, so that the trials of a process share them, unless the recipe says how.
     """
     sweep = recipe.sweep or SweepSection()
     trial = with_values(recipe, {**values, "output": output, "evaluation.against": None})
     changes: dict[str, Any] = {}
     if sweep.metric != "eval_loss" and sweep.metric not in (trial.evaluation.metrics or []):
         changes["evaluation.metrics"] = [sweep.metric, *(trial.evaluation.metrics or [])]
+    if sweep.metric != "eval_loss" and trial.evaluation.checks is None:
+        changes["evaluation.checks"] = [*CHEAP, *(["forgetting"] if trial.evaluation.keep is not None else [])]
     if trial.vision.cache is None and trial.vision.frozen and not trial.data.streaming:
         changes["vision.cache"] = "memory"
     return with_values(trial, changes) if changes else trial

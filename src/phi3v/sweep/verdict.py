@@ -12,6 +12,9 @@ from phi3v.evaluation.figures import ends, short_number
 Score = Mapping[str, Any]
 """`value`, `low` and `high`, the latter None where there is no interval."""
 
+OVERLAP = "their intervals overlap, which says less than a paired test"
+"""What is said of two scores on the same rows that are not tested here."""
+
 
 def with_ends(score: Score) -> str:
     """A score with its interval: {"value": 0.31, "low": 0.284, "high": 0.35} -> "0.31 (0.284 to 0.35)"."""
@@ -58,7 +61,7 @@ def _first_and_second(one: Score, other: Score, tested: bool) -> str:
     if different:
         return f"{names}, differ beyond chance: {scores}, intervals that do not overlap"
     more = f"; phi3v compare {one['folder']} {other['folder']} tests them row by row" if tested else ""
-    why = "one of them has no interval" if different is None else "their intervals overlap"
+    why = "one of them has no interval" if different is None else OVERLAP
     return f"{names}: nothing shows that they differ, {scores}, {why}{more}"
 
 
@@ -69,8 +72,9 @@ def _best_and_base(best: Score, base: Mapping[str, Any], better: str) -> str:
     scores = f"{with_ends(best)} against {with_ends(base)}"
     different = apart(best, base)
     if not different:
-        why = "one of them has no interval" if different is None else "their intervals overlap"
-        return f"nothing shows that trial {best['trial']} beats the base: {scores}, {why}"
+        why = "one of them has no interval" if different is None else OVERLAP
+        more = f"; phi3v evaluate {best['folder']} makes one, row by row"
+        return f"nothing shows that trial {best['trial']} beats the base: {scores}, {why}{more}"
     ahead = (best["value"] > base["value"]) == (better == "higher")
     told = f"trial {best['trial']} beats the base" if ahead else f"the base beats trial {best['trial']}, the best one,"
     return f"{told} beyond chance: {scores}, intervals that do not overlap"
