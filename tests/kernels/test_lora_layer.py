@@ -195,6 +195,35 @@ def test_weights_set_behind_autograds_back_are_used(rank: int, device: str) -> N
     compare(plain, fast)
 
 
+@on_each_device
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("again", [{1}, {0, 2}])
+def test_they_are_used_whichever_layers_are_computed_again(again: set[int], reentrant: bool, device: str) -> None:
+    """What a backward pass computes again is no forward pass: the next one scales B of all layers anew, and so does one
+    behind a pass in which the first layer went the plain way.
+    """
+    plain, fast = (model.to(device) for model in twice(r=16))
+    attach_fast_lora(fast, force=True)
+    for model in (plain, fast):
+        model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        for number, layer in enumerate(model.base_model.model.model.layers):
+            layer.gradient_checkpointing = number in again
+    first = fast.base_model.model.model.layers[0]
+    together = first.lora_state.widened.together
+    for hooked, grown in ((False, 1.5), (False, 0.6), (True, 1.5), (False, 0.6), (False, 1.0)):
+        handle = first.mlp.register_forward_hook(lambda *_: None) if hooked else None
+        found, expected = (loss_and_gradients(model, embeddings().to(device)) for model in (fast, plain))
+        worst = max(relative_error(found[name], expected[name]) for name in expected)
+        assert worst < CLOSE, together.passes
+        if handle is not None:
+            handle.remove()
+        for model in (plain, fast):
+            for name, weight in model.named_parameters():
+                if "lora_" in name:
+                    weight.data.mul_(grown)
+    assert together.passes == together.scaled == 5 and first.lora_state.calls["a hook on a part of the layer"] >= 1
+
+
 def test_names_and_stored_adapter_stay(tmp_path: Any) -> None:
     plain, fast = twice()
     attach_fast_lora(fast, force=True)

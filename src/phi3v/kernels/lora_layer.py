@@ -99,6 +99,8 @@ class HandWrittenLayer:
         With `kept_positions`, flat positions `[K]`, which the last layer of a training step may be given, the result is
         `[1, K, H]`, and what stands behind attention works at those positions alone.
         """
+        together = self.lora_state.widened.together
+        together.comes(self.lora_state.widened.place)
         reason = _obstacle_now(self, hidden_states, past_key_values, position_embeddings)
         self.lora_state.calls[reason or "fast"] += 1
         if reason:
@@ -114,7 +116,7 @@ class HandWrittenLayer:
                 **kwargs,
             )
         assert position_embeddings is not None
-        self.lora_state.widened.begin()
+        together.scale()
         queries, keys, values, residual = self._before_attention(hidden_states, *position_embeddings)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.self_attn.layer_idx)
@@ -175,7 +177,6 @@ def attach_fast_lora(model: nn.Module, *, force: bool = False) -> int:
             plain: Any = type(layer)
             layer.__class__ = _hand_written(plain)
             layer.lora_state = LayerState(WidenedWeights(together=together))
-            together.layers.append(layer.lora_state.widened)
             replaced += 1
     return replaced
 

@@ -105,11 +105,17 @@ class _Filled:
 class Together:
     """B of all hand-written layers of a model, scaled into their matrices in one launch of a forward pass.
 
-    A layer that comes a second time begins a pass. Writes that torch counts are seen in between too.
+    Layers come in their order, so one that is not behind the last one begins a pass. Those that are computed again in a
+    backward pass begin none: an optimiser may have written past torch's count of writes before the next forward pass,
+    whose first layer would be taken for a part of this one. Writes that torch counts are seen in between too.
+
+    Example: layers 0, 1, 2, then 2 and 1 again in backward, then 0: the second pass begins at the last 0.
 
     Attributes:
-        layers: the layers' matrices.
-        passes: passes begun so far.
+        layers: the layers' matrices, in order.
+        passes: forward passes begun so far.
+        last: place of the layer that came last in one.
+        scaled: the pass that B was last scaled in.
         filled: of all layers; None where one of them was made anew.
         table: what the kernel reads, made with `filled`.
         place: where the first B goes; elsewhere in a copy of the model, whose table is to be another one too.
@@ -117,13 +123,29 @@ class Together:
 
     layers: list["WidenedWeights"] = field(default_factory=list)
     passes: int = 0
+    last: int = 0
+    scaled: int = 0
     filled: list[_Filled] | None = None
     table: torch.Tensor | None = None
     place: int = 0
 
-    def begin(self) -> None:
-        """Scales all B."""
-        self.passes += 1
+    def take(self, layer: "WidenedWeights") -> int:
+        """Takes a layer in, behind the others; its place."""
+        self.layers.append(layer)
+        return len(self.layers) - 1
+
+    def comes(self, place: int) -> None:
+        """The layer at a place is computed, whichever way it goes."""
+        if torch._C._current_graph_task_id() != -1:  # as torch's own checkpoints ask whether this is a backward pass
+            return
+        self.passes += place <= self.last
+        self.last = place
+
+    def scale(self) -> None:
+        """Scales all B, unless that was done in this pass."""
+        if self.scaled == self.passes:
+            return
+        self.scaled = self.passes
         if self.filled is None or (self.filled and self.filled[0].scaled.data_ptr() != self.place):
             self.filled = [filled for layer in self.layers for filled in layer.filled.values()]
             self.place = self.filled[0].scaled.data_ptr() if self.filled else 0
@@ -143,20 +165,18 @@ class WidenedWeights:
     """The widened base weights of one layer, by projection; they follow a module that is moved or loaded anew.
 
     Attributes:
-        together: all layers of the model, of which this one is not yet; `attach_fast_lora` puts it in.
-        passed: the pass that it was last in.
+        together: all layers of the model, this one among them.
+        place: its place among them.
     """
 
     matrices: dict[str, torch.Tensor] = field(default_factory=dict)
     filled: dict[str, _Filled] = field(default_factory=dict)
     together: Together = field(default_factory=Together)
-    passed: int = 0
+    place: int = 0
 
-    def begin(self) -> None:
-        """A forward pass of the layer begins."""
-        if self.passed == self.together.passes:
-            self.together.begin()
-        self.passed = self.together.passes
+    def __post_init__(self) -> None:
+        """Take a place among the layers."""
+        self.place = self.together.take(self)
 
     def operands(
         self, name: str, projection: Any, adapter: str | None, *, training: bool, join: bool = True
