@@ -56,6 +56,28 @@ def test_the_next_row_stands_in() -> None:
         StandIns(Numbers(1, {0: DataError("x")}), spare=3)[0]
 
 
+def test_a_row_is_named_once_by_a_warning_or_by_the_error(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = Numbers(6, {number: DataError(f"a.csv, row {number}: 9 tokens") for number in (0, 2, 4)})
+    samples = StandIns(rows, spare=2)
+    assert [int(samples[number]["input_ids"]) for number in (0, 2)] == [1, 3]
+    with pytest.raises(DataError, match=r"row 4: 9 tokens; with it 3 rows could not be used"):
+        samples[4]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"a.csv, row {number}: 9 tokens; the next row stands in for it" for number in (0, 2)
+    ]
+    told: list[RowProblem] = []
+    samples = StandIns(rows, spare=2, tell=told.append)
+
+    def slow(counted: StandIns) -> set[tuple[str, int]]:
+        counted._failed[0] = 1  # by another worker, while this one reads rows
+        return set()
+
+    monkeypatch.setattr(StandIns, "_failed_rows", slow)
+    assert int(samples[0]["input_ids"]) == 1 and told == []
+
+
 def test_iterating_ends_behind_the_last_row() -> None:
     samples = StandIns(Numbers(3, {2: DataError("a.csv, row 2: 9 tokens")}), spare=3)
     assert [int(sample["input_ids"]) for _, sample in zip(range(9), samples, strict=False)] == [0, 1, 0]
