@@ -50,6 +50,10 @@ def test_the_next_row_stands_in() -> None:
     ]
     with pytest.raises(DataError, match=r"row 2: 9 tokens; with it 2 rows could not be used when their turn came"):
         StandIns(Numbers(6, bad), spare=1.5)[1]
+    with pytest.raises(
+        DataError, match=r"b.png does not decode; with it 1 row could not be used when its turn came, more"
+    ):
+        StandIns(Numbers(6, bad), spare=0)[1]
     with pytest.raises(ImageError, match="image b.png does not decode$"):
         StandIns(Numbers(6, bad), spare=3, on_problem="stop")[1]
     with pytest.raises(DataError, match="no row can be encoded"):

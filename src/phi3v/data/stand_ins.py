@@ -92,9 +92,9 @@ class StandIns(torch.utils.data.Dataset[Example]):
         if (failed := len(self._failed_rows() | self.elsewhere())) <= self.spare:
             _logger.warning("%s; the next row stands in for it", problem)
         else:  # the error names the row; workers that still go on meanwhile say nothing of theirs
+            rows = "1 row could not be used when its" if failed == 1 else f"{failed} rows could not be used when their"
             raise DataError(
-                f"{problem}; with it {failed} rows could not be used when their turn came, more than "
-                "data.max_skipped leaves: mend the data, or raise it"
+                f"{problem}; with it {rows} turn came, more than data.max_skipped leaves: mend the data, or raise it"
             ) from error
 
     def _failed_rows(self) -> set[tuple[str, int]]:
