@@ -10,7 +10,9 @@ import torch
 
 from phi3v.errors import TrainingError
 from phi3v.ranks import ALONE
+from phi3v.training.loader_watch import taking_over
 from phi3v.training.run_faults import one_line_at_the_end, one_line_faults
+from phi3v.training.step_faults import GatheringError
 
 
 def trainer_of(folder: Path, **more: Any) -> Any:
@@ -56,6 +58,14 @@ def test_a_worker_that_ends_while_it_hands_a_sample_over_is_one_line(tmp_path: P
     trainer.args.dataloader_num_workers = 0
     with pytest.raises(EOFError), one_line_faults(trainer, tmp_path):
         raise EOFError
+
+
+def test_no_memory_in_a_worker_is_what_its_allocator_says() -> None:
+    told = "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\nRuntimeError: [a.cpp:1] can't "
+    with pytest.raises(GatheringError, match=r"^\[a.cpp:1\] can't allocate memory$"), taking_over():
+        raise RuntimeError(f"{told}allocate memory\n")
+    with pytest.raises(TrainingError, match="single samples"), taking_over():
+        raise TrainingError("out of memory (can't allocate memory) with single samples")
 
 
 def test_a_rank_that_is_gone_is_one_line_without_the_advice_of_the_link(tmp_path: Path) -> None:

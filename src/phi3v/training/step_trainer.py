@@ -215,7 +215,8 @@ class StepTrainer(DurableTrainer):
                 model.zero_grad()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
-                inputs[:] = self._smaller(len(inputs))
+                with taking_over():
+                    inputs[:] = self._smaller(len(inputs))
                 set_random_states(self._before[0])
         if self.ranks.several:
             if self.in_step is None:

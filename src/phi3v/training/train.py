@@ -33,7 +33,7 @@ from phi3v.training.arguments import library_errors, training_arguments
 from phi3v.training.callbacks import TrainingEvent, Watcher
 from phi3v.training.checkpoints import checkpoint_step, logged_lines, newest_checkpoint
 from phi3v.training.conditions import conditions_of, facts_of
-from phi3v.training.disk_space import warn_of_space
+from phi3v.training.disk_space import full_disk, warn_of_space
 from phi3v.training.doctor import check_base, check_first_batch
 from phi3v.training.faster_layers import check_faster_layers, step_line, use_faster_layers
 from phi3v.training.memory_plan import adopt, settle
@@ -229,7 +229,7 @@ def _tune(
         for callback in callbacks:
             trainer.add_callback(callback)
     if ranks.first:
-        warn_of_space(run, report.trainable, trainer.args.save_total_limit)
+        warn_of_space(run, report.trainable, arguments.save_total_limit, best=bool(arguments.load_best_model_at_end))
         run.keep_metrics(*((done, logged_lines(checkpoint)) if checkpoint and done is not None else (-1,)))
     began = time.monotonic()
     with one_line_faults(trainer, run.path):
@@ -243,8 +243,9 @@ def _tune(
 
 def _begin(run: RunFolder, recipe: Recipe, data: LoadedData | StreamedData) -> None:
     """Makes the run's folder, or opens it, with the rows that are left out."""
-    run.start(recipe)
-    run.write_problems(asdict(problem) for problem in data.problems)
+    with full_disk(run.path):
+        run.start(recipe)
+        run.write_problems(asdict(problem) for problem in data.problems)
 
 
 def _trainer(
