@@ -47,7 +47,11 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 @pytest.mark.parametrize(("step", "packing"), [(1, False), (4, True)])
 def test_a_step_without_memory_is_done_again_in_smaller_pieces(
-    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, step: int, packing: bool
+    make: MakeRecipe,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    step: int,
+    packing: bool,
 ) -> None:
     """From that step on micro-batches hold one sample; the result is that of a run that is cut so from there."""
     training = {**STEPS, "micro_batch_size": 4, "packing": packing}
@@ -70,6 +74,10 @@ def test_a_step_without_memory_is_done_again_in_smaller_pieces(
     assert [one for one in sizes if one[0] >= step] == [(n, 1) for n in range(step, 7) for _ in range(4)]
     manifest = read_manifest(newest_checkpoint(RunFolder(recipe.output).checkpoints))
     assert manifest["halvings"] == 2
+    assert [line.split(", as are")[0] for line in caplog.messages] == [
+        f"out of memory at step {step}: done again, with the same samples, in micro-batches of 1/{size} of the size"
+        for size in (2, 4)
+    ], "once each, though one batch was loaded in advance"
     single = make("single", training={**training, "micro_batch_size": 1, "packing": False}, **sections)
     phi3v.train(single)
     for name, tensor in adapter(single).items():

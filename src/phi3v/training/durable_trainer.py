@@ -38,6 +38,7 @@ from phi3v.training.checkpoints import (
     rotate,
     save_checkpoint,
 )
+from phi3v.training.conditions import said_once
 from phi3v.training.shards import is_sharded, load_shards, sharded_as, whole, whole_weights
 from phi3v.training.state_files import random_states, read_state, set_random_states, write_state
 from phi3v.training.step_faults import all_finite, refuse_weights
@@ -106,7 +107,8 @@ class DurableTrainer(Trainer):
         if self.ranks.several:
             self.signals.hold()  # one that stops by itself would leave the others waiting, see `_stop_together`
         try:
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
+            with said_once():
+                result = super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
         except Interrupted:
             self.save_last_step()
             raise

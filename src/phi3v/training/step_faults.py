@@ -160,6 +160,18 @@ def gathering_error(error: BaseException) -> GatheringError:
     return GatheringError(lines[-1].removeprefix("RuntimeError: ") if lines[0].startswith("Caught") else lines[0])
 
 
+def note_halvings(facts: dict[str, Any], halvings: int, step: int, *, tell: bool) -> None:
+    """Notes in `facts` how often micro-batches were halved; one line for each time that they are."""
+    if tell and halvings > facts.get("halvings", 0):
+        _log.warning(
+            "out of memory at step %d: done again, with the same samples, in micro-batches of 1/%d of the size, as are "
+            "the steps behind it",
+            step,
+            2**halvings,
+        )
+    facts["halvings"] = halvings
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is used up, a GPU's or the machine's."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
