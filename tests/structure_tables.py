@@ -113,6 +113,7 @@ LIBRARIES = {
         "training.durable_trainer",
         "training.shards",
         "training.run_faults",
+        "training.disk_space",
         "demo.*",
     ),
     "accelerate": ("training.*",),

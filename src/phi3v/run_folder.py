@@ -40,6 +40,7 @@ RunState = Literal["new", "unfinished", "finished"]
 
 VERSIONED_PACKAGES = ("phi3v", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
 """Packages whose versions can change what a run computes."""
+_PUT_BACK = "recipe.yaml: copy the recipe that began this run there ({}/recipe.yaml) to go on, or give another output"
 
 
 class RunFolder:
@@ -170,6 +171,8 @@ class RunFolder:
                 f"output {self.path} holds {self.recipe.name} and no {self.versions.name}, and a run has both: bring "
                 f"{self.versions.name} back to go on with it, or give a folder that is new or empty"
             )
+        if {self.versions.name, self.checkpoints.name} <= set(found):
+            raise ConfigError(f"output {self.path} holds {self.versions.name} and no {_PUT_BACK.format(self.path)}")
         if found and not cut_off:
             raise ConfigError(
                 f"output {self.path} holds {found[0]} and is no run of phi3v: give a folder that is new or empty"
@@ -182,9 +185,9 @@ class RunFolder:
     def read_recipe(self) -> Recipe:
         """The recipe of the run. Raises: CheckpointError when there is none, ConfigError when it is not valid."""
         if not self.recipe.is_file():
-            raise CheckpointError(
-                f"{self.path} is no run: it has no recipe.yaml; train it first, or name another folder"
-            )
+            raise CheckpointError(f"{self.path} is no run (it has no recipe.yaml): train it first, or name another")
+        if self.versions.is_file() and not self.recipe.stat().st_size:
+            raise CheckpointError(f"{self.path} holds an empty {_PUT_BACK.format(self.path)}")
         return Recipe.load(self.recipe)
 
     def recipe_for(self, target: str | Path) -> Recipe:
@@ -388,8 +391,7 @@ def _plain(value: Any) -> Any:
 def _drop_half_line(file: Any) -> None:
     """Cuts a file opened with "ab+" after its last newline: b'a\\nb' -> b'a\\n'."""
     file.seek(0, os.SEEK_END)
-    size = file.tell()
-    if size == 0:
+    if not (size := file.tell()):
         return
     file.seek(size - 1)
     if file.read(1) == b"\n":

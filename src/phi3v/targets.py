@@ -55,8 +55,8 @@ class Target:
     processor: str
 
 
-def resolve_target(target: str | Path, *, revision: str | None = None) -> Target:
-    """Finds out what `target` is.
+def resolve_target(target: str | Path, *, revision: str | None = None, instead: str | None = None) -> Target:
+    """Finds out what `target` is; `instead` is an adapter's base where its own is a folder of another machine.
 
     Raises:
         CheckpointError: nothing is there, a run has no tuned weights yet, or an adapter does not name its base.
@@ -65,9 +65,9 @@ def resolve_target(target: str | Path, *, revision: str | None = None) -> Target
     if is_unfinished(path.absolute()):
         raise CheckpointError(f"{name} was never completed, whatever wrote it was killed: remove it, and make it again")
     if RunFolder.is_run(path):
-        return _resolve_run(name, path)
+        return _resolve_run(name, path, instead)
     if (path / ADAPTER_CONFIG).is_file():
-        return _resolve_adapter(name, path, "adapter")
+        return _resolve_adapter(name, path, "adapter", instead)
     if path.is_dir():
         if not (path / "config.json").is_file():
             if (path / "recipe.yaml").is_file():
@@ -96,17 +96,17 @@ def _is_missing(name: str, path: Path) -> bool:
     return path.parent != Path() and any(RunFolder.is_run(beside) for beside in path.parent.glob("*"))
 
 
-def _resolve_run(name: str, path: Path) -> Target:
+def _resolve_run(name: str, path: Path, instead: str | None) -> Target:
     """Chooses between the adapter and the fully tuned model of a run."""
     run = RunFolder(path)
     if (run.adapter / ADAPTER_CONFIG).is_file():
-        return _resolve_adapter(name, run.adapter, "run")
+        return _resolve_adapter(name, run.adapter, "run", instead)
     if (run.model / "config.json").is_file():
         return Target(name, "run", str(run.model), None, None, str(run.model))
     raise CheckpointError(f"run {name} holds no tuned weights yet: finish it with `phi3v train {name}/recipe.yaml`")
 
 
-def _resolve_adapter(name: str, folder: Path, kind: Literal["run", "adapter"]) -> Target:
+def _resolve_adapter(name: str, folder: Path, kind: Literal["run", "adapter"], instead: str | None = None) -> Target:
     """Follows an adapter to its base; the processor is the adapter's own where it has one."""
     config = read_json(folder / ADAPTER_CONFIG)
     base = config.get("base_model_name_or_path")
@@ -116,12 +116,27 @@ def _resolve_adapter(name: str, folder: Path, kind: Literal["run", "adapter"]) -
         recipe = RunFolder(folder.parent).read_recipe()  # its places are absolute, where the adapter's base may not be
         base = recipe.model.name if Path(recipe.model.name).is_absolute() else base
     if not Path(base).is_dir() and not _HUB_ID.fullmatch(base):
+        base = instead or base
+    if not Path(base).is_dir() and not _HUB_ID.fullmatch(base):
         raise CheckpointError(
             f"adapter {folder} was tuned on {base}, which is not here: bring that folder back, "
             f"or set base_model_name_or_path in {folder / ADAPTER_CONFIG}"
         )
     has_processor = (folder / "tokenizer_config.json").is_file()
     return Target(name, kind, base, config.get("revision"), folder, str(folder) if has_processor else base)
+
+
+def weights_fault(run: RunFolder) -> str | None:
+    """What is wrong with a run's tuned weights by the headers of their files, None for whole ones; reads no tensor."""
+    try:
+        if (run.adapter / ADAPTER_CONFIG).is_file():
+            read_json(run.adapter / ADAPTER_CONFIG)
+            tensor_shapes(run.adapter / ADAPTER_WEIGHTS)
+        else:
+            check_model_folder(run.model)
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def check_whole_model(name: str) -> None:

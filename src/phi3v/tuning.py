@@ -6,6 +6,7 @@ refused in one line. Knows nothing about recipes, data or the Trainer.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -202,7 +203,12 @@ def lora_config(options: Mapping[str, Any], *, tower: Choice = "frozen", project
             raise ConfigError(
                 f"{where} is {rank!r}, allowed is a whole number, 1 or more; lora: null tunes without LoRA"
             )
-    _pattern(options, "alpha_pattern")
+    for name, alpha in {"lora_alpha": options.get("lora_alpha", 1), **_pattern(options, "alpha_pattern")}.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+            where = "lora.lora_alpha" if name == "lora_alpha" else f"lora.alpha_pattern: that of {name!r}"
+            raise ConfigError(f"{where} is {alpha!r}, allowed is a number above 0: with 0 nothing trains")
+    if options.get("lora_dropout") == 1:
+        raise ConfigError("lora.lora_dropout is 1, which drops all and trains nothing: allowed is 0 or more, below 1")
     if (bias := options.get("bias", "none")) != "none":
         raise ConfigError(
             f"lora.bias is {bias!r}, and the language model has no bias: all would train those of the vision part; "

@@ -12,7 +12,7 @@ from tiny_models import write_photos, write_tiny_model
 
 import phi3v
 from phi3v.data.schema import Row
-from phi3v.errors import CheckpointError
+from phi3v.errors import CheckpointError, ConfigError
 from phi3v.evaluation.report_run import NEEDED, write_report
 from phi3v.run_folder import RunFolder
 from phi3v.targets import resolve_target
@@ -58,6 +58,50 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
 
 
+def halve(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_a_finished_run_whose_weights_are_damaged_gets_them_back(
+    trained: phi3v.Recipe, copy: MakeCopy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From its newest checkpoint; without one the line says the ways out, and nothing is trained again unasked. What
+    was logged is written again too where it is gone, and so is its curve."""
+    recipe, run = copy()
+    file, metrics = run.adapter / "adapter_model.safetensors", run.read_metrics()
+    halve(file)
+    run.metrics.unlink()
+    (run.path / "loss.png").unlink()
+    assert phi3v.train(recipe).resumed_from == 2
+    assert run.read_metrics()[:-1] == metrics[:-1] and "train_runtime" in metrics[-1]
+    assert_same(weights(run.path), weights(trained.output))
+    assert (run.path / "loss.png").is_file()
+    damaged, gone = caplog.messages
+    assert damaged.startswith(f"{file} has ") and damaged.endswith(
+        "; the tuned weights are written again, from checkpoint-2"
+    )
+    assert gone == f"{run.metrics} is gone: the losses are written again, from checkpoint-2"
+    halve(file)
+    shutil.rmtree(run.checkpoints)
+    with pytest.raises(CheckpointError, match="its header says .*: copy it again, or remove it to train from the sta"):
+        phi3v.train(recipe)
+
+
+def test_a_run_whose_recipe_is_gone_says_how_to_put_it_back(copy: MakeCopy) -> None:
+    recipe, run = copy()
+    way_out = (
+        rf"recipe.yaml: copy the recipe that began this run there \({run.recipe}\) to go on, or give another output$"
+    )
+    run.recipe.write_text("")
+    with pytest.raises(CheckpointError, match=f"^{run.path} holds an empty {way_out}"):
+        phi3v.train(recipe)
+    run.recipe.unlink()
+    with pytest.raises(ConfigError, match=f"^output {run.path} holds versions.json and no {way_out}"):
+        phi3v.train(recipe)
+    run.write_recipe(recipe)
+    assert phi3v.train(recipe).status == "finished"
+
+
 def test_a_finished_run_without_its_weights_gets_them_back(trained: phi3v.Recipe, copy: MakeCopy) -> None:
     recipe, run = copy()
     shutil.rmtree(run.adapter)
@@ -67,10 +111,6 @@ def test_a_finished_run_without_its_weights_gets_them_back(trained: phi3v.Recipe
     assert (result.status, result.resumed_from, result.steps) == ("resumed", 2, 2)
     assert_same(weights(run.path), weights(trained.output))
     assert phi3v.train(recipe).status == "finished" and resolve_target(run.path).kind == "run"
-
-
-def halve(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 def test_a_checkpoint_holds_what_the_documentation_says(trained: phi3v.Recipe) -> None:

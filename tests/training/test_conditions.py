@@ -1,14 +1,19 @@
 """What a run goes on under besides its rows and base: the adapter that it began with, the scores that judge it."""
 
 import json
+import logging.handlers
 import shutil
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from run_ends import assert_same_end, end_of
 from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.trainer_utils import compare_trainer_and_checkpoint_args
 
 import phi3v
 from phi3v.errors import ConfigError
@@ -63,8 +68,20 @@ def test_an_adapter_to_go_on_from_that_is_another_is_refused(
     set_value(config, "lora_alpha", 8 * values["lora_alpha"])
     with pytest.raises(ConfigError, match="^the values in adapter_config.json of model.adapter are not those that che"):
         phi3v.train(recipe)
-    monkeypatch.setattr(conditions, "name_adapter", lambda name: {})  # as with a checkpoint that does not name it yet
+    monkeypatch.setattr(conditions, "name_adapter", lambda *given: {})  # as with a checkpoint that does not name it yet
+    plain = compare_trainer_and_checkpoint_args
+    lines = logging.handlers.BufferingHandler(9)
+    logging.getLogger(plain.__module__).addHandler(lines)
+
+    def on_more_ranks(args: Any, state: Any) -> None:
+        plain(args, replace(state, train_batch_size=99))
+
+    monkeypatch.setattr(sys.modules[Trainer.__module__], "compare_trainer_and_checkpoint_args", on_more_ranks)
     assert phi3v.train(recipe).resumed_from == 2
+    assert not lines.buffer, "transformers' own list"
+    plain(TrainingArguments(per_device_train_batch_size=7), TrainerState(train_batch_size=98))
+    logging.getLogger(plain.__module__).removeHandler(lines)
+    assert len(lines.buffer) == 1, "which is left alone elsewhere"
     assert_same_end(end_of(recipe.output), end_of(undisturbed.output))
     saved = json.loads((RunFolder(recipe.output).adapter / ADAPTER_CONFIG).read_text())
     assert saved["lora_alpha"] == values["lora_alpha"]

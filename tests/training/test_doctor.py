@@ -128,21 +128,36 @@ def test_each_defect_of_a_batch_is_seen(example: Batch, processor: Any, name: st
     assert all("\n" not in fault for fault in found)
 
 
-def test_swapped_control_tokens_are_seen(make: MakeRecipe, world: Path, tmp_path: Path) -> None:
-    """A tokenizer.json in which <|user|> and <|assistant|> have each other's ids; one with a vocabulary of its own."""
+@pytest.mark.parametrize("pair", [("user", "assistant"), ("end", "endoftext"), ("end", "system"), ("user", "image")])
+def test_swapped_control_tokens_are_seen(
+    make: MakeRecipe, world: Path, tmp_path: Path, processor: Any, pair: tuple[str, str]
+) -> None:
+    """A tokenizer.json in which two of them have each other's ids."""
     shutil.copytree(world / "model", tmp_path / "swapped")
     file = tmp_path / "swapped" / "tokenizer.json"
     read = json.loads(file.read_text())
-    one, other = (token for token in read["added_tokens"] if token["content"] in ("<|user|>", "<|assistant|>"))
+    names = [f"<|{name}|>" for name in pair]
+    one, other = (token for token in read["added_tokens"] if token["content"] in names)
     one["id"], other["id"] = other["id"], one["id"]
     read["added_tokens"].sort(key=lambda token: token["id"])
     file.write_text(json.dumps(read))
     swapped = load_processor(tmp_path / "swapped")
     sample = EncodedRows(open_data(make()).train, swapped)[0]
-    found = faults_of([sample], swapped)
-    assert len(found) == 1 and "control tokens are swapped: <|assistant|> is" in found[0], found
-    ids = replace(Ids.of(swapped), user=3)
-    assert vocabulary_faults(list(sequences_of(Collator(0)([sample]))), ids) == []
+    found = [fault for fault in faults_of([sample], swapped) if "swapped" in fault]
+    ids = processor.tokenizer.convert_tokens_to_ids(sorted(names))
+    said = f"control tokens are swapped: {min(names)} is {ids[1]} and {max(names)} is {ids[0]}, which"
+    assert len(found) == 1 and found[0].startswith(said), found
+
+
+def test_a_vocabulary_of_its_own_is_not_a_swapped_one(example: Batch, processor: Any) -> None:
+    """Each token at a place of its own, some at new places, no token of those; two placeholders that no row has."""
+    samples, ids = list(sequences_of(Collator(0)([example]))), Ids.of(processor)
+    assert vocabulary_faults(samples, ids) == []
+    moved = [{name: 900 - number for name, number in ids.control.items()}, {**ids.control, "<|user|>": 900}, {}]
+    one, other = "<|placeholder3|>", "<|placeholder9|>"
+    moved.append({**ids.control, one: ids.control[other], other: ids.control[one]})
+    for control in moved:
+        assert vocabulary_faults(samples, replace(ids, control=control)) == []
 
 
 def test_rows_that_hold_tags_as_text_are_noted(make: MakeRecipe, processor: Any) -> None:

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from other_process import holding
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_models import write_photos, write_tiny_model
 from transformers import Trainer
@@ -22,7 +24,7 @@ import phi3v
 from phi3v.errors import ConfigError, TrainingError
 from phi3v.run_folder import RunFolder
 from phi3v.run_lock import RunLock
-from phi3v.training import checkpoints, disk_space, loader_watch
+from phi3v.training import checkpoints, disk_space, doctor, loader_watch
 from phi3v.training.callbacks import TrainingEvent
 from phi3v.training.checkpoints import newest_checkpoint, read_manifest
 from phi3v.training.loader_watch import WatchedWorkers
@@ -45,7 +47,11 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 @pytest.mark.parametrize(("step", "packing"), [(1, False), (4, True)])
 def test_a_step_without_memory_is_done_again_in_smaller_pieces(
-    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, step: int, packing: bool
+    make: MakeRecipe,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    step: int,
+    packing: bool,
 ) -> None:
     """From that step on micro-batches hold one sample; the result is that of a run that is cut so from there."""
     training = {**STEPS, "micro_batch_size": 4, "packing": packing}
@@ -68,6 +74,10 @@ def test_a_step_without_memory_is_done_again_in_smaller_pieces(
     assert [one for one in sizes if one[0] >= step] == [(n, 1) for n in range(step, 7) for _ in range(4)]
     manifest = read_manifest(newest_checkpoint(RunFolder(recipe.output).checkpoints))
     assert manifest["halvings"] == 2
+    assert [line.split(", as are")[0] for line in caplog.messages] == [
+        f"out of memory at step {step}: done again, with the same samples, in micro-batches of 1/{size} of the size"
+        for size in (2, 4)
+    ], "once each, though one batch was loaded in advance"
     single = make("single", training={**training, "micro_batch_size": 1, "packing": False}, **sections)
     phi3v.train(single)
     for name, tensor in adapter(single).items():
@@ -81,7 +91,7 @@ def test_what_says_that_memory_is_used_up() -> None:
     assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
 
 
-@pytest.mark.parametrize("where", ["sample", "update"])
+@pytest.mark.parametrize("where", ["sample", "update", "gathering"])
 def test_memory_that_is_too_small_for_one_sample_is_one_line(
     make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -91,6 +101,11 @@ def test_memory_that_is_too_small_for_one_sample_is_one_line(
     if where == "sample":
         monkeypatch.setattr(StepTrainer, "_one", full)
         line = r"^out of memory at step 1 \(.*can't allocate.*\) with one sample at a time: set .* in another output"
+    elif where == "gathering":
+        monkeypatch.setattr(Trainer, "get_batch_samples", full)
+        line = (
+            r"^out of memory before step 1, while samples are .*can't allocate.*: set a smaller training.samples_per_s"
+        )
     else:
         tried = iter([torch.optim.AdamW.step])  # by which the optimiser is tried before the run
         monkeypatch.setattr(torch.optim.AdamW, "step", lambda *given: next(tried, full)(*given))
@@ -135,8 +150,33 @@ def test_too_little_space_is_said_before_the_first_step(
         if event.kind == "start":
             assert "checkpoints need about" in caplog.text and "save_total_limit" in caplog.text
 
-    phi3v.train(make(training={"max_steps": 1}), on_event=watch)
+    phi3v.train(recipe := make(training={"max_steps": 1}), on_event=watch)
     assert "start" in told
+    disk_space.warn_of_space(RunFolder(recipe.output), 10**8, 1, best=True)
+    assert caplog.messages[-1].startswith("checkpoints need about 4.0 GB in ")  # the best, the newest and a new one
+    assert " and 10.0 kB are free: " in caplog.text
+
+
+def test_a_disk_that_is_full_before_the_first_step_is_one_line(
+    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's own where its folder is begun, the one of temporary files where a copy of the adapter is tried."""
+
+    def full(*args: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def start(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    recipe = make(training={"max_steps": 1})
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match="^the disk of /.* TMPDIR") as told:
+        patch.setattr(doctor, "save_tuned", full)
+        phi3v.train(recipe)
+    assert f"the disk of {tempfile.gettempdir()} is full" in str(told.value)
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match=f"^the disk of {recipe.output} is full"):
+        patch.setattr(RunFolder, "write_versions", start)
+        phi3v.train(recipe)
+    assert phi3v.train(recipe).steps == 1
 
 
 def on_first_step(action: Callable[[], None]) -> Callable[[TrainingEvent], None]:

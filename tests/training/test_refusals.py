@@ -60,6 +60,7 @@ MakeRecipe = Callable[..., phi3v.Recipe]
                 ("adam_beta1", 1.0),
                 ("weight_decay", math.nan),
                 ("max_grad_norm", math.nan),
+                ("save_steps", 0),
                 ("neftune_noise_alpha", math.inf),
             ]
         ),
@@ -138,6 +139,9 @@ def refusals(world: Path) -> list[tuple[dict[str, Any], type[Exception], str]]:
         ),
         ({"lora": {"r": 0}}, ConfigError, "^lora.r is 0, allowed is a whole number, 1 or more"),
         ({"lora": {"lora_dropout": 7.0}}, ConfigError, "^lora: .*between 0 and 1"),
+        ({"lora": {"lora_dropout": 1.0}}, ConfigError, "^lora.lora_dropout is 1, which drops all"),
+        ({"lora": {"lora_alpha": 0}}, ConfigError, "^lora.lora_alpha is 0, allowed is a number above 0"),
+        ({"lora": {"alpha_pattern": {"o_proj": -1}}}, ConfigError, "^lora.alpha_pattern: that of 'o_proj' is -1, allo"),
         ({"lora": {"target_modules": ["query"]}}, ConfigError, "hits no module"),
         ({"lora": {"exclude_modules": ["down_proj"]}}, ConfigError, "that lora.exclude_modules leaves: take it out of"),
         (

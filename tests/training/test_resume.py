@@ -141,8 +141,8 @@ def test_a_run_that_is_stopped_anywhere_ends_as_an_undisturbed_one(
 
 
 LOSSES = {0: 9.0, 1: 5.0, 2: 3.0, 3: 2.0, 4: 4.0, 5: 5.0, 6: 6.0}
-"""Pretended validation losses by step: with a patience of 3 a run of eight steps ends at step 6, and of
-checkpoints at every second step that of step 2 is the best."""
+"""Pretended validation losses by step: with a patience of 3 a run of eight steps ends at step 6 with
+the weights of step 3, though a checkpoint is due at every second step alone."""
 PATIENT: dict[str, Any] = {
     **HARD,
     "evaluation": {"rows": 1, "max_new_tokens": 2, "against": None},
@@ -167,7 +167,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_early_stop_is_the_same_one_however_often_a_run_is_stopped(make: MakeRecipe) -> None:
     """Patience is counted across stops, and what has ended early stays ended until its weights are written. They are
     those of the best checkpoint that an undisturbed run has too, wherever the run's folder lies by then. The look at
-    held-out rows before the first step is none before a later one: it would stand twice in the log, and be counted.
+    held-out rows before the first step is none before a later one: it would stand twice in the log, and be counted. The
+    best step is one at which no checkpoint is due.
     """
     undisturbed, recipe, moved, copy = (make(name, **PATIENT) for name in ("patient", "stopped", "moved", "copy"))
     assert phi3v.train(undisturbed).steps == 6
@@ -190,9 +191,11 @@ def test_an_early_stop_is_the_same_one_however_often_a_run_is_stopped(make: Make
         result = phi3v.train(run)
         assert (result.resumed_from, result.steps) == (6, 6)
         assert_same_end(end_of(run.output), end_of(undisturbed.output))
-    best = load_file(RunFolder(moved.output).checkpoints / "checkpoint-2" / ADAPTER_WEIGHTS)
-    ended = load_file(RunFolder(moved.output).adapter / ADAPTER_WEIGHTS)
-    assert all(torch.equal(ended[name], weight) for name, weight in best.items())
+    for run in (undisturbed, moved):
+        assert read_manifest(RunFolder(run.output).checkpoints / "checkpoint-6")["best"] == "checkpoint-3"
+        best = load_file(RunFolder(run.output).checkpoints / "checkpoint-3" / ADAPTER_WEIGHTS)
+        ended = load_file(RunFolder(run.output).adapter / ADAPTER_WEIGHTS)
+        assert all(torch.equal(ended[name], weight) for name, weight in best.items())
 
 
 @pytest.mark.usefixtures("pretended")
@@ -203,7 +206,7 @@ def test_where_the_best_weights_are_damaged_the_best_that_are_left_take_their_pl
     """Whole newer checkpoints stay of use, patience is counted on, and no checkpoint names what is not there."""
     recipe = make("patient", **PATIENT)
     checkpoints = RunFolder(recipe.output).checkpoints
-    file = checkpoints / "checkpoint-2" / ADAPTER_WEIGHTS
+    file = checkpoints / "checkpoint-3" / ADAPTER_WEIGHTS
 
     def damage(event: TrainingEvent) -> None:
         if event.kind == "step" and event.step == 6 and when == "at the end":
@@ -320,6 +323,7 @@ def test_the_trainer_still_is_what_we_change() -> None:
         "_load_scaler": "self, checkpoint",
         "_load_rng_state": "self, checkpoint",
         "_evaluate": "self, trial, ignore_keys_for_eval, skip_scheduler",
+        "_determine_best_metric": "self, metrics, trial",
         "_get_grad_norm": "self, model, grad_norm",
         "_maybe_log_save_evaluate": "self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, "
         "learning_rate",

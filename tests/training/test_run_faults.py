@@ -10,7 +10,9 @@ import torch
 
 from phi3v.errors import DataError, TrainingError
 from phi3v.ranks import ALONE
+from phi3v.training.loader_watch import taking_over
 from phi3v.training.run_faults import one_line_at_the_end, one_line_faults
+from phi3v.training.step_faults import GatheringError
 from phi3v.training.step_trainer import StepTrainer
 
 
@@ -70,6 +72,14 @@ def test_a_held_out_row_that_a_worker_refuses_is_its_line_alone(monkeypatch: pyt
     trainer.held_out_groups, trainer.label_smoother, trainer.eval_workers = None, None, SimpleNamespace(wait=str)
     with pytest.raises(DataError, match="^row 3: x$"):
         trainer.evaluation_loop()
+
+
+def test_no_memory_in_a_worker_is_what_its_allocator_says() -> None:
+    told = "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\nRuntimeError: [a.cpp:1] can't "
+    with pytest.raises(GatheringError, match=r"^\[a.cpp:1\] can't allocate memory$"), taking_over():
+        raise RuntimeError(f"{told}allocate memory\n")
+    with pytest.raises(TrainingError, match="single samples"), taking_over():
+        raise TrainingError("out of memory (can't allocate memory) with single samples")
 
 
 def test_a_rank_that_is_gone_is_one_line_without_the_advice_of_the_link(tmp_path: Path) -> None:

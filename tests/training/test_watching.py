@@ -1,6 +1,7 @@
 """What can be watched of a training: rates, answers to fixed rows, the curve; in the run and at the trackers."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -65,7 +66,8 @@ def watched(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("WANDB_MODE", "offline")
         patched.setenv("WANDB_SILENT", "true")
-        patched.setenv("WANDB_DATA_DIR", str(folder / "data"))  # photos of a table go through an artifact
+        patched.setenv("HOME", str(folder / "home"))  # where W&B would keep photos of tables
+        patched.delenv("WANDB_DATA_DIR", raising=False)
         phi3v.train(recipe, on_event=events.append)
     return {"run": RunFolder(recipe.output), "events": events}
 
@@ -158,7 +160,9 @@ def test_trackers_get_answers_with_their_photos(watched: dict[str, Any]) -> None
     assert len(tables) == 2
     table = json.loads(tables[0].read_text())
     assert table["columns"] == ["step", "images", "question", "expected", "answer"] and len(table["data"]) == 2
-    assert len([path for path in folder.parent.rglob("*") if path.is_file() and is_png(path)]) >= 2
+    assert len([path for path in (folder / "wandb").rglob("*") if path.is_file() and is_png(path)]) == 4
+    assert not [path for path in (folder.parent / "home").rglob("*") if path.is_file() and is_png(path)]
+    assert "WANDB_DATA_DIR" not in os.environ
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tensorboard")).Reload()

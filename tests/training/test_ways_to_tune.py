@@ -224,17 +224,27 @@ def foreign_adapter(world: Path, folder: Path) -> Path:
     return folder
 
 
-def test_adapters_of_other_tools_load_and_go_on(make: MakeRecipe, world: Path, tmp_path: Path) -> None:
+def test_adapters_of_other_tools_load_and_go_on(
+    make: MakeRecipe, world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One whose base is a folder of another machine goes on on the recipe's model, which a line says."""
     folder = foreign_adapter(world, tmp_path / "foreign")
     found = loading.load_target(folder, device="cpu")
     stored = load_file(folder / "adapter_model.safetensors")
     for name, weight in adapters.adapter_state(found.model).items():
         torch.testing.assert_close(weight, stored[name], rtol=0, atol=0)
     assert targets.resolve_target(folder).adapter == folder
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "/of/another"}))
+    with pytest.raises(CheckpointError, match="was tuned on /of/another, which is not here"):
+        targets.resolve_target(folder)
     vision = {"tower": "lora", "projector": "lora"}
     recipe = make(model={"name": str(world / "model"), "adapter": str(folder)}, vision=vision, training=STEP)
     phi3v.train(recipe)
     assert weights_of(recipe).keys() == stored.keys()
+    said = f"model.adapter {folder} was tuned on /of/another, which is not here: it fits {world / 'model'}"
+    assert said in caplog.messages
+    assert targets.resolve_target(recipe.output).base == str(world / "model")
 
 
 def test_adapters_that_lack_what_nobody_reads_load_and_go_on(make: MakeRecipe, world: Path, tmp_path: Path) -> None:

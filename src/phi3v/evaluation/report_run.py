@@ -64,9 +64,16 @@ def write_report(run: RunFolder, rows: Sequence[Row], controls: Mapping[str, Map
         problems=left_out(run, evaluation),
         controls=controls or {},
     )
-    if (curve := loss_curve_png(run.read_metrics())) is not None:
-        replace_file(run.path / "loss.png", curve)
+    (run.path / "loss.png").unlink(missing_ok=True)
+    write_curve(run)
     run.write_report(render_report(content))
+
+
+def write_curve(run: RunFolder) -> None:
+    """Writes the loss curve as loss.png, where it is not there and something was logged."""
+    file = run.path / "loss.png"
+    if not file.is_file() and (curve := loss_curve_png(run.read_metrics())) is not None:
+        replace_file(file, curve)
 
 
 def write_report_apart(folder: RunFolder, evaluation: Evaluation, held_out: HeldOut) -> None:

@@ -53,9 +53,10 @@ _BETWEEN = {
     "neftune_noise_alpha": (0, math.inf, "0 or more"),
     "max_grad_norm": (0, math.inf, "0 or more (0 clips nothing)"),
     "label_smoothing_factor": (0, 1, "0 or more, below 1"),
+    "save_steps": (5e-324, math.inf, "above 0 (below 1 it is a part of the run): with 0 a kill loses all"),
 }
 """What an option is at least, what it has to be below, and both in words; beyond it the first update makes weights that
-are no numbers."""
+are no numbers, or nothing is saved before the end."""
 SHARDED_OPTIMISERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 """Optimisers that were seen to step weights which FSDP2 has cut; bitsandbytes' and adafactor fail in the first step."""
 _FLAG = re.compile(r"--(?=[a-z])")  # how transformers writes an option, as if it came from a command line

@@ -1,15 +1,35 @@
-"""Which checkpoint has the best weights of a run, where those that were the best are damaged.
+"""Which checkpoint has the best weights of a run, where those that were the best are damaged; and a finished run's own.
 
 In come the Trainer's state and the run's checkpoints; the state is set to the best of those that are whole, so nothing
 that it names is missing.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from phi3v.errors import CheckpointError
 from phi3v.ranks import Ranks
-from phi3v.training.checkpoints import checkpoint_step, find_fault
+from phi3v.run_folder import RunFolder
+from phi3v.targets import weights_fault
+from phi3v.training.checkpoints import checkpoint_step, find_fault, newest_checkpoint
+
+_log = logging.getLogger(__name__)
+
+
+def has_whole_weights(run: RunFolder) -> bool:
+    """Whether a run's tuned weights are there and whole; of damaged ones a warning says what makes them again.
+
+    Raises: CheckpointError for damaged ones that no checkpoint is there for.
+    """
+    if not run.has_weights() or (fault := weights_fault(run)) is None:
+        return run.has_weights()
+    newest = newest_checkpoint(run.checkpoints)
+    if newest is None:
+        raise CheckpointError(f"{fault}, or remove it to train from the start: the run has no checkpoint any more")
+    _log.warning("%s; the tuned weights are written again, from %s", fault.removesuffix(": copy it again"), newest.name)
+    return False
 
 
 def mend_best(state: Any, args: Any, ranks: Ranks) -> str:

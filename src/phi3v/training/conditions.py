@@ -6,9 +6,11 @@ this run. So are other settings of answers by whose score the run ends or its be
 and devices compute a little differently and are listed. The rest of the recipe is compared in `run_folder`.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,9 @@ from phi3v.errors import ConfigError
 from phi3v.fingerprints import name_photos, name_rows, name_weights
 from phi3v.recipe import Recipe
 from phi3v.recipe_report import EvaluationSection
-from phi3v.run_folder import gather_versions
+from phi3v.run_folder import RunFolder, gather_versions
 from phi3v.targets import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, tensor_shapes
-from phi3v.training.checkpoints import read_manifest
+from phi3v.training.checkpoints import STATE, checkpoint_step, logged_lines, read_manifest
 from phi3v.training.prepare import adapter_place
 from phi3v.weight_files import find_file, read_weights
 
@@ -74,7 +76,7 @@ def conditions_of(
     return {
         **name_files(recipe.model.name, recipe.model.revision),  # first, as rows have other lengths under other values
         "base": base,
-        **name_adapter(recipe.model.adapter),
+        **name_adapter(recipe.model.adapter, recipe.model.name),
         **name_data(data),
         **_judging(recipe.evaluation, judged_by),
         "device": where,
@@ -128,15 +130,46 @@ def compare(then: dict[str, Any], now: dict[str, Any], where: str) -> None:
         )
 
 
+def keep_metrics(run: RunFolder, checkpoint: Path | None) -> None:
+    """Leaves in metrics.jsonl what a checkpoint knows, nothing without one; where it is gone it is written again.
+
+    The checkpoint knows what was logged, and no sample answers or steps that were left out.
+    """
+    if checkpoint is None:
+        run.keep_metrics(-1)
+    elif run.metrics.is_file():
+        run.keep_metrics(checkpoint_step(checkpoint), logged_lines(checkpoint))
+    else:
+        lines = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["log_history"]
+        for line in lines:
+            run.append_metrics({"step": line["step"], **line})
+        _log.warning("%s is gone: the losses are written again, from %s", run.metrics, checkpoint.name)
+
+
+@contextlib.contextmanager
+def said_once() -> Iterator[None]:
+    """Here transformers does not list what differs from a checkpoint by its own names: `compare` tells it."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "arguments do not match the ones in the `trainer_state.json`" not in record.getMessage()
+
+    log = logging.getLogger("transformers.trainer_utils")
+    log.addFilter(wanted)
+    try:
+        yield
+    finally:
+        log.removeFilter(wanted)
+
+
 def name_files(base: str, revision: str | None) -> dict[str, str | None]:
     """Names for what stands in a base's small files, however it is written there: {"config.json": "1c9b...", ...}."""
     places = {file: find_file(base, file, revision) for file in _BASE_FILES}
     return {file: None if place is None else _name_values(read_json(place)) for file, place in places.items()}
 
 
-def name_adapter(name: str | None) -> dict[str, str]:
+def name_adapter(name: str | None, base: str | None = None) -> dict[str, str]:
     """Names for the adapter that a run begins with: {"adapter": "40d1...", "adapter_config.json": "c2f7..."}, or {}."""
-    folder = None if name is None else adapter_place(name).adapter
+    folder = None if name is None else adapter_place(name, base).adapter
     if folder is None:
         return {}
     file = folder / ADAPTER_WEIGHTS

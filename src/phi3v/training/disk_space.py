@@ -1,22 +1,32 @@
-"""Whether a run's checkpoints will fit onto its disk, by what trains; said before the first step.
+"""Whether a run's checkpoints will fit onto its disk, by what trains, said before the first step; and full disks.
 
-In come a run and a number of weights, out comes a line or nothing.
+In come a run and a number of weights, or an error, out comes a line or nothing.
 """
 
+import contextlib
+import errno
 import logging
 import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
+from safetensors import SafetensorError
+
+from phi3v.errors import TrainingError
+from phi3v.passthrough import first_line
 from phi3v.run_folder import RunFolder
 
 _BYTES_A_WEIGHT = 12
 """A weight in float32 with the two averages that Adam keeps of its gradient; other optimisers keep less."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _log = logging.getLogger(__name__)
 
 
-def warn_of_space(run: RunFolder, trained: int, limit: int | None) -> None:
+def warn_of_space(run: RunFolder, trained: int, limit: int | None, *, best: bool = False) -> None:
     """Warns where the run's disk looks too small for its checkpoints.
 
-    One more than `limit` is there while a new one is written, and at the end come the tuned weights.
+    One more than `limit`, or than the newest and the best, is there while a new one is written, and at the end come
+    the tuned weights.
     Example: 25 million weights and limit 2 need 0.9 GB for three checkpoints and 0.1 GB for the adapter; what is there
     already of a run that goes on is counted.
 
@@ -24,15 +34,49 @@ def warn_of_space(run: RunFolder, trained: int, limit: int | None) -> None:
         run: its folder is there.
         trained: weights that train.
         limit: checkpoints that are kept; with None, where all are, the space of two is asked for.
+        best: whether the best one is kept beside the newest.
     """
     held = sum(file.stat().st_size for file in run.checkpoints.glob("checkpoint-*/*"))
-    needed = trained * (_BYTES_A_WEIGHT * ((limit or 1) + 1) + 4) - held
+    kept = max(limit or 1, 2 if best else 1)
+    needed = trained * (_BYTES_A_WEIGHT * (kept + 1) + 4) - held
     free = shutil.disk_usage(run.path).free
     if needed > free:
         _log.warning(
-            "checkpoints need about %.1f GB in %s, and %.1f GB are free: free space, set a smaller "
+            "checkpoints need about %s in %s, and %s are free: free space, set a smaller "
             "training.save_total_limit, or give another output",
-            needed / 10**9,
+            size_text(needed),
             run.path,
-            free / 10**9,
+            size_text(free),
         )
+
+
+@contextlib.contextmanager
+def full_disk(folder: Path, way_out: str = "free space there and run the same command again") -> Iterator[None]:
+    """Turns an error that says that nothing more fits onto a disk into one line.
+
+    Args:
+        folder: what is written in this context lies there.
+        way_out: what to do.
+    Raises: TrainingError.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not is_full(error):
+            raise
+        raise TrainingError(f"the disk of {folder} is full ({first_line(error)}): {way_out}") from error
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that no more fits onto a disk, into a quota or a file."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    return any(f"(os error {number})" in str(error) for number in _FULL)  # how safetensors, written in Rust, says it
+
+
+def size_text(count: float) -> str:
+    """Bytes as people read them: 4000000000 -> "4.0 GB", 120000 -> "120.0 kB"."""
+    name, unit = next(
+        one for one in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)) if count >= one[1] or one[1] == 10**3
+    )
+    return f"{count / unit:.1f} {name}"

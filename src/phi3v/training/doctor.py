@@ -5,9 +5,10 @@ own encoding, collation and model; nothing is written but a copy that is thrown 
 and `FirstStepCallback` are its short form, which every training goes through. Prints nothing.
 """
 
+import contextlib
 import gc
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -25,6 +26,7 @@ from phi3v.loading import load_processor, load_target, resolve_device
 from phi3v.model.chat_phi3_v import TextGuard
 from phi3v.recipe import Recipe
 from phi3v.training.batch_checks import Ids, batch_faults
+from phi3v.training.disk_space import full_disk
 from phi3v.training.memory_plan import settle
 from phi3v.training.meter import Meter
 from phi3v.training.model_checks import (
@@ -184,22 +186,22 @@ def _check_model(recipe: Recipe, prepared: Prepared, batches: list[Any], process
     )
     checks.append(Check("everything that trains gets a gradient", faults))
     model.zero_grad(set_to_none=True)
-    with tempfile.TemporaryDirectory(prefix="phi3v_doctor_") as folder:
+    with _thrown_away() as folder:
         checks.append(
             Check("a saved copy gives equal answers", _reload(recipe, prepared, batches[0], processor, folder))
         )
     return checks
 
 
-def _reload(recipe: Recipe, prepared: Prepared, batch: Any, processor: Any, folder: str) -> list[str]:
+def _reload(recipe: Recipe, prepared: Prepared, batch: Any, processor: Any, folder: Path) -> list[str]:
     """Moves what trains, saves it as a run does, loads it as `phi3v ask` does, and compares logits."""
     model: Any = prepared.model
     nudge(weight for weight in model.parameters() if weight.requires_grad)
     if recipe.lora is None:
         model.float()
-    save_tuned(model, Path(folder))
+    save_tuned(model, folder)
     processor.save_pretrained(folder)
-    faults = saved_faults(model, Path(folder)) if has_adapter(model) else []
+    faults = saved_faults(model, folder) if has_adapter(model) else []
     wanted = logits_of(model, batch).cpu()
     options = recipe.loading_options | ({"dtype": "float32"} if recipe.lora is None else {})
     prepared.model.to("cpu") if recipe.quantization is None and batch["input_ids"].is_cuda else None
@@ -211,6 +213,17 @@ def _reload(recipe: Recipe, prepared: Prepared, batch: Any, processor: Any, fold
     if apart > limit * float(wanted.abs().max()):
         faults.append(f"logits of the loaded copy are up to {apart:.3g} away")
     return faults
+
+
+@contextlib.contextmanager
+def _thrown_away() -> Iterator[Path]:
+    """A folder for a copy that is loaded again; it is not on the run's disk, so a full one names its own place."""
+    place = Path(tempfile.gettempdir())
+    with (
+        full_disk(place, "free space there, or set TMPDIR to a folder that has some"),
+        tempfile.TemporaryDirectory(prefix="phi3v_") as folder,
+    ):
+        yield Path(folder)
 
 
 def check_first_batch(samples: Any, collate: Callable[[list[Any]], list[Any]], processor: Any) -> None:
@@ -230,9 +243,9 @@ def check_base(model: Any, recipe: Recipe) -> None:
     """
     faults = weight_faults(model, recipe.model.name, recipe.model.revision, every=_EVERY)
     if has_adapter(model):
-        with tempfile.TemporaryDirectory(prefix="phi3v_first_") as folder:
-            save_tuned(model, Path(folder))
-            faults += saved_faults(model, Path(folder))
+        with _thrown_away() as folder:
+            save_tuned(model, folder)
+            faults += saved_faults(model, folder)
     if faults:
         raise TrainingError(f"{'; '.join(faults)}; copy the model's files again")
 

@@ -7,8 +7,9 @@ random states and logged losses, bit by bit; a run that is stopped between two u
 
 Tested with transformers 5.23.0. The methods without a public name that are replaced or called here: `_save_checkpoint`,
 `_save`, `_load_from_checkpoint`, `_load_best_model`, `_load_optimizer_and_scheduler`, `_load_scaler`,
-`_load_rng_state`, `_run_epoch`, `_evaluate`, `_maybe_log_save_evaluate`, `_push_from_checkpoint`; and the attributes
-`_tr_loss`, `_total_loss_scalar` and `_globalstep_last_logged`. A test compares their signatures.
+`_load_rng_state`, `_run_epoch`, `_evaluate`, `_determine_best_metric`, `_maybe_log_save_evaluate`,
+`_push_from_checkpoint`; and the attributes `_tr_loss`, `_total_loss_scalar` and `_globalstep_last_logged`. A test
+compares their signatures.
 """
 
 import contextlib
@@ -37,6 +38,7 @@ from phi3v.training.checkpoints import (
     rotate,
     save_checkpoint,
 )
+from phi3v.training.conditions import said_once
 from phi3v.training.shards import is_sharded, load_shards, sharded_as, whole, whole_weights
 from phi3v.training.state_files import random_states, read_state, set_random_states, write_state
 from phi3v.training.step_faults import all_finite, refuse_weights
@@ -105,7 +107,8 @@ class DurableTrainer(Trainer):
         if self.ranks.several:
             self.signals.hold()  # one that stops by itself would leave the others waiting, see `_stop_together`
         try:
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
+            with said_once():
+                result = super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
         except Interrupted:
             self.save_last_step()
             raise
@@ -161,13 +164,17 @@ class DurableTrainer(Trainer):
         self.ranks.alone(lambda: rotate(folder, saved, self.args.save_total_limit, best))
 
     def _note_best(self) -> None:
-        """Notes the best step's checkpoint, which is the one that is due now where it is to be loaded at the end. One
-        that is there because the run was stopped never is: an undisturbed run would not have it.
-        """
+        """Notes the best step's checkpoint, which is the one of now where it is to be loaded at the end."""
         step = self.state.best_global_step
         best = self._path_of(f"checkpoint-{step}")
         if step and (step == self.state.global_step or (not self.args.load_best_model_at_end and Path(best).is_dir())):
             self.state.best_model_checkpoint = best
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether a validation is the best so far, which is saved then, due or not, where the run ends with it."""
+        best: bool = super()._determine_best_metric(*args, **kwargs)
+        self.control.should_save |= best and self.args.load_best_model_at_end
+        return best
 
     def _path_of(self, checkpoint: str) -> str:
         """Where a checkpoint of this run lies, by its name."""

@@ -22,6 +22,7 @@ from phi3v.features.collate import use_features
 from phi3v.features.store import FeatureStore
 from phi3v.features.vision import PIXELS, Example, VisionFeatures, image_name, images_of
 from phi3v.passthrough import first_line
+from phi3v.training.disk_space import size_text
 from phi3v.training.loader_watch import WatchedWorkers, taking_over
 
 _GIVE_UP = 16
@@ -73,9 +74,8 @@ class FeatureReport:
         tower each time: vision.cache_gb=4.0 is full, all need about 154.2 GB (vision.cache_gb, or vision.cache=disk)".
         """
         where = {"memory": "in memory", "disk": "on disk"}[self.cache]
-        kept = (
-            f"features of {self.kept} image{'' if self.kept == 1 else 's'} are kept {where} ({_size(self.kept_bytes)})"
-        )
+        images = f"{self.kept} image{'' if self.kept == 1 else 's'}"
+        kept = f"features of {images} are kept {where} ({size_text(self.kept_bytes)})"
         if self.complete:
             return kept
         left = f"{kept}; the images of {self.rows - self.whole_rows} of {self.rows} rows go through the tower each time"
@@ -83,7 +83,7 @@ class FeatureReport:
             return f"{left}: {self.trouble}; free space there, or name another folder in vision.cache_folder"
         ways = "vision.cache_gb, or vision.cache=disk" if self.cache == "memory" else "vision.cache_gb"
         full = f"vision.cache_gb={self.limit_bytes / 10**9:g} is full"
-        return f"{left}: {full}, all need about {_size(self.needed_bytes)} ({ways})"
+        return f"{left}: {full}, all need about {size_text(self.needed_bytes)} ({ways})"
 
 
 class FeatureRows(Dataset[Example]):
@@ -347,11 +347,3 @@ def _workers_are_there(watch: WatchedWorkers) -> Iterator[None]:
 def _canvases(example: Example) -> list[tuple[int, int]]:
     """Height and width of the canvas of each image."""
     return [(height, width) for height, width in example["image_sizes"].tolist()] if "image_sizes" in example else []
-
-
-def _size(count: float) -> str:
-    """Bytes as people read them: 4000000000 -> "4.0 GB", 120000 -> "120.0 kB"."""
-    name, unit = next(
-        one for one in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)) if count >= one[1] or one[1] == 10**3
-    )
-    return f"{count / unit:.1f} {name}"

@@ -23,7 +23,8 @@ import psutil
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from phi3v.errors import DataError
+from phi3v.errors import DataError, TrainingError
+from phi3v.training.step_faults import gathering_error, is_out_of_memory
 
 STUCK_AFTER = 45.0
 """Seconds without any life; one photo of 20 million pixels takes less than a second."""
@@ -169,10 +170,14 @@ def taking_over() -> Iterator[None]:
     raised in a worker, whose text begins with "Caught", stays as it is; of what is wrong with the data the line alone
     is left, without the worker's traceback that torch puts in front.
 
-    Raises: RuntimeError for a connection that broke; DataError.
+    Raises: RuntimeError for a connection that broke; GatheringError where memory is used up; DataError.
     """
     try:
         yield
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error) and not isinstance(error, TrainingError):
+            raise gathering_error(error) from error
+        raise
     except DataError as error:
         if not str(error).startswith("Caught"):
             raise

@@ -40,7 +40,7 @@ def check_recipe_alone(recipe: Recipe) -> None:
         lora_config(recipe.lora)
     check_whole_model(recipe.model.name)
     if recipe.model.adapter is not None:
-        adapter_place(recipe.model.adapter)
+        adapter_place(recipe.model.adapter, recipe.model.name)
     template = AnswerTemplate(recipe.data.answer)
     choose_numeric_fields([], template, recipe.evaluation.numeric_fields)
     check_metrics(recipe.evaluation.metrics or [], template)

@@ -4,6 +4,7 @@ The same steps prepare the model that trains and the one on the meta device that
 data or of the Trainer.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,8 @@ from phi3v.training.freed_memory import give_back_freed, leave_unused_pages
 from phi3v.training.master_weights import same_in
 from phi3v.training.step_faults import all_finite
 from phi3v.tuning import attach_lora, freeze, mark_trained, vision_choices
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ def _go_on(base: Any, recipe: Recipe, name: str) -> Any:
     Raises: ConfigError when it does otherwise to the vision parts than the recipe; CheckpointError when it does not
         fit the base, or holds what is no number.
     """
-    place = adapter_place(name)
+    place = adapter_place(name, recipe.model.name)
     place = replace(place, base=str(recipe.model.name))
     freeze(base, language_model=False, tower="frozen", projector="frozen")
     tuned = load_adapter(base, place, trainable=True, on_meta=next(base.parameters()).device.type == "meta")
@@ -184,14 +187,19 @@ def _go_on(base: Any, recipe: Recipe, name: str) -> Any:
         if does != (wanted := getattr(recipe.vision, part)):
             raise ConfigError(f"model.adapter {name} has its {part} {does}: set vision.{part}={does}, it is {wanted}")
     config = tuned.peft_config["default"]
+    if Path(before := str(config.base_model_name_or_path)).is_absolute() and not Path(before).is_dir():
+        _log.warning("model.adapter %s was tuned on %s, which is not here: it fits %s", name, before, place.base)
     config.base_model_name_or_path = str(Path(place.base).resolve()) if Path(place.base).is_dir() else place.base
     config.revision = recipe.model.revision
     return mark_trained(tuned)
 
 
-def adapter_place(name: str) -> Target:
-    """Where an adapter to go on from lies. Raises: CheckpointError when there is none, or a broken one."""
-    place = resolve_target(name)
+def adapter_place(name: str, base: str | None = None) -> Target:
+    """Where an adapter to go on from lies; `base` is its own where that is a folder of another machine.
+
+    Raises: CheckpointError when there is none, or a broken one.
+    """
+    place = resolve_target(name, instead=base)
     if place.adapter is None:
         raise CheckpointError(f"model.adapter {name} holds no adapter: name a run under LoRA or an adapter's folder")
     check_adapter(place.adapter)

@@ -5,7 +5,6 @@ goes on. Where no update of the weights was cut off, the last whole step is save
 """
 
 import contextlib
-import errno
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +14,9 @@ from torch.distributed import DistError
 
 from phi3v.errors import TrainingError
 from phi3v.passthrough import first_line
-from phi3v.training.step_faults import is_out_of_memory
+from phi3v.training.disk_space import is_full
+from phi3v.training.step_faults import GatheringError, is_out_of_memory
 from phi3v.training.step_trainer import ANEW, StepTrainer
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -38,7 +36,7 @@ def one_line_faults(trainer: StepTrainer, folder: Path) -> Iterator[None]:
             raise
         line = f"the disk of {folder} is full ({first_line(error)}): free space there"
         raise TrainingError(f"{line} and {_again(trainer.saved)}") from error
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if isinstance(error, TrainingError):
             raise
         step = trainer.state.global_step + 1
@@ -46,6 +44,13 @@ def one_line_faults(trainer: StepTrainer, folder: Path) -> Iterator[None]:
             line = (
                 f"out of memory in the validation behind step {step - 1} ({first_line(error)}): set a smaller "
                 f"evaluation.batch_size or evaluation.max_new_tokens, or image.max_tokens {ANEW}"
+            )
+        elif isinstance(error, GatheringError):
+            workers = "a smaller training.dataloader_num_workers, which a begun run takes, or "
+            line = (
+                f"out of memory before step {step}, while samples are put together ({first_line(error)}): set "
+                f"{workers if trainer.args.dataloader_num_workers else ''}a smaller training.samples_per_step, "
+                f"image.num_crops or image.max_tokens {ANEW}"
             )
         elif is_out_of_memory(error):
             line = (
@@ -100,25 +105,18 @@ def _save(trainer: StepTrainer) -> Path | None:
     return trainer.saved if trainer.ranks.several else trainer.save_last_step()
 
 
-def is_of_ranks(error: RuntimeError) -> bool:
+def is_of_ranks(error: Exception) -> bool:
     """Whether an error is one of what ranks send to each other."""
     return isinstance(error, DistError) or "gloo" in str(error)
 
 
-def _of_link(error: RuntimeError) -> str:
+def _of_link(error: Exception) -> str:
     """What gloo says of a lost connection, without its source line and its advice.
 
     Example: "[/a/pair.cc:537] Read error [127.0.0.1]:19125: Connection reset by peer. This is typically ..." ->
     "Read error [127.0.0.1]:19125: Connection reset by peer".
     """
     return re.sub(r"^\[[^\]]*:\d+\] ", "", first_line(error)).partition(". ")[0]
-
-
-def is_full(error: BaseException) -> bool:
-    """Whether an error says that no more fits onto a disk, into a quota or a file."""
-    if isinstance(error, OSError):
-        return error.errno in _FULL
-    return any(f"(os error {number})" in str(error) for number in _FULL)  # how safetensors, written in Rust, says it
 
 
 def _again(saved: Path | None) -> str:

@@ -35,6 +35,10 @@ by libraries that take memory beside torch's."""
 _log = logging.getLogger(__name__)
 
 
+class GatheringError(MemoryError):
+    """Memory is used up while the samples of a step are put together; its text is what the allocator says."""
+
+
 @dataclass
 class NonFinite:
     """What happens to a step whose loss or gradient norm is no number.
@@ -144,6 +148,28 @@ def name_rows(rows: Sequence[Row], numbers: Sequence[int]) -> str:
         several, last = ", ".join(found[:-1]), found[-1]
         parts.append(f"rows {several} and {last} of {source}" if several else f"row {last} of {source}")
     return ", ".join(parts) + (f" and {len(numbers) - _MOST_NAMED} more" if len(numbers) > _MOST_NAMED else "")
+
+
+def gathering_error(error: BaseException) -> GatheringError:
+    """The same, of what was raised here or in a loader worker, behind whose traceback the allocator's words come last.
+
+    Example: "Caught RuntimeError in DataLoader worker process 0.\\n...\\nRuntimeError: not enough memory: you tried to
+    allocate 8 bytes." -> "not enough memory: you tried to allocate 8 bytes."
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return GatheringError(lines[-1].removeprefix("RuntimeError: ") if lines[0].startswith("Caught") else lines[0])
+
+
+def note_halvings(facts: dict[str, Any], halvings: int, step: int, *, tell: bool) -> None:
+    """Notes in `facts` how often micro-batches were halved; one line for each time that they are."""
+    if tell and halvings > facts.get("halvings", 0):
+        _log.warning(
+            "out of memory at step %d: done again, with the same samples, in micro-batches of 1/%d of the size, as are "
+            "the steps behind it",
+            step,
+            2**halvings,
+        )
+    facts["halvings"] = halvings
 
 
 def is_out_of_memory(error: BaseException) -> bool:

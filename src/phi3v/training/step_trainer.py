@@ -32,7 +32,7 @@ from phi3v.training.part_rates import set_part_rates
 from phi3v.training.sampling import EvenSamples, WholeSteps, epoch_order
 from phi3v.training.shards import keep_sums_precise, shard_on_cpus, whole_number
 from phi3v.training.state_files import random_states, set_random_states
-from phi3v.training.step_faults import NonFinite, is_out_of_memory, largest
+from phi3v.training.step_faults import NonFinite, is_out_of_memory, largest, note_halvings
 
 ANEW = "in another output, which begins a new run"
 """Behind settings that a begun run refuses."""
@@ -203,7 +203,6 @@ class StepTrainer(DurableTrainer):
 
         A step that does not fit into memory begins again, with the same samples and random numbers, in micro-batches of
         half the size, and so do those behind it.
-
         Ranks begin again together. Their gradients are averaged behind the last micro-batch, so one may have more of
         them than another, or none with a picture.
 
@@ -215,7 +214,8 @@ class StepTrainer(DurableTrainer):
                 model.zero_grad()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
-                inputs[:] = self._smaller(len(inputs))
+                with taking_over():
+                    inputs[:] = self._smaller(len(inputs))
                 set_random_states(self._before[0])
         if self.ranks.several:
             if self.in_step is None:
@@ -255,8 +255,9 @@ class StepTrainer(DurableTrainer):
         with self.ranks.together():
             if self._reason:
                 self._halve(samples, micro_batches)
-        self.step_collator.halvings.fill_(int(self.ranks.most([int(self.step_collator.halvings)])[0]))
-        self.facts["halvings"] = int(self.step_collator.halvings)
+        halvings = int(self.ranks.most([int(self.step_collator.halvings)])[0])
+        self.step_collator.halvings.fill_(halvings)
+        note_halvings(self.facts, halvings, self.state.global_step + 1, tell=self.ranks.first)
         return self.step_collator(samples)
 
     def _halve(self, samples: list[Any], micro_batches: int) -> None:

@@ -3,11 +3,12 @@
 Both packages are optional; a recipe that names a missing one gets a single line with the command that installs it.
 """
 
+import contextlib
 import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +134,30 @@ def _wandb(folder: Path, project: str | None, run_name: str, config: dict[str, A
                 [step, wandb.Image(side_by_side(one.photos)), one.question, one.expected, one.answer] for one in answers
             ]
             table = wandb.Table(columns=["step", "images", "question", "expected", "answer"], data=rows)
-            wandb.log({"answers": table, "train/global_step": step})
+            with _photos_in(folder):
+                wandb.log({"answers": table, "train/global_step": step})
 
     return ClosingWandbCallback()
+
+
+@contextlib.contextmanager
+def _photos_in(folder: Path) -> Iterator[None]:
+    """Where W&B is offline, what it copies in this context for a later upload lies in the run's folder.
+
+    Photos of a table go through an artifact, which it else keeps in the user's own data folder. It reads the variable
+    at each copy, and the next run of this process gets its own.
+    """
+    import wandb
+
+    name = "WANDB_DATA_DIR"
+    if name in os.environ or wandb.run is None or not wandb.run.offline:
+        yield
+        return
+    os.environ[name] = str(folder.absolute() / "wandb" / "data")
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
 
 
 def log_predictions(run: RunFolder) -> None:
@@ -157,7 +179,8 @@ def log_predictions(run: RunFolder) -> None:
     name, number = recipe.report.run_name or run.path.name, _wandb_id(run.path)
     try:
         opened = wandb.init(name=name, id=number, resume="allow", project=recipe.report.project, dir=str(run.path))
-        opened.log({"predictions": wandb.Table(columns=list(columns), data=cells)})
+        with _photos_in(run.path):
+            opened.log({"predictions": wandb.Table(columns=list(columns), data=cells)})
         opened.summary.update({name: value for name, value in scores.items() if value is not None})
         opened.summary.update({f"fingerprints/{name}": digest for name, digest in digests.items()})
         opened.finish()

@@ -19,7 +19,7 @@ from phi3v.data.plan import MicroBatches
 from phi3v.data.sources import LoadedData, StreamedData
 from phi3v.errors import TrainingError
 from phi3v.evaluation.image_groups import image_groups
-from phi3v.evaluation.report_run import write_report
+from phi3v.evaluation.report_run import write_curve, write_report
 from phi3v.evaluation.run import evaluate, feature_store, held_out_rows
 from phi3v.features.store import FeatureStore
 from phi3v.first_look import RowUse
@@ -30,10 +30,11 @@ from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.targets import resolve_target
 from phi3v.training.arguments import library_errors, training_arguments
+from phi3v.training.best_weights import has_whole_weights
 from phi3v.training.callbacks import TrainingEvent, Watcher
-from phi3v.training.checkpoints import checkpoint_step, logged_lines, newest_checkpoint
-from phi3v.training.conditions import conditions_of, facts_of
-from phi3v.training.disk_space import warn_of_space
+from phi3v.training.checkpoints import checkpoint_step, newest_checkpoint
+from phi3v.training.conditions import conditions_of, facts_of, keep_metrics
+from phi3v.training.disk_space import full_disk, warn_of_space
 from phi3v.training.doctor import check_base, check_first_batch
 from phi3v.training.faster_layers import check_faster_layers, step_line, use_faster_layers
 from phi3v.training.memory_plan import adopt, settle
@@ -102,7 +103,7 @@ def train(
 
     At the end held-out rows are answered by base and tuned model, and the run's report is written. A run that is
     trained and then called with another `evaluation` or `report` does that part again, and trains nothing. A finished
-    run whose tuned weights are gone goes on from its newest checkpoint.
+    run whose tuned weights are gone or damaged goes on from its newest checkpoint.
 
     Args:
         recipe: everything about the run, or the path of a recipe file.
@@ -128,7 +129,7 @@ def train(
         check_recipe_alone(recipe)
         store = feature_store(recipe, features)
     with StopSignals(patient=ranks.several) as signals, _locked(run, ranks):
-        if ranks.told(lambda: run.look(recipe) == "finished" and run.has_weights()):
+        if ranks.told(lambda: run.look(recipe) == "finished" and has_whole_weights(run)):
             ranks.alone(lambda: run.start(recipe))
             summary = run.read_summary(needed=_SUMMARY)
             kept = {entry.name: summary[entry.name] for entry in fields(RunResult) if entry.name in summary}
@@ -158,6 +159,7 @@ def _report(run: RunFolder, result: RunResult, watch: Watcher, store: FeatureSto
     """Answers and scores the held-out rows and writes the report, whatever of it is not there."""
     answered = not result.held_out or (run.evaluation.is_file() and run.predictions.is_file())
     if run.report.is_file() and answered:
+        write_curve(run)
         return
     if answered:
         write_report(run, held_out_rows(resolve_target(run.path), None, None).rows if result.held_out else [])
@@ -229,8 +231,8 @@ def _tune(
         for callback in callbacks:
             trainer.add_callback(callback)
     if ranks.first:
-        warn_of_space(run, report.trainable, trainer.args.save_total_limit)
-        run.keep_metrics(*((done, logged_lines(checkpoint)) if checkpoint and done is not None else (-1,)))
+        warn_of_space(run, report.trainable, arguments.save_total_limit, best=bool(arguments.load_best_model_at_end))
+        keep_metrics(run, checkpoint)
     began = time.monotonic()
     with one_line_faults(trainer, run.path):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -243,8 +245,9 @@ def _tune(
 
 def _begin(run: RunFolder, recipe: Recipe, data: LoadedData | StreamedData) -> None:
     """Makes the run's folder, or opens it, with the rows that are left out."""
-    run.start(recipe)
-    run.write_problems(asdict(problem) for problem in data.problems)
+    with full_disk(run.path):
+        run.start(recipe)
+        run.write_problems(asdict(problem) for problem in data.problems)
 
 
 def _trainer(
