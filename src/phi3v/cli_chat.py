@@ -53,6 +53,8 @@ def chat(
 
         loading = {} if device is None else {"device": device}
         try:
-            serve_chat(target, host=host, port=port, password=os.environ.get(PASSWORD), on_ready=ready, **loading)
+            serve_chat(
+                target, host=host, port=port, password=os.environ.get(PASSWORD) or None, on_ready=ready, **loading
+            )
         except KeyboardInterrupt:  # how it ends; what was uploaded is gone by now
             here.screen.print("ended")

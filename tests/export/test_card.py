@@ -3,13 +3,14 @@
 import json
 import re
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from tiny_models import write_photos, write_tiny_model
 from tiny_runs import make_recipe, make_run
 
@@ -238,6 +239,7 @@ class FakeHub:
     """Answers as `HfApi`, and keeps what it was asked to do."""
 
     token = "secret"
+    earlier: Path | None = None
 
     def __init__(self, exists: bool = False, private: bool = True, fault: Exception | None = None) -> None:
         self.exists, self.private, self.fault = exists, private, fault
@@ -257,6 +259,11 @@ class FakeHub:
     def create_repo(self, repo: str, **options: Any) -> None:
         self.done.append({"repo": repo, **options})
 
+    def hf_hub_download(self, repo: str, name: str) -> str:
+        if self.earlier is None:
+            raise EntryNotFoundError("404 Client Error")
+        return str(self.earlier / name)
+
     def upload_folder(self, **options: Any) -> str:
         files = sorted(path.name for path in Path(options["folder_path"]).iterdir())
         self.done.append({**options, "files": files})
@@ -270,9 +277,20 @@ def test_a_push_sends_the_whole_folder_once(public: bool, run: RunFolder, tmp_pa
     created, sent = there.done
     assert created == {"repo": "owner/shop", "private": not public, "exist_ok": True}
     assert sent["repo_id"] == "owner/shop" and {"README.md", "digests.json", "adapter_config.json"} <= {*sent["files"]}
-    assert found.pushed == "https://huggingface.co/owner/shop/commit/1"
+    assert found.pushed == "https://huggingface.co/owner/shop/commit/1" and sent["delete_patterns"] is None
     assert 'peft.PeftModel.from_pretrained(model, "owner/shop")' in (tmp_path / "out" / "README.md").read_text()
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == BASE
+
+
+def test_a_push_takes_away_what_an_earlier_one_left(run: RunFolder, tmp_path: Path) -> None:
+    """One that stays is loaded: the weights in one file in place of those in shards."""
+    there = FakeHub(exists=True)
+    there.earlier = tmp_path
+    before = {"README.md": "1", "model.safetensors": "2", "a[1].json": "3"}
+    (tmp_path / "digests.json").write_text(json.dumps({"sha256": before}))
+    export(run.path, tmp_path / "out", to="adapter", base=BASE, push="owner/shop", api=there)
+    gone = there.done[-1]["delete_patterns"]
+    assert [name for name in before if any(fnmatch(name, one) for one in gone)] == ["model.safetensors", "a[1].json"]
 
 
 def http_error(status: int) -> HfHubHTTPError:

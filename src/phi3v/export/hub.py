@@ -3,16 +3,19 @@
 In comes a folder and the name of a repository. A repository is private unless its owner says otherwise, here or there.
 """
 
+import glob
 import shlex
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from phi3v.errors import ConfigError
+from phi3v.errors import CheckpointError, ConfigError
+from phi3v.export.folder import DIGESTS
 from phi3v.passthrough import connection_fault, first_line
+from phi3v.targets import read_json
 
 _HINTS = {401: "the token is not valid", 403: "the token may not write there (it needs write access)"}
 """What the hub's answers mean here."""
@@ -41,14 +44,27 @@ def check_push(repo: str, *, public: bool, api: Any = None) -> None:
 
 
 def push(folder: Path, repo: str, *, public: bool, api: Any = None) -> str:
-    """Sends a folder, in one commit, and gives back the commit's address. Raises: ConfigError in one line."""
+    """Sends a folder and gives back the commit's address; files of an earlier export there that this one has not go, as
+    weights in one file would be loaded in place of new ones in shards. Raises: ConfigError in one line.
+    """
     api = api or HfApi()
     try:
         api.create_repo(repo, private=not public, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo, folder_path=str(folder), commit_message="phi3v export"))
+        old = [name for name in _exported_there(repo, api) if not (folder / name).is_file()]
+        told = {"repo_id": repo, "folder_path": str(folder), "commit_message": "phi3v export"}
+        return str(api.upload_folder(**told, delete_patterns=[glob.escape(name) for name in old] or None))
     except Exception as error:
         command = shlex.join(["hf", "upload", repo, str(folder), *([] if public else ["--private"])])
         raise _refused(repo, error, f"; {folder} is complete, send it with `{command}`") from error
+
+
+def _exported_there(repo: str, api: Any) -> list[str]:
+    """The files that an earlier export to the repository names as its own; none where there is none."""
+    try:
+        noted = read_json(Path(api.hf_hub_download(repo, DIGESTS))).get("sha256")
+    except (EntryNotFoundError, CheckpointError):
+        return []
+    return [str(name) for name in noted] if isinstance(noted, dict) else []
 
 
 def _refused(repo: str, error: Exception, rest: str = "") -> ConfigError:

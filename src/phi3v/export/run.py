@@ -6,6 +6,7 @@ the format's own module, which fills a folder that nobody sees yet and says what
 """
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -145,9 +146,9 @@ def _notes(
     to: Format, out: Path, facts: Mapping[str, Any], run: RunFolder | None, serving: Serving | None
 ) -> tuple[str, ...]:
     """Where an export answers otherwise than its run, and what to do about it."""
-    notes = []
+    notes, place = [], shlex.quote(str(out))
     if to != "adapter" and run is not None and run.read_recipe().quantization:
-        score = f"; `phi3v evaluate {out} --data RECIPE quantization=null` scores it" if to == "merged" else ""
+        score = f"; `phi3v evaluate {place} --data RECIPE quantization=null` scores it" if to == "merged" else ""
         notes.append(
             "the run was trained on a quantised base, and this is merged into the base as its files have it: answers "
             f"differ from the run's as the two bases do{score}"
@@ -155,7 +156,7 @@ def _notes(
     if facts.get("precision") == "int4":
         notes.append(
             "int4 answers otherwise than the run, whose scores were not measured with it; `phi3v evaluate` reads no "
-            f"graphs: ask your held-out questions with `phi3v ask {out} PHOTO QUESTION --runtime onnx`"
+            f"graphs: ask your held-out questions with `phi3v ask {place} PHOTO QUESTION --runtime onnx`"
         )
     if serving is not None and serving.caveat:
         notes.append(serving.caveat)

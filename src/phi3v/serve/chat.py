@@ -66,7 +66,9 @@ def serve_chat(
             page = ChatPage(side, Path(folder), names, example_question(target))
             hosts = {"127.0.0.1", "localhost", "[::1]", host} if is_loopback(host) else None
             app = chat_app(page, hosts, password)
-            config = uvicorn.Config(app, log_level="critical", access_log=False, timeout_graceful_shutdown=_GRACE)
+            quiet: dict[str, Any] = {"log_level": "critical", "access_log": False}
+            # an address that a header claims would have its own count of wrong passwords, a new one for each claim
+            config = uvicorn.Config(app, **quiet, proxy_headers=False, timeout_graceful_shutdown=_GRACE)
             on_ready(f"{shown_address(host, listener.getsockname()[1])}/", side.columns)
             uvicorn.Server(config).run(sockets=[listener])
 

@@ -4,8 +4,7 @@ A step is N samples and its loss the mean over all their trained tokens, however
 are computed at trained positions only; the validation loss is a mean over tokens too, whatever the batch size. For the
 Trainer a step is one batch of N samples without accumulation: the loader's item is the list of its micro-batches, of
 which packing makes now more, now fewer. A step that does not fit into memory is done again in smaller micro-batches;
-one whose loss or gradient is no number changes nothing. How the Trainer saves and resumes is changed in
-`durable_trainer`.
+one whose loss or gradient is no number changes nothing. `durable_trainer` changes how the Trainer saves and resumes.
 """
 
 import contextlib
