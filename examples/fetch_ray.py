@@ -27,7 +27,8 @@ def fetch_batch(batch: dict[str, Any], cache: ImageCache, limits: FetchLimits) -
 
 def main(addresses: Path, folder: Path, limits: FetchLimits | None = None) -> Counter[str]:
     """Downloads all addresses of a file. Returns: how many are cached now, and how many are not for each reason."""
-    urls = list(dict.fromkeys(filter(str.strip, addresses.read_text(encoding="utf-8").split("\n"))))
+    lines = addresses.read_text(encoding="utf-8").split("\n")
+    urls = list(dict.fromkeys(line.strip() for line in lines if line.strip()))  # as `fetch_images` tells them apart
     table = ray.data.from_items([{"url": url} for url in urls])
     arguments = {"cache": ImageCache(folder), "limits": limits or FetchLimits()}
     missing = table.map_batches(fetch_batch, batch_size=256, fn_kwargs=arguments).take_all()

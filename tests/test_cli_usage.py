@@ -44,6 +44,7 @@ SLIPS = [
     (["serve", "runs/shop", "--adapter", "a=b", "--adapter", "a=c"], "'a' is named twice"),
     (["data", "check", " "], "it is empty"),
     (["data", "show", ""], "it is empty"),
+    (["data", "check", "a.tar", __file__], "is a second file: put quotes around a pattern ('shards/*.tar')"),
     (["data", "show", "r.yaml", "--out", ""], "'--out': it is empty"),
     (["demo", "--output", ""], "'--output': it is empty"),
     ([""], "No such command"),

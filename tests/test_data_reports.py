@@ -4,15 +4,20 @@ import contextlib
 import json
 import os
 import re
+from io import StringIO
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import test_data_cli
 from image_server import image_server
+from rich.console import Console
 from test_data_cli import write_rows
 
+from phi3v.cli_data_screen import _show_problems
+from phi3v.data.check import Report
 from phi3v.data.image_cache import in_shard
 from phi3v.data.reading import Reading
 from phi3v.data.schema import RowProblem
@@ -268,3 +273,15 @@ def test_rows_of_a_stream_with_a_held_out_image_do_not_count_for_check_and_for_t
 @pytest.mark.parametrize("words", [["--shard", "0/2"], ["--shard", "2/2", "--fetch"], ["--shard", "x", "--fetch"]])
 def test_parts_that_are_none_are_wrong_usage(run: Any, folder: Path, words: list[str]) -> None:
     assert run("check", folder / "recipe.yaml", *words).exit_code == 2
+
+
+@pytest.mark.parametrize("count", [20, 21])
+def test_few_rows_that_are_left_out_are_all_named_on_the_screen(count: int) -> None:
+    problem = {"source": "a.csv", "reason_code": "missing_value", "message": "empty", "fix": "fill the cell"}
+    problems = [{**problem, "row": number} for number in range(count)]
+    screen = StringIO()
+    report = cast(Report, SimpleNamespace(problems=problems, reasons={"missing_value": count}))
+    _show_problems(Console(file=screen, width=100), report)
+    named = re.findall(r"a.csv, row (\d+): empty", screen.getvalue())
+    assert len(named) == (20 if count == 20 else 3)
+    assert ("and 18 more rows with missing_value; --json names all of them" in screen.getvalue()) == (count == 21)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -62,7 +63,12 @@ def refuse_options(overrides: list[str] | None) -> None:
     for word in overrides or []:
         key, equals, _ = word.partition("=")
         if not equals or not all(part.strip() for part in key.split(".")):
-            raise typer.BadParameter(f"{word!r} is not key=value, e.g. training.epochs=1", param_hint="key=value")
+            told = f"{word!r} is not key=value, e.g. training.epochs=1"
+            if os.path.exists(word):
+                told = (
+                    f"{word!r} is a second file: put quotes around a pattern ('shards/*.tar'), which the shell fills in"
+                )
+            raise typer.BadParameter(told, param_hint="key=value")
 
 
 def read_path(value: str | Path) -> Path:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 SHOWN_PROBLEMS = 3
 """Rows of each reason that are printed one by one; `--json` has all."""
+ALL_PROBLEMS = 20
+"""So many rows that are left out are all printed."""
 
 _STYLES = {"system": "magenta", "user": "blue", "assistant": "green", "control": "dim", "image": "cyan"}
 
@@ -132,7 +134,7 @@ def part_lines(report: Report) -> Iterator[str]:
 
 
 def _show_problems(console: Console, report: Report) -> None:
-    """The reasons with their counts and ways out, then the first rows one by one."""
+    """The reasons with their counts and ways out, then the rows one by one; of many the first of each reason."""
     if not report.problems:
         return
     ways = Counter((problem["reason_code"], problem["fix"]) for problem in report.problems)
@@ -140,8 +142,9 @@ def _show_problems(console: Console, report: Report) -> None:
     for (code, fix), count in ways.most_common():
         table.add_row(str(count), Text(code), Text(fix))
     console.print(table)
+    shown = None if len(report.problems) <= ALL_PROBLEMS else SHOWN_PROBLEMS
     for code, count in report.reasons.items():
-        named = [problem for problem in report.problems if problem["reason_code"] == code][:SHOWN_PROBLEMS]
+        named = [problem for problem in report.problems if problem["reason_code"] == code][:shown]
         for problem in named:
             _say(console, f"  {problem['source']}, row {problem['row']}: {problem['message']}")
         if count > len(named):

@@ -232,7 +232,7 @@ def show_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
         line = f"check {name}: {check['verdict']}: {printable(check['line'])}"
         console.print(line, markup=False, soft_wrap=True, style="bold red" if check["verdict"] == "fail" else None)
     for line in evaluation["problems"][:5]:
-        console.print(f"left out: {printable(line)}", markup=False)
+        console.print(f"left out: {printable(line)}", markup=False, soft_wrap=True)
     if len(evaluation["problems"]) > 5:
         console.print(f"left out: {counted(len(evaluation['problems']) - 5, 'more row')}")
 

@@ -54,6 +54,17 @@ pytestmark = pytest.mark.usefixtures("datasets_cache")
         ("a.jsonl", b"\n", "a.jsonl cannot be read: it is empty: write one JSON object a line"),
         ("a.json", b"[]", "a.json cannot be read: it has no rows"),
         ("a.json", b'{\n"a": [{"a": 1}]\n}', "it holds a mapping: write a list of objects, or one JSON object a line"),
+        (
+            "a.json",
+            b'{"a": {"0": 1, "1": 2}, "b": {"0": 3, "1": 4}}',
+            r"a whole table .*: write rows, in pandas df.to_json",
+        ),
+        (
+            "a.json",
+            b'{\n"0": {"a": 1}, "7": {"a": 2}\n}',
+            "it holds a whole table as one object: write rows, in pandas",
+        ),
+        ("a.jsonl", b'{"columns": ["a"], "index": [0], "data": [[1]]}', "it holds a whole table as one object: write"),
         ("a.parquet", b"xx", "cannot be read"),
         ("a.xlsx", b"xx", r"ends in none of .csv, .tsv, .json.*; export its rows as CSV \(UTF-8\), and name that file"),
         ("a.csv.gz", b"xx", "ends in none of .*; unpack it, and name the file or folder in it"),

@@ -5,7 +5,8 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 from image_server import image_server, picture
@@ -186,9 +187,23 @@ def test_a_disk_that_is_full_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_example_for_ray_downloads_as_one_machine_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its batch function alone; Ray is not needed for that."""
-    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
-    fetch_batch = runpy.run_path(str(EXAMPLE))["fetch_batch"]
+    """A stand-in for Ray makes one batch of all; a blank behind an address makes no other one of it."""
+
+    class Table(list[dict[str, str]]):
+        def map_batches(self, function: Any, *, batch_size: int, fn_kwargs: dict[str, Any]) -> "Table":
+            columns = function({"url": [row["url"] for row in self]}, **fn_kwargs)
+            return Table(dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True))
+
+        def take_all(self) -> "Table":
+            return self
+
+    ray = ModuleType("ray")
+    monkeypatch.setattr(ray, "data", SimpleNamespace(from_items=Table), raising=False)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    example = runpy.run_path(str(EXAMPLE))
+    fetch_batch = example["fetch_batch"]
+    (tmp_path / "addresses").write_text("http://10.0.0.1/a.png\nhttp://10.0.0.1/a.png \r\n\n")
+    assert example["main"](tmp_path / "addresses", tmp_path / "other", LIMITS) == {"url_private": 1}
     with image_server() as server:
         batch = {"url": [server.url("/good/1.png"), server.url("/404?token=abc")]}
         answers = fetch_batch(batch, ImageCache(tmp_path), LIMITS)

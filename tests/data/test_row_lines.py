@@ -56,17 +56,23 @@ def test_the_line_says_which_value_is_at_fault(folder: Path) -> None:
         assert [problem.message for problem in data.problems] == [message]
 
 
-def test_white_space_around_a_path_is_seen(folder: Path) -> None:
-    source = jsonl(
-        folder, [{"image": "a.png\n", "t": "x"}, {"image": " a.png", "t": "x"}, {"image": "b.png", "t": "x"}]
-    )
+def test_what_a_path_has_around_it_or_in_front_is_seen(folder: Path) -> None:
+    images = ["a.png\n", " a.png", "b.png", "www.a.example/a.png", "//a.example/a.png", "~/a.png"]
+    source = jsonl(folder, [{"image": image, "t": "x"} for image in images])
     _, problems = load_rows(source, options=RowOptions(prompt="?", answer="{t}"), reading=Reading(max_skipped=1.0))
     ends = "; the path begins or ends with white space: take it away"
-    assert [problem.message for problem in problems] == [
+    assert [problem.message for problem in problems[:4]] == [
         f"image a.png\\n does not exist (looked for {folder}/a.png\\n){ends}",
         f"image  a.png does not exist (looked for {folder}/ a.png){ends}",
         f"image b.png does not exist (looked for {folder}/b.png)",
+        f"image www.a.example/a.png does not exist (looked for {folder}/www.a.example/a.png); if it is an address, "
+        "write https:// in front of it",
     ]
+    outside, home = (problem.message for problem in problems[4:])
+    assert outside.startswith("image //a.example/a.png lies outside") and outside.endswith(
+        "write https: in front of it"
+    )
+    assert home.endswith("/~/a.png); ~ is taken as it stands: write the whole path")
 
 
 def test_the_developer_of_chat_apis_is_a_system_turn(folder: Path) -> None:

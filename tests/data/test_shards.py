@@ -45,7 +45,7 @@ def sample(key: str, number: int, **more: Any) -> list[tuple[str, bytes | str]]:
     told = {"url": f"https://shop.example/{number}.jpg", "width": 16, "caption": f"scarf {number}", **more}
     return [
         (f"{key}.jpg", picture(number, "JPEG")),
-        (f"{key}.txt", f"scarf {number}".encode()),
+        (f"{key}.txt", f"scarf {number}".encode() + (b"", b"\n", b"\r\n")[number % 3]),
         (f"{key}.json", json.dumps(told).encode()),
     ]
 

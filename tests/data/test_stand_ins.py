@@ -50,10 +50,36 @@ def test_the_next_row_stands_in() -> None:
     ]
     with pytest.raises(DataError, match=r"row 2: 9 tokens; with it 2 rows could not be used when their turn came"):
         StandIns(Numbers(6, bad), spare=1.5)[1]
+    with pytest.raises(
+        DataError, match=r"b.png does not decode; with it 1 row could not be used when its turn came, more"
+    ):
+        StandIns(Numbers(6, bad), spare=0)[1]
     with pytest.raises(ImageError, match="image b.png does not decode$"):
         StandIns(Numbers(6, bad), spare=3, on_problem="stop")[1]
     with pytest.raises(DataError, match="no row can be encoded"):
         StandIns(Numbers(1, {0: DataError("x")}), spare=3)[0]
+
+
+def test_a_row_is_named_once_by_a_warning_or_by_the_error(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = Numbers(6, {number: DataError(f"a.csv, row {number}: 9 tokens") for number in (0, 2, 4)})
+    samples = StandIns(rows, spare=2)
+    assert [int(samples[number]["input_ids"]) for number in (0, 2)] == [1, 3]
+    with pytest.raises(DataError, match=r"row 4: 9 tokens; with it 3 rows could not be used"):
+        samples[4]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"a.csv, row {number}: 9 tokens; the next row stands in for it" for number in (0, 2)
+    ]
+    told: list[RowProblem] = []
+    samples = StandIns(rows, spare=2, tell=told.append)
+
+    def slow(counted: StandIns) -> set[tuple[str, int]]:
+        counted._failed[0] = 1  # by another worker, while this one reads rows
+        return set()
+
+    monkeypatch.setattr(StandIns, "_failed_rows", slow)
+    assert int(samples[0]["input_ids"]) == 1 and told == []
 
 
 def test_iterating_ends_behind_the_last_row() -> None:

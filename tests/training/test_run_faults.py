@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from phi3v.errors import TrainingError
+from phi3v.errors import DataError, TrainingError
 from phi3v.ranks import ALONE
 from phi3v.training.run_faults import one_line_at_the_end, one_line_faults
+from phi3v.training.step_trainer import StepTrainer
 
 
 def trainer_of(folder: Path, **more: Any) -> Any:
@@ -56,6 +57,19 @@ def test_a_worker_that_ends_while_it_hands_a_sample_over_is_one_line(tmp_path: P
     trainer.args.dataloader_num_workers = 0
     with pytest.raises(EOFError), one_line_faults(trainer, tmp_path):
         raise EOFError
+
+
+def test_a_held_out_row_that_a_worker_refuses_is_its_line_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: Any) -> None:
+        raise DataError(
+            "Caught DataError in DataLoader worker process 0.\n  raise ...\nphi3v.errors.DataError: row 3: x\n"
+        )
+
+    monkeypatch.setattr("transformers.Trainer.evaluation_loop", refused)
+    trainer: Any = object.__new__(StepTrainer)
+    trainer.held_out_groups, trainer.label_smoother, trainer.eval_workers = None, None, SimpleNamespace(wait=str)
+    with pytest.raises(DataError, match="^row 3: x$"):
+        trainer.evaluation_loop()
 
 
 def test_a_rank_that_is_gone_is_one_line_without_the_advice_of_the_link(tmp_path: Path) -> None:

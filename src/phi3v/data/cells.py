@@ -29,6 +29,8 @@ MAX_EMBEDDED_BYTES = 20_000_000
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)
 """How an address begins; one letter is a drive. What takes an address for a path leaves one slash of two."""
+_BARE_HOST = re.compile(r"www\.[^/\s]+\.[^/\s]+/", re.IGNORECASE)
+"""How an address without a scheme begins, as people copy it: "www.shop.example/"."""
 _SHORTEST_BASE64 = 64
 """Characters of a text that may be base64; shorter ones are names."""
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]++={0,2}\s*")
@@ -215,7 +217,7 @@ def check_images(row: Row, max_pixels: int, *, digests: bool = False) -> Looks:
         try:
             looks.append(look_at(image, max_pixels=max_pixels, digest=digests and image.url is None))
         except ImagePathError as error:
-            raise UnusableRecord("image_path", f"{_one_line(str(error))}{_blanks(image.path or '')}") from error
+            raise UnusableRecord("image_path", f"{_one_line(str(error))}{_way_out(image.path or '')}") from error
         except ImageError as error:
             raise UnusableRecord("image_unreadable", str(error)) from error
     return looks
@@ -226,9 +228,16 @@ def _one_line(text: str) -> str:
     return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
-def _blanks(path: str) -> str:
-    """What nobody sees of a path that is not there: " 0.png" beside "0.png"."""
-    return "" if path == path.strip() else "; the path begins or ends with white space: take it away"
+def _way_out(path: str) -> str:
+    """What is easily overlooked of a path without an image: " 0.png" beside "0.png", "www.a.example/0.png" and
+    "//a.example/0.png", which browsers alone take for addresses, "~/0.png", which shells alone take for a home.
+    """
+    if path != path.strip():
+        return "; the path begins or ends with white space: take it away"
+    if path.startswith("//") or _BARE_HOST.match(path):
+        missing = "https:" if path.startswith("//") else "https://"
+        return f"; if it is an address, write {missing} in front of it"
+    return "; ~ is taken as it stands: write the whole path" if path.startswith("~") else ""
 
 
 def group_keys(row: Row, looks: Looks = ()) -> list[str]:

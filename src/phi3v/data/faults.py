@@ -6,7 +6,7 @@ count them. What is wrong with a Parquet file is the business of `parquet_faults
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,13 +56,34 @@ def _json_fault(path: Path) -> str | None:
     return _list_fault(whole)
 
 
+def layout_fault(value: Any) -> str | None:
+    """The fault of a JSON file that pandas wrote whole: by column, as `to_json` does unless told, by index, or split.
+
+    Taken for a row such an object would be one of mappings. Example: {"title": {"0": "scarf", "1": "hat"}}, {"0":
+    {"title": "scarf"}}, {"columns": ["title"], "index": [0], "data": [["scarf"]]} -> one line for all three.
+    """
+    if not isinstance(value, dict) or not value:
+        return None
+    split = set(value) == {"columns", "index", "data"} and all(isinstance(part, list) for part in value.values())
+    cells = [set(inner) for inner in value.values() if isinstance(inner, dict)]
+    alike = len(cells) == len(value) and bool(cells[0]) and all(keys == cells[0] for keys in cells)
+    if not split and not (alike and (_are_numbers(cells[0]) or _are_numbers(value))):
+        return None
+    return "it holds a whole table as one object: write rows, in pandas df.to_json(FILE, orient='records', lines=True)"
+
+
+def _are_numbers(keys: Iterable[str]) -> bool:
+    """Whether all keys are numbers, as those of an index are: "0", "17"."""
+    return all(key.isascii() and key.isdigit() for key in keys)
+
+
 def _list_fault(value: Any) -> str | None:
     """The fault of a JSON file's one value, unless it is a list of objects.
 
     Example: {"data": [...]} -> "it holds a mapping: write a list of objects, or one JSON object a line".
     """
     if not isinstance(value, list):
-        return f"it holds {_kind(value)}: write a list of objects, or one JSON object a line"
+        return layout_fault(value) or f"it holds {_kind(value)}: write a list of objects, or one JSON object a line"
     wrong = next((number for number, record in enumerate(value) if not isinstance(record, dict)), None)
     return None if wrong is None else f"record {wrong} is {_kind(value[wrong])}: write a list of objects"
 

@@ -13,7 +13,7 @@ from copy import copy
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from phi3v.data.faults import find_fault
+from phi3v.data.faults import find_fault, layout_fault
 from phi3v.data.json_text import RepeatedKeyError, parse_json, unrepeated, whole_number
 from phi3v.data.record_table import RecordTable
 from phi3v.errors import DataError
@@ -30,6 +30,7 @@ class JsonTable(RecordTable):
         self._starts = array("Q")
         self._ends = array("Q")
         self._names: dict[str, None] = {}
+        self._renamed: dict[str, str] = {}
         for path in paths:
             self._firsts.append(len(self))
             try:
@@ -39,9 +40,10 @@ class JsonTable(RecordTable):
                 raise DataError(f"data set {path} cannot be read: {place}: {error}: take one out") from error
             except (ValueError, RecursionError) as error:
                 raise DataError(f"data set {path} cannot be read: {find_fault(path) or error}") from error
+            if len(self) - self._firsts[-1] == 1 and (fault := layout_fault(self[len(self) - 1])):
+                raise DataError(f"data set {path} cannot be read: {fault}")
         if not len(self):
             raise DataError(f"data set {', '.join(self._paths)} cannot be read: it has no rows")
-        self._renamed: dict[str, str] = {}
         self.column_names = list(self._names)
 
     def __len__(self) -> int:

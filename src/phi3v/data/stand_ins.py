@@ -83,17 +83,18 @@ class StandIns(torch.utils.data.Dataset[Example]):
         """Counts and tells of a failure. Raises: DataError when it is one too many."""
         if self.on_problem == "stop":
             raise error
-        before = self._failed_rows()
-        self._failed[number] = 1
+        before = self._failed_rows()  # reads rows, so another worker may come first meanwhile
+        met, self._failed[number] = bool(self._failed[number]), 1
         problem = row_problem(self.encoded.rows[number], error)
-        if (problem.source, problem.row) in before:
+        if met or (problem.source, problem.row) in before:
             return
         self.tell(problem)
-        _logger.warning("%s; the next row stands in for it", problem)
-        if (failed := len(self._failed_rows() | self.elsewhere())) > self.spare:
+        if (failed := len(self._failed_rows() | self.elsewhere())) <= self.spare:
+            _logger.warning("%s; the next row stands in for it", problem)
+        else:  # the error names the row; workers that still go on meanwhile say nothing of theirs
+            rows = "1 row could not be used when its" if failed == 1 else f"{failed} rows could not be used when their"
             raise DataError(
-                f"{problem}; with it {failed} rows could not be used when their turn came, more than "
-                "data.max_skipped leaves: mend the data, or raise it"
+                f"{problem}; with it {rows} turn came, more than data.max_skipped leaves: mend the data, or raise it"
             ) from error
 
     def _failed_rows(self) -> set[tuple[str, int]]:

@@ -382,7 +382,8 @@ class StepTrainer(DurableTrainer):
         self._validated, self.validating = ValidationLoss(self.held_out_groups), True
         self.eval_workers.wait()
         smoother, self.label_smoother = self.label_smoother, None  # so held-out losses are on one scale
-        output = super().evaluation_loop(*args, **kwargs)
+        with taking_over():
+            output = super().evaluation_loop(*args, **kwargs)
         self.label_smoother = smoother
         self.eval_workers.got()
         name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
