@@ -160,6 +160,14 @@ def test_what_is_compared_is_the_default_and_added_lines_say_whose_they_are(tmp_
     assert told == [{"shape": "757", "ours / (b)": 2.0}, {"shape": "757", "ours packed / padded": 0.5}]
 
 
+def test_kept_features_that_give_another_loss_stop_the_benchmark_of_packing():
+    from packing import check_losses
+
+    check_losses({"plain": 6.93448, "ours": 6.93450, "ours, kept features": 6.93448})
+    with pytest.raises(AssertionError, match="kept features"):
+        check_losses({"plain": 6.93448, "ours": 6.93448, "ours, kept features": 6.94})
+
+
 def test_all_ways_compute_the_same_loss():
     """What is compared is the same step: equal weights, equal samples, equal loss; and after a step still so."""
     from sizes import config_of, make_example

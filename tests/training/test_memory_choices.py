@@ -1,6 +1,7 @@
 """Checkpoints of activations by recipe: full, of some layers, offloaded; each gives the plain gradients."""
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from phi3v.errors import DeviceError
 from phi3v.model.vision_phi3_v import Phi3VVisionTransformer
 from phi3v.run_folder import RunFolder
 from phi3v.training.arguments import training_arguments
+from phi3v.training.faster_layers import without_effect
 
 MakeRecipe = Callable[..., phi3v.Recipe]
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -73,6 +75,19 @@ def test_each_choice_gives_the_plain_gradients(make: MakeRecipe, monkeypatch: py
         assert found.keys() == plain.keys()
         for key, value in plain.items():
             torch.testing.assert_close(found[key], value, rtol=0, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_choices_without_effect_are_told_with_the_way_of_a_step(make: MakeRecipe) -> None:
+    lines: list[str] = []
+    twice = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"every_n_layers": 99}}
+    recipe = make(training={"max_steps": 1, "tokens_per_micro_batch": 10, **twice})
+    phi3v.train(recipe, on_event=lambda event: lines.append(event.line) if event.kind == "way" else None)
+    (line,) = lines
+    assert re.search(
+        r"; training.tokens_per_micro_batch is 10 and the shortest sample has \d+: each sample goes al", line
+    )
+    assert line.endswith("; every_n_layers is 99 and the decoder has 2 layers: one is computed twice at most")
+    assert without_effect(recipe.training, 10, 99) == without_effect(make().training, 500, 2) == []
 
 
 def test_offloading_needs_another_memory_to_offload_from(make: MakeRecipe) -> None:

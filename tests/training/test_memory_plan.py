@@ -97,6 +97,13 @@ def test_less_is_less() -> None:
     assert activations("lora.lora_dropout=0.1", samples=texts) > plain
 
 
+def test_a_plan_refuses_what_says_how_to_checkpoint_where_nothing_does() -> None:
+    with pytest.raises(
+        ConfigError, match="^training.gradient_checkpointing_kwargs says how .* set training.gradient_ch"
+    ):
+        memory_plan.plan_recipe(some_recipe("training.gradient_checkpointing_kwargs={every_n_layers: 2}"))
+
+
 REAL = {
     "packed": [],
     "padded": ["training.packing=false"],

@@ -71,6 +71,22 @@ MakeRecipe = Callable[..., phi3v.Recipe]
         ),
         ({"logging_first_step": "no"}, "training.logging_first_step is 'no', allowed are true and false"),
         ({"gradient_checkpointing_kwargs": 1}, "training.gradient_checkpointing_kwargs is 1, allowed is a mapping"),
+        *(
+            (
+                {"activation_checkpointing": True, "activation_checkpointing_kwargs": kwargs},
+                f"^training.activation_checkpointing_kwargs.{expected}$",
+            )
+            for kwargs, expected in [
+                ({"every_n_layers": 0}, "every_n_layers is 0, allowed is a whole number, 1 or more"),
+                ({"every_n_layers": "two"}, "every_n_layers is 'two', allowed is a whole number, 1 or more"),
+                ({"every_n_layer": 2}, "every_n_layer is no option: did you mean every_n_layers[?]"),
+                ({"offload": "no"}, "offload is 'no', allowed are true and false"),
+            ]
+        ),
+        (
+            {"activation_checkpointing_kwargs": {"every_n_layers": 2}},
+            "^training.activation_checkpointing_kwargs says how .* set training.activation_checkpointing=true, or take",
+        ),
         ({"label_names": ["labels"]}, "training.label_names cannot be chosen"),
         (
             {"load_best_model_at_end": True, "metric_for_best_model": "exact_match"},
@@ -91,6 +107,14 @@ def test_options_of_training_are_checked(make: MakeRecipe, options: dict[str, An
         phi3v.train(make(training=options))
     assert "\n" not in str(error.value) and len(str(error.value)) < 220
     assert not Path(make().output).exists()
+
+
+def test_what_says_how_to_checkpoint_may_stay_where_checkpointing_is_switched_off() -> None:
+    """`phi3v plan` advises false, and a sweep tries both; FSDP2's own switch is one too."""
+    how = {"activation_checkpointing_kwargs": {"every_n_layers": 2, "use_reentrant": False}}
+    for switch in ({"activation_checkpointing": False}, {"gradient_checkpointing": "auto"}):
+        check_options({**how, **switch})
+    check_options({**how, "fsdp": True, "fsdp_config": {"activation_checkpointing": True}})
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_32bit", "adafactor", "rmsprop_bnb"])

@@ -21,7 +21,7 @@ from phi3v.errors import ConfigError
 from phi3v.passthrough import check_names, first_line
 from phi3v.recipe import CHECKPOINTING, COMPUTED_TRAINING_KEYS, Recipe, TrainingSection
 from phi3v.run_folder import RunFolder
-from phi3v.training.checkpointing import CHECKPOINTING_KWARGS
+from phi3v.training.checkpointing import CHECKPOINTING_KWARGS, check_checkpointing
 from phi3v.training.sample_answers import scored_by
 
 _DECIDED_ELSEWHERE = {
@@ -181,6 +181,7 @@ def check_options(options: dict[str, Any]) -> None:
             _check_choice(name, value)
         if name in (*CHECKPOINTING_KWARGS, "fsdp_config") and value is not None and not isinstance(value, dict):
             raise ConfigError(f"training.{name} is {value!r}, allowed is a mapping, or null for our own")
+    check_checkpointing(options)
     for name, value in _NOT_SHARDED.items():
         if (options.get("fsdp_config") or {}).get(name) == value:
             raise ConfigError(

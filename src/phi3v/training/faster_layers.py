@@ -16,8 +16,8 @@ from phi3v.errors import ConfigError, DeviceError, MissingPackageError, install
 from phi3v.kernels.lora_layer import FastLoraState
 from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.passthrough import check_names
-from phi3v.recipe import Recipe
-from phi3v.training.checkpointing import checkpointing_kwargs
+from phi3v.recipe import Recipe, TrainingSection
+from phi3v.training.checkpointing import checkpointing, checkpointing_kwargs
 
 _LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 
@@ -161,6 +161,27 @@ def step_line(attention: str, micro_batches: MicroBatches, state: FastLoraState,
     liger = layers["liger"] - state.attached  # hand-written layers have kernels of their own
     more += [f"{liger} with Liger's kernels"] if liger > 0 else []
     return f"each step: {cut}, attention {attention}, {written}{reasons}, {', '.join(more)}"
+
+
+def without_effect(training: TrainingSection, shortest: int, layers: int) -> list[str]:
+    """What a run is told of choices that change nothing, or almost nothing.
+
+    Args:
+        training: the recipe's section.
+        shortest: tokens of the shortest sample; 0 where it is not known.
+        layers: of the decoder.
+    Example: "training.tokens_per_micro_batch is 10 and the shortest sample has 331: each sample goes alone".
+    """
+    found, budget = [], training.tokens_per_micro_batch
+    if budget is not None and budget < shortest:
+        found.append(
+            f"training.tokens_per_micro_batch is {budget:,} and the shortest sample has {shortest:,}: each sample goes "
+            "alone"
+        )
+    every = checkpointing_kwargs(training.options).get("every_n_layers", 1)
+    if checkpointing(training.options) is not None and every > layers:
+        found.append(f"every_n_layers is {every} and the decoder has {layers} layers: one is computed twice at most")
+    return found
 
 
 def _active(module: Any) -> Any:

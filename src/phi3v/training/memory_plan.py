@@ -21,6 +21,7 @@ from phi3v.image_tokens import most_image_tokens, num_image_tokens
 from phi3v.loading import load_config, load_processor, resolve_device, resolve_dtype
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
+from phi3v.training.checkpointing import check_checkpointing
 from phi3v.training.memory import Memory
 from phi3v.training.memory_choices import Change, Counted, Seen, automatic, choose, faster, smaller
 from phi3v.training.outlook import Outlook, outlook
@@ -92,6 +93,7 @@ def plan_recipe(
         on_progress: told as rows are looked at.
     Raises: ConfigError, DataError, CheckpointError in one line.
     """
+    check_checkpointing(recipe.training.options)
     total = None if memory is None else bytes_of(memory)
     on_gpu, compute = target_of(recipe, memory is not None)
     config = load_config(recipe.model.name, revision=recipe.model.revision)

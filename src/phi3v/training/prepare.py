@@ -22,7 +22,7 @@ from phi3v.loading import load_base, rank_device, resolve_device, resolve_dtype
 from phi3v.ranks import Ranks
 from phi3v.recipe import Recipe
 from phi3v.targets import Target, resolve_target
-from phi3v.training.checkpointing import checkpointing, checkpointing_kwargs
+from phi3v.training.checkpointing import OWN_KWARGS, checkpointing, checkpointing_kwargs
 from phi3v.training.faster_layers import compiles
 from phi3v.training.freed_memory import give_back_freed, leave_unused_pages
 from phi3v.training.master_weights import same_in
@@ -117,7 +117,7 @@ def compute_twice(model: Any, options: Mapping[str, Any], *, offload: bool = Tru
         return
     how = checkpointing_kwargs(options)
     # arguments of their own, as the Trainer hands them; among the others they would reach torch, which drops them
-    own = {name: how.pop(name) for name in ("every_n_layers", "offload") if name in how}
+    own = {name: how.pop(name) for name in OWN_KWARGS if name in how}
     own = {name: value for name, value in own.items() if offload or name != "offload"}
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(how, **own)
 

@@ -36,7 +36,7 @@ from phi3v.training.checkpoints import checkpoint_step, newest_checkpoint
 from phi3v.training.conditions import conditions_of, facts_of, keep_metrics
 from phi3v.training.disk_space import full_disk, warn_of_space
 from phi3v.training.doctor import check_base, check_first_batch
-from phi3v.training.faster_layers import check_faster_layers, step_line, use_faster_layers
+from phi3v.training.faster_layers import check_faster_layers, step_line, use_faster_layers, without_effect
 from phi3v.training.memory_plan import adopt, settle
 from phi3v.training.meter import Meter, most_memory
 from phi3v.training.optimiser_checks import check_optimiser
@@ -270,7 +270,7 @@ def _trainer(
     train_samples, eval_samples = _samples(recipe, run, data, processor, prepared, done or 0, store, watch)
     step_collator, eval_collator = make_collators(recipe, data, processor)
     step_collator.halvings.fill_(facts["halvings"])
-    _use_faster_layers(model, recipe, device, step_collator.micro_batches, watch)
+    _use_faster_layers(model, recipe, device, step_collator.micro_batches, data, watch)
     check_first_batch(train_samples, step_collator, processor)
     meter, trackers = Meter(), run_trackers(recipe, run, ranks, done or 0)
     trainer = _make_trainer(
@@ -340,13 +340,14 @@ def _result(
 
 
 def _use_faster_layers(
-    model: Any, recipe: Recipe, device: torch.device, micro_batches: MicroBatches, watch: Watcher
+    model: Any, recipe: Recipe, device: torch.device, micro_batches: MicroBatches, data: Any, watch: Watcher
 ) -> None:
     """Compiles layers and the like, and tells which way steps go."""
     state = fast_lora_state(model)
     layers = use_faster_layers(model, recipe, device)
     line = step_line(model.config._attn_implementation, micro_batches, state, layers)
-    watch(TrainingEvent("way", 0, 0, line=line))
+    idle = without_effect(recipe.training, facts_of_samples(data).get("shortest", 0), state.layers)
+    watch(TrainingEvent("way", 0, 0, line="; ".join([line, *idle])))
 
 
 def _make_trainer(**arguments: Any) -> StepTrainer:
