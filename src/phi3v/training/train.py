@@ -343,8 +343,7 @@ def _use_faster_layers(
     model: Any, recipe: Recipe, device: torch.device, micro_batches: MicroBatches, data: Any, watch: Watcher
 ) -> None:
     """Compiles layers and the like, and tells which way steps go."""
-    state = fast_lora_state(model)
-    layers = use_faster_layers(model, recipe, device)
+    state, layers = fast_lora_state(model), use_faster_layers(model, recipe, device)
     line = step_line(model.config._attn_implementation, micro_batches, state, layers)
     idle = without_effect(recipe.training, facts_of_samples(data).get("shortest", 0), state.layers)
     watch(TrainingEvent("way", 0, 0, line="; ".join([line, *idle])))
