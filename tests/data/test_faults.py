@@ -64,6 +64,7 @@ pytestmark = pytest.mark.usefixtures("datasets_cache")
             b'{\n"0": {"a": 1}, "7": {"a": 2}\n}',
             "it holds a whole table as one object: write rows, in pandas",
         ),
+        ("a.json", b'{"a": {"x1": 1, "x2": 2}, "b": {"x1": 3, "x2": 4}}', "it holds a whole table as one object"),
         ("a.jsonl", b'{"columns": ["a"], "index": [0], "data": [[1]]}', "it holds a whole table as one object: write"),
         ("a.parquet", b"xx", "cannot be read"),
         ("a.xlsx", b"xx", r"ends in none of .csv, .tsv, .json.*; export its rows as CSV \(UTF-8\), and name that file"),

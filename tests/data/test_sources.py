@@ -284,8 +284,16 @@ def test_a_column_that_is_not_there_is_told_with_what_people_mostly_have_then(tm
 
 
 def test_what_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for missing in ("gone.csv", "./gone", str(tmp_path / "gone"), "data/trian.jsonl"):
-        with pytest.raises(DataError, match=r"does not exist \(looked in .*\): relative paths count from the"):
+    (tmp_path / "notes.txt").write_text("a")
+    for missing, told in (
+        *(
+            (name, r"does not exist \(looked in .*\): relative paths")
+            for name in ("gone.csv", "./gone", "data/trian.jsonl")
+        ),
+        (str(tmp_path / "gone"), "gone does not exist$"),
+        (str(tmp_path / "*.txt"), r"\*.txt names files that end in none of .csv, .*, .tar: .*notes.txt for instance$"),
+    ):
+        with pytest.raises(DataError, match=told):
             load_rows(missing, options=OPTIONS)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty cannot be read: .* doesn't contain any data files"):

@@ -13,6 +13,7 @@ from report_content import CHROMIUM, HOSTILE, HOSTILE_GROUP, Page, browse, make_
 from phi3v.data.data_uri import photo_uri
 from phi3v.data.schema import ImageRef, Message, Row, TextPart
 from phi3v.evaluation import report_run
+from phi3v.evaluation.headline import also_changed
 from phi3v.evaluation.report import ReportContent, render_report
 from phi3v.evaluation.report_curves import curve_points, loss_curve_svg
 
@@ -125,6 +126,20 @@ def test_headline_never_calls_better_what_one_constant_answer_reaches():
         assert "one answer to everything all the same: field “price” (90.0\u00a0% beside 10.0\u00a0%)." in html
         chance = headline_of(metrics={**knows, "field_accuracy.price": make_field(0.3, 0.02)}, constant=constant)
         assert "all the same" not in chance, "one of several fields is below 0.05 by chance"
+
+
+def test_other_figures_are_named_better_only_beside_their_control():
+    evaluation = make_content().evaluation
+    for above, named in ((0.2, False), (1e-7, True), (None, False)):
+        one = {**make_field(0.9, 1e-7), "p": 1e-6}
+        one["over_constant"] = {**one["over_constant"], "p": above}
+        found = also_changed({**evaluation, "metrics": {**evaluation["metrics"], "field_accuracy.price": one}})
+        assert any("price" in said and "error" not in said for said in found["better"]) is named
+    one["over_constant"] = None
+    found = also_changed({**evaluation, "metrics": {**evaluation["metrics"], "field_accuracy.price": one}})
+    assert any("price" in said and "error" not in said for said in found["better"]), "what has no control is named"
+    long = {"answer": 'Product: "Scarf" ' * 9, "origin": "own"}
+    assert f'title="{"Product: &#34;Scarf&#34; " * 9}"' in headline_of(constant=long), "the whole answer"
 
 
 def make_field(value: float, p: float) -> dict[str, Any]:

@@ -56,6 +56,10 @@ def _json_fault(path: Path) -> str | None:
     return _list_fault(whole)
 
 
+_PARTS_OF_ONE = {"path", "bytes", "url", "role", "from", "content", "value", "type", "text"}
+"""Keys of a mapping that is one image or one turn: a record may be made of nothing else."""
+
+
 def layout_fault(value: Any) -> str | None:
     """The fault of a JSON file that pandas wrote whole: by column, as `to_json` does unless told, by index, or split.
 
@@ -67,7 +71,8 @@ def layout_fault(value: Any) -> str | None:
     split = set(value) == {"columns", "index", "data"} and all(isinstance(part, list) for part in value.values())
     cells = [set(inner) for inner in value.values() if isinstance(inner, dict)]
     alike = len(cells) == len(value) and bool(cells[0]) and all(keys == cells[0] for keys in cells)
-    if not split and not (alike and (_are_numbers(cells[0]) or _are_numbers(value))):
+    named = alike and len(value) > 1 and not cells[0] <= _PARTS_OF_ONE  # an index of texts
+    if not split and not (alike and (named or _are_numbers(cells[0]) or _are_numbers(value))):
         return None
     return "it holds a whole table as one object: write rows, in pandas df.to_json(FILE, orient='records', lines=True)"
 

@@ -146,6 +146,15 @@ def as_typed(name: str, folder: Path) -> str:
     return str(folder / Path(name).relative_to(real)) if Path(name).is_relative_to(real) else name
 
 
+def not_there(path: Path) -> str:
+    """Why nothing was found at a path, or by a pattern."""
+    if not path.exists() and (others := matching(str(path))):
+        return f"names files that end in none of {', '.join(KINDS)}, .tar: {others[0]} for instance"
+    if path.is_absolute():
+        return "does not exist"
+    return f"does not exist (looked in {Path.cwd()}): relative paths count from the folder in which phi3v is started"
+
+
 def matching(pattern: str) -> list[Path]:
     """The files of a pattern: of {000..002} and {a,b} each that it names, of *, ? and [...] those that are there.
 

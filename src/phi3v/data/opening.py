@@ -24,7 +24,7 @@ from huggingface_hub import get_token
 from phi3v.data.address_guard import shorten
 from phi3v.data.dates import DatedTable, date_columns
 from phi3v.data.faults import find_fault
-from phi3v.data.folder import KINDS, as_typed, contained, find_files, matching, way_out_of
+from phi3v.data.folder import KINDS, as_typed, contained, find_files, matching, not_there, way_out_of
 from phi3v.data.hub_card import cached_places, checked_commit
 from phi3v.data.json_table import JsonTable
 from phi3v.data.misfits import columns_of, find_misfit
@@ -83,10 +83,7 @@ def open_set(
             if (opened := _open_local(path, streaming, confined)) is not None:
                 return opened
         if path.is_absolute() or source.startswith((".", "~")) or path.suffix.lower() in (*KINDS, ".tar"):
-            raise DataError(
-                f"data set {source} does not exist (looked in {Path.cwd()}): relative paths count from the folder in "
-                "which phi3v is started"
-            )
+            raise DataError(f"data set {source} {not_there(path)}")
         where = "; it is no file or folder here, and was looked for on the hub: check the name and the network"
         extra = ({"name": subset} if subset else {}) | _streamed(streaming)
         commit = checked_commit(source, revision)

@@ -15,7 +15,7 @@ import numpy as np
 from phi3v.data.schema import Row
 from phi3v.evaluation.answers import Answers
 from phi3v.evaluation.compared import Check, compare
-from phi3v.evaluation.constant import constant_columns
+from phi3v.evaluation.constant import primary_control
 from phi3v.evaluation.figures import counted, ends, figure, gain, gain_ends, p_said, rows_about
 from phi3v.evaluation.headline import CHANCE, at_odds
 from phi3v.evaluation.image_groups import count_groups, image_groups
@@ -55,7 +55,7 @@ def check_images(
     columns = [_columns(scoring, rows, answers, groups) for answers in (seeing, blind)]
     one, other = (column[name] for column in columns)
     found = compare(one, other)
-    same_to_all = constant_columns(scoring, expected, questions, answer=single).get(name)
+    same_to_all = primary_control(scoring, expected, questions, None, single)
     constant = None if same_to_all is None else mean(same_to_all)
     same = [float(same_text(a, b)) for a, b in zip(seeing.texts, blind.texts, strict=True)]
     kept = estimate([replace(one, values=np.array(same))])[0][0]

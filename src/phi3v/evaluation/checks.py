@@ -166,7 +166,8 @@ def run_checks(
 
     def constant() -> Check:
         fields = better_fields(found.metrics)
-        return check_constant(scoring, expected, questions, _primary(scoring, held_out, tuned), found.constant, fields)
+        own = _primary(scoring, held_out, tuned)
+        return check_constant(scoring, expected, questions, own, found.constant, fields, found.control)
 
     makers = {"overlap": overlap, "form": form, "constant": constant, "images": images, "forgetting": forgetting}
     return {name: makers[name]().to_dict() for name in plan.names}

@@ -9,6 +9,7 @@ is better than the control. It is chosen on the rows that it is scored on, so it
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +18,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from phi3v.evaluation.json_answers import json_leaves
+from phi3v.evaluation.fields import field_is_right
+from phi3v.evaluation.intervals import mean
+from phi3v.evaluation.json_answers import json_leaves, leaf_scores, most_frequent_leaves
 from phi3v.evaluation.kinds import Scoring
+from phi3v.evaluation.number_texts import parse_number
 from phi3v.evaluation.row_scores import Column, Groups, row_score, score_rows
 from phi3v.evaluation.shares import majority_answer
 
@@ -26,7 +30,14 @@ MOST_EXPECTED, MOST_OWN = 200, 20
 """Different answers that are tried: the most frequent ones of those expected, and of the model's own."""
 ROUNDS = ((24, 24), (100, 6), (400, 2))
 """Rows that are scored, and answers that are kept, round by round: some 12,000 scores, then those of six answers."""
+SLOW, BUDGET = ("rouge_l", "chrf", "similarity"), 500_000_000
+"""Metrics whose time grows with the letters of one text times those of the other, and how many such products the rounds
+may cost: seconds. Texts of 30 words stay below it; without it 300 rows of 300 words would take minutes."""
+LEAST_TRIED, LEAST_ROUND = 8, 4
+"""Answers and rows that are left of the rounds, however long the texts are."""
 
+NO_CONTROL = ("well_formed", "json_valid")
+"""Metrics that every constant answer gets all of."""
 Origin = Literal["most frequent", "expected", "fields", "own"]
 """Where an answer is from: see `ConstantAnswer`."""
 
@@ -39,7 +50,7 @@ class ConstantAnswer:
         answer: its text.
         origin: "most frequent" for the most frequent expected answer, "expected" for another expected one, "fields" for
             the one that has the most frequent value in each field, "own" for one that the model gives.
-        tried: how many different answers were tried.
+        tried: how many different answers were scored; 1 where the most frequent one is the best without a try.
     """
 
     answer: str
@@ -57,9 +68,9 @@ def best_constant(
     """The answer that scores best by the primary metric when it is given to every row.
 
     Tried are the 200 most frequent expected answers, the one made of the most frequent value of each field, and the 20
-    most frequent ones of the model. Few rows choose among many answers, and more rows among the best of these, so that
-    long texts and many rows cost little; the most frequent answer of each sort stays in to the end. Of equally good
-    ones the most frequent expected answer counts.
+    most frequent ones of the model. Few rows choose among many answers, and more rows among the best of these; the most
+    frequent answer of each sort stays in to the end. Long texts get fewer answers and rows, see `BUDGET`. Of equally
+    good ones the most frequent expected answer counts.
 
     Args:
         scoring: the metrics.
@@ -79,13 +90,40 @@ def best_constant(
         for text in frequent:
             tried.setdefault(text, origin)  # type: ignore[arg-type]
     if not expected or scoring.metrics[0] == "exact_match":  # nothing equals more rows than the most frequent answer
-        return ConstantAnswer(most, "most frequent", len(tried))
-    best = _best(scoring, list(zip(expected, questions, strict=True)), [*tried], always)
-    return ConstantAnswer(best, tried[best], len(tried))
+        return ConstantAnswer(most, "most frequent", 1)
+    rows = list(zip(expected, questions, strict=True))
+    part = _affordable(scoring, expected, [*tried], len(always))
+    some = [*tried]
+    if part < 1:
+        count = max(LEAST_TRIED, int(len(tried) * math.sqrt(part)))
+        spread = {some[place * len(some) // count] for place in range(min(count, len(some)))}
+        some = [text for text in tried if text in spread or text in always]
+    mostly = [text for text, count in Counter(text.strip() for text in own).most_common(1) if 2 * count > len(rows)]
+    best = _best(scoring, rows, some, always, part, mostly)
+    return ConstantAnswer(best, tried[best], len(some))
 
 
-def _best(scoring: Scoring, rows: Sequence[tuple[str, str]], tried: Sequence[str], always: Sequence[str]) -> str:
-    """The best of some answers, round by round; `always` stay until the last one."""
+def _affordable(scoring: Scoring, expected: Sequence[str], tried: Sequence[str], always: int) -> float:
+    """Which part of the scores of `best_constant` the budget is enough for, at most 1."""
+    if scoring.metrics[0] not in SLOW:
+        return 1.0
+    letters = sum(map(len, expected)) / len(expected) * sum(map(len, tried)) / len(tried)
+    counts = [len(tried), *(kept for _, kept in ROUNDS)]
+    rows = [*(many for many, _ in ROUNDS), len(expected)]
+    planned = sum(min(many, len(expected)) * (count + always) for many, count in zip(rows, counts, strict=True))
+    return min(1.0, BUDGET / max(letters * planned, 1.0))
+
+
+def _best(
+    scoring: Scoring,
+    rows: Sequence[tuple[str, str]],
+    tried: Sequence[str],
+    always: Sequence[str],
+    part: float,
+    mostly: Sequence[str],
+) -> str:
+    """The best of some answers, round by round; `always` stay until the last one. With a part of the scores the last
+    round is not over all rows; what the model `mostly` says, if there is such an answer, is measured on all."""
     known: dict[tuple[str, str, str], float | None] = {}
 
     def score(answer: str, row: tuple[str, str]) -> float | None:
@@ -94,12 +132,19 @@ def _best(scoring: Scoring, rows: Sequence[tuple[str, str]], tried: Sequence[str
         return known[answer, *row]
 
     left, order = list(tried), random.Random(0).sample(range(len(rows)), len(rows))
+    side, some = math.sqrt(part), list(rows)
     for many, kept in ROUNDS:
-        some = [rows[place] for place in order[:many]]
-        left = [one for one in tried if one in {*_top(score, some, left, kept), *always}]
+        some = [rows[place] for place in order[: many if part == 1 else max(LEAST_ROUND, int(many * side))]]
+        top = _top(score, some, left, kept if part == 1 else max(2, int(kept * side)))
+        left = [one for one in tried if one in {*top, *always}]
         if len(some) == len(rows):
             break
-    return _top(score, rows, left, 1)[0]
+    if part == 1:
+        return _top(score, rows, left, 1)[0]
+    some = [rows[place] for place in order[: max(len(some), int(len(rows) * part))]]
+    best = _top(score, some, left, 1)[0]
+    # A model that says one thing to all rows must not be better than its control by the rows that were left out.
+    return best if best in mostly or not mostly else _top(score, rows, [best, *mostly], 1)[0]
 
 
 def _top(
@@ -134,7 +179,20 @@ def most_frequent_fields(scoring: Scoring, expected: Sequence[str]) -> str | Non
     parsed = [row for row in map(template.parse, expected) if row is not None] if template.separable else []
     if scoring.kind != "templated" or not parsed:
         return None
-    return template.fill({name: majority_answer([row[name] for row in parsed]) for name in template.fields})
+    numeric = scoring.numeric
+    return template.fill({name: _most([row[name] for row in parsed], name in numeric) for name in template.fields})
+
+
+def _most(values: Sequence[str], numeric: bool) -> str:
+    """The most frequent value of a field, numbers as numbers: ["470", "470.00", "12", "12", "$470"] -> "470"."""
+    if not numeric:
+        return majority_answer(values)
+    numbers = [parse_number(value) for value in values]
+    keys = [value.strip() if number is None else number for value, number in zip(values, numbers, strict=True)]
+    most = Counter(keys).most_common(1)
+    return (
+        majority_answer([value for value, key in zip(values, keys, strict=True) if key == most[0][0]]) if most else ""
+    )
 
 
 def constant_columns(
@@ -144,39 +202,83 @@ def constant_columns(
     groups: Groups | None = None,
     answer: str | None = None,
 ) -> dict[str, Column]:
-    """The control: columns of one answer that is given to every row, by name.
+    """The control: columns of the best single answer, by name; of each metric the best of a few.
 
-    For a field it is the field's own most frequent value, which no constant can beat. There is none where it says
-    nothing: for the form, which a constant answer always has, and for the loss, which it does not have.
+    These few are the best answer by the primary metric, the most frequent expected one where it is more frequent than
+    that, and the one made of the most frequent fields. For a field it is the field's own most frequent value, of nested
+    JSON that at each path, which no constant can beat. There is none where it says nothing: for the form, which a
+    constant answer always has, and for the loss, which it does not have.
 
     Args:
         scoring: the metrics.
         expected: what should be answered.
         questions: what was asked.
         groups: which rows belong together; None where each stands for itself.
-        answer: the answer; None for the best one among those expected.
+        answer: the best one by the primary metric; None for the best among those expected.
     """
     if answer is None:
         answer = best_constant(scoring, expected, questions).answer
-
-    def of(text: str, one: Scoring = scoring) -> dict[str, Column]:
-        return score_rows(one, expected, [text] * len(expected), questions, groups=groups)
-
-    columns = of(answer)
+    counts, most = Counter(text.strip() for text in expected), majority_answer(expected)
+    few = [answer, *([most] if counts[most] > counts[answer.strip()] else [])]
+    if (filled := most_frequent_fields(scoring, expected)) is not None:
+        few.append(filled)
+    sets = [
+        score_rows(scoring, expected, [text] * len(expected), questions, groups=groups) for text in dict.fromkeys(few)
+    ]
+    columns = {name: _better([columns[name] for columns in sets]) for name in sets[0]}
+    if scoring.metrics[0] in columns:  # the one that is named as the best, whatever rounding says
+        columns[scoring.metrics[0]] = sets[0][scoring.metrics[0]]
     if "field_accuracy" in scoring.metrics:
         columns |= _template_fields(scoring, expected, columns)
-    if "json_field_accuracy" in scoring.metrics and (filled := most_frequent_fields(scoring, expected)) is not None:
-        fields = of(filled, replace(scoring, metrics=("json_field_accuracy",)))
-        columns |= {name: fields[name] for name in columns if name.startswith("json_field_accuracy.")}
-    return {name: column for name, column in columns.items() if name not in ("well_formed", "json_valid")}
+    if "json_field_accuracy" in scoring.metrics:
+        columns |= _json_fields(expected, columns)
+    return {name: column for name, column in columns.items() if name not in NO_CONTROL}
+
+
+def primary_control(
+    scoring: Scoring, expected: Sequence[str], questions: Sequence[str], groups: Groups | None, answer: str | None
+) -> Column | None:
+    """The column of the primary metric alone, of an answer that was found already; None where it has no control."""
+    if (name := scoring.metrics[0]) in NO_CONTROL:
+        return None
+    if answer is None:
+        answer = best_constant(scoring, expected, questions).answer
+    one = replace(scoring, metrics=(name,))
+    return score_rows(one, expected, [answer] * len(expected), questions, groups=groups)[name]
+
+
+def _better(columns: Sequence[Column]) -> Column:
+    """The column with the best mean, the first one of equals. Of errors one over the most rows: an answer without a
+    number in most rows may be near in the others."""
+
+    def rank(column: Column) -> tuple[int, float]:
+        value = mean(column)
+        if value is None:
+            return 0, 0.0
+        return int(np.sum(~np.isnan(column.values))), round(-value if column.better == "lower" else value, 12)
+
+    return max(columns, key=rank)
 
 
 def _template_fields(scoring: Scoring, expected: Sequence[str], columns: Mapping[str, Column]) -> dict[str, Column]:
     """For each field of the template the column of its most frequent value."""
     parsed, found = [scoring.template.parse(text) for text in expected], {}
     for name in scoring.template.fields:
-        most = majority_answer([row[name] for row in parsed if row is not None])
-        right = [np.nan if row is None else float(row[name].strip() == most) for row in parsed]
+        numeric = name in scoring.numeric
+        most = _most([row[name] for row in parsed if row is not None], numeric)
+        right = [np.nan if row is None else float(field_is_right(row[name], most, numeric)) for row in parsed]
         column = f"field_accuracy.{name}"
         found[column] = replace(columns[column], values=np.array(right, dtype=np.float64))
+    return found
+
+
+def _json_fields(expected: Sequence[str], columns: Mapping[str, Column]) -> dict[str, Column]:
+    """For each field of JSON the column of the most frequent value at each of its paths."""
+    leaves = [json_leaves(text) or {} for text in expected]
+    most = most_frequent_leaves(leaves)
+    rows, found = [leaf_scores(wanted, most) for wanted in leaves], {}
+    for name, column in columns.items():
+        if column.metric == "json_field_accuracy" and column.field is not None:
+            values = [row.get(column.field, np.nan) for row in rows]
+            found[name] = replace(column, values=np.array(values, dtype=np.float64))
     return found

@@ -150,11 +150,17 @@ def not_looked_at(evaluation: Mapping[str, Any]) -> str:
 def also_changed(evaluation: Mapping[str, Any]) -> dict[str, list[str]]:
     """What else than the primary figure changed clearly (p < 0.05), "better" and "worse".
 
+    "Better" is only what is clearly better than its control too, where it has one: a model that learnt which answers
+    are frequent is far better than its base by partial credit.
+
     Example: {"better": ["field “price” (0 % to 86.7 %)", "loss per trained token (8.84 to 0.978)"], "worse": []}.
     """
     found: dict[str, list[str]] = {"better": [], "worse": []}
     for name, one in evaluation["metrics"].items():
         if name != evaluation["primary"] and one["base"] and (way := verdict(one)) in found:
+            above = one.get("over_constant")
+            if way == "better" and above and verdict({**above, "better": one["better"]}) != "better":
+                continue
             said = _beside(one["base"]["value"], one["tuned"]["value"], one["unit"], "to")
             found[way].append(f"{row_label(one)} ({said}{_in_other_form(evaluation, one)})")
     return found

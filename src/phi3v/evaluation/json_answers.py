@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -57,11 +58,36 @@ def json_field_scores(expected: str, answer: str) -> dict[str, float]:
     Example: expected '{"n": 2, "items": [{"p": 1}, {"p": 2}]}', answer '{"n": 2, "items": [{"p": 1}]}' ->
     {"n": 1.0, "items[].p": 0.5}. Where the expected text is no JSON -> {}.
     """
-    wanted, given = json_leaves(expected) or {}, json_leaves(answer) or {}
+    return leaf_scores(json_leaves(expected) or {}, json_leaves(answer) or {})
+
+
+def leaf_scores(wanted: dict[Path, Any], given: dict[Path, Any]) -> dict[str, float]:
+    """`json_field_scores` of texts that are taken apart, see `json_leaves`."""
     found: dict[str, list[bool]] = {}
     for path in wanted:
         found.setdefault(path_name(path), []).append(_right(wanted, given, path))
     return {name: sum(right) / len(right) for name, right in found.items()}
+
+
+def most_frequent_leaves(rows: Iterable[dict[Path, Any]]) -> dict[Path, Any]:
+    """At every path the value that gets the most of its field, given to all rows; the first one of equals.
+
+    A value counts as what it is worth in `leaf_scores`: half in a row that has two values of the field. So no single
+    answer gets more of any field.
+
+    Example: [{("a",): 1}, {("a",): 2}, {("a",): 2.0}] -> {("a",): 2}.
+    """
+    worth: dict[Path, dict[Any, float]] = {}
+    first: dict[tuple[Path, Any], Any] = {}
+    for leaves in rows:
+        names = Counter(map(path_name, leaves))
+        for path, value in leaves.items():
+            kind = "number" if type(value) in (int, float) else type(value).__name__
+            key = (kind, value.strip() if isinstance(value, str) else None if isinstance(value, dict | list) else value)
+            first.setdefault((path, key), value)
+            its = worth.setdefault(path, {})
+            its[key] = its.get(key, 0.0) + 1 / names[path_name(path)]
+    return {path: first[path, max(its, key=lambda key: its[key])] for path, its in worth.items()}
 
 
 def json_errors(expected: str, answer: str) -> dict[str, float | None]:

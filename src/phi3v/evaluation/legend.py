@@ -12,8 +12,9 @@ COLUMNS = {
     "where it would probably lie on other rows like these",
     "p": "how often a difference as large would come up if neither were better: below 0.05 it is hardly chance",
     "won, lost": "rows that the later column answers better, and worse",
-    "best single answer": "the control: what one answer would get if it were given to every row, the best of those "
-    "that were tried; for a field, its own most frequent value. “none” where that says nothing: one answer to "
+    "best single answer": "the control: what one answer would get if it were given to every row, by each score the "
+    "best of three: the best one by the headline's score, the most frequent one, the one made of the most frequent "
+    "fields; for a field, its own most frequent value. “none” where that says nothing: one answer to "
     "everything always has the right form, and it has no loss",
     "small print": "the 95 % interval: where the figure would probably lie on other rows like these",
 }

@@ -25,7 +25,7 @@ def metric_table(
     Args:
         tuned: columns of the target's answers.
         base: columns of what stands beside it, on the same rows; None for nothing.
-        constant: columns of the best single answer, see `constant.constant_columns`.
+        constant: columns of the best single answer by each metric, see `constant.constant_columns`.
     """
     beside = [name for name in tuned if base and name in base]
     controlled = [name for name in tuned if name in constant]

@@ -66,7 +66,7 @@ class Evaluation:
         categories: the primary metric for parts of the rows, see `categories.break_down`.
         tuned: scores of the target.
         base_scores: scores of the base; None without one.
-        constant: the best single answer to every row, which is the control of each metric.
+        constant: the best single answer to every row by the primary metric.
         majority_answer: the most frequent expected answer.
         majority: what that answer would score on every row.
         majority_fields: the same for each field by itself.
@@ -77,6 +77,7 @@ class Evaluation:
         checks: name -> verdict, line and figures, see `checks`.
         settings: what the figures depend on besides the target: values of the recipe, and a name of the rows.
         fingerprints: digests of what the figures depend on, under the names that the report gives them.
+        control: the primary metric's scores of that single answer, for the checks; None where there is no control.
         weights: side, "tuned" for instance -> name of the weights that answered, where answers were kept meanwhile.
     """
 
@@ -103,6 +104,7 @@ class Evaluation:
     settings: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
+    control: Column | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the predictions, as plain values for JSON."""
@@ -221,6 +223,7 @@ def build_evaluation(
         seconds=seconds,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         predictions=predictions,
+        control=constant.get(scoring.metrics[0]),
     )
 
 
