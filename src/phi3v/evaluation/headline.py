@@ -181,9 +181,8 @@ def out_of_form(evaluation: Mapping[str, Any], one: Mapping[str, Any]) -> dict[s
 def _in_other_form(evaluation: Mapping[str, Any], one: Mapping[str, Any]) -> str:
     """Says so where a field of the base had the right value in answers without the template's form: "; the base said it
     in 200 answers out of form", else ""."""
-    base = evaluation["scores"]["base"]
-    count = (base["fields"].get(one["field"]) or {}).get("out_of_form") if base and one["field"] else None
-    if not count or one["metric"] != "field_accuracy":
+    count = out_of_form(evaluation, one).get("base", 0)
+    if not count:
         return ""
     return f"; {column_names(evaluation)['base']} said it in {counted(count, 'answer')} out of form"
 

@@ -177,7 +177,7 @@ def _behind_norm(
     if operands.a is None or low is None:
         return passes.rms_norm_backward(torch.mm(grad, operands.weight), rows, norm.weight, scale, residual), None, None
     assert operands.b is not None and operands.joined is not None
-    if not wanted[0]:  # as in the first layer of a frozen tower: only A and B want gradients
+    if not wanted[0]:  # the first layer behind a frozen tower and embeddings: A and B alone
         seen = dropped(_normed(rows, norm, 0)[0], kept, operands)
         return None, *factor_gradients(grad, low, torch.mm(grad, operands.b), seen, operands)
     both = torch.mm(grad, operands.joined)

@@ -118,7 +118,7 @@ class Together:
         scaled: the pass that B was last scaled in.
         filled: of all layers; None where one of them was made anew.
         table: what the kernel reads, made with `filled`.
-        place: where the first B goes; elsewhere in a copy of the model, whose table is to be another one too.
+        address: where the first B goes; another one in a copy of the model, whose table is to be another one too.
     """
 
     layers: list["WidenedWeights"] = field(default_factory=list)
@@ -127,7 +127,7 @@ class Together:
     scaled: int = 0
     filled: list[_Filled] | None = None
     table: torch.Tensor | None = None
-    place: int = 0
+    address: int = 0
 
     def take(self, layer: "WidenedWeights") -> int:
         """Takes a layer in, behind the others; its place."""
@@ -146,9 +146,9 @@ class Together:
         if self.scaled == self.passes:
             return
         self.scaled = self.passes
-        if self.filled is None or (self.filled and self.filled[0].scaled.data_ptr() != self.place):
+        if self.filled is None or (self.filled and self.filled[0].scaled.data_ptr() != self.address):
             self.filled = [filled for layer in self.layers for filled in layer.filled.values()]
-            self.place = self.filled[0].scaled.data_ptr() if self.filled else 0
+            self.address = self.filled[0].scaled.data_ptr() if self.filled else 0
             self.table = passes.scaling_table(*self._operands(self.filled))
         passes.scale_all(*self._operands(self.filled), self.table)
         for filled in self.filled:

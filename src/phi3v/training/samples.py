@@ -124,17 +124,22 @@ def make_collators(recipe: Recipe, data: LoadedData | StreamedData, processor: A
     ), padded
 
 
+def shortest_sample(data: LoadedData | StreamedData) -> int:
+    """Tokens of the shortest training row, 0 where lengths are not known; reads no row."""
+    return min(data.lengths, default=0) if isinstance(data, MeasuredData) else 0
+
+
 def facts_of_samples(data: LoadedData | StreamedData) -> dict[str, int]:
     """What a server of the tuned model wants to know of its samples: {"most_images": 2, "shortest": 312, ...}.
 
     `most_images` is of any row, held-out ones among them; `shortest` and `longest` are tokens of training rows, which
-    are known where they were measured. Nothing is known of a stream.
+    are known where they were measured. Nothing is known of a stream. Reads each row once.
     """
     if not isinstance(data, MeasuredData):
         return {}
     rows = chain(data.train, data.validation or ())
     most = max((len(row.images) for row in rows), default=0)
-    return {"most_images": most, "shortest": min(data.lengths, default=0), "longest": max(data.lengths, default=0)}
+    return {"most_images": most, "shortest": shortest_sample(data), "longest": max(data.lengths, default=0)}
 
 
 def micro_batches_of(recipe: Recipe, longest: int) -> MicroBatches:

@@ -43,7 +43,7 @@ from phi3v.training.optimiser_checks import check_optimiser
 from phi3v.training.preflight import check_recipe_alone, check_upload
 from phi3v.training.prepare import Prepared, join_ranks, prepare_model, training_device
 from phi3v.training.run_faults import one_line_at_the_end, one_line_faults
-from phi3v.training.samples import facts_of_samples, make_collators, make_samples, read_data
+from phi3v.training.samples import facts_of_samples, make_collators, make_samples, read_data, shortest_sample
 from phi3v.training.step_faults import refuse_untrained
 from phi3v.training.step_trainer import StepTrainer
 from phi3v.training.stop_signals import StopSignals
@@ -345,7 +345,7 @@ def _use_faster_layers(
     """Compiles layers and the like, and tells which way steps go."""
     state, layers = fast_lora_state(model), use_faster_layers(model, recipe, device)
     line = step_line(model.config._attn_implementation, micro_batches, state, layers)
-    idle = without_effect(recipe.training, facts_of_samples(data).get("shortest", 0), state.layers)
+    idle = without_effect(recipe.training, shortest_sample(data), state.layers)
     watch(TrainingEvent("way", 0, 0, line="; ".join([line, *idle])))
 
 
