@@ -32,7 +32,7 @@ SHAPES: dict[str, list[Grid]] = {"2509": [(4, 4)] * 4, "757": [(2, 2)] * 4, "mix
 """Image tokens -> the grids of four samples; "mixed" stands for images of different budgets in one set."""
 COUNTED = ("guide", "peft", "peft16", "ours-eager", "ours-padded", "ours")
 TEXT, TRAINED = 100, 36
-LIMITED = ("2509", "mixed")
+LIMITED = tuple(SHAPES)
 LIMITS = Path(__file__).with_name("step_limits.json")
 
 

@@ -42,8 +42,8 @@ def case_recipe(name: str, folder: Path, image: tuple[int, int], device: str) ->
     values = Recipe.load(RECIPES / file).model_dump()
     values["model"] = {**values["model"], "name": str(folder / "model"), "device": device, "revision": None}
     values["model"]["dtype"] = "auto"
-    values["data"] = {"train": str(folder / "rows" / "rows.jsonl"), "split": None, "answer": "{answer}"}
-    values["data"]["prompt"] = "What is shown in this image?"
+    values["data"] = {"train": str(folder / "rows" / "rows.jsonl"), "images": "images", "split": None}
+    values["data"] |= {"prompt": "What is shown in this image?", "answer": "{answer}"}
     values["training"] |= {"samples_per_step": 2, "max_steps": STEPS, "save_strategy": "no", "compile_layers": False}
     values["training"]["micro_batch_size"] = 1
     values["report"] = {"to": []}
@@ -58,7 +58,7 @@ def prepare(folder: Path, size: str, device: str, image: tuple[int, int]) -> Non
     from phi3v.data.synthetic import write_synthetic_rows
 
     write_model(folder / "model", size, device)
-    write_synthetic_rows(folder / "rows", 4, [image], 60)
+    write_synthetic_rows(folder / "rows", 4, [[image]], 60)
 
 
 def resident(field: str) -> int:

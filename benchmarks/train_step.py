@@ -73,6 +73,8 @@ class Bench:
         rate = matrix_rate(device, dtype, side=512 if given.quick else None)
         result = {**machine(), "quick": given.quick, "matrix_rate_1e12": round(rate / 1e12, 3), "lines": []}
         print(f"{result['device']}, torch {result['torch']}, {dtype}, matrix product {rate / 1e12:.1f}e12 a second")
+        if given.quick:
+            print("--quick: a tiny model on a CPU; no figure below means anything")
         config = config_of("tiny" if given.quick else "full")
         bench = cls(given, device, config, dtype, rate, result, time.monotonic() + 60 * given.minutes)
         if getattr(given, "add", None):

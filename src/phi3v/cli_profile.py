@@ -29,7 +29,7 @@ def profile(
     ] = None,
     image: Annotated[
         str | None,
-        typer.Option(metavar="WxH,...", help="With --rows, the photos' sizes in turn, else 1200x1600 for all."),
+        typer.Option(metavar="WxH,...", help="With --rows, photos' sizes in turn, W1xH1+W2xH2 for two in one row."),
     ] = None,
     words: Annotated[int | None, typer.Option(min=1, help="With --rows, words of an answer, else 60.")] = None,
     trace: Annotated[
@@ -40,7 +40,8 @@ def profile(
 ) -> None:
     """Run a few steps of a training and say where their time and memory go; the recipe's own run is not touched."""
     refuse_options(overrides)
-    sizes = [read_size(one, rows) for one in ([None] if image is None else image.split(","))]
+    given = [[None]] if image is None else [row.split("+") for row in image.split(",")]
+    sizes = [[read_size(one, rows) for one in row] for row in given]
     if words is not None and rows is None:
         raise typer.BadParameter("the recipe's own answers have their lengths: add --rows", param_hint="--words")
     with session(debug or bool(context.obj), as_json) as here:
@@ -71,6 +72,8 @@ def show_profile(console: Console, found: Profile) -> None:
     for title in ("part", "ms a step", "share", *(["most GiB"] if counted else [])):
         table.add_column(title, justify="left" if title == "part" else "right")
     for part in found.parts:
+        if part.name == "tower backward" and not part.seconds:
+            continue  # nothing of the tower is trained
         gib = [f"{part.gib:.1f}" if part.gib else ""] if counted else []
         table.add_row(part.name, f"{1000 * part.seconds:,.1f}", f"{found.share(part.name):.0%}", *gib)
     weights = [f"{found.weights_gib:.1f} weights"] if counted else []

@@ -94,6 +94,14 @@ def test_one_changed_weight_has_another_digest() -> None:
         model.lm_head.weight.add_(1.0)
     assert vision_digest(model, None) == before
     assert vision_digest(model, torch.bfloat16) != before
+    tower = model.model.vision_embed_tokens.img_processor.vision_model
+    for owner, name, other in ((tower, "layers_read", 1), (tower.config, "_attn_implementation", "eager")):
+        kept = getattr(owner, name)
+        assert kept != other
+        setattr(owner, name, other)
+        assert vision_digest(model, None) != before, name
+        setattr(owner, name, kept)
+    assert vision_digest(model, None) == before
     assert vision_digest(model.bfloat16(), None) != before
 
 

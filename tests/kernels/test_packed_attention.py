@@ -10,6 +10,7 @@ import torch
 from golden_models import tiny_model
 from tiny_prompts import IMAGE, batch_of, prompt, without
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
 from phi3v.data.collate import PackedCollator
@@ -311,7 +312,22 @@ def test_on_the_meta_device_the_kernel_stands_for_the_gpus(calls: Counter) -> No
     assert kernel.__qualname__.startswith("flash_operator."), (
         "torch's operator itself, without varlen's Python around it"
     )
-    found, _ = packed_attention.packed_attention(torch.nn.Module(), *rows, None, kernel=kernel, **borders)
+    asked = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if operator is torch.ops.aten._flash_attention_forward.default:
+                names = [argument.name for argument in operator._schema.arguments]
+                asked.append({**dict(zip(names, args, strict=False)), **(kwargs or {})})
+            return operator(*args, **(kwargs or {}))
+
+    with Seen():
+        found, _ = packed_attention.packed_attention(
+            torch.nn.Module(), *rows, None, kernel=kernel, scaling=0.7, **borders
+        )
+    (one,) = asked
+    assert one["cum_seq_q"] is one["cum_seq_k"] is borders["cu_seqlens"] and one["max_q"] == one["max_k"] == 3
+    assert (one["is_causal"], one["dropout_p"], one["scale"]) == (True, 0.0, 0.7)
     assert found.shape == (1, 5, 2, 96) and not calls
     found.sum().backward()
     assert all(row.grad.shape == row.shape for row in rows)

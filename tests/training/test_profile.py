@@ -42,6 +42,7 @@ def test_the_parts_of_a_step_add_up(found):
     assert sum(part.seconds for part in told.parts) == pytest.approx(told.seconds)
     for name in ("waiting for data", "tower", "decoder forward", "loss", "decoder backward", "optimiser"):
         assert told.share(name) > 0, name
+    assert told.share("tower backward") == 0, "nothing of the tower is trained"
     assert told.tokens > 4 * 300 and told.images == 4, "four photos of 313 tokens each, and text"
     assert told.decode_seconds > 0 and told.device_idle is None
     assert 0 < told.floor_share < 1
@@ -53,9 +54,13 @@ def test_the_run_of_the_recipe_is_not_touched(found):
 
 
 def test_the_trace_is_one_that_perfetto_reads(found):
-    _, folder = found
+    told, folder = found
     trace = json.loads((folder / "trace.json").read_text())
-    assert any("mm" in event.get("name", "") for event in trace["traceEvents"])
+    names = [event.get("name", "") for event in trace["traceEvents"]]
+    assert any("mm" in name for name in names)
+    for part in ("tower", "decoder forward", "loss", "backward and clipping"):
+        assert names.count(part) == round(told.steps * told.micro_batches) == 4, part
+    assert names.count("transfer") == names.count("optimiser") == told.steps
 
 
 def test_generated_rows_take_the_place_of_the_recipes(make, tmp_path, monkeypatch):
@@ -68,7 +73,7 @@ def test_generated_rows_take_the_place_of_the_recipes(make, tmp_path, monkeypatc
         steps=1,
         warm=1,
         rows=3,
-        images=[(64, 48)],
+        images=[[(64, 48)]],
         words=20,
         on_event=lambda event: events.update({event.kind: event}),
     )
@@ -98,18 +103,15 @@ def test_that_the_steps_are_few_is_no_word_about_the_recipes_rows():
 def test_generated_rows_are_of_the_stated_shape(tmp_path):
     from PIL import Image
 
-    section = write_synthetic_rows(tmp_path / "rows", 3, [(90, 60), (60, 90)], 10)
+    section = write_synthetic_rows(tmp_path / "rows", 3, [[(90, 60)], [(60, 90), (30, 30)]], 10)
     lines = [json.loads(line) for line in Path(section["train"]).read_text().splitlines()]
     assert len(lines) == 3 and all(len(line["answer"].split()) == 10 for line in lines)
-    pictures = {Image.open(tmp_path / "rows" / line["image"]).tobytes() for line in lines}
-    again = write_synthetic_rows(tmp_path / "again", 2, [(90, 60)], 10, lines=5)
-    lines = [json.loads(line)["image"] for line in Path(again["train"]).read_text().splitlines()]
-    assert lines == ["0.jpg", "1.jpg", "0.jpg", "1.jpg", "0.jpg"]
-    assert len(pictures) == 3 and [Image.open(tmp_path / "rows" / f"{n}.jpg").size for n in range(3)] == [
-        (90, 60),
-        (60, 90),
-        (90, 60),
-    ]
+    photos = [[Image.open(tmp_path / "rows" / name) for name in line["images"]] for line in lines]
+    assert [[photo.size for photo in row] for row in photos] == [[(90, 60)], [(60, 90), (30, 30)], [(90, 60)]]
+    assert len({photo.tobytes() for row in photos for photo in row}) == 4
+    again = write_synthetic_rows(tmp_path / "again", 2, [[(90, 60)]], 10, lines=5)
+    lines = [json.loads(line)["images"] for line in Path(again["train"]).read_text().splitlines()]
+    assert lines == [["0_0.jpg"], ["1_0.jpg"], ["0_0.jpg"], ["1_0.jpg"], ["0_0.jpg"]]
 
 
 def test_lengths_are_read_off_whatever_says_them():
@@ -165,13 +167,13 @@ def test_what_cannot_be_is_refused_before_a_step(make, tmp_path, monkeypatch):
     assert mine.read_text() == "model: mine\n"
     monkeypatch.setattr("phi3v.training.profile.write_synthetic_rows", lambda *given, **more: pytest.fail("painted"))
     with pytest.raises(ConfigError, match="^--image 5000x5000 is 25,000,000 pixels, more than image.max_pixels of 20"):
-        profile(make(), rows=1, images=[(5000, 5000)])
+        profile(make(), rows=1, images=[[(64, 48), (5000, 5000)]])
     with pytest.raises(ConfigError, match="^--image 70000x9: .* at most 65,500 pixels a side"):
-        profile(make(), rows=1, images=[(70_000, 9)])
+        profile(make(), rows=1, images=[[(70_000, 9)]])
     with pytest.raises(
         ConfigError, match="^--image 2x3000: an image of 2x3000 pixels is too narrow: at num_crops=1 it"
     ):
-        profile(make(), rows=1, images=[(2, 3000)])
+        profile(make(), rows=1, images=[[(2, 3000)]])
     assert sorted(tmp_path.iterdir()) == [fifo, mine]
 
 

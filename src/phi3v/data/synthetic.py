@@ -17,29 +17,39 @@ QUESTION = "What is shown in this image?"
 
 
 def write_synthetic_rows(
-    folder: Path, rows: int, sizes: Sequence[tuple[int, int]], words: int, *, lines: int = 0
+    folder: Path, rows: int, sizes: Sequence[Sequence[tuple[int, int]]], words: int, *, lines: int = 0
 ) -> dict[str, Any]:
     """Writes photos and `rows.jsonl`; returns the section `data` for them.
 
     Args:
         folder: is made.
-        rows: how many; each has a photo of its own.
-        sizes: width and height in pixels, of the photos in turn.
+        rows: how many; each has photos of its own.
+        sizes: width and height in pixels of each photo of a row, for the rows in turn.
         words: of an answer, about as many tokens and somewhat more.
         lines: of `rows.jsonl` at least; where that is more than `rows`, they come again in the same order.
-    Example: 2 rows and 5 lines: photos 0, 1, 0, 1, 0; with the sizes (90, 60) and (60, 60) photo 1 is the square one.
+    Example: 2 rows and 5 lines: rows 0, 1, 0, 1, 0; with the sizes [(90, 60)] and [(60, 60), (60, 60)] row 0 has one
+    photo and row 1 two square ones.
     """
     folder.mkdir(parents=True)
     written = []
     for row in range(rows):
-        draw_photo(row, sizes[row % len(sizes)]).save(folder / f"{row}.jpg", quality=88)
+        names = []
+        for place, size in enumerate(sizes[row % len(sizes)]):
+            names.append(f"{row}_{place}.jpg")
+            draw_photo(97 * row + place, size).save(folder / names[-1], quality=88)
         answer = " ".join(
             f"{'number' if word % 2 else 'product'} {(row * 31 + word) % 100}" for word in range(words // 2)
         )
-        written.append(json.dumps({"image": f"{row}.jpg", "answer": answer or "product"}))
+        written.append(json.dumps({"images": names, "answer": answer or "product"}))
     told = islice(cycle(written), max(rows, lines))
     (folder / "rows.jsonl").write_text("\n".join(told) + "\n", encoding="utf-8")
-    return {"train": str(folder / "rows.jsonl"), "split": None, "prompt": QUESTION, "answer": "{answer}"}
+    return {
+        "train": str(folder / "rows.jsonl"),
+        "images": "images",
+        "split": None,
+        "prompt": QUESTION,
+        "answer": "{answer}",
+    }
 
 
 def draw_photo(seed: int, size: tuple[int, int]) -> Image.Image:

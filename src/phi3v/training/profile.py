@@ -108,7 +108,7 @@ def profile(
     steps: int = 5,
     warm: int = 2,
     rows: int | None = None,
-    images: Sequence[tuple[int, int]] = ((1200, 1600),),
+    images: Sequence[Sequence[tuple[int, int]]] = (((1200, 1600),),),
     words: int = 60,
     trace: Path | None = None,
     on_event: Watcher | None = None,
@@ -120,7 +120,7 @@ def profile(
         steps: that are watched.
         warm: steps before them, in which kernels are chosen and compiled.
         rows: train on so many generated rows instead of the recipe's, again and again where the steps take more.
-        images: width and height of generated photos in pixels, in turn.
+        images: width and height in pixels of each photo of a generated row, for the rows in turn.
         words: of a generated answer.
         trace: writes what ran to this file, for Perfetto.
         on_event: told what `train` tells.
@@ -131,7 +131,7 @@ def profile(
     if trace is not None:
         check_trace(trace)
     if rows is not None:
-        for image in images:
+        for image in dict.fromkeys(size for row in images for size in row):
             _refuse_photos(recipe, image)
     with tempfile.TemporaryDirectory(prefix="phi3v_profile_") as folder:
         values = watched_recipe(recipe, steps + warm, Path(folder))

@@ -5,12 +5,13 @@ steps. The device is waited for where a step begins and ends, so that parts add 
 the device. Nothing of the model is changed but hooks, which are taken off at the end.
 
     step ends -> waiting for data -> step begins -> transfer -> tower -> decoder forward -> loss -> decoder backward
-    -> (transfer of the next micro-batch ...) -> optimiser -> step ends
+    -> tower backward -> (transfer of the next micro-batch ...) -> optimiser -> step ends
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -22,8 +23,17 @@ from phi3v.model.modeling_phi3_v import Phi3VForCausalLM, Phi3VModel
 from phi3v.model.placement_phi3_v import missing_images
 from phi3v.training.device_time import DeviceWatch
 
-PARTS = ("waiting for data", "transfer", "tower", "decoder forward", "loss", "decoder backward", "optimiser", "other")
-"""The parts of a step in the order in which they come."""
+PARTS = (
+    *("waiting for data", "transfer", "tower", "decoder forward", "loss"),
+    *("decoder backward", "tower backward", "optimiser", "other"),
+)
+"""The parts of a step in the order in which they come; the tower's own backward where something of it is trained."""
+
+NEXT = {
+    **{"begin": "transfer", "transfer": "tower", "tower": "decoder forward", "decoder forward": "loss"},
+    **{"loss": "backward and clipping"},
+}
+"""What begins where a part ends, by the names that a trace has."""
 
 
 @dataclass
@@ -119,6 +129,8 @@ class StepMarks(TrainerCallback):
         self._uses: dict[str, PartUse] = {name: PartUse() for name in PARTS}
         self._hooks: list[Any] = []
         self._step_ended = 0.0
+        self._traced = traced
+        self._span: Any = None
 
     def parts(self) -> dict[str, PartUse]:
         """What each part took, in the order of `PARTS`."""
@@ -135,9 +147,10 @@ class StepMarks(TrainerCallback):
             elif isinstance(module, Phi3VModel):
                 self._after(module.vision_embed_tokens, "tower")
                 self._before(module.norm, "decoder forward")
-        for weight in model.parameters():
+        for name, weight in model.named_parameters():
             if weight.requires_grad:
-                self._hooks.append(weight.register_post_accumulate_grad_hook(self._backward))
+                part = "tower backward" if "vision_embed_tokens" in name else "decoder backward"
+                self._hooks.append(weight.register_post_accumulate_grad_hook(partial(self._backward, part)))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A step's batches are there."""
@@ -150,6 +163,7 @@ class StepMarks(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gradients are clipped."""
         self._mark("optimiser")
+        self._open_span("optimiser" if self._watching else None)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Weights are new."""
@@ -159,6 +173,7 @@ class StepMarks(TrainerCallback):
         """A step is done: its marks become seconds; behind the last step that warms up the watch begins."""
         if self._watching:
             self._mark("other")
+            self._open_span(None)
             self._wait()
             for before, after in pairwise(self._marks):
                 use = self._uses[after.part]
@@ -210,18 +225,20 @@ class StepMarks(TrainerCallback):
             )
         )
 
-    def _backward(self, weight: torch.Tensor) -> None:
-        """A gradient is there: the backward pass lasts at least until now."""
+    def _backward(self, part: str, weight: torch.Tensor) -> None:
+        """A gradient is there: its part of the backward pass lasts at least until now."""
         if not self._watching:
             return
-        earlier = self._marks.pop().peak if self._marks[-1].part == "decoder backward" else 0
-        self._mark("decoder backward")
+        earlier = self._marks.pop().peak if self._marks[-1].part == part else 0
+        self._mark(part)
         self._marks[-1].peak = max(self._marks[-1].peak, earlier)
 
     def _mark(self, part: str) -> None:
         """The part that ends now."""
         if not self._watching:
             return
+        if not part.endswith("backward"):  # its marks come from autograd's own thread, a span stays in one
+            self._open_span(NEXT.get(part))
         if self.device.type != "cuda":
             self._marks.append(_Mark(part, time.perf_counter(), 0))
             return
@@ -229,6 +246,14 @@ class StepMarks(TrainerCallback):
         event.record()
         self._marks.append(_Mark(part, event, torch.cuda.max_memory_allocated(self.device)))
         torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _open_span(self, name: str | None) -> None:
+        """Closes what a trace shows as the present part, and opens another, or none."""
+        if self._span is not None:
+            self._span.__exit__(None, None, None)
+        self._span = torch.profiler.record_function(name) if name and self._traced else None
+        if self._span is not None:
+            self._span.__enter__()
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
