@@ -34,6 +34,7 @@ LAYERS = (
     ("kernels.*", 1),
     ("model", 1),
     ("model.*", 1),
+    ("digests", 0),
     ("errors", 0),
     ("hub_faults", 0),
     ("image_tokens", 0),

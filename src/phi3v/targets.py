@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from phi3v.digests import DIGESTS, adapter_damage
 from phi3v.errors import CheckpointError, ConfigError
 from phi3v.run_folder import RunFolder
 from phi3v.whole_files import is_unfinished
@@ -121,17 +122,21 @@ def _resolve_adapter(name: str, folder: Path, kind: Literal["run", "adapter"], i
         raise CheckpointError(
             f"adapter {folder} was tuned on {base}, which is not here: bring that folder back, "
             f"or set base_model_name_or_path in {folder / ADAPTER_CONFIG}"
+            + (f" and remove {DIGESTS} beside it" if (folder / DIGESTS).is_file() else "")
         )
     has_processor = (folder / "tokenizer_config.json").is_file()
     return Target(name, kind, base, config.get("revision"), folder, str(folder) if has_processor else base)
 
 
 def weights_fault(run: RunFolder) -> str | None:
-    """What is wrong with a run's tuned weights by the headers of their files, None for whole ones; reads no tensor."""
+    """What is wrong with a run's tuned weights, None for whole ones: by the headers of their files, and by the digests
+    that an adapter has beside it."""
     try:
         if (run.adapter / ADAPTER_CONFIG).is_file():
             read_json(run.adapter / ADAPTER_CONFIG)
             tensor_shapes(run.adapter / ADAPTER_WEIGHTS)
+            if (damage := adapter_damage(run.adapter)) is not None:
+                return f"{damage}: copy it again"
         else:
             check_model_folder(run.model)
     except CheckpointError as error:

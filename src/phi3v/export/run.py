@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from phi3v.digests import write_digests
 from phi3v.errors import ConfigError
 from phi3v.export.card import MICROSOFT, base_id, read_card, render_card
-from phi3v.export.folder import fill_whole, refuse_used, write_digests
+from phi3v.export.folder import fill_whole, refuse_used
 from phi3v.export.vllm import Serving
 from phi3v.run_folder import RunFolder
 from phi3v.targets import EXPORT_ABOUT, Target, read_json, resolve_target, run_of, system_template
