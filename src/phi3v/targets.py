@@ -28,7 +28,8 @@ ONNX_ABOUT = "phi3v_onnx.json"
 """In a folder of ONNX graphs that `phi3v export` wrote: what they are."""
 EXPORT_ABOUT = "phi3v.json"
 """In an exported folder: what the run had that has no place in the others' files."""
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""OWNER/NAME: names of one part, which the hub has from its first days, are no Phi-3-Vision."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,11 @@ def resolve_target(target: str | Path, *, revision: str | None = None, instead: 
             )
         return Target(name, "model", name, None, None, name)
     if _is_missing(name, path):
-        raise CheckpointError(f"{name} does not exist (looked in {Path.cwd()}): name a run, an adapter or a model")
+        raise CheckpointError(
+            f"{name} does not exist (looked in {Path.cwd()}): name a run, an adapter, a model, or a hub id (OWNER/NAME)"
+        )
     if path.exists() or not _HUB_ID.fullmatch(name):
-        raise CheckpointError(f"{name} is no folder: name a run, an adapter, a model folder or a hub id")
+        raise CheckpointError(f"{name} is no folder: name a run, an adapter, a model folder or a hub id (OWNER/NAME)")
     return Target(name, "hub", name, revision, None, name)
 
 
