@@ -96,6 +96,8 @@ def test_places_that_hold_nothing_to_load(tmp_path: Path) -> None:
         targets.resolve_target(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="neither a run"):
         targets.resolve_target(tmp_path)
+    with pytest.raises(CheckpointError, match="^no-such-model does not exist .* a hub id .OWNER/NAME.$"):
+        targets.resolve_target("no-such-model")  # without asking the hub, whose names are OWNER/NAME
     with pytest.raises(CheckpointError, match="could not be read from the hub"):
         loading.load_base("somebody/no-such-model-anywhere")
     (tmp_path / "config.json").write_text("{")

@@ -5,6 +5,7 @@ place. Knows which adapters leave their base as it was. Knows nothing about reci
 """
 
 import contextlib
+import shlex
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from phi3v.digests import DIGESTS, adapter_damage
 from phi3v.errors import CheckpointError
 from phi3v.model.vision_phi3_v import unread_parts
 from phi3v.passthrough import first_line
+from phi3v.run_folder import RunFolder
 from phi3v.targets import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Target, read_json, tensor_shapes
 
 _KEEP_THE_BASE = ("gaussian", "eva", "orthogonal")
@@ -26,7 +29,10 @@ _PICKLE = "adapter_model.bin"
 
 
 def check_adapter(folder: Path) -> None:
-    """Refuses an adapter whose files are not whole or are of no kind that peft has, before its base is read."""
+    """Refuses an adapter whose files are not whole or are of no kind that peft has, before its base is read.
+
+    Where digests lie beside them (a run's own, an export's, a checkpoint's) each file is what was written.
+    """
     from peft import PeftType
 
     if not (folder / ADAPTER_WEIGHTS).exists() and (folder / _PICKLE).is_file():
@@ -48,6 +54,24 @@ def check_adapter(folder: Path) -> None:
             "again, so the weights below this adapter are not known: tune with pissa, or save it with peft's "
             "path_initial_model_for_weight_conversion"
         )
+    if (damage := adapter_damage(folder)) is not None:
+        raise CheckpointError(f"{damage}: {_way_out(folder)}; if you changed it yourself, remove {DIGESTS} beside it")
+
+
+def _way_out(folder: Path) -> str:
+    """What puts damaged files of an adapter right.
+
+    Example: of runs/shop/adapter "`phi3v train runs/shop/recipe.yaml` writes it again from the newest good checkpoint".
+    """
+    run = RunFolder(folder.parent)
+    if (folder / "manifest.json").is_file():
+        return "copy it again, or name another checkpoint"
+    if not RunFolder.is_run(run.path):
+        return "copy it again"
+    if not any(run.checkpoints.glob("checkpoint-*")):
+        return f"copy it again, or remove {run.path} and train again"
+    again = f"`phi3v train {shlex.quote(str(run.recipe))}`"
+    return f"{again} writes it again from the newest good checkpoint"
 
 
 def starts_at_random(way: Any) -> bool:

@@ -3,7 +3,7 @@
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted from the keyboard, 143 by SIGTERM. With `--json` standard
 output carries exactly one JSON object, {"error": LINE} where a command fails or its words are wrong, whatever the
 libraries print; everything else goes to standard error. Imports no heavy library itself, huggingface_hub aside, which
-has to be told how long to wait (`cli_hub`), and PIL when a command runs.
+has to be told how long to wait (`hub_attempt`), and PIL when a command runs.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-from phi3v.cli_hub import give_up_early
 from phi3v.errors import ConfigError, Interrupted, OtherRankError, Phi3VError
+from phi3v.hub_attempt import give_up_early
 from phi3v.launch import Launch
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@
     metrics.jsonl      one JSON object per logged step, appended
     checkpoints/       what resuming needs, filled by the trainer
     run.lock           held by the process that trains or evaluates, see `run_lock`
-    adapter/           the tuned adapter with the processor, or
+    adapter/           the tuned adapter with the processor, and digests.json with the SHA-256 of each file, or
     model/             the whole model, when all of it was tuned
     answers-*.jsonl    answers of an evaluation that is not done, tuned and base: what it goes on from
     predictions.jsonl  one JSON object per evaluated row; predictions.parquet is the same as a table
@@ -15,9 +15,8 @@
     report.html        the report; loss.png is its curve
     finished.json      there when the run has reached its end; holds its summary
 
-Files are replaced whole (temporary file, fsync, os.replace), so a reader sees the old or the new content and nothing
-between; `metrics.jsonl` is appended line by line and a half last line is dropped. JSON holds no NaN or infinity: they
-become null. Errors are `ConfigError` (the folder cannot be used) and `CheckpointError` (a file is missing or broken).
+Files are replaced whole (see `whole_files`); `metrics.jsonl` is appended line by line and a half last line is dropped.
+JSON holds no NaN or infinity: they become null. Errors are `ConfigError` and `CheckpointError` (a file is broken).
 """
 
 import functools
@@ -31,6 +30,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from phi3v.digests import with_digests
 from phi3v.errors import CheckpointError, ConfigError
 from phi3v.recipe import RUN_FILES, Recipe
 from phi3v.run_lock import LOCK_FILE, RunLock
@@ -91,8 +91,7 @@ class RunFolder:
         A new run gets versions.json and recipe.yaml, local paths in it made absolute, so that the run can be used from
         any folder. An existing one takes the values that do not change the training (`recipe.SETTINGS`): recipe.yaml
         is written anew, and what was made with other ones (scores and report, or the report) is removed.
-        The folder is locked from here on, see `RunLock`.
-        Raises: ConfigError as `look`, and when another process trains in it.
+        The folder is locked from here on, see `RunLock`. Raises: ConfigError as `look`, and when it is locked already.
         """
         state = self.look(recipe)
         if state == "new":
@@ -306,8 +305,8 @@ class RunFolder:
         replace_file(self.report, html)
 
     def write_adapter(self, save: Callable[[Path], Any]) -> None:
-        """Fills adapter/ through `save(folder)`; the old one stays until the new one is complete."""
-        replace_folder(self.adapter, save)
+        """Fills adapter/ through `save(folder)`, with digests; the old one stays until the new one is complete."""
+        replace_folder(self.adapter, with_digests(save))
 
     def write_model(self, save: Callable[[Path], Any]) -> None:
         """Fills model/ through `save(folder)`; the old one stays until the new one is complete."""
@@ -331,7 +330,8 @@ class RunFolder:
         except FileNotFoundError as error:
             raise CheckpointError(f"run {self.path} has no {path.name} yet") from error
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}; remove it and let it be written again") from error
+            again = f"`phi3v evaluate {self.path}`" if path == self.evaluation else f"`phi3v train {self.recipe}`"
+            raise CheckpointError(f"{path} cannot be read: {error}; remove it, and {again} writes it again") from error
 
     def _read_lines(self, path: Path) -> list[dict[str, Any]]:
         """The objects of a JSONL file of this run; text after the last newline is a half line and left out."""
@@ -350,7 +350,7 @@ class RunFolder:
 
 @functools.cache
 def gather_versions() -> dict[str, str | None]:
-    """Versions of Python, of the platform and of `VERSIONED_PACKAGES`; null for a package that is not installed."""
+    """Versions of Python, of the platform and of `VERSIONED_PACKAGES`; null where one is not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
     for package in VERSIONED_PACKAGES:
         try:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from phi3v.digests import DIGESTS, adapter_damage
 from phi3v.errors import CheckpointError, ConfigError
 from phi3v.run_folder import RunFolder
 from phi3v.whole_files import is_unfinished
@@ -27,7 +28,8 @@ ONNX_ABOUT = "phi3v_onnx.json"
 """In a folder of ONNX graphs that `phi3v export` wrote: what they are."""
 EXPORT_ABOUT = "phi3v.json"
 """In an exported folder: what the run had that has no place in the others' files."""
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""OWNER/NAME: names of one part, which the hub has from its first days, are no Phi-3-Vision."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,11 @@ def resolve_target(target: str | Path, *, revision: str | None = None, instead: 
             )
         return Target(name, "model", name, None, None, name)
     if _is_missing(name, path):
-        raise CheckpointError(f"{name} does not exist (looked in {Path.cwd()}): name a run, an adapter or a model")
+        raise CheckpointError(
+            f"{name} does not exist (looked in {Path.cwd()}): name a run, an adapter, a model, or a hub id (OWNER/NAME)"
+        )
     if path.exists() or not _HUB_ID.fullmatch(name):
-        raise CheckpointError(f"{name} is no folder: name a run, an adapter, a model folder or a hub id")
+        raise CheckpointError(f"{name} is no folder: name a run, an adapter, a model folder or a hub id (OWNER/NAME)")
     return Target(name, "hub", name, revision, None, name)
 
 
@@ -121,17 +125,21 @@ def _resolve_adapter(name: str, folder: Path, kind: Literal["run", "adapter"], i
         raise CheckpointError(
             f"adapter {folder} was tuned on {base}, which is not here: bring that folder back, "
             f"or set base_model_name_or_path in {folder / ADAPTER_CONFIG}"
+            + (f" and remove {DIGESTS} beside it" if (folder / DIGESTS).is_file() else "")
         )
     has_processor = (folder / "tokenizer_config.json").is_file()
     return Target(name, kind, base, config.get("revision"), folder, str(folder) if has_processor else base)
 
 
 def weights_fault(run: RunFolder) -> str | None:
-    """What is wrong with a run's tuned weights by the headers of their files, None for whole ones; reads no tensor."""
+    """What is wrong with a run's tuned weights, None for whole ones: by the headers of their files, and by the digests
+    that an adapter has beside it."""
     try:
         if (run.adapter / ADAPTER_CONFIG).is_file():
             read_json(run.adapter / ADAPTER_CONFIG)
             tensor_shapes(run.adapter / ADAPTER_WEIGHTS)
+            if (damage := adapter_damage(run.adapter)) is not None:
+                return f"{damage}: copy it again"
         else:
             check_model_folder(run.model)
     except CheckpointError as error:

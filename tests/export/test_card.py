@@ -167,13 +167,17 @@ def test_a_card_says_whose_answers_its_scores_are(run: RunFolder) -> None:
         ("onnx", "int4", run.read_recipe(), "They were not measured with these int4 graphs"),
         ("onnx", "fp32", in_4_bits, "merged into the base as its files have it"),
         ("merged", None, in_4_bits, "merged into the base as its files have it"),
-        ("adapter", None, in_4_bits, None),
+        ("adapter", None, in_4_bits, "The lines below load the base as its files have it"),
         ("onnx", "fp16", run.read_recipe(), None),
     ):
         text = render_card(
             Card("shop", to, BASE, {"dtype": "x", "precision": precision}, recipe, evaluation=evaluation)
         )
-        for line in ("They were not measured with these int4", "merged into the base as its files have it"):
+        for line in (
+            "They were not measured with these int4",
+            "merged into the base as its files have it",
+            "The lines below",
+        ):
             assert (line in text) is (told is not None and told.startswith(line)), (to, precision, line)
 
 

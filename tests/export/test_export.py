@@ -307,7 +307,13 @@ def test_an_export_says_where_it_answers_otherwise_than_its_run(tmp_path: Path) 
     code, said = command("export", run.path, "--to", "merged", "--out", tmp_path / "merged")
     assert code == 0 and said.count("\nnote: ") == 1 and "the run was trained on a quantised base" in said
     assert f"`phi3v evaluate {tmp_path / 'merged'} --data RECIPE quantization=null` scores it" in said
-    assert "note: " not in command("export", run.path, "--to", "adapter", "--out", tmp_path / "adapter")[1]
+    said = command("export", run.path, "--to", "adapter", "--out", tmp_path / "adapter")[1]
+    assert said.count("\nnote: ") == 2 and "this adapter is for the base as its files have it" in said
+    assert "export with --base OWNER/NAME" in said
+    assert "`THE BASE` stands for the base" in (tmp_path / "adapter" / "README.md").read_text()
+    own = ["--to", "adapter", "--out", tmp_path / "own", "--base", "some/model"]
+    assert command("export", run.path, *own)[1].count("\nnote: ") == 1
+    assert "THE BASE" not in (tmp_path / "own" / "README.md").read_text()
     (int4,) = notes_of("onnx", tmp_path, {"precision": "int4"}, None, None)
     assert "whose scores were not measured with it" in int4 and "`phi3v evaluate` reads no graphs" in int4
     of_both = [notes_of("onnx", tmp_path, {"precision": one}, run, None) for one in ("int4", "fp32")]

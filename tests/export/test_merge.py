@@ -190,6 +190,24 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(base: Path, tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "model"]
 
 
+def test_numbers_that_are_none_are_not_exported(base: Path, tmp_path: Path) -> None:
+    own = tmp_path / "model"
+    shutil.copytree(base, own)
+    adapter = random_adapter(own, tmp_path / "adapter", options={"r": 4})
+    for file, kinds in (
+        (adapter / "adapter_model.safetensors", ("adapter", "merged")),
+        (own / "model.safetensors", ("merged",)),
+    ):
+        whole = load_file(file)
+        name = max(whole)
+        whole[name].view(-1)[1] = float("nan") if "adapter" in file.name else float("-inf")
+        save_file(whole, file, metadata={"format": "pt"})
+        for to in kinds:
+            with pytest.raises(CheckpointError, match=rf"{file}: \S+ holds NaN or infinity") as error:
+                export(file.parent, tmp_path / "out", to=to)
+            assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
 def test_an_adapter_that_changes_no_weight_is_refused(base: Path, tmp_path: Path) -> None:
     options = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     model = load_base(base, device="cpu")

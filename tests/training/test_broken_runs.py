@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from tiny_models import write_photos, write_tiny_model
 
 import phi3v
+from phi3v.adapters import check_adapter
 from phi3v.data.schema import Row
 from phi3v.errors import CheckpointError, ConfigError
 from phi3v.evaluation.report_run import NEEDED, write_report
+from phi3v.export.run import export
 from phi3v.run_folder import RunFolder
 from phi3v.targets import resolve_target
 
@@ -58,6 +60,13 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
 
 
+def flip(file: Path) -> None:
+    """One bit near its end is another."""
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+
+
 def halve(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
@@ -85,6 +94,32 @@ def test_a_finished_run_whose_weights_are_damaged_gets_them_back(
     shutil.rmtree(run.checkpoints)
     with pytest.raises(CheckpointError, match="its header says .*: copy it again, or remove it to train from the sta"):
         phi3v.train(recipe)
+
+
+def test_a_flipped_bit_in_a_finished_adapter_is_seen(trained: phi3v.Recipe, copy: MakeCopy) -> None:
+    """Whatever loads an adapter asks `check_adapter`; the command that trained it writes it again."""
+    recipe, run = copy()
+    check_adapter(run.adapter)
+    weights_file = run.adapter / "adapter_model.safetensors"
+    for file in (weights_file, run.adapter / "tokenizer.json", run.checkpoints / "checkpoint-1" / weights_file.name):
+        flip(file)
+        with pytest.raises(CheckpointError, match=f"^{file} is damaged ") as error:
+            check_adapter(file.parent)
+        assert ("checkpoint" in str(error.value)) and "\n" not in str(error.value)
+        flip(file)
+        check_adapter(file.parent)
+    flip(weights_file)
+    for load in (phi3v.ChatModel.from_target, lambda place: export(place, run.path / "out", to="merged")):
+        with pytest.raises(CheckpointError, match=f"`phi3v train {run.recipe}` writes it again from the newest good"):
+            load(run.path)
+    assert phi3v.train(recipe).resumed_from == 2
+    assert_same(weights(run.path), weights(trained.output))
+    (run.adapter / "digests.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"digests\.json is damaged"):
+        check_adapter(run.adapter)
+    (run.adapter / "digests.json").unlink()  # of an older run, or another tool's
+    flip(weights_file)
+    check_adapter(run.adapter)
 
 
 def test_a_run_whose_recipe_is_gone_says_how_to_put_it_back(copy: MakeCopy) -> None:
@@ -139,7 +174,9 @@ def test_a_summary_of_something_else_is_named(copy: MakeCopy, content: str, reas
     run.finished.write_text(content)
     with pytest.raises(CheckpointError) as error:
         phi3v.train(recipe)
-    assert str(error.value) == (f"{run.finished} cannot be read: {reason}; remove it and let it be written again")
+    assert str(error.value) == (
+        f"{run.finished} cannot be read: {reason}; remove it, and `phi3v train {run.recipe}` writes it again"
+    )
     run.finished.unlink()  # the way out
     assert phi3v.train(recipe).status == "resumed" and run.read_summary()["steps"] == 2
 
@@ -151,7 +188,7 @@ def test_an_evaluation_of_something_else_is_named(copy: MakeCopy) -> None:
     run.write_predictions([])
     row = Row(messages=(), images=(), fields={}, source="rows.jsonl", index=0)
     with pytest.raises(
-        CheckpointError, match="evaluation.json cannot be read: it lacks against; remove it and let it be"
+        CheckpointError, match="evaluation.json cannot be read: it lacks against; remove it, and `phi3v evaluate"
     ):
         write_report(run, [row])
     run.write_evaluation(dict.fromkeys(NEEDED))

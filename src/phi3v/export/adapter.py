@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors import safe_open
 
 from phi3v.adapters import check_adapter, check_fit, load_adapter
 from phi3v.errors import ConfigError
 from phi3v.export.folder import check_space
 from phi3v.export.layout import write_processor
+from phi3v.export.merge import check_finite
 from phi3v.loading import load_config, load_processor
 from phi3v.meta_base import meta_base
 from phi3v.targets import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Target, read_json, tensor_shapes
@@ -46,6 +48,9 @@ def write_adapter(
     stored = tensor_shapes(place.adapter / ADAPTER_WEIGHTS)
     config = load_config(place.base, revision=place.revision)
     check_fit(load_adapter(meta_base(config, dtype=torch.float32), place, on_meta=True), place, stored)
+    with safe_open(place.adapter / ADAPTER_WEIGHTS, framework="pt") as file:
+        for name in stored:
+            check_finite(name, file.get_tensor(name), place.adapter / ADAPTER_WEIGHTS)
     check_space(folder, (place.adapter / ADAPTER_WEIGHTS).stat().st_size)
     shutil.copyfile(place.adapter / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
     values = plain_config(read_json(place.adapter / ADAPTER_CONFIG), base or place.base)

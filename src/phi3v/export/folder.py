@@ -4,8 +4,6 @@ In comes a place and what fills it. Knows nothing about formats.
 """
 
 import errno
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -14,14 +12,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from phi3v.digests import DIGESTS, folder_digests
 from phi3v.errors import CheckpointError, ConfigError, Phi3VError
 from phi3v.passthrough import first_line
 from phi3v.targets import read_json
-from phi3v.whole_files import is_unfinished, own_name, replace_folder
+from phi3v.whole_files import is_unfinished, replace_folder
 
-DIGESTS = "digests.json"
-"""SHA-256 of each other file of an export, by its name."""
-_OF_THE_HUB = (".git", ".gitattributes", ".cache")
 _MARGIN = 64 * 2**20
 """Bytes for tokenizer, card and small files."""
 
@@ -63,11 +59,6 @@ def fill_whole(out: Path, fill: Callable[[Path], Any]) -> None:
         raise CheckpointError(f"the export to {out} failed ({reason}): free space, or name another folder") from error
 
 
-def write_digests(folder: Path) -> None:
-    """Writes digests.json: {"sha256": {"config.json": "9f2c...", ...}}."""
-    (folder / DIGESTS).write_text(json.dumps({"sha256": _digests(folder)}, indent=2) + "\n", encoding="utf-8")
-
-
 def check_digests(folder: Path) -> None:
     """Reads an export through and compares each file with digests.json.
 
@@ -75,24 +66,13 @@ def check_digests(folder: Path) -> None:
 
     Raises: CheckpointError that names the first file which is missing, changed, or was not exported.
     """
-    noted, found = read_json(folder / DIGESTS).get("sha256"), _digests(folder)
+    noted, found = read_json(folder / DIGESTS).get("sha256"), folder_digests(folder)
     if not isinstance(noted, dict):
         raise CheckpointError(f"{folder / DIGESTS} has no mapping sha256: export again")
     for name in sorted(noted.keys() | found.keys()):
         if noted.get(name) != found.get(name):
             what = "missing" if name not in found else "changed" if name in noted else "no file of the export"
             raise CheckpointError(f"{folder / name} is {what}: copy the export again")
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file, by its path in the folder."""
-    found = {}
-    for file in sorted(folder.rglob("*")):
-        name = own_name(file.relative_to(folder).as_posix())
-        if file.is_file() and name != DIGESTS and name.partition("/")[0] not in _OF_THE_HUB:
-            with file.open("rb") as content:
-                found[name] = hashlib.file_digest(content, "sha256").hexdigest()
-    return found
 
 
 def _existing(path: Path) -> Path:

@@ -12,8 +12,8 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from phi3v.digests import DIGESTS
 from phi3v.errors import CheckpointError, ConfigError
-from phi3v.export.folder import DIGESTS
 from phi3v.passthrough import connection_fault, first_line
 from phi3v.targets import read_json
 

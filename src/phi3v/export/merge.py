@@ -174,5 +174,18 @@ def merged_weights(
         weights = {}
         for name in own:
             with safe_open(files[name], framework="pt") as file:
-                weights[name] = file.get_tensor(name)
-        yield from (merger.merge(module, weights) if merger else weights).items()
+                weights[name] = check_finite(name, file.get_tensor(name), files[name])
+        for name, weight in (merger.merge(module, weights) if merger else weights).items():
+            yield name, check_finite(name, weight, merger.file if merger else files[name])
+
+
+def check_finite(name: str, weight: torch.Tensor, file: Path) -> torch.Tensor:
+    """The weight itself. Raises: CheckpointError where it holds NaN or infinity, which would answer with nothing.
+
+    By least and largest, which are NaN where one is: no second tensor of its size is made.
+    """
+    if weight.is_floating_point() and weight.numel() and not all(end.isfinite() for end in weight.aminmax()):
+        raise CheckpointError(
+            f"{file}: {name} holds NaN or infinity, with which no answer comes: copy the file again, or train again"
+        )
+    return weight

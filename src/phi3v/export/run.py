@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from phi3v.digests import write_digests
 from phi3v.errors import ConfigError
 from phi3v.export.card import MICROSOFT, base_id, read_card, render_card
-from phi3v.export.folder import fill_whole, refuse_used, write_digests
+from phi3v.export.folder import fill_whole, refuse_used
 from phi3v.export.vllm import Serving
 from phi3v.run_folder import RunFolder
 from phi3v.targets import EXPORT_ABOUT, Target, read_json, resolve_target, run_of, system_template
@@ -147,11 +148,24 @@ def _notes(
 ) -> tuple[str, ...]:
     """Where an export answers otherwise than its run, and what to do about it."""
     notes, place = [], shlex.quote(str(out))
-    if to != "adapter" and run is not None and run.read_recipe().quantization:
+    quantised = run is not None and run.read_recipe().quantization
+    if quantised and to == "adapter":
+        notes.append(
+            "the run was trained on a quantised base, and this adapter is for the base as its files have it where "
+            "nothing else is said: answers differ from the run's as the two bases do; "
+            f"`phi3v evaluate {place} --data RECIPE` scores it on the quantised base, with `quantization=null` behind "
+            "it on the whole one"
+        )
+    elif quantised:
         score = f"; `phi3v evaluate {place} --data RECIPE quantization=null` scores it" if to == "merged" else ""
         notes.append(
             "the run was trained on a quantised base, and this is merged into the base as its files have it: answers "
             f"differ from the run's as the two bases do{score}"
+        )
+    if to == "adapter" and "base" in facts and Path(facts["base"]).is_dir():
+        notes.append(
+            f"the base is a folder here ({facts['base']}), whose path stands in adapter_config.json: for others "
+            "export with --base OWNER/NAME, its hub id"
         )
     if facts.get("precision") == "int4":
         notes.append(

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from phi3v.data.quiet_tiff import silence_libtiff
 from phi3v.errors import Phi3VError
+from phi3v.hub_attempt import give_up_early
 from phi3v.serve.channel import Message, read_message, write_message
 from phi3v.serve.lanes import Asked, Lanes
 from phi3v.serve.limits import Limits
@@ -149,6 +150,7 @@ def main() -> None:
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     silence_libtiff()
+    give_up_early()  # a hub that is away: one attempt and one line, as in the commands
     first = read_message(source)
     if first is None:
         return

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from phi3v.digests import file_digest
 from phi3v.errors import CheckpointError
 from phi3v.ranks import ALONE, Ranks
 from phi3v.whole_files import sync_file, sync_folder
@@ -83,7 +84,7 @@ def publish(staging: Path, facts: dict[str, Any]) -> Path:
     assert not strangers, f"a checkpoint holds safetensors and JSON alone, not {strangers}"
     for name in names:
         sync_file(staging / name)
-    files = {name: {"bytes": (staging / name).stat().st_size, "sha256": _digest(staging / name)} for name in names}
+    files = {name: {"bytes": (staging / name).stat().st_size, "sha256": file_digest(staging / name)} for name in names}
     manifest = {"format": FORMAT, "step": checkpoint_step(target), **facts, "files": files}
     sealed = {"manifest": manifest, "sha256": _seal(manifest)}
     (staging / MANIFEST).write_text(json.dumps(sealed, indent=1), encoding="utf-8")
@@ -167,7 +168,7 @@ def find_fault(path: Path, *, weights: bool = False) -> str | None:
                 return f"{file} is missing"
             if file.stat().st_size != facts["bytes"]:
                 return f"{file} has {file.stat().st_size} bytes of {facts['bytes']}"
-            if _digest(file) != facts["sha256"]:
+            if file_digest(file) != facts["sha256"]:
                 return f"{file} is damaged"
         except OSError as error:
             return f"{file} cannot be read ({error.strerror or error})"
@@ -243,9 +244,3 @@ def _remove(path: Path) -> None:
 def _seal(manifest: dict[str, Any]) -> str:
     """SHA-256 of what a manifest says."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(file: Path) -> str:
-    """SHA-256 of a file."""
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

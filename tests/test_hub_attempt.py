@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 from transformers import PreTrainedConfig
 
-from phi3v import cli_hub
+from phi3v import hub_attempt
 from phi3v.data import hub_card
 from phi3v.data.opening import open_set
 from phi3v.errors import CheckpointError, DataError
@@ -32,7 +32,7 @@ def closed_port() -> int:
 
 COMMANDS = """
 from phi3v.cli import app
-for words in (["ask", "nofolder", "a.png", "hi"], ["data", "check", "nosuch/set"]):
+for words in (["ask", "nobody/nomodel", "a.png", "hi"], ["data", "check", "nosuch/set"]):
     try: app(words)
     except SystemExit as done: print(done.code)
 """
@@ -46,8 +46,8 @@ def test_a_target_and_a_set_that_are_nowhere_are_one_line_each(closed_port: int,
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.stdout == "1\n1\n"
     assert [line for line in done.stderr.splitlines() if line.strip()] == [
-        "phi3v: nofolder is no folder here and could not be read from the hub (no connection to 127.0.0.1: [Errno 111] "
-        "Connection refused): check the name, the network, and HF_TOKEN for private models",
+        "phi3v: nobody/nomodel is no folder here and could not be read from the hub (no connection to "
+        "127.0.0.1: [Errno 111] Connection refused): check the name, the network, and HF_TOKEN for private models",
         "phi3v: data set nosuch/set cannot be read: Couldn't reach 'nosuch/set' on the Hub; it is no "
         "file or folder here, and was looked for on the hub: check the name and the network",
     ]
@@ -55,7 +55,7 @@ def test_a_target_and_a_set_that_are_nowhere_are_one_line_each(closed_port: int,
 
 def test_after_an_answer_the_hub_has_its_own_patience(closed_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    attempt = cli_hub._OneAttempt()
+    attempt = hub_attempt._OneAttempt()
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(10)
 
@@ -74,7 +74,7 @@ def test_after_an_answer_the_hub_has_its_own_patience(closed_port: int, monkeypa
         attempt.client().get(f"http://127.0.0.1:{closed_port}/")
     assert type(error.value).__name__ == "ConnectError"
 
-    unheard = cli_hub._OneAttempt()
+    unheard = hub_attempt._OneAttempt()
     for _ in range(2):
         with pytest.raises(OfflineModeIsEnabled, match="no connection to 127.0.0.1"):
             unheard.client().get(f"http://127.0.0.1:{closed_port}/")
@@ -82,8 +82,8 @@ def test_after_an_answer_the_hub_has_its_own_patience(closed_port: int, monkeypa
 
 def test_connecting_has_a_limit() -> None:
     timeout = {"connect": None, "read": 60.0}
-    assert cli_hub._impatient({"timeout": timeout}) == {"timeout": {"connect": 10.0, "read": 60.0}}
-    assert cli_hub._impatient({"timeout": {"connect": 3.0}}) == {"timeout": {"connect": 3.0}}
+    assert hub_attempt._impatient({"timeout": timeout}) == {"timeout": {"connect": 10.0, "read": 60.0}}
+    assert hub_attempt._impatient({"timeout": {"connect": 3.0}}) == {"timeout": {"connect": 3.0}}
 
 
 def answered(status: int, kind: str = "HfHubHTTPError") -> Exception:
