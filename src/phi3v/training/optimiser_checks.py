@@ -20,11 +20,11 @@ _log = logging.getLogger(__name__)
 _OWN_WEIGHTS = {"params", "model", "optimizer_dict"}
 """Arguments of optimisers that take the model's own weights, and are not tried on others."""
 _LITTLE = 0.1
-"""The share of the learning rate that some step of a run should have: a longer warm-up than run hardly trains."""
+"""The share of the learning rate that some step of a run should have: with a warm-up longer than itself it has none."""
 
 
 def check_optimiser(arguments: TrainingArguments, model: Any, recipe: Recipe, rows: Any) -> None:
-    """Refuses what cannot be made here, makes weights that are no numbers, or moves none; warns of a run that hardly trains.
+    """Refuses what cannot be made, makes weights that are no numbers, or moves none; warns where a run hardly trains.
 
     Args:
         arguments: what `training_arguments` gave.
