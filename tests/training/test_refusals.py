@@ -224,7 +224,7 @@ def test_a_warm_up_longer_than_the_run_is_warned_of(
 ) -> None:
     """Of 4 steps the last has 3 of 100 parts of the learning rate, or 3 of 10."""
     arguments = TrainingArguments(str(tmp_path), warmup_steps=warmup, learning_rate=1e-3, use_cpu=True)
-    check_optimiser(arguments, torch.nn.Linear(1, 1), make(max_steps=4), [])
+    check_optimiser(arguments, torch.nn.Linear(1, 1), make(training={"max_steps": 4}), [])
     lines = [one.getMessage() for one in caplog.records if one.name == "phi3v.training.optimiser_checks"]
     assert len(lines) == warned
     if warned:
