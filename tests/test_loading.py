@@ -188,6 +188,7 @@ def test_a_base_in_four_bits_trains_lora() -> None:
     [
         (["q_proj", "v_proj"], "'q_proj' hits only the vision part"),
         (["qkv_proj", "query"], "'query' hits no module"),
+        (["query", "foo", "q_proj"], "'foo' and 'query' hit no module"),
         (".*proj", "hits also the vision part"),
     ],
 )

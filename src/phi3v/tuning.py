@@ -287,6 +287,7 @@ def _refuse_wrong_targets(model: nn.Module, config: Any) -> None:
         return  # target_parameters alone: PEFT itself refuses what it does not find
     whole, is_pattern = config.target_modules, isinstance(config.target_modules, str)
     real = f"the projections of the language model are {', '.join(LORA_PROJECTIONS)}"
+    missing = []
     for single in [whole] if is_pattern else sorted(whole):
         config.target_modules = single if is_pattern else {single}
         hits = _hits(model, config)
@@ -298,12 +299,15 @@ def _refuse_wrong_targets(model: nn.Module, config: Any) -> None:
                 f"of them; {real}"
             )
         if not hits:
-            raise ConfigError(f"lora.target_modules: {single!r} hits no module; {real}")
-        if vision:
+            missing.append(single)
+        if vision and not missing:
             only = "only" if len(vision) == len(hits) else "also"
             raise ConfigError(
                 f"lora.target_modules: {single!r} hits {only} the vision part ({len(vision)} modules); {real}"
             )
+    if missing:
+        hit = "hits" if len(missing) == 1 else "hit"
+        raise ConfigError(f"lora.target_modules: {' and '.join(map(repr, missing))} {hit} no module; {real}")
 
 
 def _name_modules(model: nn.Module, config: Any, wanted: Sequence[Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 import phi3v
 from phi3v.errors import CheckpointError, ConfigError, DataError, DeviceError, MissingPackageError, TrainingError
@@ -15,6 +16,7 @@ from phi3v.recipe import RUN_FILES
 from phi3v.training import train as training
 from phi3v.training.arguments import SHARDED_OPTIMISERS, check_options
 from phi3v.training.callbacks import TrainingEvent
+from phi3v.training.optimiser_checks import check_optimiser
 from phi3v.tuning import PartCount, TrainableReport
 
 MakeRecipe = Callable[..., phi3v.Recipe]
@@ -61,6 +63,8 @@ MakeRecipe = Callable[..., phi3v.Recipe]
                 ("weight_decay", math.nan),
                 ("max_grad_norm", math.nan),
                 ("save_steps", 0),
+                ("logging_steps", 0),
+                ("save_total_limit", 0),
                 ("neftune_noise_alpha", math.inf),
             ]
         ),
@@ -212,6 +216,21 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
     with pytest.raises(ConfigError, match="OMPI_COMM_WORLD_SIZE is 2: .* start them with torchrun") as caught:
         phi3v.train(make())
     assert "\n" not in str(caught.value) and not Path(make().output).exists()
+
+
+@pytest.mark.parametrize(("warmup", "warned"), [(100, True), (10, False), (0.5, False)])
+def test_a_warm_up_longer_than_the_run_is_warned_of(
+    make: MakeRecipe, tmp_path: Path, caplog: pytest.LogCaptureFixture, warmup: float, warned: bool
+) -> None:
+    """Of 4 steps the last has 3 of 100 parts of the learning rate, or 3 of 10."""
+    arguments = TrainingArguments(str(tmp_path), warmup_steps=warmup, learning_rate=1e-3, use_cpu=True)
+    check_optimiser(arguments, torch.nn.Linear(1, 1), make(training={"max_steps": 4}), [])
+    lines = [one.getMessage() for one in caplog.records if one.name == "phi3v.training.optimiser_checks"]
+    assert len(lines) == warned
+    if warned:
+        assert (
+            lines[0].startswith("the learning rate is at most 3e-05 in the 4 steps") and "warmup_steps=100" in lines[0]
+        )
 
 
 def test_nothing_to_train_is_one_line(make: MakeRecipe) -> None:

@@ -54,6 +54,8 @@ _BETWEEN = {
     "max_grad_norm": (0, math.inf, "0 or more (0 clips nothing)"),
     "label_smoothing_factor": (0, 1, "0 or more, below 1"),
     "save_steps": (5e-324, math.inf, "above 0 (below 1 it is a part of the run): with 0 a kill loses all"),
+    "logging_steps": (5e-324, math.inf, "above 0 (below 1 it is a part of the run)"),
+    "save_total_limit": (1, math.inf, "1 or more (null keeps all checkpoints): a run goes on from its newest"),
 }
 """What an option is at least, what it has to be below, and both in words; beyond it the first update makes weights that
 are no numbers, or nothing is saved before the end."""

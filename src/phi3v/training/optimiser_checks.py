@@ -4,6 +4,7 @@ In come TrainingArguments and what they are for; out comes nothing, or a `Config
 optimiser may have is not restated: one of its own class steps a tiny weight, and what comes out is looked at.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,12 +16,15 @@ from phi3v.errors import ConfigError
 from phi3v.recipe import Recipe
 from phi3v.training.arguments import library_errors
 
+_log = logging.getLogger(__name__)
 _OWN_WEIGHTS = {"params", "model", "optimizer_dict"}
 """Arguments of optimisers that take the model's own weights, and are not tried on others."""
+_LITTLE = 0.1
+"""The share of the learning rate that some step of a run should have: with a warm-up longer than itself it has none."""
 
 
 def check_optimiser(arguments: TrainingArguments, model: Any, recipe: Recipe, rows: Any) -> None:
-    """Refuses what cannot be made here, makes weights that are no numbers, or moves none.
+    """Refuses what cannot be made, makes weights that are no numbers, or moves none; warns where a run hardly trains.
 
     Args:
         arguments: what `training_arguments` gave.
@@ -43,7 +47,18 @@ def check_optimiser(arguments: TrainingArguments, model: Any, recipe: Recipe, ro
     steps = recipe.training.max_steps
     if steps is None and hasattr(rows, "__len__"):
         steps = int(-(-(-(-len(rows) // recipe.training.samples_per_step) * recipe.training.epochs) // 1))
-    _refuse_idle_schedule(arguments, steps or 1)
+    highest = _highest_rate(arguments, steps := steps or 1)
+    if highest < _LITTLE * arguments.learning_rate:
+        _log.warning(
+            "the learning rate is at most %.2g in the %d steps of this run, less than a tenth of "
+            "training.learning_rate=%g (training.warmup_steps=%g, lr_scheduler_type=%s): set fewer warmup_steps "
+            "(a share such as 0.05 fits any length), or more steps",
+            highest,
+            steps,
+            arguments.learning_rate,
+            arguments.warmup_steps,
+            SchedulerType(arguments.lr_scheduler_type).value,
+        )
 
 
 def _try_update(
@@ -94,8 +109,8 @@ def _is_read(name: str, arguments: TrainingArguments, model: Any) -> bool:
     return bool(found[0] != found[1])
 
 
-def _refuse_idle_schedule(arguments: TrainingArguments, steps: int) -> None:
-    """Refuses a run in each of whose steps the learning rate is 0.
+def _highest_rate(arguments: TrainingArguments, steps: int) -> float:
+    """The highest learning rate of a run's steps; refuses a run in each of whose steps it is 0.
 
     Example: one step is the first of any warm-up, which begins at 0.
     """
@@ -109,11 +124,15 @@ def _refuse_idle_schedule(arguments: TrainingArguments, steps: int) -> None:
             num_training_steps=steps,
             scheduler_specific_kwargs=kwargs,
         )
+    highest = 0.0
     for _ in range(steps):
-        if idle.param_groups[0]["lr"] > 0:
-            return
+        highest = max(highest, float(idle.param_groups[0]["lr"]))
+        if highest >= _LITTLE * arguments.learning_rate and highest > 0:
+            return highest  # runs of many steps are not walked through
         idle.step()
         schedule.step()
+    if highest > 0:
+        return highest
     raise ConfigError(
         f"the learning rate is 0 in each of the {steps} steps (training.warmup_steps={arguments.warmup_steps:g}, "
         f"lr_scheduler_type={name}), so nothing would train: set training.warmup_steps=0, or more steps"
