@@ -324,8 +324,13 @@ def test_hub_ids_take_the_same_way_with_their_revision(tmp_path: Path, monkeypat
     stolen = [{**row, "image": str(tmp_path / "mine.png")} for row in records()]
     (tmp_path / "other").mkdir()
     folder = str(Path(write(tmp_path / "other", "train.parquet", stolen)).parent)
-    with pytest.raises(DataError, match="5 image_path.*lies outside"):
+    with pytest.raises(DataError, match="5 image_path.*lies outside") as refused:
         load_rows("someone/things", options=OPTIONS)
+    told = str(refused.value)
+    assert (
+        told.count("lies outside") == 3 and told.count(" (each: move it there, set data.image_root, or allow it") == 1
+    )
+    assert told.count("move it there") == 1, "the way out stands once"
 
 
 def test_validation_rows_come_from_a_file_the_set_itself_or_a_split(tmp_path: Path) -> None:

@@ -333,3 +333,5 @@ def test_small_things():
     third = [place % 3 for place in few_rows(range(300), 100)]  # of three questions about each photo
     assert min(third.count(one) for one in range(3)) > 20
     assert scripts("Schal шарф 12") == {"LATIN", "CYRILLIC"} and scripts("12, ½") == set()
+    assert scripts("5 \N{MICRO SIGN}m nº \N{FULLWIDTH LATIN CAPITAL LETTER A} 3 k\N{OHM SIGN} lʼeau") == {"LATIN"}
+    assert scripts("5 \N{GREEK SMALL LETTER MU}m") == {"LATIN"} and scripts("μήλο") == {"GREEK"}

@@ -2,19 +2,28 @@
 
 import json
 from random import Random
+from statistics import median_low
 
+import numpy as np
+import pytest
+
+from phi3v.data.schema import ImageRef, Message, Row, TextPart
 from phi3v.evaluation import constant
+from phi3v.evaluation.answers import Answers
 from phi3v.evaluation.check_constant import check_constant
 from phi3v.evaluation.constant import best_constant, constant_columns
 from phi3v.evaluation.fields import AnswerTemplate
-from phi3v.evaluation.headline import better_fields
+from phi3v.evaluation.headline import also_changed, better_fields, verdict
 from phi3v.evaluation.intervals import mean
+from phi3v.evaluation.json_answers import json_errors, least_errors
 from phi3v.evaluation.kinds import choose_scoring
 from phi3v.evaluation.metric_table import metric_table
+from phi3v.evaluation.result import Beside, HeldOut, build_evaluation, scoring_of
 from phi3v.evaluation.row_scores import row_score, score_rows
+from phi3v.recipe import Recipe
 
 
-def test_each_metric_has_the_best_of_three_answers_as_its_control():
+def test_each_metric_has_the_best_of_some_answers_as_its_control():
     """Not only the best by the primary metric, which may be poor by the others."""
     expected = [*["not legible"] * 4, *[f"a red scarf number {n}" for n in range(36)]]
     asked = ["?"] * 40
@@ -63,6 +72,72 @@ def test_no_field_of_one_answer_to_everything_is_better_than_its_control():
             scoring, expected, asked, ours[scoring.metrics[0]], single, (), control[scoring.metrics[0]]
         )
         assert found.verdict == "fail"
+
+
+PRICED = {
+    "template": ("Product: {title}, Price: {price}", "Product: %s, Price: %d", None),
+    "JSON": ("{answer}", '{"title": "%s", "price": %d}', None),
+    "number": ("{price}", "%.0s%d", None),
+    "number, other metrics": ("{price}", "%.0s%d", ["exact_match", "relaxed_accuracy"]),
+    "list": ("{answer}", '{"title": "%s", "items": [{"price": %d}]}', None),
+}
+
+
+@pytest.mark.parametrize("case", PRICED)
+@pytest.mark.parametrize("said", ["median", "mean"])
+def test_a_model_that_says_one_thing_is_never_told_as_clearly_better_than_its_control(case: str, said: str):
+    """Prices a tenth of which are 9, the most frequent one and far from all others, beside a base that guesses."""
+    form, text, metrics = PRICED[case]
+    random = Random(1)
+    things = [(random.choice(["Cap", "Hat"]), random.choice([9] + 9 * [random.randint(100, 2000)])) for _ in range(120)]
+    prices = [price for _, price in things]
+    number = median_low(prices) if said == "median" else round(sum(prices) / len(prices))
+    expected = [text % thing for thing in things]
+    if case == "list":  # of five items; the model names the first one alone, which is cheap in all rows
+        lists = [[random.choice([7, 7, 7, 8]), *(random.randint(100, 2000) for _ in range(4))] for _ in things]
+        expected = [
+            json.dumps({"title": name, "items": [{"price": one} for one in its]})
+            for (name, _), its in zip(things, lists, strict=True)
+        ]
+        number = 7 if said == "median" else 8
+    same = [text % ("Cap", number)] * len(things)
+    guessed = [text % ("x", random.randint(1, 9000)) for _ in things]
+    recipe = Recipe.from_dict({"model": "tiny", "data": {"train": "made.csv", "answer": form}})
+    turns = [(Message("user", (TextPart("?"),)), Message("assistant", (TextPart(one),))) for one in expected]
+    rows = [
+        Row(one, (ImageRef(f"{place}.jpg", root="/photos"),), {}, "made.csv", place) for place, one in enumerate(turns)
+    ]
+    held_out = HeldOut(rows, [], "made.csv", recipe)
+    tuned, base = (
+        Answers(one, [1.0] * len(rows), [1] * len(rows), ended=[True] * len(rows)) for one in (same, guessed)
+    )
+    found = build_evaluation(
+        "a", held_out, scoring_of(held_out, metrics), tuned, Beside("b", "base", base), {}
+    ).to_dict()
+    controlled = {name: one for name, one in found["metrics"].items() if one["over_constant"]}
+    assert {name.partition(".")[0] for name in controlled} >= {"exact_match", "similarity", "absolute_error"}
+    for name, one in controlled.items():
+        assert verdict({**one["over_constant"], "better": one["better"]}) != "better", name
+    assert also_changed(found)["better"] == []
+
+
+def test_no_single_number_has_a_smaller_mean_error_than_the_control():
+    expected = ["9"] * 3 + ["$100", "sold out", "105", "300.5", "2,000", "1e5", *["150"] * 2]
+    scoring = choose_scoring(expected, ["?"] * 11, AnswerTemplate("{answer}"), metrics=["relaxed_accuracy"])
+    control = constant_columns(scoring, expected, ["?"] * 11)["absolute_error"]
+    tried = [score_rows(scoring, expected, [str(one)] * 11, ["?"] * 11)["absolute_error"] for one in range(0, 2100)]
+    assert mean(control) == pytest.approx(min(map(mean, tried))), "over the rows that the metric counts"
+    assert np.isnan(control.values).tolist() == np.isnan(tried[0].values).tolist() and np.isnan(control.values[4])
+
+    random = Random(2)
+    lists = [[random.randint(0, 9) * 10**place for place in range(random.randint(1, 4))] for _ in range(40)]
+    expected = [json.dumps({"p": one}) for one in lists]
+    for _ in range(200):  # an answer may leave elements out, and is compared at those that it has
+        given = [random.choice([None, random.randint(0, 9) * 10**place]) for place in range(4)]
+        same = [json.dumps({"p": given})] * 40
+        pairs = zip(map(json_errors, expected, same), least_errors(expected, same), strict=True)
+        both = [(one["p[]"], other["p[]"]) for one, other in pairs if one["p[]"] is not None]
+        assert sum(one for one, _ in both) >= sum(other for _, other in both) - 1e-6, given
 
 
 def test_long_texts_get_fewer_tries_and_what_the_model_mostly_says_is_measured_on_all_rows(monkeypatch):

@@ -104,3 +104,14 @@ def test_names_are_the_same_everywhere():
     assert Recipe.from_dict(values).evaluation.metrics == ["anls"]
     with pytest.raises(ConfigError, match=r"evaluation\.metrics"):
         Recipe.from_dict(values, ["evaluation.metrics=[rouge]"])
+
+
+def test_numbers_with_a_unit_are_told_how_they_are_compared_as_numbers() -> None:
+    def notes(texts: list[str], form: str = "{answer}") -> list[str]:
+        return [one for one in choose_scoring(texts, ["?"] * 20, AnswerTemplate(form)).notes if "behind them" in one]
+
+    (told,) = notes([f"{n} kg" for n in range(19)] + ["unknown"])
+    assert "'kg' behind them, compared as texts" in told and "data.answer '{number} kg'" in told
+    kept = choose_scoring([f"{n} kg" for n in range(20)], ["?"] * 20, AnswerTemplate("{number} kg"))
+    assert (kept.kind, kept.numeric, kept.notes) == ("templated", {"number"}, ())
+    assert notes([f"{n} 000" for n in range(20)]) == notes([f"{n} {'kg lb'.split()[n % 2]}" for n in range(20)]) == []

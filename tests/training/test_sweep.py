@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import phi3v
 from phi3v.cli import app
 from phi3v.data import encode as encode_module
-from phi3v.errors import ConfigError, Interrupted, TrainingError
+from phi3v.errors import ConfigError, DataError, Interrupted, TrainingError
 from phi3v.evaluation.run import evaluate
 from phi3v.first_look import open_data
 from phi3v.recipe import Recipe
@@ -23,6 +23,7 @@ pytest.importorskip("optuna", reason="sweeps need Optuna")
 from phi3v.sweep import run as sweep_module
 from phi3v.sweep.run import SweepResult, TrialNews, sweep
 from phi3v.sweep.space import default_space, search_space, with_values
+from phi3v.sweep.trial import rows_of
 from phi3v.sweep.verdict import remarks
 
 MakeRecipe = Callable[..., phi3v.Recipe]
@@ -204,6 +205,11 @@ def test_spaces_and_slips(make_sweep: MakeRecipe, tmp_path: Path) -> None:
     failing = make_sweep("failing", search={"vision.tower": ["lora"], "lora": [None]}, trials=2)
     with pytest.raises(TrainingError, match=r"all 2 trials failed, the last one so: vision.tower asks for LoRA"):
         sweep(failing)
+
+    unread = make_sweep("unread").with_overrides([f"data.image_root={tmp_path}"])
+    with pytest.raises(DataError, match="rows cannot be used .* image_path"):
+        sweep(unread, on_trial=lambda one: pytest.fail("a trial began"))
+    assert rows_of(unread, lambda event: None, ["lora.r", "data.image_root"]) == {}, "a trial may have others"
 
 
 def test_trials_open_no_image_again(make_sweep: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,10 @@ right behind the held-out rows, which are a stream's first: where one photo has 
 a tenth of the first thousand records, by which a stream is judged first, and next to none of the whole set.
 """
 
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from phi3v.data.mixing import SetUse
 from phi3v.data.schema import RowProblem
@@ -19,6 +20,8 @@ from phi3v.errors import DataError, NoUsableRowError
 _SHARED = "held_out_image"
 _TOLD = 3
 """Problems that a line tells one by one."""
+_LONG = 40
+"""Letters from which on a way out that problems share is told once."""
 
 
 def refusal(
@@ -187,7 +190,16 @@ def describe_counts(reasons: Counter[str], first: Sequence[RowProblem], total: i
 
 
 def _first_told(first: Sequence[RowProblem], source: str) -> str:
-    """Problems one by one, with the source of those that are of another."""
-    return "; ".join(
-        f"row {problem.row}: {problem.message}" if problem.source == source else str(problem) for problem in first
+    """Problems one by one, with the source of those that are of another; a long way out that all of them name stands
+    once, behind the last one.
+
+    Example: "row 0: image a.png lies outside /data; row 1: image b.png lies outside /data (each: move it there, ...)".
+    """
+    tails = (
+        [first[0].message[colon.start() :] for colon in re.finditer(": ", first[0].message)] if len(first) > 1 else []
     )
+    tail = next((one for one in tails if all(problem.message.endswith(one) for problem in first)), "")
+    tail = tail if len(tail) >= _LONG else ""
+    short = [replace(problem, message=problem.message.removesuffix(tail)) for problem in first]
+    told = "; ".join(f"row {one.row}: {one.message}" if one.source == source else str(one) for one in short)
+    return f"{told} (each{tail})" if tail else told

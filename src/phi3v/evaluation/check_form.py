@@ -28,6 +28,7 @@ FEW, MANY = 0.02, 0.2
 """Shares of answers from which on the check warns, and fails where the whole interval is above."""
 LONGER = 2.0
 """Times longer, or shorter, than expected: the median answer."""
+_UNITS = {"μ", "Ω"}  # micro and ohm, as NFKC writes them
 _CONTROL = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?s>|<unk>|<pad>|<0x[0-9A-F]{2}>|\[/?INST\]|\N{REPLACEMENT CHARACTER}")
 
 
@@ -136,6 +137,9 @@ def _has_leftovers(expected: str, answer: str) -> bool:
 
 
 def scripts(text: str) -> set[str]:
-    """The scripts of a text's letters by their Unicode names: "Schal шарф 12" -> {"LATIN", "CYRILLIC"}."""
-    letters = {letter for letter in text if letter.isalpha()}
-    return {unicodedata.name(letter, "UNNAMED").split()[0].split("-")[0] for letter in letters}
+    """The scripts of a text's letters by their Unicode names: "Schal шарф 12" -> {"LATIN", "CYRILLIC"}.
+
+    Signs count as the letters that they stand for ("Ａ", "º" as A, o), and those of units as none: "5 µm" -> {"LATIN"}.
+    """
+    letters = {letter for letter in unicodedata.normalize("NFKC", text) if letter.isalpha()} - _UNITS
+    return {unicodedata.name(letter, "UNNAMED").split()[0].split("-")[0] for letter in letters} - {"MODIFIER"}

@@ -14,13 +14,14 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import median_low
 from typing import Any, Literal
 
 import numpy as np
 
 from phi3v.evaluation.fields import field_is_right
 from phi3v.evaluation.intervals import mean
-from phi3v.evaluation.json_answers import json_leaves, leaf_scores, most_frequent_leaves
+from phi3v.evaluation.json_answers import json_leaves, leaf_scores, least_errors, most_frequent_leaves
 from phi3v.evaluation.kinds import Scoring
 from phi3v.evaluation.number_texts import parse_number
 from phi3v.evaluation.row_scores import Column, Groups, row_score, score_rows
@@ -38,7 +39,7 @@ LEAST_TRIED, LEAST_ROUND = 8, 4
 
 NO_CONTROL = ("well_formed", "json_valid")
 """Metrics that every constant answer gets all of."""
-Origin = Literal["most frequent", "expected", "fields", "own"]
+Origin = Literal["most frequent", "expected", "fields", "medians", "own"]
 """Where an answer is from: see `ConstantAnswer`."""
 
 
@@ -49,7 +50,8 @@ class ConstantAnswer:
     Attributes:
         answer: its text.
         origin: "most frequent" for the most frequent expected answer, "expected" for another expected one, "fields" for
-            the one that has the most frequent value in each field, "own" for one that the model gives.
+            the one that has the most frequent value in each field, "medians" for that one with the median in fields of
+            numbers, "own" for one that the model gives.
         tried: how many different answers were scored; 1 where the most frequent one is the best without a try.
     """
 
@@ -67,10 +69,10 @@ def best_constant(
 ) -> ConstantAnswer:
     """The answer that scores best by the primary metric when it is given to every row.
 
-    Tried are the 200 most frequent expected answers, the one made of the most frequent value of each field, and the 20
-    most frequent ones of the model. Few rows choose among many answers, and more rows among the best of these; the most
-    frequent answer of each sort stays in to the end. Long texts get fewer answers and rows, see `BUDGET`. Of equally
-    good ones the most frequent expected answer counts.
+    Tried are the 200 most frequent expected answers, the one made of the most frequent value of each field, the one of
+    the median numbers, and the 20 most frequent ones of the model. Few rows choose among many answers, and more rows
+    among the best of these; the most frequent answer of each sort stays in to the end. Long texts get fewer answers and
+    rows, see `BUDGET`. Of equally good ones the most frequent expected answer counts.
 
     Args:
         scoring: the metrics.
@@ -83,6 +85,8 @@ def best_constant(
     tried: dict[str, Origin] = {most: "most frequent"}
     if (filled := most_frequent_fields(scoring, expected)) is not None:
         tried.setdefault(filled, "fields")
+    if (middle := median_numbers(scoring, expected)) is not None:
+        tried.setdefault(middle, "medians")
     always = [*tried]
     for texts, count, origin in ((expected, MOST_EXPECTED, "expected"), (own, MOST_OWN, "own")):
         frequent = [text for text, _ in Counter(text.strip() for text in texts).most_common(count)]
@@ -158,8 +162,10 @@ def _top(
     return sorted(answers, key=lambda answer: -round(sums[answer], 9))[:count]
 
 
-def most_frequent_fields(scoring: Scoring, expected: Sequence[str]) -> str | None:
+def most_frequent_fields(scoring: Scoring, expected: Sequence[str], *, medians: bool = False) -> str | None:
     """The answer that has the most frequent value in each field; None for answers without fields.
+
+    With `medians` a field of numbers has their median instead, in JSON where it is on the first level.
 
     Example: template "a: {a}, b: {b}", expected "a: x, b: 1", "a: x, b: 2", "a: y, b: 2" -> "a: x, b: 2"; JSON {"a": 1,
     "b": 2} twice and {"a": 1, "c": 3} -> {"a": 1, "b": 2}, the keys that more than half of the objects have.
@@ -167,20 +173,49 @@ def most_frequent_fields(scoring: Scoring, expected: Sequence[str]) -> str | Non
     if scoring.kind == "json":
         objects = [json.loads(text) for text in expected if json_leaves(text) is not None]
         objects = [one for one in objects if isinstance(one, dict)]
-        counts: dict[str, Counter[str]] = {}
+        values: dict[str, list[Any]] = {}
         for one in objects:
             for key, value in one.items():
-                counts.setdefault(key, Counter())[json.dumps(value, ensure_ascii=False, sort_keys=True)] += 1
-        told = {
-            key: json.loads(its.most_common(1)[0][0]) for key, its in counts.items() if 2 * its.total() > len(objects)
-        }
+                values.setdefault(key, []).append(value)
+        told = {key: _told(its, medians) for key, its in values.items() if 2 * len(its) > len(objects)}
         return json.dumps(told, ensure_ascii=False) if told else None
     template = scoring.template
     parsed = [row for row in map(template.parse, expected) if row is not None] if template.separable else []
     if scoring.kind != "templated" or not parsed:
         return None
-    numeric = scoring.numeric
-    return template.fill({name: _most([row[name] for row in parsed], name in numeric) for name in template.fields})
+    filled = {}
+    for name in template.fields:
+        its, numeric = [row[name] for row in parsed], name in scoring.numeric
+        middle = _middle(its) if medians and numeric else None
+        filled[name] = _most(its, numeric) if middle is None else middle
+    return template.fill(filled)
+
+
+def median_numbers(scoring: Scoring, expected: Sequence[str]) -> str | None:
+    """The answer that has the median in place of each number, see `most_frequent_fields`, or is the median where whole
+    answers are numbers; None where there are none.
+
+    Example: expected "9", "9", "100", "300", "2000" -> "100".
+    """
+    if scoring.kind in ("json", "templated"):
+        return most_frequent_fields(scoring, expected, medians=True)
+    return _middle(expected) if scoring.kind == "number" or "relaxed_accuracy" in scoring.metrics else None
+
+
+def _middle(texts: Sequence[str]) -> str | None:
+    """The text of the median number, the lower one of two; None without numbers: ["9", "$100", "n/a", "2000"] ->
+    "$100"."""
+    numbers = [(number, text.strip()) for text in texts if (number := parse_number(text)) is not None]
+    return median_low(numbers)[1] if numbers else None
+
+
+def _told(values: Sequence[Any], medians: bool) -> Any:
+    """The most frequent one of some values of JSON, or the median where most are numbers."""
+    numbers = [value for value in values if type(value) in (int, float)]
+    if medians and 2 * len(numbers) > len(values):
+        return median_low(numbers)
+    texts = Counter(json.dumps(value, ensure_ascii=False, sort_keys=True) for value in values)
+    return json.loads(texts.most_common(1)[0][0])
 
 
 def _most(values: Sequence[str], numeric: bool) -> str:
@@ -201,12 +236,15 @@ def constant_columns(
     questions: Sequence[str],
     groups: Groups | None = None,
     answer: str | None = None,
+    own: Sequence[str] = (),
 ) -> dict[str, Column]:
     """The control: columns of the best single answer, by name; of each metric the best of a few.
 
     These few are the best answer by the primary metric, the most frequent expected one where it is more frequent than
-    that, and the one made of the most frequent fields. For a field it is the field's own most frequent value, of nested
-    JSON that at each path, which no constant can beat. There is none where it says nothing: for the form, which a
+    that, the one made of the most frequent fields, the one of the median numbers, and what the model says most often:
+    so a model that says one thing to all rows is better by no metric. For a field it is the field's own most frequent
+    value, of nested JSON that at each path, and for a mean absolute error the median of the expected numbers, of nested
+    JSON that at each path: no constant can beat them. There is none where it says nothing: for the form, which a
     constant answer always has, and for the loss, which it does not have.
 
     Args:
@@ -214,14 +252,15 @@ def constant_columns(
         expected: what should be answered.
         questions: what was asked.
         groups: which rows belong together; None where each stands for itself.
-        answer: the best one by the primary metric; None for the best among those expected.
+        answer: the best one by the primary metric; None for the best that is found.
+        own: what the model answered.
     """
     if answer is None:
-        answer = best_constant(scoring, expected, questions).answer
+        answer = best_constant(scoring, expected, questions, own).answer
     counts, most = Counter(text.strip() for text in expected), majority_answer(expected)
     few = [answer, *([most] if counts[most] > counts[answer.strip()] else [])]
-    if (filled := most_frequent_fields(scoring, expected)) is not None:
-        few.append(filled)
+    few += filter(None, (most_frequent_fields(scoring, expected), median_numbers(scoring, expected)))
+    few += [majority_answer(own)] if own else []
     sets = [
         score_rows(scoring, expected, [text] * len(expected), questions, groups=groups) for text in dict.fromkeys(few)
     ]
@@ -232,6 +271,7 @@ def constant_columns(
         columns |= _template_fields(scoring, expected, columns)
     if "json_field_accuracy" in scoring.metrics:
         columns |= _json_fields(expected, columns)
+    columns |= _medians(scoring, expected, columns, own)
     return {name: column for name, column in columns.items() if name not in NO_CONTROL}
 
 
@@ -248,16 +288,8 @@ def primary_control(
 
 
 def _better(columns: Sequence[Column]) -> Column:
-    """The column with the best mean, the first one of equals. Of errors one over the most rows: an answer without a
-    number in most rows may be near in the others."""
-
-    def rank(column: Column) -> tuple[int, float]:
-        value = mean(column)
-        if value is None:
-            return 0, 0.0
-        return int(np.sum(~np.isnan(column.values))), round(-value if column.better == "lower" else value, 12)
-
-    return max(columns, key=rank)
+    """The column of scores with the best mean, the first one of equals. Errors have `_medians`."""
+    return max(columns, key=lambda column: round(mean(column) or 0.0, 12))
 
 
 def _template_fields(scoring: Scoring, expected: Sequence[str], columns: Mapping[str, Column]) -> dict[str, Column]:
@@ -282,3 +314,35 @@ def _json_fields(expected: Sequence[str], columns: Mapping[str, Column]) -> dict
             values = [row.get(column.field, np.nan) for row in rows]
             found[name] = replace(column, values=np.array(values, dtype=np.float64))
     return found
+
+
+def _medians(
+    scoring: Scoring, expected: Sequence[str], columns: Mapping[str, Column], own: Sequence[str]
+) -> dict[str, Column]:
+    """For each mean absolute error the column of the median, over all rows that expect a number, as `score_rows` counts
+    them: the sum of distances to it is the least. Nested JSON is measured where the model has numbers, see
+    `least_errors`."""
+    found: dict[str, list[float]] = {}
+    for metric in scoring.metrics:  # in the order in which `score_rows` lets the first one of a name count
+        if metric == "field_accuracy":
+            parsed = [row or {} for row in map(scoring.template.parse, expected)]
+            for name in scoring.numeric:
+                found.setdefault(f"absolute_error.{name}", _distances([row.get(name) for row in parsed]))
+        elif metric == "relaxed_accuracy":
+            found.setdefault("absolute_error", _distances(expected))
+        elif metric == "json_field_accuracy":
+            rows = least_errors(expected, own or None)
+            for name in dict.fromkeys(name for row in rows for name in row):
+                found.setdefault(f"absolute_error.{name}", [row.get(name, np.nan) for row in rows])
+    return {
+        name: replace(columns[name], values=np.array(values, dtype=np.float64))
+        for name, values in found.items()
+        if name in columns
+    }
+
+
+def _distances(texts: Sequence[str | None]) -> list[float]:
+    """How far each number is from their median, NaN for what is none: ["1", "2", "n/a", "9"] -> [1, 0, NaN, 7]."""
+    numbers = [None if text is None else parse_number(text) for text in texts]
+    middle = median_low([number for number in numbers if number is not None] or [np.nan])
+    return [np.nan if number is None else abs(number - middle) for number in numbers]

@@ -10,7 +10,8 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any, NoReturn
 
 from phi3v.evaluation.shares import same_text
@@ -98,15 +99,57 @@ def json_errors(expected: str, answer: str) -> dict[str, float | None]:
     Example: expected '{"n": 2, "items": [{"p": 1}, {"p": 2}], "x": "a"}', answer '{"n": "2", "items": [{"p": 4}]}' ->
     {"n": None, "items[].p": 3.0}.
     """
-    wanted, given = json_leaves(expected) or {}, json_leaves(answer) or {}
-    texts = {path_name(path) for path, value in wanted.items() if type(value) not in (int, float)}
-    found: dict[str, list[float]] = {}
-    for path, value in wanted.items():
+    given, found = _number_leaves(answer), {}
+    for name, numbers in number_fields(expected).items():
+        errors = [_distance(value, given[path]) for path, value in numbers.items() if path in given]
+        found[name] = sum(errors) / len(errors) if errors else None
+    return found
+
+
+def number_fields(text: str) -> dict[str, dict[Path, Any]]:
+    """The fields of a JSON text all of whose values are numbers, each with its values by path.
+
+    Example: '{"n": 2, "items": [{"p": 1}, {"p": 2}], "x": "a"}' -> {"n": {("n",): 2}, "items[].p": {("items", 0, "p"):
+    1, ("items", 1, "p"): 2}}.
+    """
+    leaves, numbers = json_leaves(text) or {}, _number_leaves(text)
+    texts = {path_name(path) for path in leaves.keys() - numbers.keys()}
+    found: dict[str, dict[Path, Any]] = {}
+    for path, value in numbers.items():
         if (name := path_name(path)) not in texts:
-            errors = found.setdefault(name, [])
-            if type(given.get(path)) in (int, float):
-                errors.append(_distance(value, given[path]))
-    return {name: sum(errors) / len(errors) if errors else None for name, errors in found.items()}
+            found.setdefault(name, {})[path] = value
+    return found
+
+
+def least_errors(expected: Sequence[str], answers: Sequence[str] | None = None) -> list[dict[str, float]]:
+    """`json_errors` of the best single answer: the one that has at each path the median of the expected numbers.
+
+    An answer may leave elements of a list out and be near in the others. So what stands beside `answers` is measured at
+    the elements that they have a number for, in a row where they have none at all of them. A number counts as what it
+    is worth in the row's mean: half where two of its field are measured.
+
+    Example: expected '{"n": 1}', '{"n": 2}', '{"n": 9}' -> [{"n": 1.0}, {"n": 0.0}, {"n": 7.0}].
+    """
+    rows = [number_fields(text) for text in expected]
+    if answers is not None:
+        said = map(_number_leaves, answers)
+        rows = [
+            {name: {path: its[path] for path in its if path in given} or its for name, its in row.items()}
+            for row, given in zip(rows, said, strict=True)
+        ]
+    seen: dict[Path, list[tuple[Any, float]]] = {}
+    for row in rows:
+        for its in row.values():
+            for path, value in its.items():
+                seen.setdefault(path, []).append((value, 1 / len(its)))
+    middle = {path: _weighted_median(values) for path, values in seen.items()}
+    return [
+        {
+            name: sum(_distance(value, middle[path]) for path, value in its.items()) / len(its)
+            for name, its in one.items()
+        }
+        for one in rows
+    ]
 
 
 def path_name(path: Path) -> str:
@@ -150,6 +193,18 @@ def _distance(one: float, other: float) -> float:
         return min(abs(float(one) - float(other)), sys.float_info.max)
     except OverflowError:
         return sys.float_info.max
+
+
+def _number_leaves(text: str) -> dict[Path, Any]:
+    """The numbers of a JSON text by their paths; true and false are none."""
+    return {path: value for path, value in (json_leaves(text) or {}).items() if type(value) in (int, float)}
+
+
+def _weighted_median(values: Iterable[tuple[Any, float]]) -> Any:
+    """The least number that half of the weight is at or below: no other one has a smaller sum of weighted distances."""
+    ordered = sorted(values, key=lambda pair: pair[0])
+    sums = list(accumulate(weight for _, weight in ordered))
+    return ordered[next(place for place, weight in enumerate(sums) if 2 * weight >= sums[-1] - 1e-9)][0]
 
 
 def _refuse(name: str) -> NoReturn:

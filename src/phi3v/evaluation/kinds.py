@@ -14,6 +14,7 @@ same rows, are scored alike. The first rule that at least 95 % of the expected a
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -104,6 +105,11 @@ def choose_scoring(
             "in the mean absolute error"
             for field, (count, rows) in no_numbers(expected, template, numeric).items()
         ]
+    if kind == "short" and (unit := _unit(expected)) is not None:
+        notes.append(
+            f"expected answers are numbers with {unit!r} behind them, compared as texts; with the number in a column "
+            f"of its own and data.answer '{{number}} {unit}' they are compared as numbers"
+        )
     return Scoring(kind, why, tuple(dict.fromkeys([*names, *ALWAYS])), template, numeric, tuple(notes))
 
 
@@ -158,6 +164,15 @@ def _choices(expected: Sequence[str], questions: Sequence[str]) -> list[bool]:
         (match is not None and few) or (bool(listed) and named_option(text, listed) is not None)
         for text, match, listed in zip(expected, letters, options, strict=True)
     ]
+
+
+def _unit(expected: Sequence[str]) -> str | None:
+    """The word behind the number of most answers: ["12 kg", "7 kg"] -> "kg", ["12 kg", "a cat"] -> None."""
+    pairs = [text.strip().rsplit(maxsplit=1) for text in expected]
+    units = Counter(pair[1] for pair in pairs if len(pair) == 2 and looks_numeric(pair[:1]))
+    unit, count = next(iter(units.most_common(1)), ("", 0))
+    worded = any(map(str.isalpha, unit)) and not {*unit} & {*"{}"}  # "1 290" is none, and braces are the template's
+    return unit if worded and count >= MOST * len(expected) else None
 
 
 def _is_short(text: str) -> bool:

@@ -13,9 +13,10 @@ COLUMNS = {
     "p": "how often a difference as large would come up if neither were better: below 0.05 it is hardly chance",
     "won, lost": "rows that the later column answers better, and worse",
     "best single answer": "the control: what one answer would get if it were given to every row, by each score the "
-    "best of three: the best one by the headline's score, the most frequent one, the one made of the most frequent "
-    "fields; for a field, its own most frequent value. “none” where that says nothing: one answer to "
-    "everything always has the right form, and it has no loss",
+    "best of a few: the best one by the headline's score, the most frequent one, the one made of the most frequent "
+    "fields, the one with the median numbers, and what the model says most often; for a field, its own most frequent "
+    "value, and for a mean absolute error the median of the expected numbers, which no other number is nearer to on "
+    "average. “none” where that says nothing: one answer to everything always has the right form, and it has no loss",
     "small print": "the 95 % interval: where the figure would probably lie on other rows like these",
 }
 """Columns of the tables."""

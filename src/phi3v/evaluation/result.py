@@ -201,7 +201,7 @@ def build_evaluation(
     theirs_said = beside.answers.texts if beside else None
     texts = (tuned.texts, theirs_said)
     single = best_constant(scoring, expected, questions, tuned.texts)
-    constant = constant_columns(scoring, expected, questions, held_out.groups, single.answer)
+    constant = constant_columns(scoring, expected, questions, held_out.groups, single.answer, tuned.texts)
     predictions = prediction_rows(held_out.rows, *texts, template, ours, theirs, held_out.groups)
     return Evaluation(
         target=target,

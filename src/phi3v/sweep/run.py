@@ -124,6 +124,7 @@ def sweep(
             it names nothing.
     Raises:
         ConfigError: in one line, before anything is written.
+        DataError: the rows cannot be read, or more of them be left out than the recipe allows; no trial began.
         TrainingError: five trials failed and none did not.
         Interrupted: SIGTERM or Ctrl-C came; the same call goes on.
     """
@@ -178,8 +179,11 @@ class _Work:
         return self._result("stopped" if stopped else "complete", write=True)
 
     def _refuse_other_rows(self) -> None:
-        """Raises: ConfigError where rows or photos are not those that the trials so far had; reads them once."""
-        now = rows_of(self.recipe, self.on_event)
+        """Reads the rows once.
+
+        Raises: ConfigError where rows or photos are not those of the trials so far, DataError where they are not read.
+        """
+        now = rows_of(self.recipe, self.on_event, self.space)
         with alone(self.folder.lock):
             if self.study.trials():
                 compare(self.folder.read_rows(), now, f"sweep {self.folder.path}")

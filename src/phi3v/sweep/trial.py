@@ -6,7 +6,7 @@ trial that was killed goes on from its checkpoint. Knows nothing of Optuna.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -83,10 +83,12 @@ def trial_recipe(recipe: Recipe, values: dict[str, Any], output: str) -> Recipe:
     return with_values(trial, changes) if changes else trial
 
 
-def rows_of(recipe: Recipe, watch: Watcher) -> dict[str, str | None]:
+def rows_of(recipe: Recipe, watch: Watcher, searched: Iterable[str] = ()) -> dict[str, str | None]:
     """Names for the rows of a sweep's recipe and their photos, by reading them once.
 
-    {} where they cannot be read: then the trials say so, or have others because data.train is searched.
+    {} where they cannot be read and a key of those `searched` gives trials others, data.train for instance.
+
+    Raises: DataError where they cannot be read, and so by no trial.
     """
 
     def tell(stage: str, done: int, total: int) -> None:
@@ -98,7 +100,9 @@ def rows_of(recipe: Recipe, watch: Watcher) -> dict[str, str | None]:
         reading = Reading.of(**recipe.data.reading_options)
         return name_data(stream_data(options=row_options(recipe), reading=reading, **recipe.data.load_options))
     except DataError:
-        return {}
+        if any(key.split(".")[0] == "data" or key in ("image", "image.max_pixels") for key in searched):
+            return {}
+        raise
 
 
 def run_trial(recipe: Recipe, sweep: SweepSection, judge: Judge, watch: Watcher, store: FeatureStore | None) -> Outcome:
