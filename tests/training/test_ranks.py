@@ -37,7 +37,6 @@ pytestmark = pytest.mark.timeout(600)  # on a machine with one core one launch t
 WHOLE = {"lora": None, "vision": {"tower": "train", "projector": "train", "projector_learning_rate": 1e-4}}
 SMOOTH = {"label_smoothing_factor": 0.1}
 LOGGED = ("loss", "eval_loss", "eval_loss_low", "eval_loss_high", "grad_norm")
-DROPOUT = {"lora": {"r": 4, "lora_dropout": 0.2}}
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +54,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         asked = ("<image>\n" if shape else "") + "Say it again. " * (number % 4 + 1)
         said = [{"from": "human", "value": asked}, {"from": "gpt", "value": f"number {number} " * (number % 3 + 1)}]
         rows.append({**row, "conversations": said})
-    (folder / "rows.json").write_text(json.dumps(rows[:ROWS]))
-    (folder / "held_out.json").write_text(json.dumps(rows[ROWS:]))
+    for name, part in (("rows", rows[:ROWS]), ("few", rows[:7]), ("held_out", rows[ROWS:])):
+        (folder / f"{name}.json").write_text(json.dumps(part))
     return folder
 
 
@@ -99,9 +98,15 @@ def cut_back(world: Path, name: str, copy: str) -> str:
     return copy
 
 
+def hard_of(world: Path) -> dict[str, Any]:
+    """Dropout, a line of the log across steps, and two steps an epoch, so that the third is inside the second one."""
+    few = {"data": {"train": str(world / "few.json"), "split": None}, "held_out": False}
+    return {**few, "lora": {"r": 4, "lora_dropout": 0.2}, "training": {"logging_steps": 3}}
+
+
 def jobs_of(world: Path) -> dict[str, dict[str, Any]]:
     """What two ranks train, by name; "one" and "one_whole" are there."""
-    hard = {**DROPOUT, "training": {"logging_steps": 3}}
+    hard = hard_of(world)
     return {
         "ddp": {"recipe": values(world, "ddp")},
         "fsdp": {"recipe": values(world, "fsdp", fsdp=True)},
@@ -125,19 +130,15 @@ def jobs_of(world: Path) -> dict[str, dict[str, Any]]:
 
 def more_jobs_of(world: Path) -> dict[str, dict[str, Any]]:
     """What they train beside that in the slow tests."""
-    hard = {**DROPOUT, "training": {"logging_steps": 3}}
-    best = {"load_best_model_at_end": True, "greater_is_better": True}
+    hard, best = hard_of(world), {"load_best_model_at_end": True, "greater_is_better": True}
     stream = {"train": str(world / "rows.json"), "streaming": True, "validation": str(world / "held_out.json")}
     return {
         "one_then_fsdp": {"recipe": values(world, cut_back(world, "one", "one_then_fsdp"), fsdp=True)},
         "fsdp_best": {"recipe": values(world, "fsdp_best", fsdp=True, training=best), "play": "stop at 2"},
         "fsdp_best_gone_on": {"recipe": values(world, "fsdp_best", fsdp=True, training=best)},
-        "fsdp_hard": {"recipe": values(world, "fsdp_hard", fsdp=True, held_out=False, **hard)},
-        "fsdp_stopped": {
-            "recipe": values(world, "fsdp_stopped", fsdp=True, held_out=False, **hard),
-            "play": "stop",
-        },
-        "fsdp_gone_on": {"recipe": values(world, "fsdp_stopped", fsdp=True, held_out=False, **hard)},
+        "fsdp_hard": {"recipe": values(world, "fsdp_hard", fsdp=True, **hard)},
+        "fsdp_stopped": {"recipe": values(world, "fsdp_stopped", fsdp=True, **hard), "play": "stop"},
+        "fsdp_gone_on": {"recipe": values(world, "fsdp_stopped", fsdp=True, **hard)},
         "stream": {"recipe": values(world, "stream", data=stream, training=SMOOTH)},
         "finished": {"recipe": values(world, "one_whole", **WHOLE)},
     }
@@ -382,8 +383,8 @@ def rank_process(launcher: subprocess.Popen[str], rank: int) -> int:
 def test_a_rank_that_is_killed_changes_nothing(world: Path, outcomes: dict[str, list[dict[str, Any]]]) -> None:
     """SIGKILL from outside, once its first checkpoint is there; torchrun starts both ranks of the command again."""
     run = RunFolder(world / "killed")
-    recipe = values(world, "killed", **DROPOUT, training={"logging_steps": 3})
-    (world / "killed.yaml").write_text(phi3v.Recipe.from_dict(recipe).to_yaml())
+    recipe = phi3v.Recipe.from_dict(values(world, "killed", **hard_of(world)))
+    (world / "killed.yaml").write_text(recipe.to_yaml())
     ranks = torchrun("--max-restarts=1", "--monitor-interval=0.1", "-m", "phi3v", "train", str(world / "killed.yaml"))
     try:
         end = time.monotonic() + 120

@@ -15,6 +15,7 @@ from phi3v.errors import TrainingError
 from phi3v.first_look import RowUse
 from phi3v.run_folder import RunFolder
 from phi3v.training.meter import Meter
+from phi3v.training.sampling import choose_epoch
 from phi3v.tuning import TrainableReport
 
 
@@ -96,6 +97,14 @@ class ProgressCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """All steps are done."""
         self.watcher(TrainingEvent("end", state.global_step, state.max_steps, seconds_left=0.0))
+
+
+class OrderCallback(TrainerCallback):
+    """Gives each epoch its own order of rows, also one that is gone on with in its middle on several ranks."""
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        """The sampler is told before batches are drawn."""
+        choose_epoch(train_dataloader, state.global_step)
 
 
 class LastStepCallback(TrainerCallback):

@@ -25,7 +25,7 @@ def epoch_order(rows: int, samples_per_step: int, seed: int, epoch: int) -> list
 
 
 class WholeSteps(Sampler[int]):
-    """`epoch_order` in the form a DataLoader takes; `set_epoch` is called by the Trainer before each epoch."""
+    """`epoch_order` in the form a DataLoader takes; see `choose_epoch` for who calls `set_epoch`."""
 
     def __init__(self, rows: int, samples_per_step: int, seed: int) -> None:
         self.rows = rows
@@ -42,6 +42,21 @@ class WholeSteps(Sampler[int]):
 
     def __len__(self) -> int:
         return -(-self.rows // self.samples_per_step) * self.samples_per_step
+
+
+def choose_epoch(loader: Any, done: int) -> None:
+    """Tells the `WholeSteps` of a loader which epoch the step after `done` steps is in, however deep it lies.
+
+    accelerate tells two samplers deep. A loader of several ranks that goes on inside an epoch has three (the batches
+    skipped, those of a rank, those of all), and would begin again with the order of the first epoch. Streams have none.
+    Example: 11 rows in steps of 4 are 3 steps an epoch: done 2 -> epoch 0, 3 -> 1, 4 -> 1.
+    """
+    found = loader
+    while found is not None and not isinstance(found, WholeSteps):
+        below = getattr(found, "batch_sampler", None)
+        found = getattr(found, "sampler", None) if below is None else below
+    if found is not None:
+        found.set_epoch(done // (len(found) // found.samples_per_step))
 
 
 class EvenSamples(Dataset[Any]):

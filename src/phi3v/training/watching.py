@@ -17,6 +17,7 @@ from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.training.callbacks import (
     LastStepCallback,
+    OrderCallback,
     MetricsCallback,
     NonFiniteCallback,
     ProgressCallback,
@@ -46,6 +47,7 @@ def run_callbacks(
     return [
         FirstStepCallback(meter),
         LastStepCallback(),
+        OrderCallback(),
         *([MetricsCallback(run)] if ranks.first else []),
         NonFiniteCallback(),
         ProgressCallback(watch, report, meter),
