@@ -21,7 +21,7 @@ SLIPS = [
     (["plan", ""], "'RECIPE': it is empty"),
     (["doctor", ""], "'RECIPE': it is empty"),
     (["profile", "r.yaml", "--trace", ""], "'--trace': it is empty"),
-    (["profile", "r.yaml", "--image", ""], "--image: '' is no size"),
+    (["profile", "r.yaml", "--image", ""], "--image: nothing (beside a comma or +, say) is no size"),
     (["profile", "r.yaml", "--image", "64x48"], "photos have their sizes: add --rows"),
     (["profile", "r.yaml", "--words", "9"], "answers have their lengths: add --rows"),
     (["plan", "r.yaml", "--image", "64x48"], "photos have their sizes: add --rows"),

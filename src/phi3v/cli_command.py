@@ -103,7 +103,8 @@ def read_size(text: str | None, rows: int | None) -> tuple[int, int]:
         return _PHOTO_SIZE
     width, _, height = text.partition("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise typer.BadParameter(f"{text!r} is no size, 1200x1600 for instance is", param_hint="--image")
+        slip = repr(text) if text else "nothing (beside a comma or +, say)"
+        raise typer.BadParameter(f"{slip} is no size, 1200x1600 for instance is", param_hint="--image")
     if rows is None:
         raise typer.BadParameter("the recipe's own photos have their sizes: add --rows", param_hint="--image")
     return int(width), int(height)

@@ -29,7 +29,9 @@ def profile(
     ] = None,
     image: Annotated[
         str | None,
-        typer.Option(metavar="WxH,...", help="With --rows, photos' sizes in turn, W1xH1+W2xH2 for two in one row."),
+        typer.Option(
+            metavar="WxH,...", help="With --rows, photos' sizes in turn, WxH+WxH for two in one row; else 1200x1600."
+        ),
     ] = None,
     words: Annotated[int | None, typer.Option(min=1, help="With --rows, words of an answer, else 60.")] = None,
     trace: Annotated[

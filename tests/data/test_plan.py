@@ -29,6 +29,7 @@ def drawn(seed: int, samples: int) -> list[int]:
         ([9, 1, 1, 1], 10, [[0], [1, 2, 3]]),  # two packs in any case: the small one takes the rest
         ([7, 6, 5, 5, 4, 3], 15, [[0, 3, 5], [1, 2, 4]]),  # best fit alone: 7 + 6, 5 + 5 + 4, and 3 by itself
         ([5, 5, 4, 3, 3], 10, [[0, 1], [2, 3, 4]]),  # spread, one pack would have 11
+        ([7, 4, 7, 1, 9], 10, [[4], [0], [2], [1, 3]]),  # spread over three, one pack would have 11
         ([5], 10, [[0]]),
         ([], 10, []),
     ],

@@ -30,8 +30,8 @@ _logger = logging.getLogger(__name__)
 _TOKENS_A_ROW = 4096
 """Of a running batch, on average; longer rows share it with fewer."""
 SWITCH_SECONDS = 1e-4
-"""After which a thread lets another one run. With Python's 5 ms the one that runs the model waited that long for the one
-that prepares requests each time that it had sent something: an eighth of the requests a second at 8 clients."""
+"""After which a thread lets another one run. With Python's 5 ms the one that runs the model waited that long for the
+one that prepares requests each time that it had sent something: an eighth of the requests a second at 8 clients."""
 
 
 class Worker:

@@ -149,7 +149,7 @@ class StepMarks(TrainerCallback):
                 self._before(module.norm, "decoder forward")
         for name, weight in model.named_parameters():
             if weight.requires_grad:
-                part = "tower backward" if "vision_embed_tokens" in name else "decoder backward"
+                part = "tower backward" if ".img_processor." in name else "decoder backward"
                 self._hooks.append(weight.register_post_accumulate_grad_hook(partial(self._backward, part)))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -17,9 +17,9 @@ from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.training.callbacks import (
     LastStepCallback,
-    OrderCallback,
     MetricsCallback,
     NonFiniteCallback,
+    OrderCallback,
     ProgressCallback,
     TrainingEvent,
     Watcher,
