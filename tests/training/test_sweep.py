@@ -336,6 +336,7 @@ def test_choices_have_short_names_that_differ() -> None:
     pairs = [{"lora.lora_dropout": one, "training.weight_decay": one / 10} for one in (0.0, 0.1)]
     assert choice_names([json.dumps(pair) for pair in pairs]) == short_names(pairs) == ["0, 0", "0.1, 0.01"]
     assert short_names([{"vision.tower": "lora"}, {"vision.tower": "frozen"}]) == ["tower=lora", "tower=frozen"]
+    assert short_names([{"a.r": 8}, {"b.r": 8}, {"a.r": 8}]) == ["1: r=8", "2: r=8", "1: r=8"]
     for ends in (("one", "two"), ("one" + "x" * 30, "two" + "x" * 30)):
         names = short_names([f"{'a' * 30}{end}" for end in (*ends, ends[0])])
         assert names[0] == names[2] != names[1] and max(map(len, names)) <= 24

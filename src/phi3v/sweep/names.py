@@ -31,7 +31,8 @@ def short_names(values: Sequence[Any]) -> list[str]:
         ", ".join(map(short, value.values())) if isinstance(value, Mapping) and len(text) > _MOST else text
         for value, text in zip(values, whole, strict=True)
     ]
-    several = len(set(whole))
+    choices = [str(value) if isinstance(value, Mapping) else text for value, text in zip(values, whole, strict=True)]
+    several = len(set(choices))  # keys of two mappings may end alike
     half = _MOST // 2
     ways = (
         [_cut(text) for text in bare],
@@ -41,8 +42,8 @@ def short_names(values: Sequence[Any]) -> list[str]:
     for names in ways:
         if len(set(names)) == several:
             return names
-    order = list(dict.fromkeys(whole))
-    return [_cut(f"{order.index(text) + 1}: {text}") for text in whole]
+    order = list(dict.fromkeys(choices))
+    return [_cut(f"{order.index(choice) + 1}: {text}") for choice, text in zip(choices, whole, strict=True)]
 
 
 def _cut(text: str) -> str:
