@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from phi3v import cli_session
 from phi3v.cli import app
 from phi3v.cli_screen import Screen
 from phi3v.generate import ask
-from phi3v.training.callbacks import TrainingEvent
+from phi3v.training.callbacks import ProgressCallback, TrainingEvent
+from phi3v.training.meter import Meter
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +284,15 @@ def test_without_a_terminal_lines_say_the_time_left():
     first, last = shown.getvalue().splitlines()
     assert re.fullmatch(r"training: 4 of 40, [\d.]+ s left, loss 5.85", first)
     assert last == "training: 40 of 40, loss 5.85"
+    with Screen(console) as screen:
+        meter, at = Meter(), SimpleNamespace(global_step=0, max_steps=2)
+        progress = ProgressCallback(screen.on_event, None, meter)
+        progress.on_train_begin(None, at, None)
+        for at.global_step in (1, 2):
+            meter.left_out += 1
+            progress.on_step_end(None, at, SimpleNamespace(should_log=True))
+            progress.on_log(None, at, None, {})
+    assert shown.getvalue().endswith(", 2 steps left out\n"), "the last step too"
 
 
 @pytest.mark.parametrize(

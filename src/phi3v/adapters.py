@@ -5,6 +5,7 @@ place. Knows which adapters leave their base as it was. Knows nothing about reci
 """
 
 import contextlib
+import json
 import shlex
 import warnings
 from collections.abc import Iterator, Mapping
@@ -190,13 +191,25 @@ def holds_base(model: Any) -> bool:
 
 
 def save_tuned(model: Any, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
-    """Writes what was tuned, or a given state of it, without PEFT's README.md, a form with every field left open."""
+    """Writes what was tuned, or a given state of it, without PEFT's README.md, a form with every field left open.
+
+    Equal models give equal files in each process.
+    """
     if has_adapter(model):
         model.create_or_update_model_card = _no_card
     with warnings.catch_warnings():
         # PEFT takes a bias of LoRA, which has one dimension, for a part of a matrix that was not gathered
         warnings.filterwarnings("ignore", message=r"Adapter .* invalid shape: \S+\.lora_B\.bias:")
         model.save_pretrained(folder, state_dict=state_dict)
+    if (folder / ADAPTER_CONFIG).is_file() and has_adapter(model):
+        _sort_sets(folder / ADAPTER_CONFIG, model.peft_config[model.active_adapters[0]].to_dict())
+
+
+def _sort_sets(file: Path, config: Mapping[str, Any]) -> None:
+    """Sorts what PEFT keeps as a set, target_modules say: of texts its order is another one in each process."""
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values |= {name: sorted(value) for name, value in config.items() if isinstance(value, set)}
+    file.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _no_card(folder: str) -> None:

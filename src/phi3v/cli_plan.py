@@ -56,13 +56,13 @@ def show_plan(console: Console, found: Plan) -> None:
     """The table of memory, and the lines below it."""
     from rich.table import Table
 
-    table = Table(f"fullest moment of a step ({found.device})", "GiB", box=None, pad_edge=False)
+    table = Table(f"fullest moment of a step ({found.device})", "memory", box=None, pad_edge=False)
     table.columns[1].justify = "right"
     for name, size in found.memory.lines.items():
-        table.add_row(name, gib(size))
-    table.add_row("together", gib(found.memory.step), style="bold")
+        table.add_row(name, memory_size(size))
+    table.add_row("together", memory_size(found.memory.step), style="bold")
     if found.memory.answering:
-        table.add_row("answering held-out rows, at the end", gib(found.memory.answering))
+        table.add_row("answering held-out rows, at the end", memory_size(found.memory.answering))
     console.print(table)
     for line in plan_lines(found):
         console.print(line, markup=False, soft_wrap=True)
@@ -79,7 +79,9 @@ def plan_lines(found: Plan) -> Iterator[str]:
     for change in found.changes:
         fits = found.available is not None and change.peak <= found.available
         reason = "fits too and is faster" if found.fits else "then it fits" if fits else "not enough yet"
-        yield f"change: {change.override} ({gib(change.peak)} GiB, {reason})"
+        yield f"change: {change.override} ({memory_size(change.peak)}, {reason})"
+    if found.fits is False and all(change.peak > (found.available or 0) for change in found.changes):
+        yield "nothing here makes it fit: take a larger GPU, a smaller model, or shorter samples (data.max_length)"
     if found.sharded:
         yield "training.fsdp: counted whole, as for one rank; of weights, gradients and optimiser N ranks hold 1/N each"
     if found.unknown_images:
@@ -103,18 +105,18 @@ def on_gpu(found: Plan) -> bool:
 
 
 def verdict(found: Plan) -> str:
-    """Whether it fits: "fits into 24.0 GiB: 9.1 of 22.2 GiB that tensors may take are left" for instance."""
+    """Whether it fits: "fits into 24.00 GiB: 9.10 GiB of 22.20 GiB that tensors may take there are left", say."""
     if found.total is None or found.available is None:
         return "nothing says how much memory there is: name it, --memory 24GiB"
     left = found.available - found.memory.peak
-    room = f"of {gib(found.available)} GiB that tensors may take there"
+    room = f"{memory_size(found.available)} that tensors may take there"
     if left >= 0:
-        return f"fits into {gib(found.total)} GiB: {gib(left)} {room} are left"
+        return f"fits into {memory_size(found.total)}: {memory_size(left)} of {room} are left"
     what = "the answers to held-out rows take" if found.memory.step <= found.available else "a step takes"
-    there = f"the {gib(found.available)} GiB that tensors may take there"
-    return f"does not fit into {gib(found.total)} GiB: {what} {gib(-left)} GiB more than {there}"
+    return f"does not fit into {memory_size(found.total)}: {what} {memory_size(-left)} more than the {room}"
 
 
-def gib(size: int) -> str:
-    """Bytes in GiB: 1610612736 -> "1.50"; of more than 100 without decimals."""
-    return f"{size / 2**30:,.2f}" if size < 100 * 2**30 else f"{size / 2**30:,.0f}"
+def memory_size(size: int) -> str:
+    """Bytes in GiB: 1610612736 -> "1.50 GiB"; from 100 on without decimals, below 0.1 in MiB, "9.44 MiB"."""
+    unit, name = (2**30, "GiB") if size >= 2**30 / 10 else (2**20, "MiB")
+    return f"{size / unit:,.{2 if size < 100 * unit else 0}f} {name}"

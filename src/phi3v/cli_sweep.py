@@ -62,26 +62,22 @@ def trial_line(news: TrialNews) -> str:
     Example: "trial 7: complete, 0.4312 in 41 s; 8 of 20 done, best 0.4188 (trial 3)".
     """
     from phi3v.evaluation.figures import duration, short_number
+    from phi3v.sweep.names import short
 
-    values = ", ".join(f"{key}={short(value)}" for key, value in news.values.items())
+    single = [value if isinstance(value, dict) else {key: value} for key, value in news.values.items()]
+    values = ", ".join(f"{key}={short(value)}" for one in single for key, value in one.items())
     if news.state == "running":
         return printable(f"trial {news.number}: {'goes on' if news.resumed else 'begins'} with {values}")
     told = {
         "complete": f"complete, {short_number(news.value)} in {duration(news.seconds)}"
         if news.value is not None
         else "",
-        "pruned": f"pruned after {duration(news.seconds)}",
+        "pruned": f"pruned after {duration(news.seconds)}"
+        + ("" if news.last is None else f", {short_number(news.last)} at its last validation"),
         "failed": f"failed: {news.error}",
     }[news.state]
     best = "" if news.best is None else f", best {short_number(news.best[1])} (trial {news.best[0]})"
     return printable(f"trial {news.number}: {told}; {news.ended} of {max(news.total, news.ended)} done{best}")
-
-
-def short(value: Any) -> str:
-    """A value as a line shows it: 0.00012345 -> "0.0001234", ["qkv_proj", "o_proj"] -> "qkv_proj+o_proj"."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def show_sweep(console: Console, result: SweepResult) -> None:
@@ -90,14 +86,17 @@ def show_sweep(console: Console, result: SweepResult) -> None:
     from rich.text import Text
 
     from phi3v.evaluation.figures import counted, ends, short_number
+    from phi3v.sweep.names import short_names
 
     ranking = result.ranking
     keys = list(ranking["search"])
     table = Table("", "trial", ranking["metric"], "95 %", title_justify="left", box=None, title="the best trials")
     for key in keys:
         table.add_column(Text(key.rpartition(".")[2]))
-    for line in [line for line in ranking["trials"] if line["state"] == "complete"][:10]:
-        cells = [Text(short(line["values"].get(key))) for key in keys]
+    best = [line for line in ranking["trials"] if line["state"] == "complete"][:10]
+    names = [short_names([line["values"].get(key) for line in best]) for key in keys]
+    for row, line in enumerate(best):
+        cells = [Text(column[row]) for column in names]
         table.add_row(str(line["rank"]), str(line["trial"]), short_number(line["value"]), ends(line, "number"), *cells)
     if ranking["base"] and "error" not in ranking["base"]:
         table.add_row("", "base", short_number(ranking["base"]["value"]), ends(ranking["base"], "number"))

@@ -184,10 +184,14 @@ def on_first_step(action: Callable[[], None]) -> Callable[[TrainingEvent], None]
 
 
 @pytest.mark.parametrize(
-    ("number", "after", "what"), [(signal.SIGKILL, 45.0, "was ended from outside"), (signal.SIGSTOP, 2.0, "gave no")]
+    ("number", "after", "what", "advice"),
+    [
+        (signal.SIGKILL, 45.0, "was ended from outside", "where memory is short, set a smaller"),
+        (signal.SIGSTOP, 2.0, "gave no", "a disk or network that does not answer"),
+    ],
 )
 def test_a_loader_worker_that_is_gone_or_stuck_ends_the_run(
-    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, number: int, after: float, what: str
+    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, number: int, after: float, what: str, advice: str
 ) -> None:
     """A worker of the training is killed; one of a validation, which has one batch for two, stops before its sample."""
     one = {"samples_per_step": 1, "micro_batch_size": 1, "epochs": 1}  # eight steps, of which four are read ahead
@@ -214,7 +218,7 @@ def test_a_loader_worker_that_is_gone_or_stuck_ends_the_run(
 
     monkeypatch.setattr(WatchedWorkers, "__init__", quick)
     monkeypatch.setattr(loader_watch._Rows, "__getitem__", stopped)
-    line = f"^a loader worker {what}.* before step .*; the same command goes on from check"
+    line = f"^a loader worker {what}.* before step .*: {advice}.*; the same command goes on from check"
     with pytest.raises(TrainingError, match=line) as held:  # as a notebook holds an error, and by it the loader
         phi3v.train(recipe, on_event=on_first_step(hit))
     assert time.monotonic() - began[0] < 60 and held.value.__traceback__ is not None

@@ -333,6 +333,9 @@ def test_the_command_tells_it_all(make: MakeRecipe, tmp_path: Path, monkeypatch:
     found = json.loads(done.stdout)
     assert done.exit_code == 1 and found["fits"] is False and found["outlook"]["rows"] == 5
     assert found["memory"]["step"] == sum(found["memory"]["lines"].values())
+    done = CliRunner().invoke(app, ["plan", str(path), "--memory", "1MiB", "--rows", "5"])
+    assert done.exit_code == 1 and "not enough yet" in done.output and "does not fit into 1.00 MiB" in done.output
+    assert "nothing here makes it fit: " in done.output and "0.00" not in done.output.replace("0.00 MiB", "")
     assert not RunFolder.is_run(make().output)
 
 

@@ -173,6 +173,8 @@ def test_a_step_that_is_left_out_leaves_no_trace(
     assert {**line, "left_out": line["left_out"].split()[-1]} == told and result.left_out == 1
     assert caplog.text.count(f"at step 3 ({names}): the step is left out") == 1
     assert [event.rates.get("left_out", 0) for event in events if event.kind == "step"][-1] == 1
+    counts = [event.rates["left_out"] for event in events if event.kind == "metrics" and event.step > 3 and event.rates]
+    assert counts == [1, 1, 1], "the losses of a step come with what the step had counted"
     printed = io.StringIO()
     show_run(Console(file=printed), {**result.to_dict(), "evaluation": None, "report": None})
     assert "6 steps" in printed.getvalue() and "; 1 of them left out" in printed.getvalue()

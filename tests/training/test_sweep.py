@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 
 import phi3v
 from phi3v.cli import app
+from phi3v.cli_sweep import trial_line
 from phi3v.data import encode as encode_module
 from phi3v.errors import ConfigError, DataError, Interrupted, TrainingError
+from phi3v.evaluation.figures import short_number
 from phi3v.evaluation.run import evaluate
 from phi3v.first_look import open_data
 from phi3v.recipe import Recipe
@@ -88,6 +90,7 @@ def test_a_sweep_ranks_its_trials_and_a_killed_one_ends_as_an_undisturbed_one(
     assert "first and second" in ahead and "the base" in beside
     head = whole.best_recipe.read_text(encoding="utf-8").split("\nmodel:")[0]
     assert all(f"# {line}" in head for line in whole.ranking["remarks"]) and "95 %: " in head
+    assert head.startswith("# The best of 3 complete trials: ")
     written = Recipe.load(whole.best_recipe)
     assert (written.training.learning_rate, written.lora["r"]) == tuple(best["values"].values())
     assert (
@@ -158,13 +161,17 @@ def test_what_is_worse_is_pruned_and_what_cannot_be_fails(make_sweep: MakeRecipe
     divide are a failed trial with its line, and so is what a training refuses."""
     pruner = {"name": "ThresholdPruner", "upper": 0.01}
     search = {"training.samples_per_step": [3, 4], "training.optim": ["adamw_torch", "nothing"]}
-    result = sweep(make_sweep("grid", search=search, trials=9, pruner=pruner, sampler="GridSampler"))
+    told: list[str] = []
+    made = make_sweep("grid", search=search, trials=9, pruner=pruner, sampler="GridSampler")
+    result = sweep(made, on_trial=lambda news: told.append(trial_line(news)))
     lines = {tuple(line["values"].values()): line for line in result.ranking["trials"]}
     assert result.status == "complete" and len(result.ranking["trials"]) == len(lines) == 4  # the grid was all tried
     assert result.ranking["states"] == {"pruned": 1, "failed": 3} and result.best_recipe is None
     pruned = lines[4, "adamw_torch"]
     run = RunFolder(pruned["folder"])
     assert (pruned["steps"], list(pruned["validations"]), pruned["value"]) == (2, ["1"], None)
+    score = f", {short_number(pruned['validations']['1'])} at its last validation; "
+    assert sum(score in line for line in told if ": pruned after" in line) == 1
     assert run.state() == "unfinished" and not run.checkpoints.exists() and not run.has_weights()
     assert [line["eval_loss"] for line in run.read_metrics() if "eval_loss" in line] == [pruned["validations"]["1"]]
     assert "no multiple of training.micro_batch_size" in lines[3, "adamw_torch"]["error"]
@@ -319,9 +326,17 @@ def test_a_trial_of_one_validation_has_a_dot_and_the_pruner_is_not_told() -> Non
     assert [trial.intermediate_values for trial in study.trials] == [{}, {1: 0.7}, {}]
 
 
-def test_choices_have_short_names_in_plots() -> None:
-    from phi3v.sweep.plots import choice_name
+def test_choices_have_short_names_that_differ() -> None:
+    from phi3v.sweep.names import short_names
+    from phi3v.sweep.plots import choice_names
 
-    assert choice_name("""'["qkv_proj", "o_proj"]'""") == "qkv_proj+o_proj"
-    assert choice_name('["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]') == "qkv_proj+o_proj+gate_up…"
-    assert [choice_name(name) for name in ("0.00025", "'cosine'", "[8]")] == ["0.00025", "cosine", "8"]
+    lists = ["""'["qkv_proj", "o_proj"]'""", '["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]']
+    assert choice_names(lists) == ["qkv_proj+o_proj", "qkv_proj+o_proj+gate_up…"]
+    assert choice_names(["0.00025", "'cosine'", "[8]"]) == ["0.00025", "cosine", "8"]
+    pairs = [{"lora.lora_dropout": one, "training.weight_decay": one / 10} for one in (0.0, 0.1)]
+    assert choice_names([json.dumps(pair) for pair in pairs]) == short_names(pairs) == ["0, 0", "0.1, 0.01"]
+    assert short_names([{"vision.tower": "lora"}, {"vision.tower": "frozen"}]) == ["tower=lora", "tower=frozen"]
+    assert short_names([{"a.r": 8}, {"b.r": 8}, {"a.r": 8}]) == ["1: r=8", "2: r=8", "1: r=8"]
+    for ends in (("one", "two"), ("one" + "x" * 30, "two" + "x" * 30)):
+        names = short_names([f"{'a' * 30}{end}" for end in (*ends, ends[0])])
+        assert names[0] == names[2] != names[1] and max(map(len, names)) <= 24

@@ -54,6 +54,13 @@ def test_a_bias_of_lora_is_saved_without_a_warning_of_shards(world: Path, tmp_pa
         warnings.simplefilter("error")
         adapters.save_tuned(tuned, tmp_path)
     assert any(name.endswith("lora_B.bias") for name in load_file(tmp_path / "adapter_model.safetensors"))
+    targeted = targets.read_json(tmp_path / "adapter_config.json")["target_modules"]
+    assert targeted == sorted(targeted) and len(targeted) > 3, "another order in each process"
+    file = tmp_path / "config.json"
+    for names in (["b", "a", "c"], ["c", "b", "a"]):
+        file.write_text(json.dumps({"target_modules": names, "layers_pattern": ["z", "y"]}))
+        adapters._sort_sets(file, {"target_modules": {"a", "b", "c"}, "layers_pattern": ["z", "y"]})
+        assert list(targets.read_json(file).values()) == [["z", "y"], ["a", "b", "c"]]
 
 
 def test_a_projector_that_peft_wraps_as_a_whole_is_looked_at_by_name(world: Path) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import importlib.util
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.category import StrCategoryFormatter
 from optuna.trial import TrialState
 
+from phi3v.sweep.names import short_names
 from phi3v.sweep.study import validations
 from phi3v.whole_files import fill_file
 
@@ -71,22 +72,25 @@ def _name_choices(axes: Axes) -> None:
     if isinstance(axes.xaxis.get_major_formatter(), StrCategoryFormatter):
         places = list(map(float, axes.get_xticks()))
         names = axes.xaxis.get_major_formatter().format_ticks(places)
-        axes.set_xticks(places, [choice_name(name) for name in names], rotation=35, ha="right")
+        axes.set_xticks(places, choice_names(names), rotation=35, ha="right")
 
 
-def choice_name(label: str) -> str:
-    """A choice of Optuna's storage as a plot shows it.
+def choice_names(labels: Sequence[str]) -> list[str]:
+    """Choices of Optuna's storage as a plot shows them, see `short_names`.
 
-    Example: "'[\"qkv_proj\", \"o_proj\"]'" (Optuna puts texts in quotes) -> "qkv_proj+o_proj"; "0.00025" stays; of one
-    longer than 24 letters the beginning: "qkv_proj+o_proj+gate_up_proj+down_proj" -> "qkv_proj+o_proj+gate_up…".
+    Example: "'[\"qkv_proj\", \"o_proj\"]'" (Optuna puts texts in quotes) -> "qkv_proj+o_proj"; "0.00025" stays.
     """
-    label = label[1:-1] if label[:1] == label[-1:] == "'" else label
+    bare = [label[1:-1] if label[:1] == label[-1:] == "'" else label for label in labels]
+    return short_names([_value(label) for label in bare])
+
+
+def _value(label: str) -> Any:
+    """A list or mapping that is stored as JSON; any other text stays."""
     try:
         value = json.loads(label)
     except ValueError:
-        value = label
-    name = "+".join(map(str, value)) if isinstance(value, list) else label
-    return name if len(name) <= 24 else f"{name[:23]}…"
+        return label
+    return value if isinstance(value, list | dict) else label
 
 
 @contextlib.contextmanager

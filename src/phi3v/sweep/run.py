@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from phi3v.data.scratch import alone
 from phi3v.errors import ConfigError, Phi3VError, TrainingError
-from phi3v.evaluation.figures import ends
+from phi3v.evaluation.figures import counted, ends
 from phi3v.evaluation.run import feature_store
 from phi3v.features.store import FeatureStore
 from phi3v.launch import Launch
@@ -57,7 +57,9 @@ class TrialNews:
         number: of the trial, from 0.
         state: running, complete, pruned or failed.
         values: what it sets, by key of the recipe.
-        value: its score; of a pruned one at its last validation, where that is the same metric.
+        value: the score of a complete one.
+        last: score of its last validation; None before the first, and where validations have the loss alone and the
+            sweep another metric.
         seconds: how long it took; 0.0 at the start.
         error: why it failed.
         resumed: whether it had begun before.
@@ -70,6 +72,7 @@ class TrialNews:
     state: str
     values: dict[str, Any]
     value: float | None
+    last: float | None
     seconds: float
     error: str | None
     resumed: bool
@@ -257,6 +260,7 @@ class _Work:
         trials = self.study.trials()
         best = next((line for line in self._lines(trials) if line["state"] == "complete"), None)
         line = self._line(trial)
+        told = self.settings.metric == "eval_loss" or self.recipe.evaluation.during_training
         self.on_trial(
             TrialNews(
                 number=trial.number,
@@ -264,6 +268,7 @@ class _Work:
                 ended=sum(one.state.is_finished() for one in trials),
                 total=self.settings.trials,
                 best=None if best is None else (best["trial"], best["value"]),
+                last=next(reversed(line["validations"].values()), None) if told else None,
                 **{name: line[name] for name in ("state", "values", "value", "seconds", "error")},
             )
         )
@@ -364,8 +369,9 @@ class _Work:
         best = next(line for line in ranking["trials"] if line["trial"] == ranking["best"])
         trial = trial_recipe(self.recipe, best["values"], best["folder"])
         recipe = Recipe.from_dict({**trial.model_dump(), "evaluation": self.recipe.evaluation.model_dump()})
+        complete = counted(ranking["states"]["complete"], "complete trial")
         head = (
-            f"The best of {len(ranking['trials'])} trials: trial {best['trial']}, {ranking['metric']} "
+            f"The best of {complete}: trial {best['trial']}, {ranking['metric']} "
             f"{best['value']:.6g} on held-out rows (95 %: {ends(best, 'number')}; {ranking['better']} is better).",
             *ranking["remarks"],
             "Its run is the output below: phi3v train on this file adds answers and report there; give another output "

@@ -38,7 +38,7 @@ class TrainingEvent:
         rows: how many rows the run uses, for "rows".
         line: what is kept of the images and what is not, for "kept"; `step` of `total` different images are. Which
             way a step goes (packs, attention, layers), for "way".
-        rates: for "step", see `Meter.rates`.
+        rates: for "step", and for the "metrics" that are told before it, see `Meter.rates`.
         answers: for "samples": row, question, expected and answer of a few held-out rows at this step.
     """
 
@@ -89,7 +89,10 @@ class ProgressCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Losses are known."""
-        self.watcher(TrainingEvent("metrics", state.global_step, state.max_steps, metrics=dict(logs or {})))
+        rates = {} if self._step is None else self._step.rates  # a line of progress is printed at the first of the two
+        self.watcher(
+            TrainingEvent("metrics", state.global_step, state.max_steps, metrics=dict(logs or {}), rates=rates)
+        )
         if self._step is not None:
             step, self._step = self._step, None
             self.watcher(step)

@@ -94,10 +94,17 @@ def _of_a_worker(trainer: StepTrainer, error: Exception) -> TrainingError:
     stuck = trainer.workers.killed or trainer.eval_workers.killed
     what = "gave no sample any more and was ended" if stuck else "was ended from outside, for its memory perhaps"
     told = f"before step {trainer.state.global_step + 1} ({first_line(error)})"
-    return TrainingError(
-        f"a loader worker {what} {told}: where memory is short, set a smaller training.dataloader_num_workers, which a "
-        f"begun run takes; {_again(_save(trainer))}"
-    )
+    return TrainingError(f"a loader worker {what} {told}: {worker_advice(stuck)}; {_again(_save(trainer))}")
+
+
+def worker_advice(stuck: bool) -> str:
+    """What to do about a loader worker that is gone: memory explains one that was killed, and none that is stuck."""
+    if stuck:
+        return (
+            "a disk or network that does not answer holds a worker up, see whether the photos can be read; "
+            "training.dataloader_num_workers=0, which a begun run takes, reads them without workers"
+        )
+    return "where memory is short, set a smaller training.dataloader_num_workers, which a begun run takes"
 
 
 def _save(trainer: StepTrainer) -> Path | None:
