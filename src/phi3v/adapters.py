@@ -56,7 +56,8 @@ def check_adapter(folder: Path) -> None:
             "path_initial_model_for_weight_conversion"
         )
     if (damage := adapter_damage(folder)) is not None:
-        raise CheckpointError(f"{damage}: {_way_out(folder)}; if you changed it yourself, remove {DIGESTS} beside it")
+        changed = f"; if you changed it yourself, remove {DIGESTS} beside it" if (folder / DIGESTS).is_file() else ""
+        raise CheckpointError(f"{damage}: {_way_out(folder)}{changed}")
 
 
 def _way_out(folder: Path) -> str:

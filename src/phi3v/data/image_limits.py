@@ -26,6 +26,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 MAX_READS = 200_000
 MAX_JPEG_HEADER = 8_000_000
@@ -227,3 +228,14 @@ def _check_tiff(file: MeteredBytes | MeteredFile, start: bytes, max_pixels: int)
             f"its tiles have {tile[_TILE_WIDTH]}x{tile[_TILE_LENGTH]} pixels, more than the limit of {max_pixels}"
         )
     _check_tags(entry, directory, file.seek(0, io.SEEK_END))
+
+
+def reason_of(error: BaseException, max_pixels: int) -> str:
+    """Why an image cannot be opened, as part of a line, at most 200 characters.
+
+    Pillow has a limit of pixels too, a large one, whose words speak of attacks.
+    """
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more pixels than the limit of {min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))}"
+    text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    return text[:200]

@@ -47,6 +47,7 @@ from phi3v.data.image_limits import (
     check_size,
     end_header,
     find_exif,
+    reason_of,
 )
 from phi3v.data.schema import ImageRef
 from phi3v.errors import ImageError, ImagePathError
@@ -200,7 +201,7 @@ def _real_path(image: ImageRef) -> str:
     except FileNotFoundError as error:
         raise ImagePathError(f"image {name} does not exist (looked for {path})") from error
     except (OSError, ValueError, RuntimeError) as error:
-        raise ImagePathError(f"image {name} cannot be reached: {_reason(error)}") from error
+        raise ImagePathError(f"image {name} cannot be reached: {reason_of(error, 0)}") from error
     if image.confined and not inside:
         raise ImagePathError(
             f"image {name} lies outside {within}: move it there, set data.image_root, "
@@ -248,7 +249,9 @@ def _opened(image: ImageRef, max_pixels: int) -> Iterator[tuple[Image.Image, Met
         known = "JPEG, PNG, WebP, GIF, BMP or TIFF"
         raise ImageError(f"image {name} is not a readable {known}; convert it or leave it out") from error
     except Exception as error:  # decoders raise SyntaxError, struct.error, MemoryError and what not
-        raise ImageError(f"image {name} does not decode: {_reason(error)}; replace it or leave it out") from error
+        raise ImageError(
+            f"image {name} does not decode: {reason_of(error, max_pixels)}; replace it or leave it out"
+        ) from error
 
 
 def _open_file(image: ImageRef, max_pixels: int) -> MeteredFile:
@@ -308,12 +311,6 @@ def _digest(file: MeteredBytes | MeteredFile) -> str:
     if size <= _READ_WHOLE:  # most are: for these the buffer of file_digest would cost as much as the hash
         return sha256(file.read()).hexdigest()
     return file_digest(file, "sha256").hexdigest()
-
-
-def _reason(error: BaseException) -> str:
-    """An exception as part of a line, at most 200 characters."""
-    text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-    return text[:200]
 
 
 def _upright_size(opened: Image.Image, orientation: int) -> tuple[int, int]:

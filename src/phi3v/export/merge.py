@@ -176,7 +176,8 @@ def merged_weights(
             with safe_open(files[name], framework="pt") as file:
                 weights[name] = check_finite(name, file.get_tensor(name), files[name])
         for name, weight in (merger.merge(module, weights) if merger else weights).items():
-            yield name, check_finite(name, weight, merger.file if merger else files[name])
+            merged = f"{name}, with the adapter added," if merger else name
+            yield name, check_finite(merged, weight, merger.file if merger else files[name])
 
 
 def check_finite(name: str, weight: torch.Tensor, file: Path) -> torch.Tensor:
