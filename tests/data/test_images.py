@@ -119,8 +119,46 @@ def test_a_transparent_colour_of_few_or_many_bits() -> None:
     """PIL writes no such PNGs: depth, colour type, the line of pixels, the transparent colour."""
 
     def grey(depth: int, colour_type: int, line: bytes, transparent: bytes, width: int) -> list[int]:
-        small = encoded(Image.new("L", (1, 1)))
+        header = struct.pack(">IIBBBBB", width, 1, depth, colour_type, 0, 0, 0)
+        chunks = [b"IHDR" + header, b"tRNS" + transparent, b"IDAT" + zlib.compress(b"\0" + line), b"IEND"]
+        body = [struct.pack(">I", len(one) - 4) + one + struct.pack(">I", zlib.crc32(one)) for one in chunks]
+        return [pixel[0] for pixel in pixels(open_image(b"\x89PNG\r\n\x1a\n" + b"".join(body)))[0]]
 
+    assert grey(2, 0, b"\x1b", b"\0\1", 4) == [0, 255, 170, 255]
+    assert grey(4, 0, b"\x3f\x40", b"\0\3", 3) == [255, 255, 68]
+    wide = bytes.fromhex("0102 0000 0000  0105 0000 0000  0909 0000 0000")  # the first is the one, the second near it
+    assert grey(16, 2, wide, wide[:6], 3) == [1, 1, 9]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_not_clipped(kind: str) -> None:
+    values = np.array([[0, 128, 129, 257, 32768, 65535]], dtype=np.uint16)
+    found = pixels(open_image(encoded(Image.fromarray(values), kind)))
+    assert [triple[0] for triple in found[0]] == [0, 0, 1, 1, 128, 255]
+
+
+def test_floats_are_refused_and_cmyk_is_converted() -> None:
+    with pytest.raises(ImageError, match="floats"):
+        open_image(encoded(Image.new("F", (2, 2), 0.5), "TIFF"))
+    red = pixels(open_image(encoded(Image.new("CMYK", (1, 1), (0, 255, 255, 0)), "TIFF")))
+    assert red == [[[255, 0, 0]]]
+
+
+def test_only_the_first_frame_is_taken() -> None:
+    frames = [Image.new("RGB", (2, 2), colour) for colour in ("red", "blue")]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert pixels(open_image(data))[0][0] == [255, 0, 0]
+
+
+def test_too_many_pixels_are_refused_before_they_are_decoded() -> None:
+    data = encoded(Image.new("1", (6000, 4000)))  # 24 million
+    began = time.perf_counter()
+    with pytest.raises(ImageError, match="6000x4000 pixels, more than the limit of 20000000.*image.max_pixels"):
+        open_image(data)
+    with pytest.raises(ImageError, match="6000x4000"):
+        image_size(data)
+    assert time.perf_counter() - began < 0.1
+    small = encoded(Image.new("L", (1, 1)))
     header = b"IHDR" + struct.pack(">II", 30_000, 30_000) + small[24:29]
     vast = small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:]
     with pytest.raises(ImageError, match="it has more pixels than the limit of 20000000; replace it"):

@@ -179,6 +179,8 @@ def test_a_card_says_whose_answers_its_scores_are(run: RunFolder) -> None:
             "The lines below",
         ):
             assert (line in text) is (told is not None and told.startswith(line)), (to, precision, line)
+        unseen = render_card(Card("shop", to, BASE, {"dtype": "x"}, recipe))
+        assert recipe is not in_4_bits or (told in unseen and "It was not evaluated." in unseen)
 
 
 def test_a_card_says_how_weights_come_from_their_base_where_that_is_known() -> None:

@@ -140,6 +140,8 @@ def test_what_is_refused_is_told_by_the_client(server: RunningServer) -> None:
         response = server.post(body)
         assert response.status_code == 400 and response.json()["error"]["code"] == "invalid_image", (url, response.text)
         assert "image 1" in response.text and "etc" not in response.text and "127" not in response.text
+    cut = server.post(asking("Hi", photo(1), photo(2)[:-60], photo(3)))
+    assert cut.status_code == 400 and "image 2: it does not decode" in cut.text, cut.text
     lost = server.post(asking("Hi", *[photo(1)] * 17))
     assert lost.status_code == 400 and "17 images" in lost.text
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phi3v.data.encode import encode_prompt
-from phi3v.data.images import image_size
+from phi3v.data.images import image_size, open_image
 from phi3v.data.schema import ImagePart, ImageRef, Message, Row, TextPart
 from phi3v.errors import DataError, ImageError
 from phi3v.model.chat_phi3_v import GUARD
@@ -48,7 +48,7 @@ def prepare(
             encode_prompt(row, processor, max_pixels=MAX_PIXELS, byte_crops=images_processor.normalises_as_clip)
         )
     except ImageError as error:
-        raise Refusal(400, "invalid_image", told(error)) from error
+        raise Refusal(400, "invalid_image", f"{_which(row.images)}{told(error)}") from error
     except DataError as error:
         raise Refusal(400, "invalid_request", told(error)) from error
     prompt = len(example["input_ids"])
@@ -100,6 +100,16 @@ def _check_images(row: Row, processor: Any, context: int) -> None:
             raise Refusal(400, "invalid_image", f"image {number}: {told(error)}") from error
         if tokens > context:
             raise _too_long(f"the {tokens} tokens of {number} images alone are", context)
+
+
+def _which(images: Sequence[ImageRef]) -> str:
+    """The first of several images that does not decode, as the beginning of a line: "image 2: "; "" where all do."""
+    for number, image in enumerate(images, start=1):
+        try:
+            open_image(image, max_pixels=MAX_PIXELS).close()
+        except ImageError:
+            return f"image {number}: "
+    return ""
 
 
 def told(error: Exception) -> str:
