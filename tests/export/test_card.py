@@ -308,6 +308,7 @@ def http_error(status: int) -> HfHubHTTPError:
     ("there", "options", "says"),
     [
         (FakeHub(), {"push": "a/b/c"}, r"'a/b/c' is no name of a repository"),
+        (FakeHub(), {"push": "shop"}, r"'shop' is no name of a repository \(owner/name\): its owner is missing"),
         (FakeHub(), {"base": None}, "name its hub id with --base"),
         (FakeHub(exists=True, private=False), {}, "that repository is public; say --public"),
         (FakeHub(fault=http_error(401)), {}, "the token is not valid; check HF_TOKEN"),

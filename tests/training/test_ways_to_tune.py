@@ -195,6 +195,7 @@ def test_a_run_goes_on_from_another_on_new_data(make: MakeRecipe, world: Path) -
     spoilt = shutil.copytree(RunFolder(first.output).adapter, Path(first.output).with_name("spoilt"))
     begun[min(begun)][0, 0] = math.nan
     save_file(begun, spoilt / "adapter_model.safetensors")
+    (spoilt / "digests.json").unlink()  # with them it is refused before its numbers are looked at
     none = make("none", model={**model, "adapter": str(spoilt)}, training=STEP)
     with pytest.raises(CheckpointError, match=f"{spoilt}: 1 of its tensors hold NaN or infinity, {min(begun)} for ins"):
         phi3v.train(none)

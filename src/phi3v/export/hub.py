@@ -28,6 +28,8 @@ def check_push(repo: str, *, public: bool, api: Any = None) -> None:
     """
     try:
         validate_repo_id(repo)
+        if "/" not in repo:  # the hub would make it yours, and then not find it by this name
+            raise HFValidationError("its owner is missing")
     except HFValidationError as error:
         raise ConfigError(f"--push {repo!r} is no name of a repository (owner/name): {first_line(error)}") from error
     api = api or HfApi()

@@ -31,7 +31,8 @@ _TOKENS_A_ROW = 4096
 """Of a running batch, on average; longer rows share it with fewer."""
 SWITCH_SECONDS = 1e-4
 """After which a thread lets another one run. With Python's 5 ms the one that runs the model waited that long for the
-one that prepares requests each time that it had sent something: an eighth of the requests a second at 8 clients."""
+one that prepares requests each time that it had sent something: an eighth of the requests
+a second at 8 clients on two cores that had other work too; on quiet ones no difference was seen."""
 
 
 class Worker:
