@@ -18,6 +18,7 @@ from tiny_models import tiny_config
 import phi3v
 from phi3v import cli_session
 from phi3v.data.collate import Collator, PackedCollator
+from phi3v.data.plan import positions
 from phi3v.errors import ConfigError
 from phi3v.kernels.packed_attention import SLICES
 from phi3v.loading import load_base
@@ -301,8 +302,7 @@ def test_the_largest_micro_batch_is_that_of_the_plan() -> None:
     assert largest_micro_batch(step, [300, 900, 500]) == ([1], True)
     once = step.with_overrides(["training.micro_batch_size=3", "training.packing=false"])
     assert sorted(largest_micro_batch(once, [300, 900, 500])[0]) == [0, 1, 2]
-    group = [Sample(tokens, 1, ()) for tokens in (300, 900, 500)]
-    assert [memory_plan._positions(group, packed=packed) for packed in (True, False)] == [1700, 2700]
+    assert [positions([300, 900, 500], packed=packed) for packed in (True, False)] == [1700, 2700]
 
 
 def test_the_command_tells_it_all(make: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

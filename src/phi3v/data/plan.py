@@ -44,6 +44,11 @@ class MicroBatches:
         return packs_within(lengths, max(budget >> self.halvings, 1))
 
 
+def positions(lengths: Sequence[int], *, packed: bool) -> int:
+    """Tokens of one micro-batch, padding among them: samples of 3 and 5 are 8 in a pack, else 10."""
+    return sum(lengths) if packed else len(lengths) * max(lengths)
+
+
 def packs_within(lengths: Sequence[int], budget: int) -> Groups:
     """Samples in packs of at most `budget` tokens: few packs, and these of even size.
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from phi3v.data.lengths import RowLength
+from phi3v.data.plan import positions
 from phi3v.data.sources import LoadedData, StreamedData
 from phi3v.data.survey import RowFacts
 from phi3v.errors import ConfigError, DataError
@@ -22,7 +23,7 @@ from phi3v.loading import load_config, load_processor, resolve_device, resolve_d
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.training.checkpointing import check_checkpointing
-from phi3v.training.memory import Memory, Sample
+from phi3v.training.memory import Memory
 from phi3v.training.memory_choices import Change, Counted, Seen, automatic, choose, faster, smaller
 from phi3v.training.outlook import Outlook, outlook
 
@@ -115,16 +116,13 @@ def plan_recipe(
         changes=changes,
         chosen={key: value for key, value in automatic(settled).items() if key in recipe.automatic},
         outlook=outlook(here, seen.rows, seen.facts, config, seen.num_crops),
-        largest=max(_positions(group, packed=settled.training.packing) for group in counted.micro_batches(settled)),
+        largest=max(
+            positions([sample.tokens for sample in group], packed=settled.training.packing)
+            for group in counted.micro_batches(settled)
+        ),
         unknown_images=seen.unknown,
         sharded=bool(recipe.training.options.get("fsdp")),
     )
-
-
-def _positions(group: list[Sample], *, packed: bool) -> int:
-    """Tokens of a micro-batch with its padding: samples of 3 and 5 are 8 in a pack, else 10."""
-    tokens = [sample.tokens for sample in group]
-    return sum(tokens) if packed else len(tokens) * max(tokens)
 
 
 def bytes_of(text: str) -> int:

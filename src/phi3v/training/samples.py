@@ -16,7 +16,7 @@ from phi3v.data.collate import Collator, PackedCollator, StepCollator
 from phi3v.data.encode import EncodedRows, Example, encode
 from phi3v.data.encode_seen import encode_seen
 from phi3v.data.judging import most_allowed
-from phi3v.data.plan import MicroBatches, plan_steps
+from phi3v.data.plan import MicroBatches, plan_steps, positions
 from phi3v.data.reading import Reading
 from phi3v.data.schema import Row
 from phi3v.data.sources import LoadedData, StreamedData, stream_data
@@ -184,7 +184,7 @@ def planned_steps(recipe: Recipe, lengths: Sequence[int], epoch: int) -> Iterato
     order = epoch_order(len(lengths), training.samples_per_step, training.seed, epoch)
     for step in plan_steps(lengths, order, training.samples_per_step, how):
         own = [[lengths[row] for row in group] for group in step]
-        yield [(group, sum(it) if how.packed else len(it) * max(it)) for group, it in zip(step, own, strict=True)]
+        yield [(group, positions(it, packed=how.packed)) for group, it in zip(step, own, strict=True)]
 
 
 def _stand_ins(
