@@ -8,6 +8,7 @@ control tokens off the answer. Of a run it takes how the model is loaded, and th
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,7 @@ class ChatModel:
         batch = {key: value.to(self.model.device) for key, value in batch.items() if key != "labels"}
         options = {
             "do_sample": False,
-            "eos_token_id": list(self.processor.stop_token_ids),
+            "eos_token_id": sorted(self.stops),
             "pad_token_id": tokenizer.pad_token_id,
             **generation,
         }
@@ -206,13 +207,17 @@ class ChatModel:
         prompt = batch["input_ids"].shape[1]
         return [self.text_of(ids) for ids in sequences[:, prompt:].tolist()]
 
+    @cached_property
+    def stops(self) -> frozenset[int]:
+        """Ids of the tokens that end an answer; they are looked up once, and every token of an answer asks for them."""
+        return frozenset(self.processor.stop_token_ids)
+
     def text_of(self, ids: Sequence[int]) -> str:
         """New tokens up to the first stop token as text, without control tokens.
 
         Example: the ids of "Hat", `<|end|>`, newline and `<|endoftext|>` give "Hat".
         """
-        stops = set(self.processor.stop_token_ids)
-        end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
+        end = next((place for place, token in enumerate(ids) if token in self.stops), len(ids))
         return self.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
 
     def is_byte(self, token: int) -> bool:

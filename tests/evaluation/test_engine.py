@@ -20,7 +20,7 @@ from phi3v.evaluation import answers
 from phi3v.evaluation.answers import RecentImages, answer_rows
 from phi3v.evaluation.engine import Engine, adapter_reason, settings_reason
 from phi3v.evaluation.running_batch import RunningRow, losses_of
-from phi3v.evaluation.running_cache import RoomyLayer, joined_rows, padding_mask
+from phi3v.evaluation.running_cache import RoomyLayer, fewest_moves, joined_rows, padding_mask
 from phi3v.generate import ChatModel
 
 LIMIT = 64
@@ -95,6 +95,7 @@ def early_ends(chat: ChatModel, rows: list[Row], monkeypatch: pytest.MonkeyPatch
     more = {ids[2 + 3 * (number % 3)] for number, ids in enumerate(said) if len(ids) > 8}
     stops = sorted({*chat.processor.stop_token_ids, *more})
     monkeypatch.setattr(type(chat.processor), "stop_token_ids", stops)
+    monkeypatch.setitem(chat.__dict__, "stops", frozenset(stops))
 
 
 @pytest.mark.usefixtures("early_ends")
@@ -297,6 +298,11 @@ def test_rows_come_and_go_in_place_and_leave_nothing_behind() -> None:
     ways = {"in place": 0, "anew": 0}
     for turn in range(200):
         kept = [place for place in range(len(rows)) if number(0, 8)]
+        if turn % 2:
+            ascending, kept = kept, fewest_moves(kept)
+            assert sorted(kept) == ascending
+            stay = sum(place < len(kept) for place in ascending)
+            assert sum(place == row for place, row in enumerate(kept)) == stay  # what has a place in front keeps it
         for place in set(range(len(rows))) - set(kept):
             cache.layers[0].keys[place] = torch.inf
         prompts = [[float(number(1, 9)) for _ in range(number(3, 12))] for _ in range(min(number(0, 4), 6 - len(kept)))]

@@ -28,6 +28,7 @@ from phi3v.evaluation.running_batch import (
     prompt_length,
     prompt_of,
 )
+from phi3v.evaluation.running_cache import fewest_moves
 from phi3v.generate import ChatModel
 
 Way = Literal["together", "generate"]
@@ -77,7 +78,7 @@ class Engine:
         self._config = model.config
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.reason = adapter_reason(model) or settings_reason(base.generation_config)
-        self._stops = set(chat.processor.stop_token_ids)
+        self._stops = chat.stops
         self._least_room = max(1, batch_size // 4)
 
     @torch.inference_mode()
@@ -106,7 +107,7 @@ class Engine:
         held: tuple[int, Mapping[str, Any]] | None = None
         more = True
         while more or held or batch.rows:
-            alive = [place for place, row in enumerate(batch.rows) if not self._has_ended(row)]
+            alive = fewest_moves([place for place, row in enumerate(batch.rows) if not self._has_ended(row)])
             free = self.batch_size - len(alive)
             enter = (more or bool(held)) and (free >= self._least_room or not alive)
             ended = [row for row in batch.rows if self._has_ended(row)]

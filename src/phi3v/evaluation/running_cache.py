@@ -64,6 +64,16 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
+def fewest_moves(kept: Sequence[int]) -> list[int]:
+    """Rows that stay, ascending, in the order in which the fewest are copied: the last ones go where others left.
+
+    Example: of five rows [0, 2, 3, 4] stay: in the order [0, 4, 2, 3] only the last is copied, in their own all three.
+    """
+    movable = [row for row in kept if row >= len(kept)]
+    settled = set(kept).difference(movable)
+    return [place if place in settled else movable.pop() for place in range(len(kept))]
+
+
 def joined_rows(
     running: Cache | None,
     kept: Sequence[int],

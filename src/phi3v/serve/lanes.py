@@ -16,6 +16,7 @@ import torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from phi3v.evaluation.running_batch import IMAGE_PARTS, RunningBatch, RunningRow
+from phi3v.evaluation.running_cache import fewest_moves
 from phi3v.generate import PieceStreamer
 from phi3v.serve.served import Served
 
@@ -56,7 +57,7 @@ class Asked:
         self._pieces.put(torch.empty(0))  # which it takes for the prompt
         self._read = 0
         self.prompt_tokens = len(self.example["input_ids"])
-        self.ends = set(chat.processor.stop_token_ids)
+        self.ends = chat.stops
 
     def see(self) -> None:
         """Turns pixels into features, those of images that came before out of memory; once is enough."""
@@ -187,11 +188,13 @@ class Lane:
     def turn(self, cancelled: Callable[[int], bool]) -> None:
         """Lets go what has ended, takes in what waits, and makes one token more of each row."""
         self.waiting = deque(one for one in self.waiting if not cancelled(one.name))
-        stays = [
-            place
-            for place, one in enumerate(self.running)
-            if not cancelled(one.name) and one.over is None and not self._crosses(one)
-        ]
+        stays = fewest_moves(
+            [
+                place
+                for place, one in enumerate(self.running)
+                if not cancelled(one.name) and one.over is None and not self._crosses(one)
+            ]
+        )
         crossing = [one for one in self.running if not cancelled(one.name) and one.over is None and self._crosses(one)]
         left = len(stays) != len(self.running)
         self.running = [self.running[place] for place in stays]
