@@ -132,12 +132,23 @@ def resident(process: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def children(process: int) -> list[int]:
+    """Processes that a process started and that still run."""
+    files = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(one) for file in files for one in file.read_text().split()]
+
+
+def memory_of(server: RunningServer) -> dict[str, int]:
+    """Bytes in memory of the server, of its worker, and of the process that prepares the worker's requests."""
+    worker = server.worker()
+    beside = sum(resident(one) for one in children(worker))
+    return {"server": resident(server.process.pid), "worker": resident(worker), "beside the worker": beside}
+
+
 def overload(server: RunningServer, seconds: float, clients: int) -> dict[str, Any]:
     """Asks without pause from many clients. Returns: statuses, the slowest look at its health, memory in bytes."""
     bodies, found, looks = scenes(8), Counter[int](), []
-    memory = {
-        name: resident(process) for name, process in (("server", server.process.pid), ("worker", server.worker()))
-    }
+    memory = memory_of(server)
     until = time.monotonic() + seconds
 
     def ask(number: int) -> None:
@@ -166,8 +177,7 @@ def overload(server: RunningServer, seconds: float, clients: int) -> dict[str, A
         for job in [pool.submit(look), *(pool.submit(ask, number) for number in range(clients))]:
             job.result()
     server.wait_until(lambda: server.health()["requests"] == 0, 30)
-    grown = {"server": resident(server.process.pid), "worker": resident(server.worker())}
-    return {"statuses": dict(found), "slowest look": max(looks), "before": memory, "after": grown}
+    return {"statuses": dict(found), "slowest look": max(looks), "before": memory, "after": memory_of(server)}
 
 
 def kill_worker(server: RunningServer) -> tuple[list[int], float]:
@@ -179,6 +189,7 @@ def kill_worker(server: RunningServer) -> tuple[list[int], float]:
     for thread in threads:
         thread.start()
     server.wait_until(lambda: server.health()["rows"] == 3, 20)
+    beside = children(worker)
     os.kill(worker, signal.SIGKILL)
     for thread in threads:
         thread.join()
@@ -187,6 +198,7 @@ def kill_worker(server: RunningServer) -> tuple[list[int], float]:
     assert down.status_code == 503 and down.headers["retry-after"] and server.http.get("/health").status_code == 503
     seconds = server.wait_until(lambda: server.health()["status"] == "ok", 120)
     assert known_answer(server) == expected and server.worker() != worker
+    assert not any(Path(f"/proc/{one}").exists() for one in beside), "what prepared for the worker is still there"
     return [one.status_code for one in found], seconds
 
 

@@ -1,6 +1,9 @@
 """Lanes: rows that cross the rope's limit answer as the model's own `generate` does, and nothing is left behind."""
 
 import io
+import os
+import signal
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +16,8 @@ from tiny_models import COLOURS, write_tiny_model
 
 from phi3v.evaluation.answers import RecentImages
 from phi3v.generate import ChatModel
-from phi3v.serve.channel import write_message
+from phi3v.serve.beside import Beside, Ended
+from phi3v.serve.channel import read_message, write_message
 from phi3v.serve.lanes import Asked, Lane, Lanes
 from phi3v.serve.limits import Limits
 from phi3v.serve.prepare import prepare, told
@@ -108,16 +112,24 @@ def test_images_are_seen_once_and_cancelled_rows_leave(served: Served, tmp_path:
         assert text == served.chat.ask(photo, "What?", max_new_tokens=12)
 
 
-def test_images_may_be_seen_before_their_turn(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worker's thread that prepares sends them through the tower; the model's own thread then has none to send."""
+def two_questions(file: Path) -> bytes:
+    """A file with two requests about one photo; the photo."""
     photo = io.BytesIO()
     Image.new("RGB", (45, 35), "navy").save(photo, "PNG")
-    source = io.BytesIO()
     parts = {"turns": [{"role": "user", "parts": [0, "What?"]}], "temperature": 0, "top_p": 1, "seed": None, "stop": []}
-    for number in range(2):
-        asking = {"do": "ask", "id": number, "model": "m", "max_tokens": 12, **parts}
-        write_message(source, asking, [photo.getvalue()])
-    source.seek(0)
+    with file.open("wb") as stream:
+        for number in range(2):
+            asking = {"do": "ask", "id": number, "model": "m", "max_tokens": 12, **parts}
+            write_message(stream, asking, [photo.getvalue()])
+    return photo.getvalue()
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_images_may_be_seen_before_their_turn(
+    served: Served, beside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker's thread that prepares sends them through the tower, or a process beside it does, and nobody else."""
+    photo = two_questions(tmp_path / "asked")
     threads: list[str] = []
     original = RecentImages.complete
     monkeypatch.setattr(
@@ -125,15 +137,57 @@ def test_images_may_be_seen_before_their_turn(served: Served, monkeypatch: pytes
         "complete",
         lambda *given: threads.append(threading.current_thread().name) or original(*given),  # type: ignore[func-returns-value]
     )
-    worker = Worker({"m": replace(served, sees_ahead=True)}, Limits(), source, io.BytesIO())
+    monkeypatch.setattr("phi3v.serve.worker.may_fork", lambda: beside)
     said: list[dict[str, Any]] = []
-    monkeypatch.setattr(worker, "tell", lambda *told: said.extend(told))
-    monkeypatch.setattr(worker.lanes.lanes["m"], "_tell", lambda *told: said.extend(told))
-    worker._wanted = Everyone()  # the source ends at once, which lets go of all
     before = served.seen.computed
-    worker.run()
-    assert threads == ["_prepare", "_prepare"] and served.seen.computed == before + 1
-    assert texts(said, 2) == [served.chat.ask(Image.open(photo), "What?", max_new_tokens=12)] * 2
+    with (tmp_path / "asked").open("rb") as source, (tmp_path / "told").open("wb") as drain:
+        worker = Worker({"m": replace(served, sees_ahead=True)}, Limits(), source, drain)
+        monkeypatch.setattr(worker, "tell", lambda *told: said.extend(told))
+        monkeypatch.setattr(worker.lanes.lanes["m"], "_tell", lambda *told: said.extend(told))
+        worker._wanted = Everyone()  # the source ends at once, which lets go of all
+        worker.run()
+    assert threads == ([] if beside else ["_prepare", "_prepare"])
+    assert served.seen.computed == before + (0 if beside else 1)
+    expected = served.chat.ask(Image.open(io.BytesIO(photo)), "What?", max_new_tokens=12)
+    assert texts(said, 2) == [expected] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the process is a fork, which only Linux has")
+def test_the_process_beside_tells_what_it_refuses_and_ends_with_the_worker(served: Served, tmp_path: Path) -> None:
+    """A refusal comes through whole, a fault loses one request, a dead process is noticed; then nothing is left."""
+    two_questions(tmp_path / "asked")
+    with (tmp_path / "asked").open("rb") as stream:
+        message, images = read_message(stream) or ({}, [])
+
+    def prepare_or_fail(message: dict[str, Any], images: Any) -> Asked:
+        if message["id"] == 1:
+            raise ZeroDivisionError
+        if message["id"] == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        asked = prepare(message, images, served, context=400, default_tokens=20)
+        asked.see()
+        return asked
+
+    with (tmp_path / "alone").open("wb") as alone:
+        beside = Beside({"m": served}, prepare_or_fail, [alone])
+        with pytest.raises(Refusal, match="image 1: it is not a readable") as told:
+            beside.prepare(message, [images[0][:40]])
+        assert (told.value.status, told.value.code) == (400, "invalid_image")
+        with pytest.raises(RuntimeError):
+            beside.prepare({**message, "id": 1}, images)
+        asked = beside.prepare({**message, "stop": ["."], "seed": 3, "temperature": 1}, images)
+        expected = prepare(message, images, served, context=400, default_tokens=20)
+        expected.see()
+        assert asked.example.keys() == expected.example.keys() and "image_features" in asked.example
+        assert all(torch.equal(asked.example[name], expected.example[name]) for name in expected.example)
+        assert (asked.name, asked.most, asked.stops, asked.choose is None) == (0, 12, ["."], False)
+        with pytest.raises(Ended):
+            beside.prepare({**message, "id": 2}, images)
+        beside.process.join(5)
+        assert beside.process.exitcode == -signal.SIGKILL
+        other = Beside({"m": served}, prepare_or_fail, [alone])
+        other.close()
+        assert other.process.exitcode == 0 and not alone.closed and alone.write(b"still open here") > 0
 
 
 @pytest.mark.parametrize(("device", "cores", "ahead"), [("cpu", 3, True), ("cpu", 2, False), ("meta", 3, False)])

@@ -2,8 +2,8 @@
 
 `python -m phi3v.serve.worker` reads messages of `channel` from standard input: first what to serve, then requests and
 cancellations. It answers on what was standard output, which everything else that is written finds closed to it. A
-thread reads, one prepares (decoding, resizing, tokenising, on a CPU the tower too), and the main thread runs the model.
-It ends when the server does. Knows no HTTP.
+thread reads, one prepares (decoding, resizing, tokenising, on a CPU the tower too) or has a process beside this one
+prepare, and the main thread runs the model. It ends when the server does. Knows no HTTP.
 """
 
 import contextlib
@@ -13,12 +13,13 @@ import queue
 import sys
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 from phi3v.data.quiet_tiff import silence_libtiff
 from phi3v.errors import Phi3VError
 from phi3v.hub_attempt import give_up_early
+from phi3v.serve.beside import Beside, Ended, may_fork
 from phi3v.serve.channel import Message, read_message, write_message
 from phi3v.serve.lanes import Asked, Lanes
 from phi3v.serve.limits import Limits
@@ -56,6 +57,7 @@ class Worker:
         self._ready: queue.Queue[Asked | None] = queue.Queue(maxsize=limits.batch)
         self._wanted: set[int] = set()  # requests that were neither answered nor cancelled
         self._told_rows = 0
+        self._beside: Beside | None = None
 
     def tell(self, *messages: Message) -> None:
         """Sends messages to the server, all at once: each time that it is woken costs as much as a layer's step."""
@@ -69,6 +71,8 @@ class Worker:
         """Says that it is ready, and works until there is nobody to work for."""
         names = [{"id": name, "adapter": one.adapter is not None} for name, one in self.served.items()]
         self.tell({"is": "ready", "models": names, "context": self.context})
+        if all(one.sees_ahead for one in self.served.values()) and may_fork():
+            self._beside = Beside(self.served, self._ready_for_the_model, (self._source, self._drain))
         for job in (self._read, self._prepare):
             threading.Thread(target=job, daemon=True, name=job.__name__).start()
         open_ = True
@@ -78,6 +82,8 @@ class Worker:
             if self.lanes.rows != self._told_rows:
                 self._told_rows = self.lanes.rows
                 self.tell({"is": "rows", "rows": self._told_rows})
+        if self._beside is not None:
+            self._beside.close()
 
     def _take_in(self, *, wait: bool) -> bool:
         """Puts prepared requests into their lanes, whose pixels take memory: as many as a batch has rows, no more.
@@ -114,25 +120,34 @@ class Worker:
             message, images = found
             if message["id"] not in self._wanted:
                 continue
+            make = self._ready_for_the_model if self._beside is None else self._beside.prepare
             try:
-                asked = prepare(
-                    message,
-                    images,
-                    self.served[message["model"]],
-                    context=self.context,
-                    default_tokens=self.limits.default_tokens,
-                )
-                if asked.served.sees_ahead:
-                    asked.see()
+                asked = make(message, images)
             except Refusal as error:
                 told = {"status": error.status, "code": error.code, "message": str(error)}
                 self.tell({"is": "refused", "id": message["id"], **told})
+            except Ended:
+                _logger.error("the process that prepares requests ended")
+                os._exit(1)
             except Exception:  # a fault of ours: this request is lost, the others are not
                 _logger.exception("a request could not be prepared")
                 self.tell({"is": "fault", "id": message["id"]})
             else:
                 self._ready.put(asked)
         self._ready.put(None)
+
+    def _ready_for_the_model(self, message: Message, images: Sequence[bytes]) -> Asked:
+        """A request, prepared here. Raises: Refusal."""
+        asked = prepare(
+            message,
+            images,
+            self.served[message["model"]],
+            context=self.context,
+            default_tokens=self.limits.default_tokens,
+        )
+        if asked.served.sees_ahead:
+            asked.see()
+        return asked
 
 
 def context_of(config: Any, limits: Limits) -> int:
