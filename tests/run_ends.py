@@ -13,6 +13,7 @@ from phi3v.training.checkpoints import newest_checkpoint
 HARD: dict[str, Any] = {
     "data": {"split": {"validation": 2}},
     "evaluation": {"rows": 1, "max_new_tokens": 2},
+    "image": {"augment": {"crop": 0.2, "rotate": 10, "brightness": 0.2, "saturation": 0.2, "mirror": 0.5}},
     "lora": {"r": 4, "lora_dropout": 0.2},
     "training": {
         "samples_per_step": 4,
@@ -25,7 +26,8 @@ HARD: dict[str, Any] = {
         "warmup_steps": 1,
     },
 }
-"""LoRA dropout, shuffling, packing, four samples a step in several packs, lines of the log between checkpoints."""
+"""LoRA dropout, images changed at random, shuffling, packing, four samples a step in several packs, lines of the log
+between checkpoints."""
 
 LOGGED = ("loss", "grad_norm", "learning_rate", "eval_loss")
 

@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from phi3v.errors import ConfigError
 from phi3v.recipe_data import DataSection, Section, shorthand
 from phi3v.recipe_errors import explain
+from phi3v.recipe_image import ImageSection
 from phi3v.recipe_places import PLACES, is_there, map_places, meant
 from phi3v.recipe_report import EvaluationSection, ReportSection
 from phi3v.recipe_sweep import SweepSection
@@ -95,27 +96,6 @@ class ModelSection(Section):
         default=None, description="Attention of transformers (sdpa, eager, ...); null takes sdpa."
     )
     device: str = Field(default="auto", description="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
-
-
-class ImageSection(Section):
-    """How images are seen."""
-
-    num_crops: int | None = Field(
-        default=None, ge=1, description="Most 336-pixel crops of one image; null takes the model's own (16 or 4)."
-    )
-    max_tokens: int | None = Field(
-        default=None,
-        ge=313,
-        le=131_072,  # the context of the models; crops, and pixels with them, grow with the budget
-        description="Most tokens of one image: as many crops as never cost more, instead of the model's own number.",
-    )
-    max_pixels: int = Field(default=20_000_000, ge=1, description="Larger images are refused before they are decoded.")
-    fast: bool = Field(default=False, description="true: faster decoding and resizing, within one grey level.")
-
-    @property
-    def processor_options(self) -> dict[str, Any]:
-        """The arguments of loading.load_processor by name."""
-        return {"num_crops": self.num_crops, "max_image_tokens": self.max_tokens, "fast": self.fast}
 
 
 class TrainingSection(BaseModel):
@@ -223,6 +203,17 @@ class Recipe(Section):
                 raise ValueError(
                     f"vision.{name}_learning_rate is set, and vision.{name} is frozen: take one of them out"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_augmented(self) -> Self:
+        """Refuses what cannot be had of images that are others each time."""
+        if not self.image.augments:
+            return self
+        if self.vision.cache is not None:
+            raise ValueError("vision.cache keeps what images look like, and image.augment changes them: take one out")
+        if self.data.streaming:
+            raise ValueError("image.augment needs rows that are counted, which a stream has not: take one of both out")
         return self
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 import phi3v
+from phi3v.data.augment import Augmented
 from phi3v.errors import Interrupted
 from phi3v.run_folder import RunFolder
 from phi3v.targets import ADAPTER_WEIGHTS
@@ -32,7 +33,11 @@ MakeRecipe = Callable[..., phi3v.Recipe]
 def undisturbed(make: MakeRecipe) -> dict[str, Any]:
     """What the run ends with that nothing happens to."""
     recipe = make("undisturbed", **HARD)
-    phi3v.train(recipe)
+    epochs, original = set(), Augmented.of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Augmented, "of", lambda self, row: epochs.add(int(self._epoch)) or original(self, row))
+        phi3v.train(recipe)
+    assert epochs == {0, 1, 2}, "training images are not changed anew in each epoch"
     return end_of(recipe.output)
 
 

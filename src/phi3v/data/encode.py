@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from phi3v.data.augment import Augmented, Change
 from phi3v.data.fit import Fitted, Messages, OnTooLong, fit
 from phi3v.data.images import MAX_PIXELS, open_image, open_pixels
 from phi3v.data.schema import ImagePart, Message, Row, TrainOn
@@ -38,6 +39,7 @@ def encode(
     on_too_long: OnTooLong = "skip",
     max_pixels: int = MAX_PIXELS,
     byte_crops: bool = False,
+    change: Change | None = None,
 ) -> Example:
     """A row as a training sample.
 
@@ -49,6 +51,7 @@ def encode(
         on_too_long: "skip" refuses a longer row, "fewer_crops" and "cut_text" make it fit where they can; see `fit`.
         max_pixels: larger images are refused.
         byte_crops: sub crops as bytes, which the model normalises: a quarter of the floats to keep and to send.
+        change: what is done to its images once they are open, see `augment`; None for nothing.
     Returns: input_ids, attention_mask, labels, and with images pixel_values (no crops beyond the largest grid's) and
         image_sizes.
     Raises: DataError in one line that names the row: an image, the last turn, or the length (TooLongError).
@@ -58,6 +61,7 @@ def encode(
     tokenizer = processor.tokenizer
     with _named(row):
         images = _open_images(row, row.messages, processor, max_pixels)
+        images = images if change is None else [change(number, image) for number, image in enumerate(images)]
         sizes = [_size(image) for image in images]
         fitted = Fitted(row.messages, processor.image_processor.num_crops, 0, 0)
         if max_length is not None:
@@ -173,8 +177,9 @@ class EncodedRows(torch.utils.data.Dataset[Example]):
         on_too_long: OnTooLong = "skip",
         max_pixels: int = MAX_PIXELS,
         byte_crops: bool = False,
+        augmented: Augmented | None = None,
     ) -> None:
-        """Keep rows, processor and the arguments of `encode`."""
+        """Keep rows, processor, the arguments of `encode`, and how images are changed; None for not at all."""
         self.rows = rows
         self.processor = processor
         self.train_on: TrainOn = train_on
@@ -182,6 +187,12 @@ class EncodedRows(torch.utils.data.Dataset[Example]):
         self.on_too_long: OnTooLong = on_too_long
         self.max_pixels = max_pixels
         self.byte_crops = byte_crops
+        self.augmented = augmented
+
+    def choose_epoch(self, epoch: int) -> None:
+        """Has images changed as in this epoch."""
+        if self.augmented is not None:
+            self.augmented.choose_epoch(epoch)
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -197,6 +208,7 @@ class EncodedRows(torch.utils.data.Dataset[Example]):
             on_too_long=self.on_too_long,
             max_pixels=self.max_pixels,
             byte_crops=self.byte_crops,
+            change=None if self.augmented is None else self.augmented.of(index),
         )
 
 

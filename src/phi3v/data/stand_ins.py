@@ -75,6 +75,10 @@ class StandIns(torch.utils.data.Dataset[Example]):
                 self._note(number, error)
         raise DataError("no row can be encoded")
 
+    def choose_epoch(self, epoch: int) -> None:
+        """Has images changed as in this epoch, where they are changed."""
+        self.encoded.choose_epoch(epoch)
+
     def is_own(self, index: int) -> bool:
         """Whether the sample of a row is its own, as far as this process and its loader workers have seen."""
         return not self._failed[index % len(self)]

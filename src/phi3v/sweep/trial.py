@@ -78,7 +78,8 @@ def trial_recipe(recipe: Recipe, values: dict[str, Any], output: str) -> Recipe:
         changes["evaluation.metrics"] = [sweep.metric, *(trial.evaluation.metrics or [])]
     if sweep.metric != "eval_loss" and trial.evaluation.checks is None:
         changes["evaluation.checks"] = [*CHEAP, *(["forgetting"] if trial.evaluation.keep is not None else [])]
-    if trial.vision.cache is None and trial.vision.frozen and not trial.data.streaming:
+    alike = trial.vision.frozen and not trial.data.streaming and not trial.image.augments
+    if trial.vision.cache is None and alike:
         changes["vision.cache"] = "memory"
     return with_values(trial, changes) if changes else trial
 

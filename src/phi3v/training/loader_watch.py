@@ -259,6 +259,11 @@ class _Rows(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.inner)
 
+    def choose_epoch(self, epoch: int) -> None:
+        """Tells samples that are others in each epoch."""
+        if hasattr(self.inner, "choose_epoch"):
+            self.inner.choose_epoch(epoch)
+
     def __getitem__(self, index: int) -> Any:
         _note(self._notes, in_sample=True)
         try:

@@ -260,7 +260,7 @@ def advise(recipe: Recipe, found: Profile, *, chosen: Sequence[str] = ()) -> Adv
     """
     training, options = recipe.training, recipe.training.options
     waiting = found.share("waiting for data")
-    frozen = recipe.vision.frozen and not recipe.data.streaming
+    frozen = recipe.vision.frozen and not recipe.data.streaming and not recipe.image.augments
     if waiting > 0.05 and found.decode_seconds:
         computing = max(found.seconds * (1 - waiting), 1e-3)
         wanted = math.ceil(1.5 * found.decode_seconds * found.samples_per_step / computing)

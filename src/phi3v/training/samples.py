@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from phi3v.data.augment import Augmentation, Augmented
 from phi3v.data.collate import Collator, PackedCollator, StepCollator
 from phi3v.data.encode import EncodedRows, Example, encode
 from phi3v.data.encode_seen import encode_seen
@@ -89,7 +90,7 @@ def make_samples(
     held_out = _stand_ins(recipe, failed, data, data.validation or [], processor, longest)
     if isinstance(data, StreamedData):
         return _streamed(recipe, failed, data, processor, longest, steps_done), held_out
-    train = _stand_ins(recipe, failed, data, data.train, processor, longest)
+    train = _stand_ins(recipe, failed, data, data.train, processor, longest, augmented_images(recipe))
     _refuse_empty(_first(train))
     if store is None:
         return train, held_out
@@ -155,7 +156,19 @@ def micro_batches_of(recipe: Recipe, longest: int) -> MicroBatches:
     return MicroBatches(training.micro_batch, training.packing, tokens)
 
 
-def encoded_rows(recipe: Recipe, rows: Sequence[Row], processor: Any, longest: int | None = None) -> EncodedRows:
+def augmented_images(recipe: Recipe) -> Augmented | None:
+    """How a recipe changes its training images; None for not at all."""
+    wanted = recipe.image.augments
+    return Augmented(Augmentation(**wanted), recipe.training.seed) if wanted else None
+
+
+def encoded_rows(
+    recipe: Recipe,
+    rows: Sequence[Row],
+    processor: Any,
+    longest: int | None = None,
+    augmented: Augmented | None = None,
+) -> EncodedRows:
     """Rows as samples of a recipe's training.
 
     Args:
@@ -163,11 +176,12 @@ def encoded_rows(recipe: Recipe, rows: Sequence[Row], processor: Any, longest: i
         rows: the rows.
         processor: the model's processor.
         longest: tokens of a sample at most; None for what the recipe or the model says.
+        augmented: how their images are changed; None for not at all, as where they are held out.
     """
     if longest is None:
         context = load_config(recipe.model.name, revision=recipe.model.revision).max_position_embeddings
         longest = recipe.data.longest(context)
-    return EncodedRows(rows, processor, **_encode_options(recipe, processor, longest))
+    return EncodedRows(rows, processor, **_encode_options(recipe, processor, longest), augmented=augmented)
 
 
 def planned_steps(recipe: Recipe, lengths: Sequence[int], epoch: int) -> Iterator[list[tuple[list[int], int]]]:
@@ -194,9 +208,10 @@ def _stand_ins(
     rows: Sequence[Row],
     processor: Any,
     longest: int,
+    augmented: Augmented | None = None,
 ) -> StandIns:
     """Samples of rows that are all known."""
-    encoded = encoded_rows(recipe, rows, processor, longest)
+    encoded = encoded_rows(recipe, rows, processor, longest, augmented)
     if isinstance(data, LoadedData):
         known, left_out, elsewhere = data.rows_in, len(data.problems), failed.found
     else:  # of a stream held-out rows are all that is known, and what the stream leaves out is judged by itself

@@ -45,10 +45,11 @@ class WholeSteps(Sampler[int]):
 
 
 def choose_epoch(loader: Any, done: int) -> None:
-    """Tells the `WholeSteps` of a loader which epoch the step after `done` steps is in, however deep it lies.
+    """Tells the `WholeSteps` of a loader, however deep it lies, and its samples which epoch the next step is in.
 
     accelerate tells two samplers deep. A loader of several ranks that goes on inside an epoch has three (the batches
     skipped, those of a rank, those of all), and would begin again with the order of the first epoch. Streams have none.
+    Samples are told for the sake of images that are changed at random; those whose features are kept need not know.
     Example: 11 rows in steps of 4 are 3 steps an epoch: done 2 -> epoch 0, 3 -> 1, 4 -> 1.
     """
     found = loader
@@ -57,6 +58,8 @@ def choose_epoch(loader: Any, done: int) -> None:
         found = getattr(found, "sampler", None) if below is None else below
     if found is not None:
         found.set_epoch(done // (len(found) // found.samples_per_step))
+        if hasattr(loader.dataset, "choose_epoch"):
+            loader.dataset.choose_epoch(found.epoch)
 
 
 class EvenSamples(Dataset[Any]):
