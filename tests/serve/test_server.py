@@ -227,6 +227,8 @@ def test_a_target_that_cannot_be_served_is_one_line(tmp_path: Path) -> None:
     for words, says in (
         ([tmp_path / "none"], "does not exist"),
         ([TINY, "--host", "0.0.0.0"], "0.0.0.0 is open to other machines"),
+        ([TINY, "--max-context", "3"], "context is 3, where question and answer take 32 tokens at least"),
+        ([TINY, "--batch-size", "9" * 20], "more than the limit of 1024"),
         ([TINY, "--adapter", f"a={TINY}"], "is no adapter"),
         ([TINY, "--adapter", f"a={other}"], "was tuned on"),
         ([TINY, "--api-key-file", tmp_path / "none"], "cannot be read"),
