@@ -92,16 +92,16 @@ class RunningServer:
         return self.http.get("/health").json()
 
     def worker(self) -> int:
-        """The process id of the worker: the older one of the server's two children; the other one is its spare."""
-        found = []
+        """The process id of the worker, the only child of the server's only child."""
+        children: dict[int, int] = {}
         for place in Path("/proc").glob("[0-9]*/stat"):
             try:
-                state, parent, *rest = place.read_text().rpartition(")")[2].split()
+                state, parent, *_ = place.read_text().rpartition(")")[2].split()
             except OSError:
                 continue
-            if int(parent) == self.process.pid and state != "Z":
-                found.append((int(rest[17]), int(place.parent.name)))  # when it was started, and its id
-        return min(found)[1]
+            if state != "Z":
+                children[int(parent)] = int(place.parent.name)
+        return children[children[self.process.pid]]
 
     def wait_until(self, holds: Any, seconds: float) -> float:
         """Seconds until something holds. Raises: AssertionError when that takes longer."""

@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_models import COLOURS, write_tiny_model
 
 from phi3v import generate, loading, tuning
-from phi3v.errors import ConfigError, ImageError
+from phi3v.errors import CheckpointError, ConfigError, ImageError
 from phi3v.generate import ChatModel, PieceStreamer, conversation
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
@@ -181,6 +181,20 @@ def test_asking_leaves_the_model_as_it_was(chat: ChatModel) -> None:
     chat.ask(photo("red"), "What?", max_new_tokens=2)
     assert chat.model.training
     chat.model.eval()
+
+
+def test_scores_that_are_no_numbers_are_one_line(chat: ChatModel) -> None:
+    with torch.no_grad():
+        weight = next(chat.model.get_output_embeddings().parameters())
+        kept = weight.clone()
+        weight[5].fill_(float("nan"))
+    try:
+        with pytest.raises(CheckpointError, match=r"scores are no numbers \(NaN\)"):
+            chat.ask([], "Hi", max_new_tokens=3)
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+    chat.ask([], "Hi", max_new_tokens=3)
 
 
 def run_with(folder: Path, **sections: Any) -> Path:

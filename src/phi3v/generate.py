@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from phi3v.data.collate import Collator
 from phi3v.data.images import MAX_PIXELS, open_image
 from phi3v.data.templates import Template
-from phi3v.errors import ImageError
+from phi3v.errors import CheckpointError, ImageError
 from phi3v.features.collate import CollateFeatures
 from phi3v.image_tokens import resized_size
 from phi3v.loading import load_target
@@ -201,7 +201,13 @@ class ChatModel:
         was_training = self.model.training
         self.model.eval()
         try:
-            sequences = self.model.generate(**batch, max_new_tokens=max_new_tokens, streamer=streamer, **options)
+            sequences = self.model.generate(
+                **batch,
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                logits_processor=LogitsProcessorList([_FirstScores()]),
+                **options,
+            )
         finally:
             self.model.train(was_training)
         prompt = batch["input_ids"].shape[1]
@@ -224,6 +230,22 @@ class ChatModel:
         """Whether a token stands for one byte of a character, <0xE3> for instance."""
         name = self.processor.tokenizer.convert_ids_to_tokens(token)  # None for rows beyond the vocabulary
         return name is not None and _BYTE.fullmatch(name) is not None
+
+
+class _FirstScores(LogitsProcessor):
+    """Refuses scores that are no numbers, of an answer's first token: with NaN in its weights a model says nothing."""
+
+    def __init__(self) -> None:
+        self._seen = False
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if not self._seen and bool(scores.isnan().any()):
+            raise CheckpointError(
+                "the model's scores are no numbers (NaN): its weights, or the adapter's, are damaged, or too large for "
+                "their number type; copy them again, or train again"
+            )
+        self._seen = True
+        return scores
 
 
 class PieceStreamer(BaseStreamer):

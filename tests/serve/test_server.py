@@ -7,9 +7,8 @@ import asyncio
 import io
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from phi3v.cli import app
 from phi3v.generate import ChatModel
 from phi3v.serve import backend
 from phi3v.serve.limits import Limits
+from phi3v.serve.nursery import Nursery
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="looks for the worker in /proc, sends POSIX signals")
 
@@ -180,49 +180,39 @@ def test_a_killed_worker_is_503_and_comes_back(server: RunningServer) -> None:
     assert statuses == [503] * 3 and seconds < 30  # 15 where the tests do not share the cores: `make torture`
 
 
-def test_the_next_spare_begins_when_the_last_one_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not when that one has loaded: a second death soon after the first would wait for all of its imports."""
-    gate, started = tmp_path / "gate", []
-    program = f"""
+def test_a_worker_that_dies_costs_no_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a second one at once: all come out of one process that has imported everything."""
+    (tmp_path / "made_up_worker.py").write_text("""
 import os, sys, time
 from phi3v.serve.channel import read_message, write_message
-read_message(sys.stdin.buffer)
-while not os.path.exists({str(gate)!r}):
-    time.sleep(0.01)
-write_message(sys.stdout.buffer, {{"is": "ready", "models": [], "context": 9}})
-read_message(sys.stdin.buffer)
-"""
-
-    def launch() -> "subprocess.Popen[bytes]":
-        words = [sys.executable, "-c", program]
-        environment = {**os.environ, "PYTHONPATH": str(Path(phi3v.__file__).parents[1])}
-        started.append(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment))
-        return started[-1]
-
-    async def until(holds: Callable[[], bool]) -> None:
-        async with asyncio.timeout(20):
-            while not holds():
-                await asyncio.sleep(0.01)
+IMPORTED = time.monotonic_ns()
+def main():
+    read_message(sys.stdin.buffer)
+    print("words of a library", file=sys.stderr)
+    write_message(sys.stdout.buffer, {"is": "ready", "models": [os.getpid(), IMPORTED], "context": 9})
+    read_message(sys.stdin.buffer)
+""")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(phi3v.__file__).parents[1]), str(tmp_path)]))
+    told: list[tuple[int, int]] = []
 
     async def live() -> None:
         served = backend.Backend({}, Limits())
+        served._nursery = Nursery("made_up_worker")
         try:
-            gate.touch()
             await served.start()
-            await until(lambda: len(started) == 2)
-            gate.unlink()
-            started[0].kill()
-            await until(lambda: len(started) == 3)
-            assert not served.ready
-            gate.touch()
-            await until(lambda: served.ready)
-            assert len(started) == 3
+            for _ in range(3):
+                told.append(tuple(served.models))
+                os.kill(told[-1][0], signal.SIGKILL)
+                async with asyncio.timeout(20):
+                    while not (served.ready and served.models[0] != told[-1][0]):
+                        await asyncio.sleep(0.01)
+            last = served.models[0]
         finally:
             await served.stop()
-        assert [one.poll() is not None for one in started] == [True] * 3
+        assert not Path(f"/proc/{last}").exists() or "Z" in Path(f"/proc/{last}/stat").read_text()
 
-    monkeypatch.setattr(backend, "_launch", launch)
     asyncio.run(live())
+    assert len({process for process, _ in told}) == 3 and len({imported for _, imported in told}) == 1
 
 
 def test_sigterm_lets_answers_end_and_exits_with_0(server: RunningServer) -> None:
@@ -237,6 +227,8 @@ def test_a_target_that_cannot_be_served_is_one_line(tmp_path: Path) -> None:
     for words, says in (
         ([tmp_path / "none"], "does not exist"),
         ([TINY, "--host", "0.0.0.0"], "0.0.0.0 is open to other machines"),
+        ([TINY, "--max-context", "3"], "context is 3, where question and answer take 32 tokens at least"),
+        ([TINY, "--batch-size", "9" * 20], "more than the limit of 1024"),
         ([TINY, "--adapter", f"a={TINY}"], "is no adapter"),
         ([TINY, "--adapter", f"a={other}"], "was tuned on"),
         ([TINY, "--api-key-file", tmp_path / "none"], "cannot be read"),

@@ -1,8 +1,7 @@
 """The worker as the server sees it: requests go in, events come out, and a worker that dies is started again.
 
-Lives in the server's event loop; a thread reads what the worker says. Beside the worker waits a spare one, which has
-imported everything and loads the model when the first one dies; the next spare begins its imports at that moment, so
-that a second death soon after costs what is left of them. Knows no HTTP and no model.
+Lives in the server's event loop; a thread reads what the worker says. Workers come out of a `nursery`, which has
+imported everything: a new one only loads the model. Knows no HTTP and no model.
 """
 
 import asyncio
@@ -10,15 +9,14 @@ import dataclasses
 import itertools
 import logging
 import queue
-import subprocess
-import sys
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from phi3v.errors import CheckpointError, Phi3VError
 from phi3v.serve.channel import Message, read_message, write_message
 from phi3v.serve.limits import Limits
+from phi3v.serve.nursery import Nursery
 from phi3v.serve.protocol import Refusal
 
 _logger = logging.getLogger(__name__)
@@ -84,8 +82,7 @@ class Backend:
         self.models: list[dict[str, Any]] = []
         self.context = 0
         self.ready, self.rows = False, 0
-        self._process: subprocess.Popen[bytes] | None = None
-        self._spare: subprocess.Popen[bytes] | None = None  # has its imports behind it, and no model
+        self._nursery = Nursery()
         self._outbox: queue.SimpleQueue[tuple[Message, Sequence[bytes]] | None] = queue.SimpleQueue()
         self._keeper: asyncio.Task[None] | None = None
         self._first_ready: asyncio.Future[None] | None = None
@@ -101,9 +98,7 @@ class Backend:
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
-        for process in filter(None, (self._process, self._spare)):
-            process.kill()
-            await asyncio.to_thread(process.wait)
+        await asyncio.to_thread(self._nursery.stop)
 
     def submit(self, message: Mapping[str, Any], images: Sequence[bytes]) -> Answer:
         """Hands a request to the worker. Raises: Refusal with status 503 where there is none."""
@@ -137,18 +132,11 @@ class Backend:
     async def _one_worker(self) -> tuple[bool, str]:
         """The life of a worker. Returns: whether it was ready once, and what it said when it failed."""
         loop = asyncio.get_running_loop()
-        process, self._spare = self._spare, None
-        if process is None or process.poll() is not None:
-            process = _launch()
-        if self._first_ready is not None and self._first_ready.done():
-            # Beside the loading, for the next death; at the very start it would only be in the way.
-            self._spare = _launch()
-        assert process.stdin is not None and process.stdout is not None
-        self._process = process
+        to_worker, from_worker = self._nursery.worker()
         self._outbox = queue.SimpleQueue()
         self._outbox.put((self._first, ()))
         said: asyncio.Queue[Message | None] = asyncio.Queue()
-        for job in ((_send, self._outbox, process.stdin), (_hear, process.stdout, loop, said)):
+        for job in ((_send, self._outbox, to_worker), (_hear, from_worker, loop, said)):
             threading.Thread(target=job[0], args=job[1:], daemon=True).start()
         was_ready, line = False, ""
         try:
@@ -157,7 +145,7 @@ class Backend:
                     line = message["line"]
                 elif message["is"] == "ready":
                     self._begin(message)
-                    was_ready, self._spare = True, self._spare or _launch()
+                    was_ready = True
                 else:
                     self._deliver(message)
         finally:
@@ -166,8 +154,6 @@ class Backend:
             for answer in list(self._answers.values()):
                 answer.events.put_nowait({"is": "lost"})
             self._answers.clear()
-            process.kill()
-        await asyncio.to_thread(process.wait)
         return was_ready, line
 
     def _begin(self, message: Message) -> None:
@@ -187,16 +173,7 @@ class Backend:
             answer.events.put_nowait(message)
 
 
-def _launch() -> subprocess.Popen[bytes]:
-    """A worker that imports what it needs, which takes most of a start, and waits for what to serve.
-
-    It is in a session of its own: Ctrl-C in a terminal is the server's business.
-    """
-    command = [sys.executable, "-m", "phi3v.serve.worker"]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-
-
-def _send(outbox: "queue.SimpleQueue[tuple[Message, Sequence[bytes]] | None]", stream: BinaryIO) -> None:
+def _send(outbox: "queue.SimpleQueue[tuple[Message, Sequence[bytes]] | None]", stream: IO[bytes]) -> None:
     """What the thread does that writes to a worker."""
     try:
         while (one := outbox.get()) is not None:
@@ -206,7 +183,7 @@ def _send(outbox: "queue.SimpleQueue[tuple[Message, Sequence[bytes]] | None]", s
         return  # the worker is gone, which the other thread finds out
 
 
-def _hear(stream: BinaryIO, loop: asyncio.AbstractEventLoop, said: "asyncio.Queue[Message | None]") -> None:
+def _hear(stream: IO[bytes], loop: asyncio.AbstractEventLoop, said: "asyncio.Queue[Message | None]") -> None:
     """What the thread does that reads from a worker."""
     while True:
         found = read_message(stream)

@@ -7,12 +7,14 @@ holds. Nothing is pickled. Knows nothing of what the messages mean.
 import json
 import struct
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 Message = dict[str, Any]
 
 
-def write_message(stream: BinaryIO, message: Message, attachments: Sequence[bytes] = (), *, flush: bool = True) -> None:
+def write_message(
+    stream: IO[bytes], message: Message, attachments: Sequence[bytes] = (), *, flush: bool = True
+) -> None:
     """Sends one message, or without `flush` leaves it to the next. Raises: OSError, ValueError where nobody reads."""
     head = json.dumps({**message, "attached": [len(one) for one in attachments]}).encode()
     stream.write(struct.pack("!I", len(head)) + head)
@@ -22,7 +24,7 @@ def write_message(stream: BinaryIO, message: Message, attachments: Sequence[byte
         stream.flush()
 
 
-def read_message(stream: BinaryIO) -> tuple[Message, list[bytes]] | None:
+def read_message(stream: IO[bytes]) -> tuple[Message, list[bytes]] | None:
     """The next message and its attachments; None where the other side has ended, in the middle of a message too."""
     start = _exactly(stream, 4)
     head = None if start is None else _exactly(stream, struct.unpack("!I", start)[0])
@@ -38,7 +40,7 @@ def read_message(stream: BinaryIO) -> tuple[Message, list[bytes]] | None:
     return message, attachments
 
 
-def _exactly(stream: BinaryIO, count: int) -> bytes | None:
+def _exactly(stream: IO[bytes], count: int) -> bytes | None:
     """So many bytes, or None where fewer come."""
     try:
         data = stream.read(count)

@@ -4,6 +4,10 @@ from dataclasses import dataclass
 
 from phi3v.errors import ConfigError
 
+LEAST_CONTEXT = 32
+"""Tokens; the shortest question with its turns, and a short answer."""
+MOST_ROWS = 1024
+"""Of a batch, whose images all are in memory."""
 MAX_PIXELS = 20_000_000
 """Of one image."""
 
@@ -49,6 +53,12 @@ class Limits:
         for name in ("batch", "seconds", "body_bytes", "default_tokens"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, and nothing could be answered: raise it")
+        if self.context is not None and self.context < LEAST_CONTEXT:
+            raise ConfigError(
+                f"context is {self.context}, where question and answer take {LEAST_CONTEXT} tokens at least: raise it"
+            )
+        if self.batch > MOST_ROWS:
+            raise ConfigError(f"batch is {self.batch}, more than the limit of {MOST_ROWS}: lower it")
 
     @property
     def places(self) -> int:

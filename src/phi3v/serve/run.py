@@ -6,6 +6,7 @@ that other machines reach without a key is refused. SIGTERM and Ctrl-C let answe
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 from phi3v.errors import ConfigError, MissingPackageError, install
 from phi3v.serve.limits import Limits
 
+_logger = logging.getLogger(__name__)
 LEAST_KEY = 16
 """Characters of a key."""
 
@@ -165,6 +167,8 @@ async def _serve(
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not asked_to_stop.is_set():
             await starting
+            if limits.context is not None and backend.context < limits.context:
+                _logger.warning("context is %d, and the model has %d: that is taken", limits.context, backend.context)
             listening.listen(2048)
             address, port = listening.getsockname()[:2]
             on_ready(f"{shown_address(address, port)}/v1", [one["id"] for one in backend.models])
