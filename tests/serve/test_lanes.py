@@ -211,6 +211,31 @@ def test_tokens_of_a_batch_are_bounded(served: Served) -> None:
     assert len(lane.running) == 2 and len(lane.waiting) == 3
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_scores_that_are_no_numbers_are_told(
+    served: Served, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row's are not: it is told so instead of an answer of nothing, and the other one is answered."""
+    said: list[dict[str, Any]] = []
+    lanes = Lanes({"m": served}, batch=2, tokens=4000, tell=lambda *told: said.extend(told))
+    lanes.lanes["m"].waiting.extend(asked(served, number, "Hi", temperature=temperature) for number in range(2))
+    original = type(served.chat.model).forward
+
+    def spoilt(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        if kwargs["input_ids"].shape[1] > 1:
+            output.logits[1] = torch.nan
+        return output
+
+    monkeypatch.setattr(type(served.chat.model), "forward", spoilt)
+    work(lanes)
+    (told,) = [one for one in said if one["id"] == 1]
+    assert (told["is"], told["status"], told["code"]) == ("refused", 500, "model_scores") and "no numbers" in told[
+        "message"
+    ]
+    assert said[-1]["is"] == "done" and said[-1]["id"] == 0
+
+
 def test_a_step_that_fails_loses_its_requests_alone(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[dict[str, Any]] = []
     lanes = Lanes({"m": served}, batch=2, tokens=4000, tell=lambda *told: said.extend(told))

@@ -34,6 +34,7 @@ class RunningRow:
         tokens: how many these are.
         cached: tokens whose keys and values are cached.
         new: tokens that were answered.
+        sound: whether the scores of its first token are numbers; of weights with NaN they are not.
     """
 
     name: int
@@ -42,6 +43,7 @@ class RunningRow:
     tokens: int = 0
     cached: int = 0
     new: list[int] = field(default_factory=list)
+    sound: bool = True
 
 
 class RunningBatch:
@@ -121,6 +123,8 @@ class RunningBatch:
         logits = self.model(**inputs, past_key_values=cache, use_cache=True).logits
         losses, counts = ([0.0], [1]) if alone else losses_of(logits, labels)
         firsts = torch.tensor([sum(counts[:row]) for row in range(len(counts))], device=logits.device)
+        for row, broken in zip(rows, logits[firsts].isnan().any(-1).tolist(), strict=True):
+            row.sound = not broken
         tokens = self._chosen(logits[firsts], rows)
         for place, (row, example) in enumerate(zip(rows, examples, strict=True)):
             row.loss, row.tokens = (losses[place], counts[place]) if has_labels(example) else (0.0, 0)
@@ -169,7 +173,7 @@ class RunningBatch:
         allowed = logits.float().index_fill(1, self._suppressed, -math.inf)
         tokens = allowed.argmax(-1).tolist()
         for place, row in enumerate(rows):
-            if row.choose is not None and not self._has_ended(row):
+            if row.choose is not None and row.sound and not self._has_ended(row):
                 tokens[place] = row.choose(allowed[place])
         return tokens
 

@@ -25,6 +25,8 @@ Tell = Callable[..., None]
 _logger = logging.getLogger(__name__)
 LEAST_TEMPERATURE = 1e-3
 """Below it logits would leave the range of float32; the likeliest token has all the probability there anyway."""
+UNSOUND = "the model's scores are no numbers: its weights, or the adapter's, are damaged or too large for their type"
+"""What is said instead of an answer of nothing."""
 ROOM = 128
 """Columns for tokens to come that a cache is made with."""
 
@@ -72,8 +74,10 @@ class Asked:
 
     @property
     def over(self) -> str | None:
-        """Why nothing follows: "stop" or "length"; None while it goes on."""
+        """Why nothing follows: "stop", "length" or "unsound"; None while it goes on."""
         new = self.row.new
+        if not self.row.sound:
+            return "unsound"
         if self.text.stopped or (new and new[-1] in self.ends):
             return "stop"
         return "length" if len(new) >= self.most else None
@@ -250,6 +254,11 @@ class Lane:
         """Tells what is new of some rows."""
         told: list[dict[str, Any]] = []
         for one in rows:
+            if not one.row.sound:
+                told.append(
+                    {"is": "refused", "id": one.name, "status": 500, "code": "model_scores", "message": UNSOUND}
+                )
+                continue
             piece, reason = one.read(), one.over
             if piece:
                 told.append({"is": "piece", "id": one.name, "text": piece})
