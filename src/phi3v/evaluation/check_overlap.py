@@ -8,7 +8,6 @@ pictures: rows may share a reference.
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from phi3v.evaluation.figures import counted, ends, figure, percent
 from phi3v.evaluation.headline import MOST_TEXTS
 from phi3v.evaluation.paired import LEAST_ROWS
 from phi3v.evaluation.row_scores import Column
+from phi3v.machine import usable_cores
 
 MOST_IMAGES = 20_000
 """Training images that are looked at, drawn by a fixed seed: minutes on a few cores, 64 MB."""
@@ -83,7 +83,7 @@ def check_overlap(
         if row.images:
             pictured.append(place)
     known_rows = [distinct[place] for place in few_rows(pictured, most_images)]
-    threads = min(8, os.cpu_count() or 1)
+    threads = min(8, usable_cores())
     asked_rows = list(rows)
     known, asked = (take_prints(some, max_pixels=max_pixels, threads=threads) for some in (known_rows, asked_rows))
     seen = _seen_rows(known, asked, known_rows, asked_rows)
