@@ -181,7 +181,12 @@ def test_an_evaluation_of_other_rows_has_a_folder_and_goes_on(world, tmp_path, m
     parquet = pytest.importorskip("pyarrow.parquet")
     stored = parquet.read_schema(ends[0].prediction_table).metadata
     assert {f"phi3v.fingerprints.{name}".encode(): one.encode() for name, one in digests.items()} == stored
-    assert "<h1>run beside model</h1>" in html and "5 rows of" in html and "training never saw" not in html
+    assert (
+        "<h1>run beside model</h1>" in html
+        and "· model run ·" in html
+        and "5 rows of" in html
+        and "training never saw" not in html
+    )
     assert "<th>model</th><th>run</th>" in html and "weights of model" in html and "before (base)" not in html
 
 
