@@ -102,7 +102,7 @@ def make_content(rows: int = 12, base: bool = True) -> ReportContent:
         recipe="model:\n  name: tiny/base\noutput: runs/test # <b>\n",
         versions={"phi3v": "0.1.0", "torch": "2.13"},
         times={"training": 75.0, "evaluation": 4.23},
-        memory_gib=3.25,
+        memory_gib={"training": 3.25, "evaluation": 0.75},
         fingerprints={"training rows": "9f2c77ab"},
         problems=["a.csv, row 99: column <title> is empty"],
         controls={

@@ -9,7 +9,6 @@ import contextlib
 import importlib.util
 import inspect
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -381,12 +380,3 @@ def _quiet(logger_name: str) -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(refuse)
-
-
-def spare_cores() -> int:
-    """Cores that this process may run on and torch computes without; negative where threads are more than cores.
-
-    A container or taskset may give fewer cores than the machine has. Example: OMP_NUM_THREADS=1 on two cores: 1.
-    """
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return usable - torch.get_num_threads()

@@ -93,9 +93,13 @@ def test_a_leaked_split_is_caught(shop):
     assert found["verdict"] == "fail"
     assert found["line"] == (
         "2 of 12 rows (16.7 %) are in the training data as well; the score of the other 10 is 20.0 % "
-        "(5.7 % to 51.0 %), of all 33.3 %"
+        "(5.7 % to 51.0 %), of all 33.3 %; the pictures of 1 of the other 10 are in the training data too, with other "
+        "texts"
     )
+    some = check_overlap(train, test, right, None, most_images=42).line
+    assert some.endswith("; 42 training images looked at, those of 1 row were not")
     assert (found["leaked"], found["seen_images"], found["same_texts"], found["looked_at"]) == (2, 3, 2, 43)
+    assert found["seen_not_leaked"] == 1
     pairs = [(pair["row"], pair["train_row"], pair["shares"]) for pair in found["pairs"]]
     assert pairs == [(9, 40, "image and text"), (10, 41, "image and text"), (11, 42, "image")]
     assert found["pairs"][0]["train_images"][0].endswith("copy0.jpg")

@@ -33,6 +33,8 @@ from phi3v.run_folder import RunFolder
 from phi3v.run_lock import RunLock
 from phi3v.targets import resolve_target
 
+CLOCK = {"seconds": None, "created": None, "memory_gib": None}
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -122,7 +124,7 @@ def test_progress_is_told_for_both_models(evaluation, told):
 
 def test_a_killed_evaluation_goes_on_and_ends_as_an_undisturbed_one(world, evaluation, monkeypatch):
     run = RunFolder(world / "run")
-    before = run.predictions.read_bytes(), run.read_evaluation() | {"seconds": None, "created": None}
+    before = run.predictions.read_bytes(), run.read_evaluation() | CLOCK
 
     def stop(stage: str, done: int, total: int) -> None:
         if stage == "tuned answers" and done:
@@ -132,13 +134,17 @@ def test_a_killed_evaluation_goes_on_and_ends_as_an_undisturbed_one(world, evalu
         evaluate(run.path, on_progress=stop)
     assert caught.value.__notes__[0].startswith("0 of 5 rows are answered and kept")
     assert caught.value.__notes__[1:] == ["kept too: 5 in answers-base.jsonl"]
-    assert len(run.answers("base").read_text().splitlines()) == 2
+    kept = run.answers("base").read_text().splitlines()
+    assert len(kept) == 2
+    earlier = int(evaluation.memory_gib * 2**30) + 2**40  # of a start that took a TiB more
+    run.answers("base").write_text(kept[0] + "\n" + re.sub(r'"memory":\s*\d+', f'"memory": {earlier}', kept[1]) + "\n")
     asked, original = [], Engine.answer
     monkeypatch.setattr(Engine, "answer", lambda self, these: asked.append(self) or original(self, these))
     evaluate(run.path)
     assert len(asked) == 1, "the base was asked again"
-    after = run.predictions.read_bytes(), run.read_evaluation() | {"seconds": None, "created": None}
+    after = run.predictions.read_bytes(), run.read_evaluation() | CLOCK
     assert after == before
+    assert run.read_evaluation()["memory_gib"] == earlier / 2**30 and 0.05 < evaluation.memory_gib < 500
     assert not any(run.answers(side).exists() for side in ("base", "tuned"))
 
 
@@ -166,8 +172,8 @@ def test_an_evaluation_of_other_rows_has_a_folder_and_goes_on(world, tmp_path, m
     assert all(sorted(file.name for file in end.path.iterdir()) == left for end in ends)
     assert ends[0].predictions.read_bytes() == ends[1].predictions.read_bytes()
     assert ends[0].read_predictions() == whole.predictions
-    found = [end.read_evaluation() | {"seconds": None, "created": None} for end in ends]
-    assert found[0] == found[1] == json.loads(json.dumps(whole.to_dict() | {"seconds": None, "created": None}))
+    found = [end.read_evaluation() | CLOCK for end in ends]
+    assert found[0] == found[1] == json.loads(json.dumps(whole.to_dict() | CLOCK))
     assert {path.name: path.read_bytes() for path in run.glob("*.*")} == before
     html = ends[0].report.read_text(encoding="utf-8")
     digests = found[0]["fingerprints"]
@@ -175,7 +181,12 @@ def test_an_evaluation_of_other_rows_has_a_folder_and_goes_on(world, tmp_path, m
     parquet = pytest.importorskip("pyarrow.parquet")
     stored = parquet.read_schema(ends[0].prediction_table).metadata
     assert {f"phi3v.fingerprints.{name}".encode(): one.encode() for name, one in digests.items()} == stored
-    assert "<h1>run beside model</h1>" in html and "5 rows of" in html and "training never saw" not in html
+    assert (
+        "<h1>run beside model</h1>" in html
+        and "· model run ·" in html
+        and "5 rows of" in html
+        and "training never saw" not in html
+    )
     assert "<th>model</th><th>run</th>" in html and "weights of model" in html and "before (base)" not in html
 
 

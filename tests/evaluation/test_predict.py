@@ -2,11 +2,16 @@
 
 import csv
 import json
+import os
+import random
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from other_process import holding
 from pyarrow import parquet
 from tiny_models import write_photos, write_tiny_model
@@ -254,6 +259,33 @@ def test_a_killed_prediction_ends_as_an_undisturbed_one(
     found = asking(world, world / "other.jsonl", max_new_tokens=1)
     assert "holds answers under other settings: starting over" in caplog.text
     assert found.answered == PHOTOS
+
+
+def test_a_prediction_that_is_killed_from_outside_ends_as_an_undisturbed_one(
+    world: Path, done: phi3v.evaluation.predict.Prediction
+) -> None:
+    """SIGKILL at a random moment: a random number of milliseconds behind a random row."""
+    out, (read, write) = world / "shot.jsonl", os.pipe()
+    rows, wait = random.randrange(1, PHOTOS), random.random() / 50
+    child = os.fork()
+    if not child:
+        try:
+            torch.set_num_threads(1)  # threads of the parent are not here
+            asking(world, out, on_progress=lambda stage, count, total: os.write(write, bytes(count > 0)))
+            signal.pause()  # through before it was killed
+        finally:
+            os._exit(1)  # nothing of the test run goes on in this process
+    os.close(write)
+    for _ in range(rows):
+        os.read(read, 1)
+    os.close(read)
+    time.sleep(wait)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    kept = len(read_journal(journal_of(out))[1])
+    asking(world, out)
+    moment = f"killed {1000 * wait:.1f} ms behind row {rows}, {kept} windows were kept"
+    assert out.read_bytes() == done.out.read_bytes() and not journal_of(out).exists(), moment
 
 
 def counted(examples: Any, worked: list[int]) -> Any:

@@ -93,6 +93,14 @@ def test_rows_have_tags_that_menus_name():
     assert (
         rows[1].tags == "right won c0-1" and rows[2].tags == "right same c0-1" and rows[4].tags == "wrong same f0 c0-1"
     )
+    turned = [one | {"scores": {"tuned": one["scores"]["base"], "base": one["scores"]["tuned"]}} for one in predictions]
+    assert [row.tags.split()[1] for row in list_rows(turned, evaluation)[0][:5]] == [
+        "same",
+        "lost",
+        "same",
+        "lost",
+        "same",
+    ]
     assert [menu.name for menu in menus] == ["answers", "compared", "field", "group"]
     assert menus[3].choices == {"c0-0": HOSTILE_GROUP, "c0-1": "TOPS"}
     assert [one.who for one in rows[0].said] == ["expected", "before", "after"]

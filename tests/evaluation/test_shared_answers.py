@@ -81,7 +81,7 @@ def test_ranks_share_rows_and_the_first_writes_what_one_process_would(tmp_path: 
     wanted = phi3v.evaluate(**scored, out=tmp_path / "one")
     assert [told["told"] for told in evaluated] == [json.loads(json.dumps(wanted.predictions))] * 2
     one, both = (RunFolder(tmp_path / name).read_evaluation() for name in ("one", "two"))
-    clock = {"seconds": None, "created": None}
+    clock = {"seconds": None, "created": None, "memory_gib": None}
     assert both | clock == one | clock and both["checks"].keys() == {"overlap", "form", "images"}
     assert both["checks"]["images"]["rows"] == 17 and "skipped" not in [
         one["verdict"] for one in both["checks"].values()

@@ -266,7 +266,7 @@ def test_a_gpu_with_nothing_to_do_gets_more_at_once_where_there_is_more(make, tr
     ],
 )
 def test_the_advice_follows_from_what_was_seen(make, shares, changes, key, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # more workers are never advised
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})  # more workers are never advised
     advice = advise(make(**changes), profiled({**SHARES, **shares}))
     assert (advice.key if advice else None) == key
     assert advice is None or not advice.key.endswith("workers") or advice.value == "1"

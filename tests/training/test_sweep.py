@@ -22,9 +22,13 @@ from phi3v.training.callbacks import TrainingEvent
 
 pytest.importorskip("optuna", reason="sweeps need Optuna")
 
+from optuna.trial import TrialState
+
 from phi3v.sweep import run as sweep_module
+from phi3v.sweep.folder import SweepFolder
 from phi3v.sweep.run import SweepResult, TrialNews, sweep
 from phi3v.sweep.space import default_space, search_space, with_values
+from phi3v.sweep.study import SweepStudy
 from phi3v.sweep.trial import rows_of
 from phi3v.sweep.verdict import remarks
 
@@ -99,6 +103,10 @@ def test_a_sweep_ranks_its_trials_and_a_killed_one_ends_as_an_undisturbed_one(
         and Path(written.output) == run.path.absolute()
     )
     assert {plot.stem for plot in whole.plots} >= {"history", "slice", "curves"}
+    stored = SweepStudy(SweepFolder(recipe.output), Recipe.load(file_of(recipe)), recipe.sweep, search_space(recipe))
+    assert [[*one.intermediate_values] for one in stored.trials()] == [[1]] * 3, (
+        "the pruner is not told of the last one"
+    )
     monkeypatch.setattr(sweep_module, "score_untuned", lambda *args: pytest.fail("the base is asked once"))
     assert sweep(recipe).status == "finished"
     whole.best_recipe.unlink()  # as a kill leaves it between the last trial and the end
@@ -134,6 +142,23 @@ def test_a_sweep_ranks_its_trials_and_a_killed_one_ends_as_an_undisturbed_one(
     with pytest.raises(ConfigError, match=r"holds a sweep of another recipe \(training.epochs"):
         sweep(make_sweep("killed", training={"epochs": 3}))
     refuse_other_rows(make_sweep("killed", trials=5), make_sweep("killed", trials=4))
+
+
+def test_what_is_drawn_together_follows_from_the_trials_alone(make_sweep: MakeRecipe) -> None:
+    """Two sweeps of one recipe, whose second trials on have both keys from one draw, get the same values."""
+
+    def drawn(name: str) -> list[dict[str, Any]]:
+        sampler = {"name": "TPESampler", "multivariate": True, "n_startup_trials": 1}
+        recipe = make_sweep(name, sampler=sampler, trials=4)
+        study = SweepStudy(SweepFolder(recipe.output), recipe, recipe.sweep, search_space(recipe))
+        found = []
+        while (own := study.next()) is not None:
+            assert bool(own.trial.relative_params) == bool(found)
+            found.append(own.trial.params)
+            study.done(own, float(len(found)), TrialState.COMPLETE)
+        return found
+
+    assert drawn("one") == drawn("two")
 
 
 def refuse_other_rows(more: phi3v.Recipe, ended: phi3v.Recipe) -> None:

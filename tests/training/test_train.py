@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -373,4 +374,9 @@ def test_wandb_runs_offline(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -
     told, rows = json.loads(table.read_text()), RunFolder(recipe.output).read_predictions()
     assert told["columns"][:3] == ["row", "source", "images"] and "scores.tuned.exact_match" in told["columns"]
     assert [line[told["columns"].index("tuned")] for line in told["data"]] == [row["tuned"] for row in rows]
+    sent, metrics = b"".join(file.read_bytes() for file in files), RunFolder(recipe.output).read_evaluation()["metrics"]
+    for name in ("tuned/exact_match", "tuned/loss", "base/loss"):  # a name, a mark, the length of the value, the value
+        [(length, rest)] = re.findall(re.escape(name.encode()) + rb"\x82\x01(.)(.{30})", sent, re.DOTALL)
+        side, metric = name.split("/")
+        assert float(rest[: length[0]]) == pytest.approx(metrics[metric][side]["value"]), name
     assert wandb.run is None

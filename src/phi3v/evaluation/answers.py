@@ -30,6 +30,7 @@ from phi3v.evaluation.engine import Answered, Engine
 from phi3v.evaluation.journal import Journal
 from phi3v.features.vision import PIXELS, images_of
 from phi3v.generate import ChatModel
+from phi3v.machine import most_memory
 from phi3v.ranks import ALONE, Ranks
 
 BATCHES_A_WINDOW = 8
@@ -128,11 +129,11 @@ def answer_rows(
         mine = together[ranks.rank] if ranks.rank < len(together) else None
         with _kept_said(journal, before, len(rows)), ranks.together():
             its = _told(window.answered(spans[mine]), len(spans[mine]), before, on_row) if mine is not None else []
-        for number, found in ranks.gathered([mine, its]):
+        for number, found, memory in ranks.gathered([mine, its, most_memory()]):
             if number is not None:
                 done[number] = found
                 if journal is not None and ranks.first:
-                    journal.append(number, found)
+                    journal.append(number, found, memory)
     on_row(len(rows))
     return Answers.of([record for number in sorted(done) for record in done[number]])
 

@@ -8,7 +8,6 @@ pictures: rows may share a reference.
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from phi3v.evaluation.figures import counted, ends, figure, percent
 from phi3v.evaluation.headline import MOST_TEXTS
 from phi3v.evaluation.paired import LEAST_ROWS
 from phi3v.evaluation.row_scores import Column
+from phi3v.machine import usable_cores
 
 MOST_IMAGES = 20_000
 """Training images that are looked at, drawn by a fixed seed: minutes on a few cores, 64 MB."""
@@ -83,18 +83,19 @@ def check_overlap(
         if row.images:
             pictured.append(place)
     known_rows = [distinct[place] for place in few_rows(pictured, most_images)]
-    threads = min(8, os.cpu_count() or 1)
+    threads = min(8, usable_cores())
     asked_rows = list(rows)
     known, asked = (take_prints(some, max_pixels=max_pixels, threads=threads) for some in (known_rows, asked_rows))
     seen = _seen_rows(known, asked, known_rows, asked_rows)
-    same = [pair.row for pair in seen if pair.leaked]
+    same, others = ([pair for pair in seen if pair.leaked is leaked] for leaked in (True, False))
     told = [place for place, row in enumerate(asked_rows) if _text(row) in known_texts]
     once = [place for place in told if known_texts[_text(asked_rows[place])] == 1 and asked_rows[place].images]
-    leaked = sorted({*same, *(place for place in told if not asked_rows[place].images)})
+    leaked = sorted({*(pair.row for pair in same), *(place for place in told if not asked_rows[place].images)})
     figures = {
         "rows": len(asked_rows),
         "leaked": len(leaked),
         "seen_images": len(seen),
+        "seen_not_leaked": len(others),
         "same_texts": len(told),
         "same_rare_texts": len(once),
         "train_rows": len(distinct),
@@ -104,7 +105,7 @@ def check_overlap(
         "pairs": [_named(pair, asked_rows, known_rows) for pair in seen[:SHOWN]],
         "without": _without(leaked, tuned, base) if leaked else None,
     }
-    texts = "other texts or beside other pictures" if any(pair.same_text for pair in seen) else "other texts"
+    texts = "other texts or beside other pictures" if any(pair.same_text for pair in others) else "other texts"
     return Check(*_verdict(figures, tuned, texts), figures)
 
 
@@ -148,7 +149,7 @@ def _pictures_of_rows(prints: Prints, rows: Sequence[Row]) -> dict[int, set[int]
 
 def _verdict(figures: Mapping[str, Any], tuned: Column, texts: str) -> tuple[str, str]:
     """What the figures mean."""
-    rows, leaked, seen = figures["rows"], figures["leaked"], figures["seen_images"]
+    rows, leaked, seen = figures["rows"], figures["leaked"], figures["seen_not_leaked"]
     looked = f"{counted(figures['looked_at'], 'training image')} looked at"
     looked += f", those of {counted(left, 'row')} were not" if (left := figures["not_looked_at"]) else ""
     if leaked:
@@ -160,7 +161,9 @@ def _verdict(figures: Mapping[str, Any], tuned: Column, texts: str) -> tuple[str
             whole = float(np.nanmean(tuned.values)) if not np.isnan(tuned.values).all() else None
             line += f"; the score of the other {left['rows']} is {value} ({ends(left, unit)}), of all "
             line += figure(whole, unit)
-        return verdict, line
+        if seen:
+            line += f"; the pictures of {seen} of the other {rows - leaked} are in the training data too, with {texts}"
+        return verdict, f"{line}; {looked}" if figures["not_looked_at"] else line
     if seen:
         line = f"the pictures of {seen} of {counted(rows, 'row')} are in the training data too, with {texts}"
         return "warn", f"{line}; {looked}"

@@ -1,8 +1,9 @@
 """Answers that are known already, on disk, so that a killed evaluation or prediction goes on where it was.
 
 In come windows of answers as plain values, each appended as one line when all of it is there; out come, after a new
-start, those that were written whole. The first line says what the answers depend on: of other weights, rows or settings
-none is taken. A half last line is dropped. Knows nothing of models or rows.
+start, those that were written whole, and the most memory that their processes took. The first line says what the
+answers depend on: of other weights, rows or settings none is taken. A half last line is dropped. Knows nothing of
+models or rows.
 """
 
 import json
@@ -28,8 +29,9 @@ class Journal:
     Attributes:
         path: the file.
         windows: number of a window -> its records, of those that were written.
+        memory: the most bytes that a process which wrote them had taken by then.
     Example: `Journal(path, {"weights": "9f2c"}).append(0, [{"text": "A hat."}])` leaves the lines
-    {"form": "phi3v answers 1", "weights": "9f2c"} and {"window": 0, "records": [{"text": "A hat."}]}.
+    {"form": "phi3v answers 1", "weights": "9f2c"} and {"window": 0, "records": [{"text": "A hat."}], "memory": 0}.
     """
 
     def __init__(self, path: Path, depends_on: Mapping[str, str]) -> None:
@@ -42,10 +44,11 @@ class Journal:
         """
         self.path = path
         self.windows: dict[int, Window] = {}
+        self.memory = 0
         self._head = {"form": FORM, **depends_on}
-        head, windows, whole = read_journal(path)
+        head, windows, whole, memory = read_journal(path)
         if head == self._head:
-            self.windows = windows
+            self.windows, self.memory = windows, memory
             text = path.read_bytes()[:whole]
         else:
             if windows:
@@ -57,31 +60,32 @@ class Journal:
         except OSError as error:
             raise ConfigError(f"{path} cannot be written ({error.strerror or error}): name another place") from error
 
-    def append(self, window: int, records: Window) -> None:
-        """Keeps a window, and sees it onto the disk."""
+    def append(self, window: int, records: Window, memory: int = 0) -> None:
+        """Keeps a window, and the most bytes that its process took so far, and sees it onto the disk."""
         with open(self.path, "ab") as file:
-            file.write((to_json({"window": window, "records": records}) + "\n").encode())
+            file.write((to_json({"window": window, "records": records, "memory": memory}) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
         self.windows[window] = records
+        self.memory = max(self.memory, memory)
 
     def remove(self) -> None:
         """Removes the file, whose answers are elsewhere now."""
         self.path.unlink(missing_ok=True)
 
 
-def read_journal(path: Path) -> tuple[dict[str, Any] | None, dict[int, Window], int]:
-    """What a journal holds: its first line, its windows, and the bytes of them that are whole.
+def read_journal(path: Path) -> tuple[dict[str, Any] | None, dict[int, Window], int, int]:
+    """What a journal holds: its first line, its windows, the bytes of them that are whole, and the most memory.
 
     Reading ends at the first line that is half or no window: what stands behind it was not written by this program.
     """
     try:
         text = path.read_bytes()
     except OSError:
-        return None, {}, 0
+        return None, {}, 0, 0
     head: dict[str, Any] | None = None
     windows: dict[int, Window] = {}
-    whole = 0
+    whole, memory = 0, 0
     for line in text.splitlines(keepends=True):
         try:
             found = json.loads(line) if line.endswith(b"\n") else None
@@ -93,5 +97,6 @@ def read_journal(path: Path) -> tuple[dict[str, Any] | None, dict[int, Window], 
             head = found
         else:
             windows[found["window"]] = found["records"]
+            memory = max(memory, found.get("memory", 0))
         whole += len(line)
-    return head, windows, whole
+    return head, windows, whole, memory

@@ -17,6 +17,7 @@ from phi3v.data.schema import Row
 from phi3v.evaluation.journal import Journal
 from phi3v.fingerprints import name_rows, name_weights
 from phi3v.loading import rank_device
+from phi3v.machine import most_memory
 from phi3v.ranks import ALONE, Ranks
 from phi3v.run_folder import gather_versions, to_json
 from phi3v.run_lock import RunLock
@@ -92,6 +93,11 @@ class Keeping:
             if counts:
                 error.add_note("kept too: " + ", ".join(f"{count} in {name}" for name, count in counts.items()))
             raise
+
+    def memory_gib(self) -> float:
+        """The most memory that a process took: of all ranks, and of the starts that ended early."""
+        earlier = max((one.memory for one in self._opened), default=0)
+        return self.ranks.most([max(most_memory(), earlier)])[0] / 2**30
 
     def done(self) -> None:
         """What was kept is elsewhere now."""

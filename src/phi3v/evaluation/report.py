@@ -69,7 +69,7 @@ class ReportContent:
         recipe: the resolved recipe as YAML text.
         versions: name and version of what ran.
         times: what took how many seconds.
-        memory_gib: the most memory that training took; None where it is not known.
+        memory_gib: what took at most how many GiB: {"training": 3.25}.
         fingerprints: short names for data, base and recipe: other ones where anything changed.
         problems: rows that were left out, a line each.
         controls: answers under spoiled conditions: name -> exact match as a `Share` dict; empty when none were asked
@@ -87,7 +87,7 @@ class ReportContent:
     recipe: str = ""
     versions: Mapping[str, Any] = field(default_factory=dict)
     times: Mapping[str, float] = field(default_factory=dict)
-    memory_gib: float | None = None
+    memory_gib: Mapping[str, float] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     problems: Sequence[str] = ()
     controls: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

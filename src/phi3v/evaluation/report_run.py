@@ -59,7 +59,7 @@ def write_report(run: RunFolder, rows: Sequence[Row], controls: Mapping[str, Map
         recipe=run.recipe.read_text(encoding="utf-8"),
         versions=run.read_versions(),
         times=times | (evaluation["seconds"] if evaluation else {}),
-        memory_gib=summary.get("memory_gib"),
+        memory_gib=_most_memory(training=summary, evaluation=evaluation),
         fingerprints=(evaluation or {}).get("fingerprints") or run_fingerprints(run, rows),
         problems=left_out(run, evaluation),
         controls=controls or {},
@@ -96,6 +96,7 @@ def write_report_apart(folder: RunFolder, evaluation: Evaluation, held_out: Held
         recipe=recipe.to_yaml(),
         versions=gather_versions(),
         times=evaluation.seconds,
+        memory_gib=_most_memory(evaluation=found),
         fingerprints=evaluation.fingerprints,
         problems=evaluation.problems,
         apart=True,
@@ -136,6 +137,11 @@ def gather_photos(rows: Sequence[Row], shown: Iterable[int], max_pixels: int) ->
     if len(small) + broken < len(rows):
         note += f": a page holds those of {MOST_PHOTOS} rows, and {PHOTO_BYTES // 10**6} MB at most"
     return Photos(large, small, note + (f"; those of {broken} could not be opened" if broken else ""))
+
+
+def _most_memory(**stages: Mapping[str, Any] | None) -> dict[str, float]:
+    """What took at most how many GiB: training={"memory_gib": 3.25}, evaluation=None -> {"training": 3.25}."""
+    return {name: said["memory_gib"] for name, said in stages.items() if said and said.get("memory_gib")}
 
 
 def left_out(run: RunFolder, evaluation: Mapping[str, Any] | None) -> list[str]:

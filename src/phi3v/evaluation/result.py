@@ -72,6 +72,7 @@ class Evaluation:
         majority_fields: the same for each field by itself.
         problems: rows that were left out, one line each.
         seconds: stage -> how long it took.
+        memory_gib: the most memory that the process took since it began; 0 where nobody looked.
         created: when, in UTC.
         predictions: one dict per row, see `prediction_rows`.
         checks: name -> verdict, line and figures, see `checks`.
@@ -103,6 +104,7 @@ class Evaluation:
     checks: dict[str, dict[str, Any]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
+    memory_gib: float = 0.0
     fingerprints: dict[str, str] = field(default_factory=dict)
     control: Column | None = field(default=None, repr=False)
 
@@ -137,6 +139,7 @@ class Evaluation:
             },
             "problems": self.problems,
             "seconds": self.seconds,
+            "memory_gib": self.memory_gib,
             "created": self.created,
         }
 

@@ -142,7 +142,8 @@ def evaluate(
         how = plan, held_out, scoring, tuned, beside, evaluation, asked.more
         found = together.told(lambda: run_checks(*how, lambda: training_rows(place, held_out)))
         weights = together.told(lambda: dict(keeping.weights))
-        evaluation = replace(evaluation, checks=found, settings=settings, weights=weights)
+        known = {"settings": settings, "weights": weights, "memory_gib": keeping.memory_gib()}
+        evaluation = replace(evaluation, checks=found, **known)
         run = folder if own and out is None else None
         evaluation = replace(evaluation, fingerprints=fingerprints(run, evaluation, held_out))
         if kept:

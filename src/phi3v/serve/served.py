@@ -14,7 +14,8 @@ from phi3v.evaluation.answers import RecentImages
 from phi3v.evaluation.engine import adapter_reason, settings_reason
 from phi3v.features.vision import sees_plainly
 from phi3v.generate import ChatModel, fixed_system
-from phi3v.loading import load_base, load_processor, spare_cores
+from phi3v.loading import load_base, load_processor
+from phi3v.machine import spare_cores
 from phi3v.serve.names import named_targets
 from phi3v.targets import Target, resolve_target, run_of, system_template
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from phi3v.errors import TrainingError
+from phi3v.machine import usable_cores
 from phi3v.sweep.folder import SweepFolder
 
 
@@ -64,7 +65,7 @@ def _share_of_machine(number: int, count: int) -> dict[str, str]:
 
     share = {}
     if "OMP_NUM_THREADS" not in os.environ:
-        share["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
+        share["OMP_NUM_THREADS"] = str(max(1, usable_cores() // count))
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     devices = named or [str(device) for device in range(torch.cuda.device_count())]
     if devices:

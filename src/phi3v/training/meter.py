@@ -3,13 +3,11 @@
 In come micro-batches as they are taken; out come rates. Knows no Trainer.
 """
 
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
+from phi3v.machine import most_memory
 
 
 class Meter:
@@ -71,11 +69,3 @@ def contents(micro_batches: Sequence[Mapping[str, Any]]) -> tuple[int, int, int]
             whole = batch["input_ids"].numel()
             tokens += whole if positions is None else int((positions.max(dim=1).values + 1).sum())
     return samples, tokens, pictures
-
-
-def most_memory() -> int:
-    """The most bytes that tensors took on the GPU, or that this process took in the machine's memory."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

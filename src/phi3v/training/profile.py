@@ -5,7 +5,6 @@ on the recipe's rows or on generated ones; nothing of its own run is touched. It
 """
 
 import math
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +16,7 @@ from phi3v.errors import ConfigError, ImageError
 from phi3v.image_tokens import CROP_SIZE, grid_tokens
 from phi3v.launch import Launch
 from phi3v.loading import load_config, load_processor, resolve_device
+from phi3v.machine import usable_cores
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.training.callbacks import Watcher
@@ -264,7 +264,7 @@ def advise(recipe: Recipe, found: Profile, *, chosen: Sequence[str] = ()) -> Adv
     if waiting > 0.05 and found.decode_seconds:
         computing = max(found.seconds * (1 - waiting), 1e-3)
         wanted = math.ceil(1.5 * found.decode_seconds * found.samples_per_step / computing)
-        workers = min(wanted, os.cpu_count() or 1)  # more than cores would wait for each other
+        workers = min(wanted, usable_cores())  # more than cores would wait for each other
         if workers > int(options.get("dataloader_num_workers") or 0):
             seen = (
                 f"{waiting:.0%} of a step waits for data; a sample takes {1000 * found.decode_seconds:.0f} ms of a core"

@@ -25,6 +25,7 @@ from phi3v.features.store import FeatureStore
 from phi3v.first_look import RowUse
 from phi3v.kernels.lora_layer import FastLoraState, fast_lora_state
 from phi3v.loading import load_processor, resolve_dtype
+from phi3v.machine import most_memory
 from phi3v.ranks import ALONE, Ranks
 from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
@@ -38,7 +39,7 @@ from phi3v.training.disk_space import full_disk, warn_of_space
 from phi3v.training.doctor import check_base, check_first_batch
 from phi3v.training.faster_layers import check_faster_layers, step_line, use_faster_layers, without_effect
 from phi3v.training.memory_plan import adopt, settle
-from phi3v.training.meter import Meter, most_memory
+from phi3v.training.meter import Meter
 from phi3v.training.optimiser_checks import check_optimiser
 from phi3v.training.preflight import check_recipe_alone, check_upload
 from phi3v.training.prepare import Prepared, join_ranks, prepare_model, training_device
@@ -200,8 +201,7 @@ def _tune(
     newest = ranks.told(lambda: str(newest_checkpoint(run.checkpoints) or ""))
     checkpoint = Path(newest) if newest else None
     done = checkpoint_step(checkpoint) if checkpoint else None
-    with ranks.together():
-        # its errors before rows are read
+    with ranks.together():  # what is wrong with options is told before rows are read
         training_arguments(recipe, run, device=device, autocast=None, validated=True, ranks=ranks.count)
         check_faster_layers(recipe, device)
         set_seed(recipe.training.seed)
