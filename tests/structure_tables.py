@@ -41,6 +41,7 @@ LAYERS = (
     ("image_tokens", 0),
     ("launch", 0),
     ("passthrough", 0),
+    ("plain_json", 0),
     ("recipe", 0),
     ("recipe_*", 0),
     ("run_folder", 0),

@@ -33,7 +33,7 @@ from phi3v.training.arguments import library_errors, training_arguments
 from phi3v.training.best_weights import has_whole_weights
 from phi3v.training.callbacks import TrainingEvent, Watcher
 from phi3v.training.checkpoints import checkpoint_step, newest_checkpoint
-from phi3v.training.conditions import conditions_of, facts_of, keep_metrics
+from phi3v.training.conditions import conditions_of, facts_of, keep_metrics, note_begun
 from phi3v.training.disk_space import full_disk, warn_of_space
 from phi3v.training.doctor import check_base, check_first_batch
 from phi3v.training.faster_layers import check_faster_layers, step_line, use_faster_layers, without_effect
@@ -182,7 +182,9 @@ def _tune(
         conditions = conditions_of(data, recipe, prepared.base, device, dtype, arguments.metric_for_best_model)
         facts = facts_of(checkpoint, conditions, ranks.count)
         check_optimiser(arguments, model, recipe, data.train)
-    ranks.alone(lambda: _begin(run, recipe, data))  # nothing was written so far
+    ranks.alone(
+        lambda: _begin(run, recipe, data, None if checkpoint else facts["conditions"])
+    )  # nothing was written so far
     with ranks.together():
         trainer = _trainer(
             recipe, run, data, processor, prepared, arguments, report, store, watch, ranks, done, facts, signals
@@ -202,11 +204,13 @@ def _tune(
     return _result(run, trainer, report, written, seconds, resumed_from=done, **of_rows)
 
 
-def _begin(run: RunFolder, recipe: Recipe, data: LoadedData | StreamedData) -> None:
-    """Makes the run's folder, or opens it, with the rows that are left out."""
+def _begin(run: RunFolder, recipe: Recipe, data: LoadedData | StreamedData, conditions: dict[str, Any] | None) -> None:
+    """Makes the run's folder, or opens it, with the rows that are left out; conditions are of a run that begins."""
     with full_disk(run.path):
         run.start(recipe)
         run.write_problems(asdict(problem) for problem in data.problems)
+        if conditions is not None:
+            note_begun(run, conditions)
 
 
 def _trainer(
