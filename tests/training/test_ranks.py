@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,17 +16,16 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from rank_worker import launch_forked, rank_process, torchrun
 from run_ends import assert_same_end, end_of
 from safetensors.torch import load_file
 from tiny_models import PREPROCESSOR, write_tiny_model
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import phi3v
 from phi3v.run_folder import RunFolder
 from phi3v.targets import ADAPTER_WEIGHTS
 from phi3v.training.checkpoints import find_fault, read_manifest
 from phi3v.training.sampling import EvenSamples, epoch_order
-from phi3v.training.step_trainer import StepTrainer
 
 TESTS = Path(__file__).resolve().parents[1]
 SHAPES = [(40, 30), None, (80, 30), (30, 30), None, None, (45, 45), (90, 32), None, (33, 31), None]
@@ -145,13 +143,6 @@ def more_jobs_of(world: Path) -> dict[str, dict[str, Any]]:
         "stream": {"recipe": values(world, "stream", data=stream, training=SMOOTH)},
         "finished": {"recipe": values(world, "one_whole", **WHOLE)},
     }
-
-
-def torchrun(*words: str, timeout: float = 240) -> subprocess.Popen[str]:
-    """Starts two ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def train_on_two(world: Path, jobs: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -372,53 +363,19 @@ def test_held_out_samples_are_filled_up_with_what_counts_for_nothing() -> None:
     assert [even[place]["labels"].tolist()[1] for place in range(len(even))] == [0, 1, 2, 3, 4, -100, -100, -100]
 
 
-def train_killed_once(recipe: dict[str, Any]) -> None:
-    """A rank that torchrun's agent starts: the second one is killed in the third step, before it is started again."""
-    original = StepTrainer._one
-
-    def killed(self: Any, *arguments: Any) -> Any:
-        if self.state.global_step == 2:
-            Path(f"{recipe['output']}.killed").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, *arguments)
-
-    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        StepTrainer._one = killed  # type: ignore[method-assign]
-    phi3v.train(phi3v.Recipe.from_dict(recipe))
-
-
-def launch_forked(recipe: dict[str, Any]) -> None:
-    """What `torchrun --nproc-per-node=2 --max-restarts=1` does, with ranks that are forked: nothing is imported."""
-    config = LaunchConfig(
-        1, 1, 2, run_id="forked", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=1,
-        monitor_interval=0.1, start_method="fork",
-    )  # fmt: skip
-    elastic_launch(config, train_killed_once)(recipe)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_ranks_that_are_started_again_end_as_the_undisturbed_ones(
     world: Path, outcomes: dict[str, list[dict[str, Any]]]
 ) -> None:
     """SIGKILL inside the second epoch, a step behind a checkpoint; in a process of its own, whose signals it takes."""
-    launcher = multiprocessing.get_context("fork").Process(
-        target=launch_forked, args=(values(world, "forked", **hard_of(world)),)
-    )
+    recipe = values(world, "forked", **hard_of(world))
+    launcher = multiprocessing.get_context("fork").Process(target=launch_forked, args=(recipe,))
     launcher.start()
     launcher.join(120)
     if launcher.is_alive():
         launcher.kill()
     assert launcher.exitcode == 0 and (world / "forked.killed").exists()
     assert_same_end(end_of(world / "forked"), end_of(world / "hard"))
-
-
-def rank_process(launcher: subprocess.Popen[str], rank: int) -> int:
-    """The process of a rank among the children of torchrun."""
-    for children in Path(f"/proc/{launcher.pid}/task").glob("*/children"):
-        for child in children.read_text().split():
-            if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-                return int(child)
-    raise AssertionError(f"rank {rank} is not there")
 
 
 @pytest.mark.slow
