@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import phi3v
 from phi3v.errors import Interrupted, Phi3VError
@@ -85,6 +87,46 @@ def done(job: dict[str, Any]) -> dict[str, Any]:
         except (Phi3VError, Interrupted) as error:
             return {"error": f"{type(error).__name__}: {error}"}
     return {"status": result.status, "told": sorted(set(told)), "model": models[0] if models else None}
+
+
+def train_killed_once(recipe: dict[str, Any]) -> None:
+    """A rank that torchrun's agent starts: the second one is killed in the third step, before it is started again."""
+    original = StepTrainer._one
+
+    def killed(self: Any, *arguments: Any) -> Any:
+        if self.state.global_step == 2:
+            Path(f"{recipe['output']}.killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *arguments)
+
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        StepTrainer._one = killed  # type: ignore[method-assign]
+    phi3v.train(phi3v.Recipe.from_dict(recipe))
+
+
+def launch_forked(recipe: dict[str, Any]) -> None:
+    """What `torchrun --nproc-per-node=2 --max-restarts=1` does, with ranks that are forked: nothing is imported."""
+    config = LaunchConfig(
+        1, 1, 2, run_id="forked", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=1,
+        monitor_interval=0.1, start_method="fork",
+    )  # fmt: skip
+    elastic_launch(config, train_killed_once)(recipe)
+
+
+def torchrun(*words: str, timeout: float = 240) -> subprocess.Popen[str]:
+    """Starts two ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def rank_process(launcher: subprocess.Popen[str], rank: int) -> int:
+    """The process of a rank among the children of torchrun."""
+    for children in Path(f"/proc/{launcher.pid}/task").glob("*/children"):
+        for child in children.read_text().split():
+            if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+                return int(child)
+    raise AssertionError(f"rank {rank} is not there")
 
 
 def main(jobs: Path) -> None:

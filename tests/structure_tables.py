@@ -42,6 +42,7 @@ LAYERS = (
     ("launch", 0),
     ("machine", 0),
     ("passthrough", 0),
+    ("plain_json", 0),
     ("recipe", 0),
     ("recipe_*", 0),
     ("run_folder", 0),

@@ -186,9 +186,9 @@ def test_a_base_in_four_bits_trains_lora() -> None:
 @pytest.mark.parametrize(
     ("targets_given", "expected"),
     [
-        (["q_proj", "v_proj"], "'q_proj' hits only the vision part"),
-        (["qkv_proj", "query"], "'query' hits no module"),
-        (["query", "foo", "q_proj"], "'foo' and 'query' hit no module"),
+        (["q_proj", "v_proj"], r"'q_proj' and 'v_proj' hit only the vision part \(\d+ modules\); "),
+        (["qkv_proj", "query"], "'query' hits no module; "),
+        (["query", "foo", "q_proj"], r"'foo' and 'query' hit no module, 'q_proj' hits only the vision part \(\d+ mod"),
         (".*proj", "hits also the vision part"),
     ],
 )

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from phi3v.errors import CheckpointError, ConfigError
+from phi3v.plain_json import to_json
 from phi3v.recipe import Recipe
-from phi3v.run_folder import VERSIONED_PACKAGES, RunFolder, gather_versions, to_json
+from phi3v.run_folder import VERSIONED_PACKAGES, RunFolder, gather_versions
 from phi3v.targets import resolve_target
 from phi3v.whole_files import replace_file, replace_folder
 

@@ -6,7 +6,6 @@ place. Knows which adapters leave their base as it was. Knows nothing about reci
 
 import contextlib
 import json
-import shlex
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,12 +13,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from phi3v.digests import DIGESTS, adapter_damage
 from phi3v.errors import CheckpointError
 from phi3v.model.vision_phi3_v import unread_parts
 from phi3v.passthrough import first_line
-from phi3v.run_folder import RunFolder
-from phi3v.targets import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Target, read_json, tensor_shapes
+from phi3v.targets import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Target, read_json, refuse_damaged, tensor_shapes
 
 _KEEP_THE_BASE = ("gaussian", "eva", "orthogonal")
 """Ways of `init_lora_weights`, true and false aside, that leave the weights below the adapter alone. The others (pissa,
@@ -55,25 +52,7 @@ def check_adapter(folder: Path) -> None:
             "again, so the weights below this adapter are not known: tune with pissa, or save it with peft's "
             "path_initial_model_for_weight_conversion"
         )
-    if (damage := adapter_damage(folder)) is not None:
-        changed = f"; if you changed it yourself, remove {DIGESTS} beside it" if (folder / DIGESTS).is_file() else ""
-        raise CheckpointError(f"{damage}: {_way_out(folder)}{changed}")
-
-
-def _way_out(folder: Path) -> str:
-    """What puts damaged files of an adapter right.
-
-    Example: of runs/shop/adapter "`phi3v train runs/shop/recipe.yaml` writes it again from the newest good checkpoint".
-    """
-    run = RunFolder(folder.parent)
-    if (folder / "manifest.json").is_file():
-        return "copy it again, or name another checkpoint"
-    if not RunFolder.is_run(run.path):
-        return "copy it again"
-    if not any(run.checkpoints.glob("checkpoint-*")):
-        return f"copy it again, or remove {run.path} and train again"
-    again = f"`phi3v train {shlex.quote(str(run.recipe))}`"
-    return f"{again} writes it again from the newest good checkpoint"
+    refuse_damaged(folder)
 
 
 def starts_at_random(way: Any) -> bool:

@@ -55,7 +55,7 @@ class Session:
     def result(self, value: dict[str, Any]) -> None:
         """Print the one JSON object of a command, not-a-number and infinity as null; does nothing without `--json`."""
         if self.as_json and not Launch.here().rank:
-            from phi3v.run_folder import to_json
+            from phi3v.plain_json import to_json
 
             self.answers.write(to_json(value) + "\n")
             self.answers.flush()

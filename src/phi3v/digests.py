@@ -1,4 +1,4 @@
-"""SHA-256 of files: of an export, of a run's adapter, of a checkpoint; and whether files are still what was written.
+"""SHA-256 of files: of an export, of a run's weights, of a checkpoint; and whether files are still what was written.
 
 In come folders, out come digests, and half a line about the first file that is another. `digests.json` lies in a folder
 that was finished, a checkpoint has its `manifest.json` instead. Knows nothing about formats, runs or exports.
@@ -15,6 +15,8 @@ from phi3v.whole_files import own_name
 DIGESTS = "digests.json"
 """SHA-256 of each other file of a folder, by its name: {"sha256": {"config.json": "9f2c...", ...}}."""
 _MANIFEST = "manifest.json"
+_WEIGHTS = ("adapter_", "model", "config.json")
+"""How names of a checkpoint's files begin that are its weights, or say what they are."""
 _OF_THE_HUB = (".git", ".gitattributes", ".cache")
 
 
@@ -50,11 +52,12 @@ def with_digests(save: Callable[[Path], Any]) -> Callable[[Path], None]:
     return fill
 
 
-def adapter_damage(folder: Path) -> str | None:
-    """What is wrong with an adapter's files by the digests beside them, as half a line; None where none are there.
+def files_damage(folder: Path) -> str | None:
+    """What is wrong with the files of an adapter, a model or ONNX graphs by the digests beside them, as half a line;
+    None where none are there.
 
     A file that was put there later, and a text for people (README.md), may be as they like. Of a checkpoint it is the
-    adapter's own files: what else it holds is its trainer's business.
+    files of its weights: what else it holds is its trainer's business.
     Example: "runs/shop/adapter/adapter_model.safetensors is damaged (its SHA-256 is not the one in digests.json)".
     """
     try:
@@ -74,7 +77,7 @@ def adapter_damage(folder: Path) -> str | None:
 
 
 def _noted(folder: Path) -> tuple[dict[str, str], str]:
-    """The digests that matter to an adapter, and the file that they are from; ({}, "") where there are none."""
+    """The digests that matter to who loads a folder, and the file that they are from; ({}, "") where there are none."""
     if (folder / DIGESTS).is_file():
         content = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
         noted = content.get("sha256") if isinstance(content, dict) else None
@@ -85,6 +88,6 @@ def _noted(folder: Path) -> tuple[dict[str, str], str]:
         return {}, ""
     try:
         files = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["manifest"]["files"]
-        return {name: files[name]["sha256"] for name in files if name.startswith("adapter_")}, _MANIFEST
+        return {name: files[name]["sha256"] for name in files if name.startswith(_WEIGHTS)}, _MANIFEST
     except (ValueError, KeyError, TypeError):
         return {}, ""  # another program's manifest.json, or a broken one, which matters to going on alone

@@ -38,6 +38,7 @@ from phi3v.targets import (
     check_model_folder,
     check_model_type,
     read_json,
+    refuse_damaged,
     resolve_target,
 )
 from phi3v.weight_files import check_second_embedding
@@ -242,6 +243,7 @@ def load_base(
     _read_config(str(name), revision)
     if Path(name).is_dir():
         check_model_folder(Path(name))
+        refuse_damaged(Path(name))
     options: dict[str, Any] = {
         "dtype": resolve_dtype(dtype, where),
         "attn_implementation": attn_implementation or "sdpa",

@@ -2,13 +2,14 @@
 
     recipe.yaml        the resolved recipe, local paths absolute; `output` in it is the folder that it lies in
     versions.json      Python, platform and package versions at the start; with recipe.yaml it makes a folder a run
+    conditions.json    what it began under: names of rows and base, device, versions
     problems.jsonl     one JSON object per row that is left out, with its reason
     features.json      how many images have kept features, where the recipe keeps them
     metrics.jsonl      one JSON object per logged step, appended
     checkpoints/       what resuming needs, filled by the trainer
     run.lock           held by the process that trains or evaluates, see `run_lock`
     adapter/           the tuned adapter with the processor, and digests.json with the SHA-256 of each file, or
-    model/             the whole model, when all of it was tuned
+    model/             the whole model, when all of it was tuned, with the same
     answers-*.jsonl    answers of an evaluation that is not done, tuned and base: what it goes on from
     predictions.jsonl  one JSON object per evaluated row; predictions.parquet is the same as a table
     evaluation.json    the scores
@@ -21,7 +22,6 @@ JSON holds no NaN or infinity: they become null. Errors are `ConfigError` and `C
 
 import functools
 import json
-import math
 import os
 import platform
 from collections.abc import Callable, Iterable
@@ -32,6 +32,7 @@ from typing import Any, Literal
 
 from phi3v.digests import with_digests
 from phi3v.errors import CheckpointError, ConfigError
+from phi3v.plain_json import to_json
 from phi3v.recipe import RUN_FILES, Recipe
 from phi3v.run_lock import LOCK_FILE, RunLock
 from phi3v.whole_files import fill_file, replace_file, replace_folder
@@ -56,6 +57,7 @@ class RunFolder:
         self.path = Path(path)
         self.recipe = self.path / "recipe.yaml"
         self.versions = self.path / "versions.json"
+        self.conditions = self.path / "conditions.json"
         self.problems = self.path / "problems.jsonl"
         self.features = self.path / "features.json"
         self.metrics = self.path / "metrics.jsonl"
@@ -98,6 +100,7 @@ class RunFolder:
             self._make_folder()
         self.lock.take()
         if state == "new":
+            self.conditions.unlink(missing_ok=True)  # of a bare folder's other recipe
             self.write_recipe(recipe.with_places())
             self.write_versions(gather_versions())
         elif changed := recipe.differences(self.read_recipe()):
@@ -128,7 +131,7 @@ class RunFolder:
     def _is_bare(self) -> bool:
         """Whether the folder holds nothing but what `start` writes, and empty folders."""
         return all(
-            entry in (self.recipe, self.versions, self.problems, self.features, self.lock.file)
+            entry in (self.recipe, self.versions, self.conditions, self.problems, self.features, self.lock.file)
             or (entry.is_dir() and not any(entry.iterdir()))
             for entry in self.path.iterdir()
         )
@@ -237,6 +240,17 @@ class RunFolder:
         """What `write_features` wrote. Raises: CheckpointError when the run keeps no features."""
         return self._read_json(self.features)
 
+    def write_begun(self, values: dict[str, Any]) -> None:
+        """Writes conditions.json: what the run begins under, before it has a checkpoint, whose manifest has it too."""
+        replace_file(self.conditions, to_json(values, indent=2) + "\n")
+
+    def read_begun(self) -> dict[str, Any]:
+        """What `write_begun` wrote; {} where there is none, or a broken one: it is for a warning alone."""
+        try:
+            return self._read_json(self.conditions)
+        except CheckpointError:
+            return {}
+
     def read_conditions(self) -> dict[str, Any]:
         """What the newest checkpoint was trained under: names of rows and base, device, versions; {} without."""
         found = sorted(self.checkpoints.glob("checkpoint-*/manifest.json"), key=lambda file: file.stat().st_mtime)
@@ -309,8 +323,8 @@ class RunFolder:
         replace_folder(self.adapter, with_digests(save))
 
     def write_model(self, save: Callable[[Path], Any]) -> None:
-        """Fills model/ through `save(folder)`; the old one stays until the new one is complete."""
-        replace_folder(self.model, save)
+        """Fills model/ through `save(folder)`, with digests; the old one stays until the new one is complete."""
+        replace_folder(self.model, with_digests(save))
 
     def mark_finished(self, summary: dict[str, Any] | None = None) -> None:
         """Says that the run has reached its end, with a few figures about it."""
@@ -358,34 +372,6 @@ def gather_versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             versions[package] = None
     return versions
-
-
-def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON text of plain values, paths and scalars of torch and numpy; NaN and infinities become null.
-
-    What UTF-8 cannot hold, half a character, stands as JSON's own escape: "\\ud83d".
-    Example: to_json({"loss": float("nan"), "steps": (1, 2)}) -> '{"loss": null, "steps": [1, 2]}'.
-    Raises: TypeError for anything else.
-    """
-    text = json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _plain(value: Any) -> Any:
-    """`value` made of dict, list, str, int, float, bool and None only."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        return _plain(value.item())
-    raise TypeError(f"a run's JSON cannot hold a {type(value).__name__}: {value!r:.80}")
 
 
 def _drop_half_line(file: Any) -> None:

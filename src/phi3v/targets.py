@@ -9,12 +9,13 @@ is refused in milliseconds and in one line. Knows nothing about torch, transform
 
 import json
 import re
+import shlex
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from phi3v.digests import DIGESTS, adapter_damage
+from phi3v.digests import DIGESTS, files_damage
 from phi3v.errors import CheckpointError, ConfigError
 from phi3v.run_folder import RunFolder
 from phi3v.whole_files import is_unfinished
@@ -133,18 +134,44 @@ def _resolve_adapter(name: str, folder: Path, kind: Literal["run", "adapter"], i
 
 def weights_fault(run: RunFolder) -> str | None:
     """What is wrong with a run's tuned weights, None for whole ones: by the headers of their files, and by the digests
-    that an adapter has beside it."""
+    beside them."""
     try:
         if (run.adapter / ADAPTER_CONFIG).is_file():
             read_json(run.adapter / ADAPTER_CONFIG)
             tensor_shapes(run.adapter / ADAPTER_WEIGHTS)
-            if (damage := adapter_damage(run.adapter)) is not None:
-                return f"{damage}: copy it again"
+            damage = files_damage(run.adapter)
         else:
             check_model_folder(run.model)
+            damage = files_damage(run.model)
     except CheckpointError as error:
         return str(error)
-    return None
+    return None if damage is None else f"{damage}: copy it again"
+
+
+def refuse_damaged(folder: Path) -> None:
+    """Refuses an adapter, a model or ONNX graphs that are not what was written, where digests lie beside them.
+
+    Each file is read through, as loading does behind this. Raises: CheckpointError with the file and the way out.
+    """
+    if (damage := files_damage(folder)) is not None:
+        changed = f"; if you changed it yourself, remove {DIGESTS} beside it" if (folder / DIGESTS).is_file() else ""
+        raise CheckpointError(f"{damage}: {_way_out(folder)}{changed}")
+
+
+def _way_out(folder: Path) -> str:
+    """What puts damaged files right.
+
+    Example: of runs/shop/adapter "`phi3v train runs/shop/recipe.yaml` writes it again from the newest good checkpoint".
+    """
+    run = RunFolder(folder.parent)
+    if (folder / "manifest.json").is_file():
+        return "copy it again, or name another checkpoint"
+    if folder.name not in (run.adapter.name, run.model.name) or not RunFolder.is_run(run.path):
+        return "copy it again, or export it again" if (folder / "README.md").is_file() else "copy it again"
+    if not any(run.checkpoints.glob("checkpoint-*")):
+        return f"copy it again, or remove {run.path} and train again"
+    again = f"`phi3v train {shlex.quote(str(run.recipe))}`"
+    return f"{again} writes it again from the newest good checkpoint"
 
 
 def check_whole_model(name: str) -> None:

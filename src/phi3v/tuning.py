@@ -119,14 +119,7 @@ def attach_lora(
     """
     from peft import get_peft_model
 
-    config = lora_config(options, tower=tower, projector=projector)
-    _name_modules(model, config, options.get("modules_to_save") or [])
-    _refuse_wrong_layers(model, config)
-    _refuse_wrong_targets(model, config)
-    if vision := _vision_targets(model, tower, projector):
-        config.target_modules = {*_hits(model, config), *vision}
-        config.layers_to_transform = config.layers_pattern = None  # those names say it now
-    _refuse_idle_patterns(config, _hits(model, config))
+    config = check_lora(model, options, tower=tower, projector=projector)
     base = model.config.name_or_path
     config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
     config.revision = revision
@@ -139,6 +132,24 @@ def attach_lora(
         raise ConfigError(f"lora: {first_line(error)}") from error
     tuned.peft_config["default"].base_model_name_or_path = place  # PEFT put the name as it was typed there
     return mark_trained(tuned)
+
+
+def check_lora(
+    model: PreTrainedModel, options: Mapping[str, Any], *, tower: Choice = "frozen", projector: Choice = "frozen"
+) -> Any:
+    """The `peft.LoraConfig` of a recipe's mapping for a model, whose modules alone are looked at: it may be on meta.
+
+    Arguments as `attach_lora`. Raises: ConfigError for what hits nothing, or the vision part beside what was meant.
+    """
+    config = lora_config(options, tower=tower, projector=projector)
+    _name_modules(model, config, options.get("modules_to_save") or [])
+    _refuse_wrong_layers(model, config)
+    _refuse_wrong_targets(model, config)
+    if vision := _vision_targets(model, tower, projector):
+        config.target_modules = {*_hits(model, config), *vision}
+        config.layers_to_transform = config.layers_pattern = None  # those names say it now
+    _refuse_idle_patterns(config, _hits(model, config))
+    return config
 
 
 def mark_trained(tuned: Any) -> Any:
@@ -287,7 +298,8 @@ def _refuse_wrong_targets(model: nn.Module, config: Any) -> None:
         return  # target_parameters alone: PEFT itself refuses what it does not find
     whole, is_pattern = config.target_modules, isinstance(config.target_modules, str)
     real = f"the projections of the language model are {', '.join(LORA_PROJECTIONS)}"
-    missing = []
+    wrong: dict[str, list[str]] = {}
+    modules = 0
     for single in [whole] if is_pattern else sorted(whole):
         config.target_modules = single if is_pattern else {single}
         hits = _hits(model, config)
@@ -298,16 +310,18 @@ def _refuse_wrong_targets(model: nn.Module, config: Any) -> None:
                 f"lora.target_modules: {single!r} hits no module that lora.exclude_modules leaves: take it out of one "
                 f"of them; {real}"
             )
-        if not hits:
-            missing.append(single)
-        if vision and not missing:
-            only = "only" if len(vision) == len(hits) else "also"
-            raise ConfigError(
-                f"lora.target_modules: {single!r} hits {only} the vision part ({len(vision)} modules); {real}"
-            )
-    if missing:
-        hit = "hits" if len(missing) == 1 else "hit"
-        raise ConfigError(f"lora.target_modules: {' and '.join(map(repr, missing))} {hit} no module; {real}")
+        modules += len(vision)
+        if not hits or vision:
+            which = "no module" if not hits else "only" if len(vision) == len(hits) else "also"
+            wrong.setdefault(which, []).append(repr(single))
+    if wrong:
+        told = [
+            f"{' and '.join(names)} {'hits' if len(names) == 1 else 'hit'} {which}"
+            + ("" if which == "no module" else " the vision part")
+            for which, names in wrong.items()
+        ]
+        count = f" ({modules} modules)" if modules else ""
+        raise ConfigError(f"lora.target_modules: {', '.join(told)}{count}; {real}")
 
 
 def _name_modules(model: nn.Module, config: Any, wanted: Sequence[Any]) -> None:

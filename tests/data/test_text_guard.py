@@ -13,7 +13,7 @@ from phi3v.data.faults import find_fault
 from phi3v.data.sources import Reading, load_data, load_rows
 from phi3v.data.text_guard import find_text_fault, is_too_deep
 from phi3v.errors import DataError
-from phi3v.run_folder import to_json
+from phi3v.plain_json import to_json
 
 OPTIONS = RowOptions(images=None, prompt="?", answer="{title}")
 LOOSE = Reading(max_skipped=1.0)

@@ -66,6 +66,10 @@ def test_two_exports_are_the_same_bytes_and_digests_hold_them(to: str, run: RunF
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(CheckpointError, match=f"{weights.name} is changed"):
         check_digests(tmp_path / "one")
+    with pytest.raises(
+        CheckpointError, match=f"{weights.name} is damaged .*: copy it again, or export it again; if you"
+    ):
+        load_target(tmp_path / "one")
     weights.unlink()
     with pytest.raises(CheckpointError, match=f"{weights.name} is missing"):
         check_digests(tmp_path / "one")

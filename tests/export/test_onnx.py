@@ -176,6 +176,14 @@ def test_the_folder_is_laid_out_for_the_runtimes_own_programs(run, onnx_chat):
 def test_what_cannot_be_answered_or_exported_is_one_line(run, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"onnx holds ONNX graphs and no weights: only `phi3v ask` answers"):
         ChatModel.from_target(run / "onnx")
+    settings = run / "onnx" / "genai_config.json"
+    before = settings.read_text()
+    settings.write_text(before + " ")
+    with pytest.raises(
+        CheckpointError, match=r"genai_config.json is damaged .*: copy it again, or export it again; if"
+    ):
+        OnnxChatModel.from_target(run)
+    settings.write_text(before)
     model = run.parent / "model"
     with pytest.raises(CheckpointError, match=r"--to onnx --out FOLDER`\) and ask FOLDER"):
         OnnxChatModel.from_target(model)

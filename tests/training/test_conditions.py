@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from run_ends import assert_same_end, end_of
 from safetensors.torch import load_file, save_file
+from tiny_models import write_photos
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import compare_trainer_and_checkpoint_args
 
@@ -86,6 +87,23 @@ def test_an_adapter_to_go_on_from_that_is_another_is_refused(
     assert_same_end(end_of(recipe.output), end_of(undisturbed.output))
     saved = json.loads((RunFolder(recipe.output).adapter / ADAPTER_CONFIG).read_text())
     assert saved["lora_alpha"] == values["lora_alpha"]
+
+
+def test_a_run_without_a_checkpoint_says_what_was_changed_since_it_began(
+    make: MakeRecipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It starts over with what is there now, so nothing is refused; without a change nothing is said."""
+    rows = write_photos(tmp_path / "own", 4)
+    recipe = make(data={"train": str(rows)}, training={"max_steps": 2, "save_strategy": "no"})
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            phi3v.train(recipe, on_event=stop_behind(1), report=False)
+    assert "starts over" not in caplog.text
+    rows.write_text(rows.read_text().replace("red", "crimson"))
+    told = phi3v.train(recipe, report=False)
+    assert told.status == "trained" and told.steps == 2
+    line = f"{recipe.output} has no checkpoint to go on from and starts over; not as it began before: the training rows"
+    assert [one for one in caplog.messages if "starts over" in one] == [line]
 
 
 def test_settings_by_which_a_run_is_judged_are_those_it_began_with(

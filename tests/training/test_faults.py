@@ -21,6 +21,7 @@ from tiny_models import write_photos, write_tiny_model
 from transformers import Trainer
 
 import phi3v
+from phi3v.data.collate import StepCollator
 from phi3v.errors import ConfigError, TrainingError
 from phi3v.run_folder import RunFolder
 from phi3v.run_lock import RunLock
@@ -102,9 +103,12 @@ def test_memory_that_is_too_small_for_one_sample_is_one_line(
         monkeypatch.setattr(StepTrainer, "_one", full)
         line = r"^out of memory at step 1 \(.*can't allocate.*\) with one sample at a time: set .* in another output"
     elif where == "gathering":
-        monkeypatch.setattr(Trainer, "get_batch_samples", full)
+        collate, left = StepCollator.__call__, iter(range(4))  # the first look, and steps 1 to 3
+        monkeypatch.setattr(StepCollator, "__call__", lambda *given: full() if next(left, 4) == 4 else collate(*given))
         line = (
-            r"^out of memory before step 1, while samples are .*can't allocate.*: set a smaller training.samples_per_s"
+            r"^out of memory before step 4, while samples are put together \(.*can't allocate.*\): set a smaller "
+            "training.samples_per_step, image.num_crops or image.max_tokens in another output.*; the same command "
+            "goes on from checkpoint-3$"  # which was not due
         )
     else:
         tried = iter([torch.optim.AdamW.step])  # by which the optimiser is tried before the run

@@ -4,10 +4,10 @@ Nearly all of it is one launch of torchrun, `outcomes`, which trains job after j
 """
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from rank_worker import launch_forked, rank_process, torchrun
 from run_ends import assert_same_end, end_of
 from safetensors.torch import load_file
 from tiny_models import PREPROCESSOR, write_tiny_model
@@ -142,13 +143,6 @@ def more_jobs_of(world: Path) -> dict[str, dict[str, Any]]:
         "stream": {"recipe": values(world, "stream", data=stream, training=SMOOTH)},
         "finished": {"recipe": values(world, "one_whole", **WHOLE)},
     }
-
-
-def torchrun(*words: str, timeout: float = 240) -> subprocess.Popen[str]:
-    """Starts two ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def train_on_two(world: Path, jobs: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -369,13 +363,19 @@ def test_held_out_samples_are_filled_up_with_what_counts_for_nothing() -> None:
     assert [even[place]["labels"].tolist()[1] for place in range(len(even))] == [0, 1, 2, 3, 4, -100, -100, -100]
 
 
-def rank_process(launcher: subprocess.Popen[str], rank: int) -> int:
-    """The process of a rank among the children of torchrun."""
-    for children in Path(f"/proc/{launcher.pid}/task").glob("*/children"):
-        for child in children.read_text().split():
-            if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-                return int(child)
-    raise AssertionError(f"rank {rank} is not there")
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_ranks_that_are_started_again_end_as_the_undisturbed_ones(
+    world: Path, outcomes: dict[str, list[dict[str, Any]]]
+) -> None:
+    """SIGKILL inside the second epoch, a step behind a checkpoint; in a process of its own, whose signals it takes."""
+    recipe = values(world, "forked", **hard_of(world))
+    launcher = multiprocessing.get_context("fork").Process(target=launch_forked, args=(recipe,))
+    launcher.start()
+    launcher.join(120)
+    if launcher.is_alive():
+        launcher.kill()
+    assert launcher.exitcode == 0 and (world / "forked.killed").exists()
+    assert_same_end(end_of(world / "forked"), end_of(world / "hard"))
 
 
 @pytest.mark.slow

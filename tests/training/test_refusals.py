@@ -16,6 +16,8 @@ from phi3v.recipe import RUN_FILES
 from phi3v.training import train as training
 from phi3v.training.arguments import SHARDED_OPTIMISERS, check_options
 from phi3v.training.callbacks import TrainingEvent
+from phi3v.training.doctor import examine
+from phi3v.training.memory_plan import plan_recipe
 from phi3v.training.optimiser_checks import check_optimiser
 from phi3v.tuning import PartCount, TrainableReport
 
@@ -66,6 +68,14 @@ MakeRecipe = Callable[..., phi3v.Recipe]
                 ("logging_steps", 0),
                 ("save_total_limit", 0),
                 ("neftune_noise_alpha", math.inf),
+            ]
+        ),
+        *(
+            ({name: value}, f"^training.{name} is {value}, allowed is a whole number{words}")
+            for name, value, words in [
+                ("save_total_limit", 1.5, ", 1 or more .null keeps all"),
+                ("ddp_timeout", 2.5, "$"),
+                ("dataloader_num_workers", True, ", 0 or more$"),
             ]
         ),
         ({"weight_decay": "much"}, "training.weight_decay is 'much', allowed is a number"),
@@ -209,6 +219,16 @@ def test_what_is_refused_leaves_no_folder(make: MakeRecipe, world: Path, number:
     assert not Path(recipe.output).exists()
 
 
+@pytest.mark.parametrize("command", [phi3v.train, examine, plan_recipe])
+def test_lora_that_misses_the_model_is_told_before_rows_are_read(
+    make: MakeRecipe, world: Path, command: Callable[..., Any]
+) -> None:
+    """Reading them is what takes long: here there are none, which would be told next."""
+    recipe = make(lora={"target_modules": ["q_proj", "v_proj"]}, data={"train": str(world / "nothing.csv")})
+    with pytest.raises(ConfigError, match="^lora.target_modules: 'q_proj' and 'v_proj' hit only the vision part"):
+        command(recipe)
+
+
 def test_processes_that_do_not_know_of_each_other_are_refused(
     make: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,8 +257,6 @@ def test_nothing_to_train_is_one_line(make: MakeRecipe) -> None:
     idle = TrainableReport({"language model": PartCount(0, 10)})
     with pytest.raises(TrainingError, match="nothing trains"):
         training._refuse_idle_training(idle)
-    with pytest.raises(ConfigError, match="hits no module"):
-        phi3v.train(make(lora={"target_modules": ["query"]}))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 import phi3v
 from phi3v.cli_screen import repeated_line
-from phi3v.errors import ConfigError, TrainingError
+from phi3v.errors import CheckpointError, ConfigError, TrainingError
+from phi3v.loading import load_base
 from phi3v.run_folder import RunFolder
 from phi3v.training import step_trainer
 from phi3v.training import train as training
@@ -234,6 +235,16 @@ def test_the_whole_model_is_tuned_without_lora(make: MakeRecipe, world: Path) ->
     assert same == {name for name in before if name.startswith((f"{tower}.encoder.layers.2.", f"{tower}.post"))}
     answer = phi3v.ask(recipe.output, world / "photos" / "1.png", "Which colour?", max_new_tokens=4)
     assert isinstance(answer, str)
+    weights = RunFolder(recipe.output).model / "model.safetensors"
+    content = weights.read_bytes()
+    for file in (weights, RunFolder(recipe.output).checkpoints / "checkpoint-6" / weights.name):
+        file.write_bytes(file.read_bytes()[:-9] + bytes(9))
+        with pytest.raises(CheckpointError, match=f"^{file} is damaged ") as error:
+            load_base(file.parent, device="cpu")
+        way_out = "name another checkpoint" if file != weights else "` writes it again from the newest good checkpoint;"
+        assert way_out in str(error.value)
+    assert phi3v.train(recipe).resumed_from == 4  # the newest that is whole
+    assert weights.read_bytes() == content
 
 
 def test_a_trained_projector_is_stored_in_the_adapter(make: MakeRecipe, world: Path) -> None:

@@ -24,9 +24,10 @@ from phi3v.errors import ConfigError
 from phi3v.evaluation.controls import answer_controls
 from phi3v.evaluation.report_run import write_report
 from phi3v.evaluation.run import feature_store, held_out_rows
+from phi3v.plain_json import to_json
 from phi3v.recipe import Recipe
 from phi3v.recipe_yaml import read_yaml
-from phi3v.run_folder import RunFolder, to_json
+from phi3v.run_folder import RunFolder
 from phi3v.targets import resolve_target
 from phi3v.training.callbacks import Watcher
 from phi3v.training.train import train

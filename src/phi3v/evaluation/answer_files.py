@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3v.errors import ConfigError
-from phi3v.run_folder import to_json
+from phi3v.plain_json import to_json
 from phi3v.run_lock import RunLock
 from phi3v.whole_files import fill_file, replace_file
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3v.errors import ConfigError
-from phi3v.run_folder import to_json
+from phi3v.plain_json import to_json
 from phi3v.whole_files import replace_file
 
 FORM = "phi3v answers 1"

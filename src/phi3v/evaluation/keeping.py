@@ -18,8 +18,9 @@ from phi3v.evaluation.journal import Journal
 from phi3v.fingerprints import name_rows, name_weights
 from phi3v.loading import rank_device
 from phi3v.machine import most_memory
+from phi3v.plain_json import to_json
 from phi3v.ranks import ALONE, Ranks
-from phi3v.run_folder import gather_versions, to_json
+from phi3v.run_folder import gather_versions
 from phi3v.run_lock import RunLock
 
 

@@ -34,9 +34,10 @@ from phi3v.features.store import FeatureStore
 from phi3v.features.vision import VisionFeatures, sees_plainly
 from phi3v.first_look import row_options, survey_options, survey_rows
 from phi3v.loading import LoadedTarget, load_config, load_processor, load_target, resolve_device
+from phi3v.plain_json import to_json
 from phi3v.ranks import Ranks
 from phi3v.recipe import Recipe
-from phi3v.run_folder import RunFolder, to_json
+from phi3v.run_folder import RunFolder
 from phi3v.run_lock import RunLock
 from phi3v.targets import Target, resolve_target, run_of
 

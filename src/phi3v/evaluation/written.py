@@ -16,7 +16,8 @@ from phi3v.errors import ConfigError
 from phi3v.evaluation.answer_files import writable, write_parquet
 from phi3v.evaluation.prediction_table import prediction_table
 from phi3v.evaluation.result import Evaluation, HeldOut
-from phi3v.run_folder import RunFolder, to_json
+from phi3v.plain_json import to_json
+from phi3v.run_folder import RunFolder
 from phi3v.run_lock import LOCK_FILE
 from phi3v.targets import Target
 

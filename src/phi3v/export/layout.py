@@ -22,7 +22,7 @@ from phi3v.export.merge import Merger, merged_weights, module_of
 from phi3v.loading import load_config, load_processor
 from phi3v.meta_base import meta_base
 from phi3v.passthrough import connection_fault, first_line
-from phi3v.targets import MODEL_INDEX, MODEL_WEIGHTS, Target, check_model_folder, read_json
+from phi3v.targets import MODEL_INDEX, MODEL_WEIGHTS, Target, check_model_folder, read_json, refuse_damaged
 from phi3v.weight_files import find_file, weight_files
 from phi3v.whole_files import held_back
 
@@ -92,6 +92,7 @@ class _Base:
             raise CheckpointError(f"{place.base} holds quantised weights: merge into the base that they were made from")
         if Path(place.base).is_dir():
             check_model_folder(Path(place.base))
+            refuse_damaged(Path(place.base))
         self.model = meta_base(config, dtype=torch.float32)
         ignored = [re.compile(pattern) for pattern in type(self.model)._keys_to_ignore_on_load_unexpected]
         try:

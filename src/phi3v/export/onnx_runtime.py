@@ -20,7 +20,7 @@ from phi3v.generate import ChatModel, fixed_system
 from phi3v.image_tokens import grid_tokens
 from phi3v.loading import load_config, load_processor
 from phi3v.passthrough import first_line
-from phi3v.targets import graphs_of, system_template
+from phi3v.targets import graphs_of, refuse_damaged, system_template
 
 CROP = 336
 Arrays = dict[str, np.ndarray]
@@ -51,6 +51,7 @@ class OnnxChatModel(ChatModel):
         assert not options, "graphs run as they were exported"
         folder = graphs_of(target)
         refuse_without_packages(("onnxruntime_genai",))
+        refuse_damaged(folder)
         import onnxruntime_genai as genai
 
         genai.disable_telemetry_events()

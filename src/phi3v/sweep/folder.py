@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from phi3v.errors import ConfigError
+from phi3v.plain_json import to_json
 from phi3v.recipe import Recipe
-from phi3v.run_folder import RunFolder, to_json
+from phi3v.run_folder import RunFolder
 from phi3v.whole_files import replace_file
 
 _FREE = ("trials", "timeout", "workers")

@@ -193,6 +193,7 @@ def check_options(options: dict[str, Any]) -> None:
     for option in fields(TrainingArguments):
         if option.name in options:
             _check_plain(option.name, options[option.name], option.default)
+            _check_whole(option.name, options[option.name], option.type)
     for name in _BETWEEN:
         if options.get(name) is not None:
             _check_between(name, options[name])
@@ -244,13 +245,22 @@ def _check_plain(name: str, value: Any, default: Any) -> None:
     """
     if name in CHECKPOINTING and value == "auto":
         return  # chosen before it is used
-    if name == "dataloader_num_workers" and (not isinstance(value, int) or value < 0):
+    if name == "dataloader_num_workers" and (type(value) is not int or value < 0):
         raise ConfigError(f"training.{name} is {value!r}, allowed is a whole number, 0 or more")
     if isinstance(default, bool):
         if value is not None and not isinstance(value, bool):
             raise ConfigError(f"training.{name} is {value!r}, allowed are true and false")
     elif isinstance(default, int | float) and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise ConfigError(f"training.{name} is {value!r}, allowed is a number")
+
+
+def _check_whole(name: str, value: Any, kind: Any) -> None:
+    """Refuses a part of a number where an option counts: 1.5 would be compared with, and cut off, in mid-training."""
+    if kind not in (int, int | None) or (value is None and kind is not int):
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        least = f", {_BETWEEN[name][2]}" if name in _BETWEEN else ""
+        raise ConfigError(f"training.{name} is {value!r}, allowed is a whole number{least}")
 
 
 def _check_between(name: str, value: Any) -> None:

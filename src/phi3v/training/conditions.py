@@ -111,6 +111,22 @@ def facts_of(checkpoint: Path | None, now: dict[str, Any], ranks: int = 1) -> di
     return {"conditions": now, "halvings": then.get("halvings", 0)}
 
 
+def note_begun(run: RunFolder, now: dict[str, Any]) -> None:
+    """Notes what a run begins under; what is other than when it began before, and has no checkpoint of, is one warning.
+
+    Nothing is refused: the run starts over, so all of its steps are of what is there now.
+    """
+    then = run.read_begun()
+    if changed := [name for name in now if name in then and then[name] != now[name]]:
+        told = dict.fromkeys(
+            _REFUSED[name] if name in _REFUSED else f"{name} ({now[name]}, {then[name]} until then)" for name in changed
+        )
+        _log.warning(
+            "%s has no checkpoint to go on from and starts over; not as it began before: %s", run.path, ", ".join(told)
+        )
+    run.write_begun(now)
+
+
 def compare(then: dict[str, Any], now: dict[str, Any], where: str) -> None:
     """Compares the conditions of a checkpoint with those of today; what differs is one warning.
 

@@ -39,7 +39,7 @@ from phi3v.training.model_checks import (
     weight_faults,
 )
 from phi3v.training.preflight import check_recipe_alone
-from phi3v.training.prepare import Prepared, compute_twice, prepare_model
+from phi3v.training.prepare import Prepared, check_layout, compute_twice, prepare_model
 from phi3v.training.samples import encoded_rows, make_collators, read_data
 
 BATCH = 4
@@ -96,6 +96,7 @@ def examine(recipe: Recipe, *, on_progress: Progress = lambda stage, done, total
     device = resolve_device(recipe.model.device)
     set_seed(recipe.training.seed)
     processor = load_processor(recipe.model.name, revision=recipe.model.revision, **recipe.image.processor_options)
+    check_layout(recipe)
     data = read_data(recipe, processor, on_progress)
     recipe = settle(recipe, data, processor, device)
     rows = _some_rows(data, min(BATCH, recipe.training.samples_per_step))

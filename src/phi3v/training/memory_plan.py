@@ -26,6 +26,7 @@ from phi3v.training.checkpointing import check_checkpointing
 from phi3v.training.memory import Memory
 from phi3v.training.memory_choices import Change, Counted, Seen, automatic, choose, faster, smaller
 from phi3v.training.outlook import Outlook, outlook
+from phi3v.training.prepare import check_layout
 
 GENERATED_TEXT, GENERATED_ANSWER = 160, 100
 """Tokens of a generated row beside its image, and how many of them are trained."""
@@ -98,6 +99,7 @@ def plan_recipe(
     total = None if memory is None else bytes_of(memory)
     on_gpu, compute = target_of(recipe, memory is not None)
     config = load_config(recipe.model.name, revision=recipe.model.revision)
+    check_layout(recipe)
     seen = _generated(recipe, rows, image) if rows is not None else _look(recipe, config, on_progress)
     if total is None:
         total = device_memory(on_gpu)

@@ -18,7 +18,8 @@ from phi3v.fingerprints import name_weights
 from phi3v.kernels.lora_layer import attach_fast_lora
 from phi3v.kernels.packed_attention import attach_packed_attention
 from phi3v.launch import Launch
-from phi3v.loading import load_base, rank_device, resolve_device, resolve_dtype
+from phi3v.loading import load_base, load_config, rank_device, resolve_device, resolve_dtype
+from phi3v.meta_base import meta_base
 from phi3v.ranks import Ranks
 from phi3v.recipe import Recipe
 from phi3v.targets import Target, resolve_target
@@ -27,7 +28,7 @@ from phi3v.training.faster_layers import compiles
 from phi3v.training.freed_memory import give_back_freed, leave_unused_pages
 from phi3v.training.master_weights import same_in
 from phi3v.training.step_faults import all_finite
-from phi3v.tuning import attach_lora, freeze, mark_trained, vision_choices
+from phi3v.tuning import attach_lora, check_lora, freeze, mark_trained, vision_choices
 
 _log = logging.getLogger(__name__)
 
@@ -84,6 +85,18 @@ def join_ranks(recipe: Recipe) -> Ranks:
                 f"multiple of {ranks.count}, as a step has so many samples over all ranks"
             )
     return ranks
+
+
+def check_layout(recipe: Recipe) -> None:
+    """Refuses LoRA that does not fit the modules of the recipe's model, by its config alone.
+
+    The loaded model would tell the same, behind all rows of the data. Raises: ConfigError, CheckpointError.
+    """
+    if recipe.lora is None or recipe.model.adapter is not None:  # an adapter brings its own
+        return
+    config = load_config(recipe.model.name, revision=recipe.model.revision)
+    base = meta_base(config, dtype=torch.float32)
+    check_lora(base, recipe.lora, tower=recipe.vision.tower, projector=recipe.vision.projector)
 
 
 def prepare_model(recipe: Recipe, device: torch.device, checkpoint: Path | None = None) -> Prepared:

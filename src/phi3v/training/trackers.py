@@ -18,7 +18,8 @@ from transformers import TrainerCallback
 from phi3v.errors import ConfigError, MissingPackageError, install
 from phi3v.evaluation.prediction_table import prediction_table
 from phi3v.passthrough import first_line
-from phi3v.run_folder import RunFolder, to_json
+from phi3v.plain_json import to_json
+from phi3v.run_folder import RunFolder
 from phi3v.training.sample_answers import SampleAnswer
 
 _OFFLINE = "set WANDB_MODE=offline to keep what it logs in the run's folder"

@@ -8,9 +8,9 @@ import contextlib
 import gc
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
@@ -34,7 +34,7 @@ from phi3v.training.arguments import library_errors, training_arguments
 from phi3v.training.best_weights import has_whole_weights
 from phi3v.training.callbacks import TrainingEvent, Watcher
 from phi3v.training.checkpoints import checkpoint_step, newest_checkpoint
-from phi3v.training.conditions import conditions_of, facts_of, keep_metrics
+from phi3v.training.conditions import conditions_of, facts_of, keep_metrics, note_begun
 from phi3v.training.disk_space import full_disk, warn_of_space
 from phi3v.training.doctor import check_base, check_first_batch
 from phi3v.training.faster_layers import check_faster_layers, step_line, use_faster_layers, without_effect
@@ -42,8 +42,9 @@ from phi3v.training.memory_plan import adopt, settle
 from phi3v.training.meter import Meter
 from phi3v.training.optimiser_checks import check_optimiser
 from phi3v.training.preflight import check_recipe_alone, check_upload
-from phi3v.training.prepare import Prepared, join_ranks, prepare_model, training_device
+from phi3v.training.prepare import Prepared, check_layout, join_ranks, prepare_model, training_device
 from phi3v.training.run_faults import one_line_at_the_end, one_line_faults
+from phi3v.training.run_result import RunResult, last_losses
 from phi3v.training.samples import facts_of_samples, make_collators, make_samples, read_data, shortest_sample
 from phi3v.training.step_faults import refuse_untrained
 from phi3v.training.step_trainer import StepTrainer
@@ -51,46 +52,6 @@ from phi3v.training.stop_signals import StopSignals
 from phi3v.training.trackers import log_predictions
 from phi3v.training.watching import kept_event, non_finite, run_callbacks, run_trackers, sample_answers, steps_left_out
 from phi3v.tuning import TrainableReport, trainable_report
-
-_SUMMARY = ("steps", "metrics", "trainable", "held_out")
-"""What the summary of a finished run has at least."""
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a call of `train` did.
-
-    Attributes:
-        status: "trained" from the start, "resumed" from a checkpoint, or "finished" before this call.
-        folder: the run.
-        steps: optimiser steps of the whole run.
-        seconds: time that this call trained.
-        metrics: the losses of the last step as metrics.jsonl names them, `{"loss": 0.4, "eval_loss": 0.5}`; no
-            eval_loss without validation rows.
-        trainable: parameters per part of the model, `{"projector": {"trainable": 0, "total": 22034432}, ...}`.
-        held_out: rows kept for validation.
-        resumed_from: step of the checkpoint that a resumed run went on from.
-        left_out: steps of the run that changed nothing, their loss or gradient being no number.
-        samples: most images of a row, tokens of the shortest and the longest training row; empty for a stream.
-        fast_lora: which decoder layers were hand-written and why others were not, `{"layers": 32, "attached": 0,
-            "reasons": {"no CUDA device": 32}, "calls": {}}`; calls are forward passes by the way that they took.
-    """
-
-    status: Literal["trained", "resumed", "finished"]
-    folder: Path
-    steps: int
-    seconds: float
-    metrics: dict[str, float]
-    trainable: dict[str, dict[str, int]]
-    held_out: int
-    resumed_from: int | None = None
-    left_out: int = 0
-    samples: dict[str, int] = field(default_factory=dict)
-    fast_lora: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "folder": str(self.folder)}
 
 
 def train(
@@ -132,10 +93,7 @@ def train(
     with StopSignals(patient=ranks.several) as signals, _locked(run, ranks):
         if ranks.told(lambda: run.look(recipe) == "finished" and has_whole_weights(run)):
             ranks.alone(lambda: run.start(recipe))
-            summary = run.read_summary(needed=_SUMMARY)
-            kept = {entry.name: summary[entry.name] for entry in fields(RunResult) if entry.name in summary}
-            now = {"status": "finished", "folder": run.path, "seconds": 0.0, "resumed_from": None}
-            result = RunResult(**{**kept, **now})
+            result = RunResult.of_finished(run)
         else:
             ranks.alone(lambda: check_upload(recipe))
             result = _tune(recipe, run, watch, store, ranks, signals=signals)
@@ -206,6 +164,7 @@ def _tune(
         check_faster_layers(recipe, device)
         set_seed(recipe.training.seed)
         processor = load_processor(recipe.model.name, revision=recipe.model.revision, **recipe.image.processor_options)
+        check_layout(recipe)
         data = _usable_data(recipe, processor, watch)
     if recipe.automatic:
         recipe = Recipe.from_dict(ranks.told(lambda: settle(recipe, data, processor, device).model_dump()))
@@ -223,7 +182,9 @@ def _tune(
         conditions = conditions_of(data, recipe, prepared.base, device, dtype, arguments.metric_for_best_model)
         facts = facts_of(checkpoint, conditions, ranks.count)
         check_optimiser(arguments, model, recipe, data.train)
-    ranks.alone(lambda: _begin(run, recipe, data))  # nothing was written so far
+    ranks.alone(
+        lambda: _begin(run, recipe, data, None if checkpoint else facts["conditions"])
+    )  # nothing was written so far
     with ranks.together():
         trainer = _trainer(
             recipe, run, data, processor, prepared, arguments, report, store, watch, ranks, done, facts, signals
@@ -243,11 +204,13 @@ def _tune(
     return _result(run, trainer, report, written, seconds, resumed_from=done, **of_rows)
 
 
-def _begin(run: RunFolder, recipe: Recipe, data: LoadedData | StreamedData) -> None:
-    """Makes the run's folder, or opens it, with the rows that are left out."""
+def _begin(run: RunFolder, recipe: Recipe, data: LoadedData | StreamedData, conditions: dict[str, Any] | None) -> None:
+    """Makes the run's folder, or opens it, with the rows that are left out; conditions are of a run that begins."""
     with full_disk(run.path):
         run.start(recipe)
         run.write_problems(asdict(problem) for problem in data.problems)
+        if conditions is not None:
+            note_begun(run, conditions)
 
 
 def _trainer(
@@ -331,7 +294,7 @@ def _result(
         folder=run.path,
         steps=trainer.state.global_step,
         seconds=seconds,
-        metrics=_last_losses(run),
+        metrics=last_losses(run),
         trainable={part: asdict(count) for part, count in report.parts.items()},
         left_out=steps_left_out(run),
         fast_lora=asdict(replace(written, calls=calls)),
@@ -391,10 +354,3 @@ def _save(run: RunFolder, recipe: Recipe, trainer: StepTrainer, processor: Any) 
         processor.save_pretrained(folder)
 
     trainer.ranks.alone(lambda: run.write_model(save) if recipe.lora is None else run.write_adapter(save))
-
-
-def _last_losses(run: RunFolder) -> dict[str, float]:
-    """The last training and validation loss of the run's metrics."""
-    return {
-        name: line[name] for line in run.read_metrics() for name in ("loss", "eval_loss") if line.get(name) is not None
-    }
