@@ -72,6 +72,11 @@ class Bench:
     def run(self, name: str, file_limit: int = 0) -> tuple[int, float]:
         return self.server.run(*self.arguments(name), log=self.log, file_limit=file_limit)
 
+    def has_missed(self, run: Running, missed: int, wanted: int) -> None:
+        """A run was done before its signal: the undisturbed one may have taken long on a machine that was busy then."""
+        self.seconds = min(self.seconds, run.seconds)
+        assert missed <= 5 * wanted, f"signals come when runs are done, which take {self.seconds:.1f} s"
+
     def finish(self, name: str) -> None:
         """Runs to the end, compares, and removes the folder."""
         code, _ = self.run(name)
@@ -128,7 +133,7 @@ def test_kills(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
                 kills, saves = kills + 1, saves + saving
             elif not wanted and kills == before:  # it was done before the signal came: this one does not count
                 missed, wanted = missed + 1, 1
-                assert missed <= 5 * runs, "signals come when runs are done"
+                bench.has_missed(run, missed, runs)
                 shutil.rmtree(folder)
         assert not [path for path in all_checkpoints(folder / "checkpoints") if find_fault(path)]
         bench.finish(folder.name)
@@ -153,7 +158,7 @@ def test_signals(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
         assert code in (128 + number, 0), bench.log.read_text()[-2000:]
         if code == 0:
             missed += 1
-            assert missed <= 5 * count, "signals come when runs are done"
+            bench.has_missed(run, missed, count)
             shutil.rmtree(folder)
             continue
         stops, saves = stops + 1, saves + saving
@@ -180,7 +185,7 @@ def test_second_signals(bench: Bench, capsys: pytest.CaptureFixture[str]) -> Non
         assert code in (143, 0), bench.log.read_text()[-2000:]
         if code == 0:  # it was done before the first came
             missed += 1
-            assert missed <= 5 * count, "signals come when runs are done"
+            bench.has_missed(run, missed, count)
             shutil.rmtree(folder)
             continue
         stops, slowest = stops + 1, max(slowest, time.monotonic() - sent)
