@@ -174,7 +174,12 @@ def test_the_resolved_recipe_round_trips(overrides: list[str], tmp_path: Path) -
 
 def test_differences_name_dotted_keys_but_not_the_output() -> None:
     first, second = Recipe.from_dict(BASE), Recipe.from_dict(BASE, ["training.seed=2", "training.optim=x", "output=y"])
-    assert first.differences(second) == ["training.seed: 0 here, 2 there", "training.optim: 'nothing' here, 'x' there"]
+    assert first.differences(second) == ["training.seed: 0 here, 2 there", "training.optim: not set here, 'x' there"]
+    third = Recipe.from_dict(BASE, ["training.tokens_per_micro_batch=3000", "training.save_total_limit=null"])
+    assert Recipe.from_dict(BASE).differences(third) == [
+        "training.tokens_per_micro_batch: not set here, 3000 there",
+        "training.save_total_limit: not set here, null there",  # null keeps all checkpoints
+    ]
 
 
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:

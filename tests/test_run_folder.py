@@ -15,7 +15,7 @@ import pytest
 from phi3v.errors import CheckpointError, ConfigError
 from phi3v.plain_json import to_json
 from phi3v.recipe import Recipe
-from phi3v.run_folder import VERSIONED_PACKAGES, RunFolder, gather_versions
+from phi3v.run_folder import OPTIONAL_PACKAGES, VERSIONED_PACKAGES, RunFolder, gather_versions
 from phi3v.targets import resolve_target
 from phi3v.whole_files import replace_file, replace_folder
 
@@ -260,7 +260,8 @@ def test_json_takes_scalars_of_numpy_and_torch_and_refuses_the_rest() -> None:
 
 def test_versions_name_what_computes(tmp_path: Path) -> None:
     versions = gather_versions()
-    assert set(versions) == {"python", "platform", *VERSIONED_PACKAGES}
+    assert set(versions) - set(OPTIONAL_PACKAGES) == {"python", "platform", *VERSIONED_PACKAGES}
+    assert None not in [versions.get(name, "") for name in OPTIONAL_PACKAGES], "of those that are installed alone"
     assert versions["python"] == sys.version.split()[0]
     run = RunFolder(tmp_path)
     run.write_versions(versions)

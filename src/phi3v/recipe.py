@@ -362,15 +362,22 @@ class Recipe(Section):
         """The dotted keys whose values differ, `output` aside (a run may be moved); without `SETTINGS` when False.
 
         A relative path is equal to the absolute one that it stands for here.
-        Example: ["training.seed: 1 here, 2 there"].
+        Example: ["training.seed: 1 here, 2 there", "training.optim: not set here, 'sgd' there"].
         """
         mine, theirs = self.flat(), other.flat()
         changed = [key for key in {**mine, **theirs} if meant(key, mine) != meant(key, theirs)]
         return [
-            f"{key}: {mine.get(key, 'nothing')!r} here, {theirs.get(key, 'nothing')!r} there"
+            f"{key}: {_told(key, mine, theirs)} here, {_told(key, theirs, mine)} there"
             for key in changed
             if key != "output" and (settings or not any(f"{key}.".startswith(f"{name}.") for name in SETTINGS))
         ]
+
+
+def _told(key: str, values: dict[str, Any], others: dict[str, Any]) -> str:
+    """A value as a refusal names it; null is told from a key that is not there only where the other has neither."""
+    if values.get(key) is not None:
+        return repr(values[key])
+    return "null" if key in values and others.get(key) is None else "not set"
 
 
 _SHORTHANDS = {"model": "name", "data": "train"}

@@ -39,8 +39,12 @@ from phi3v.whole_files import fill_file, replace_file, replace_folder
 
 RunState = Literal["new", "unfinished", "finished"]
 
-VERSIONED_PACKAGES = ("phi3v", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
+VERSIONED_PACKAGES = tuple(
+    "phi3v torch transformers peft accelerate datasets tokenizers safetensors pillow numpy".split()
+)
 """Packages whose versions can change what a run computes."""
+OPTIONAL_PACKAGES = ("bitsandbytes", "simplejpeg", "liger-kernel", "flash-attn", "flash-attn-4", "triton")
+"""Those that only some runs compute with, and that need not be there."""
 _PUT_BACK = "recipe.yaml: copy the recipe that began this run there ({}/recipe.yaml) to go on, or give another output"
 
 
@@ -364,13 +368,17 @@ class RunFolder:
 
 @functools.cache
 def gather_versions() -> dict[str, str | None]:
-    """Versions of Python, of the platform and of `VERSIONED_PACKAGES`; null where one is not installed."""
+    """Versions of Python, of the platform and of `VERSIONED_PACKAGES`; null where one is not installed.
+
+    Those of `OPTIONAL_PACKAGES` are there where they are installed.
+    """
     versions: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in VERSIONED_PACKAGES:
+    for package in (*VERSIONED_PACKAGES, *OPTIONAL_PACKAGES):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            versions[package] = None
+            if package in VERSIONED_PACKAGES:
+                versions[package] = None
     return versions
 
 

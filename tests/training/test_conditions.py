@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from run_ends import assert_same_end, end_of
 from safetensors.torch import load_file, save_file
 from tiny_models import write_photos
@@ -18,7 +19,7 @@ from transformers.trainer_utils import compare_trainer_and_checkpoint_args
 
 import phi3v
 from phi3v.errors import ConfigError
-from phi3v.run_folder import RunFolder
+from phi3v.run_folder import OPTIONAL_PACKAGES, RunFolder
 from phi3v.targets import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phi3v.training import conditions
 from phi3v.training.callbacks import TrainingEvent
@@ -133,3 +134,34 @@ def test_settings_by_which_a_run_is_judged_are_those_it_began_with(
         assert phi3v.train(recipe.with_overrides(overrides), report=False).resumed_from == 2
         assert "going on from checkpoint-2 with evaluation.batch_size 2 (8 until then): the run will" in caplog.text
     assert phi3v.train(by_score.with_overrides(less[:1]), report=False).status == "finished"
+
+
+def test_versions_of_packages_that_only_some_runs_compute_with_are_compared_there(
+    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And of checkpoints that were written before they were noted nothing is said."""
+    versions = dict.fromkeys(("torch", "pillow", "numpy", "platform", *OPTIONAL_PACKAGES), "1.0")
+    monkeypatch.setattr(conditions, "gather_versions", lambda: versions)
+    monkeypatch.setattr(conditions, "name_files", lambda *given: {})
+    monkeypatch.setattr(conditions, "name_data", lambda *given: {})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+
+    def noted(device: str = "cpu", **sections: Any) -> set[str]:
+        found = conditions.conditions_of(Any, make(**sections), "", torch.device(device), torch.float32)  # type: ignore[arg-type]
+        return set(found) & set(versions)
+
+    always = {"torch", "pillow", "numpy"}
+    assert noted() == noted(training={"optim": "adamw_torch_8bit"}) == always
+    for name, sections in (
+        ("bitsandbytes", {"training": {"optim": "paged_adamw_8bit"}}),
+        ("bitsandbytes", {"training": {"optim": "lion_32bit"}}),
+        ("bitsandbytes", {"quantization": {"load_in_4bit": True}}),
+        ("simplejpeg", {"image": {"fast": True}}),
+        ("liger-kernel", {"training": {"use_liger_kernel": True}}),
+    ):
+        assert noted(**sections) == {*always, name}
+    assert noted("cuda") == {*always, "triton", "flash-attn-4"}
+    conditions.compare({"torch": "1.0"}, {"torch": "1.0", "bitsandbytes": "0.50"}, "checkpoint-2")
+    assert not caplog.messages
+    conditions.compare({"bitsandbytes": "0.47"}, {"bitsandbytes": "0.50"}, "checkpoint-2")
+    assert "with bitsandbytes 0.50 (0.47 until then)" in caplog.text

@@ -156,6 +156,12 @@ def test_too_little_space_is_said_before_the_first_step(
 
     phi3v.train(recipe := make(training={"max_steps": 1}), on_event=watch)
     assert "start" in told
+    for error in (OSError(errno.EFBIG, "File too large"), SafetensorError("I/O error: too large (os error 27)")):
+        with (
+            pytest.raises(TrainingError, match=r"^a file in .*: raise the limit on the size of files \(ulimit -f\)$"),
+            disk_space.full_disk(Path(recipe.output), "free space there, or set TMPDIR to a folder that has some"),
+        ):
+            raise error
     disk_space.warn_of_space(RunFolder(recipe.output), 10**8, 1, best=True)
     assert caplog.messages[-1].startswith("checkpoints need about 4.0 GB in ")  # the best, the newest and a new one
     assert " and 10.0 kB are free: " in caplog.text

@@ -41,6 +41,7 @@ MakeRecipe = Callable[..., phi3v.Recipe]
             }.items()
         ),
         ({"fp16": True}, "training.fp16 is decided by model.dtype"),
+        ({"max_seq_length": 512}, "training.max_seq_length is decided by data.max_length"),
         ({"optim": "adamw_foo"}, "^training.optim is 'adamw_foo', which is no choice: did you mean adamw_torch[?]$"),
         ({"lr_scheduler_type": "cosin"}, "training.lr_scheduler_type is 'cosin', .*: did you mean cosine?"),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 1}}, "^training.lr_scheduler_ty.*cycles"),

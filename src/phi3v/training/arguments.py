@@ -41,6 +41,8 @@ _DECIDED_ELSEWHERE = {
     "parallelism_config": "torchrun's number of ranks (each has samples of its own; see training.fsdp)",
     "device_map": "torchrun, a process for each GPU (one process that spreads a model uses one GPU at a time)",
     "hub_token": "HF_TOKEN or `hf auth login` (a recipe lies in the run's folder, in its report and at trackers)",
+    "max_seq_length": "data.max_length",
+    "max_length": "data.max_length",
     "length_column_name": "training.packing (lengths are known from image headers and texts)",
 }
 _NOT_SHARDED = {"version": 1, "cpu_ram_efficient_loading": True}

@@ -22,7 +22,7 @@ from phi3v.errors import ConfigError
 from phi3v.fingerprints import name_photos, name_rows, name_weights
 from phi3v.recipe import Recipe
 from phi3v.recipe_report import EvaluationSection
-from phi3v.run_folder import RunFolder, gather_versions
+from phi3v.run_folder import OPTIONAL_PACKAGES, RunFolder, gather_versions
 from phi3v.targets import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, tensor_shapes
 from phi3v.training.checkpoints import STATE, checkpoint_step, logged_lines, read_manifest
 from phi3v.training.prepare import adapter_place
@@ -48,6 +48,8 @@ _NOTES = tuple(
 """Values of such files that change nothing."""
 _SETS = ("target_modules", "exclude_modules", "modules_to_save")
 """Values of such files that peft writes in any order."""
+_OF_BITSANDBYTES = ("8bit", "32bit", "bnb", "ademamix")
+"""What the names of its optimisers have in them; those of "adamw_torch_..." are torch's."""
 _log = logging.getLogger(__name__)
 
 
@@ -63,7 +65,7 @@ def conditions_of(
 
     Args:
         data: the run's rows; training rows of a stream are not known.
-        recipe: its sections model and evaluation.
+        recipe: it.
         base: what `name_weights` gave for the model as it was loaded.
         device: what trains.
         dtype: what it computes in.
@@ -73,6 +75,7 @@ def conditions_of(
     "held_out": "5e00...", "device": "cpu", "dtype": "float32", "torch": "2.13.0+cpu", ...}.
     """
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    left_out = {"platform", *OPTIONAL_PACKAGES} - used_packages(recipe, device)
     return {
         **name_files(recipe.model.name, recipe.model.revision),  # first, as rows have other lengths under other values
         "base": base,
@@ -81,8 +84,27 @@ def conditions_of(
         **_judging(recipe.evaluation, judged_by),
         "device": where,
         "dtype": str(dtype).removeprefix("torch."),
-        **{name: version for name, version in gather_versions().items() if name != "platform"},
+        **{name: version for name, version in gather_versions().items() if name not in left_out},
     }
+
+
+def used_packages(recipe: Recipe, device: torch.device) -> set[str]:
+    """Those of `OPTIONAL_PACKAGES` that a recipe's training computes with on a device, where they are installed.
+
+    Example: with `training.optim: adamw_8bit` on a CPU {"bitsandbytes"}.
+    """
+    options, attention, on_gpu = recipe.training.options, recipe.model.attn_implementation, device.type == "cuda"
+    optimiser = str(options.get("optim"))
+    of_bitsandbytes = not optimiser.startswith("adamw_torch") and any(word in optimiser for word in _OF_BITSANDBYTES)
+    used = {
+        "bitsandbytes": recipe.quantization is not None or of_bitsandbytes,
+        "simplejpeg": recipe.image.fast,
+        "liger-kernel": bool(options.get("use_liger_kernel")),
+        "flash-attn": attention == "flash_attention_2",
+        "flash-attn-4": attention == "flash_attention_4" or (on_gpu and attention in (None, "sdpa")),
+        "triton": on_gpu,
+    }
+    return {name for name, so in used.items() if so}
 
 
 def name_data(data: LoadedData | StreamedData) -> dict[str, str | None]:

@@ -19,6 +19,8 @@ from phi3v.run_folder import RunFolder
 _BYTES_A_WEIGHT = 12
 """A weight in float32 with the two averages that Adam keeps of its gradient; other optimisers keep less."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FREE_SPACE = "free space there"
+"""What helps where a disk is full."""
 _log = logging.getLogger(__name__)
 
 
@@ -51,7 +53,7 @@ def warn_of_space(run: RunFolder, trained: int, limit: int | None, *, best: bool
 
 
 @contextlib.contextmanager
-def full_disk(folder: Path, way_out: str = "free space there and run the same command again") -> Iterator[None]:
+def full_disk(folder: Path, way_out: str = f"{FREE_SPACE} and run the same command again") -> Iterator[None]:
     """Turns an error that says that nothing more fits onto a disk into one line.
 
     Args:
@@ -64,14 +66,33 @@ def full_disk(folder: Path, way_out: str = "free space there and run the same co
     except (OSError, SafetensorError) as error:
         if not is_full(error):
             raise
-        raise TrainingError(f"the disk of {folder} is full ({first_line(error)}): {way_out}") from error
+        raise TrainingError(full_line(error, folder, way_out)) from error
+
+
+def full_line(error: BaseException, folder: Path, way_out: str) -> str:
+    """What is said of a full disk, or of a file that grew beyond the process's limit, which free space does not help.
+
+    Args:
+        error: for which `is_full` holds.
+        folder: what was written lies there.
+        way_out: what to do; begins with `FREE_SPACE`, behind which may stand what comes next.
+    """
+    if not _says(error, errno.EFBIG):
+        return f"the disk of {folder} is full ({first_line(error)}): {way_out}"
+    raised = way_out.replace(FREE_SPACE, "raise the limit on the size of files (ulimit -f)", 1)
+    return f"a file in {folder} may not grow any further ({first_line(error)}): {raised.partition(', or ')[0]}"
 
 
 def is_full(error: BaseException) -> bool:
     """Whether an error says that no more fits onto a disk, into a quota or a file."""
+    return _says(error, *_FULL)
+
+
+def _says(error: BaseException, *numbers: int) -> bool:
+    """Whether an error of the system has one of some numbers."""
     if isinstance(error, OSError):
-        return error.errno in _FULL
-    return any(f"(os error {number})" in str(error) for number in _FULL)  # how safetensors, written in Rust, says it
+        return error.errno in numbers
+    return any(f"(os error {number})" in str(error) for number in numbers)  # how safetensors, written in Rust, says it
 
 
 def size_text(count: float) -> str:
