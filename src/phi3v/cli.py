@@ -184,7 +184,7 @@ def evaluate(
             evaluation = evaluate_target(
                 target,
                 data,
-                against=None if against == "none" else against,
+                against=against,
                 metrics=named,
                 checks=ALL if checks else None,
                 rows=rows,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from phi3v.data.alike import difference_hash, find_alike, same_up_close, take_prints
+from phi3v.data.alike import difference_hash, find_alike, is_grey, same_up_close, take_prints
 from phi3v.data.schema import ImagePart, ImageRef, Message, Row, TextPart
 from phi3v.demo.catalogue import photo, products
 from phi3v.evaluation.answers import Answers
@@ -18,11 +18,13 @@ from phi3v.evaluation.check_overlap import check_overlap
 from phi3v.evaluation.compared import few_rows
 from phi3v.evaluation.constant import ConstantAnswer, best_constant
 from phi3v.evaluation.fields import AnswerTemplate
+from phi3v.evaluation.headline import cautions
 from phi3v.evaluation.kinds import choose_scoring
 from phi3v.evaluation.row_scores import Column, score_rows
 from phi3v.evaluation.shares import majority_answer
 
 TEMPLATE = AnswerTemplate("It is {name}.")
+NO_CONTROL = {"rows": 9, "primary": "exact_match", "metrics": {"exact_match": {}}}
 
 
 def make_row(index: int, answer: str, image: Path | None, source: str = "made.csv", question: str = "What?") -> Row:
@@ -75,6 +77,20 @@ def test_copies_are_found_and_other_products_are_not(shop):
     assert (hashes <= 8).sum() > 9, "the hash alone takes products for each other; pixels have to decide"
 
 
+def test_black_and_white_copies_are_found_and_other_products_are_not(shop, tmp_path):
+    """Copies of the first 9 photos of the evaluation, in black and white, are known; asked are all 12 in colour."""
+    known = []
+    for number, row in enumerate(shop[1][:9]):
+        grey = Image.open(row.images[0].path).convert("L")
+        size, options = ((168, 168), {"quality": 50}) if number % 2 else (grey.size, {"quality": 90})
+        grey.resize(size).save(tmp_path / f"{number}.jpg", **options)
+        known.append(make_row(number, "x", tmp_path / f"{number}.jpg"))
+    prints, asked = take_prints(known), take_prints(shop[1])
+    assert is_grey(prints.small).all() and not is_grey(asked.small).all()
+    for one, other, rows in ((prints, asked, (known, shop[1])), (asked, prints, (shop[1], known))):
+        assert [(pair.asked, pair.known) for pair in find_alike(one, other, *rows)] == [(n, n) for n in range(9)]
+
+
 def test_the_same_form_filled_in_otherwise_is_another_picture(tmp_path):
     page = Image.new("L", (900, 900), 255)
     pages = []
@@ -94,10 +110,10 @@ def test_a_leaked_split_is_caught(shop):
     assert found["line"] == (
         "2 of 12 rows (16.7 %) are in the training data as well; the score of the other 10 is 20.0 % "
         "(5.7 % to 51.0 %), of all 33.3 %; the pictures of 1 of the other 10 are in the training data too, with other "
-        "texts"
+        "texts; 43 training images looked at (cropped, mirrored or brighter copies are not found)"
     )
     some = check_overlap(train, test, right, None, most_images=42).line
-    assert some.endswith("; 42 training images looked at, those of 1 row were not")
+    assert "; 42 training images looked at, those of 1 row were not (cropped" in some
     assert (found["leaked"], found["seen_images"], found["same_texts"], found["looked_at"]) == (2, 3, 2, 43)
     assert found["seen_not_leaked"] == 1
     pairs = [(pair["row"], pair["train_row"], pair["shares"]) for pair in found["pairs"]]
@@ -126,6 +142,12 @@ def test_overlap_of_texts_and_a_clean_split(shop):
     copies = check_overlap(others, test, right, None)  # as cropped copies would come: texts alike, pictures not
     assert (copies.verdict, copies.figures["same_rare_texts"], copies.figures["seen_images"]) == ("warn", 12, 0)
     assert "question and answer of 12 of 12 rows stand in just one row of training each" in copies.line
+    part = check_overlap([*others[:7], make_row(7, test[11].answer, test[11].images[0].path)], test, right, None)
+    assert part.verdict == "fail" and part.figures["leaked"] == 1
+    assert "; question and answer of 7 of the other 11 rows stand in just one row of training each" in part.line
+    assert part.line.endswith("8 training images looked at (cropped, mirrored or brighter copies are not found)")
+    less = check_overlap([*others[:5], make_row(5, test[11].answer, test[11].images[0].path)], test, right, None)
+    assert less.figures["same_rare_texts_not_found"] == 5 and "in just one row" not in less.line, "5 of 11 are usual"
     usual = check_overlap([*others, *others], test, right, None)
     assert usual.verdict == "pass" and "question and answer of 12 of 12 rows are in training too" in usual.line
     texts = [make_row(number, f"answer {number}", None) for number in range(4)]
@@ -290,6 +312,35 @@ def test_what_was_forgotten_is_told(before, after, verdict, words):
     assert found.figures["before"]["value"] == before / 40 and found.figures["after"]["low"] is not None
     alone = check_forgetting(scoring_for(expected), rows, None, answers[1])
     assert alone.verdict == "skipped" and alone.figures["after"]["value"] == after / 40
+
+
+@pytest.mark.parametrize(
+    ("rows", "before", "after", "verdict", "words"),
+    [
+        (5, 5, 0, "skipped", "5 rows are too few, 6 at least can tell; some 6 such rows would show a loss as large"),
+        (5, 5, 5, "skipped", "5 rows are too few, 6 at least can tell"),
+        (6, 6, 0, "fail", "p = 0.031)"),
+        (7, 2, 0, "warn", "p = 0.5): too few to tell; some 25 such rows would show a loss as large"),
+        (7, 2, 2, "skipped", "too few to tell, the loss of all that the base gets would not show"),
+        (7, 0, 3, "skipped", "too few to tell, the loss of all that the base gets would not show"),
+        (7, 7, 7, "pass", "p = 1)"),
+        (24, 24, 24, "pass", "p = 1)"),
+        (24, 24, 20, "warn", "p = 0.12): too few to tell; some 45 such rows would show a loss as large"),
+        (24, 24, 18, "fail", "p = 0.031)"),
+    ],
+)
+def test_few_prompts_do_not_say_that_nothing_was_forgotten(rows, before, after, verdict, words):
+    expected = [f"It is product {number}." for number in range(rows)]
+    kept = [make_row(number, text, Path(f"{number}.png")) for number, text in enumerate(expected)]
+    answers = [said([*expected[:right], *["no"] * (rows - right)]) for right in (before, after)]
+    found = check_forgetting(scoring_for(expected), kept, *answers)
+    assert (found.verdict, found.line.endswith(words)) == (verdict, True), found.line
+    beside = cautions({"checks": {"forgetting": found.to_dict()}, **NO_CONTROL})
+    told = {"fail": "Forgotten"}.get(verdict, "Perhaps forgotten" if "such rows" in words else None)
+    assert [one[0] for one in beside] == [told] * (told is not None)
+    photos = [make_row(number, text, Path(f"{number // 5}.png")) for number, text in enumerate(expected)]
+    of_photos = check_forgetting(scoring_for(expected), photos, *answers)
+    assert of_photos.verdict == "skipped" and " too few, 6 at least can tell" in of_photos.line
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_all_checks_of_a_run(world, monkeypatch):
 
 def test_usual_checks_of_few_photos_ask_nothing_more_and_forgetting_comes_with_keep(world):
     asked = set()
-    found = evaluate(world / "run", rows=2, against=None, on_progress=lambda stage, done, total: asked.add(stage))
+    found = evaluate(world / "run", rows=2, against="none", on_progress=lambda stage, done, total: asked.add(stage))
     assert list(found.checks) == ["overlap", "form", "constant", "images", "forgetting"]
     assert "2 rows with images are too few" in found.checks["images"]["line"]
     assert not any("grey" in stage for stage in asked), "2 photos cannot tell, so nobody is asked"

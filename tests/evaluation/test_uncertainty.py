@@ -14,7 +14,7 @@ from phi3v.evaluation.headline import in_words
 from phi3v.evaluation.intervals import _resampled_sums, bootstrap_intervals, estimate, mean, newcombe_interval
 from phi3v.evaluation.kinds import choose_scoring
 from phi3v.evaluation.metric_table import metric_table, remarks
-from phi3v.evaluation.paired import FEW_ROWS, mcnemar_p, paired_test, sign_flip_p
+from phi3v.evaluation.paired import FEW_ROWS, mcnemar_p, paired_test, rows_to_show, sign_flip_p
 from phi3v.evaluation.row_scores import Column, score_rows
 from phi3v.evaluation.shares import wilson_interval
 
@@ -317,3 +317,14 @@ def test_what_figures_need_to_be_read_with():
 
 def test_bootstrap_of_nothing():
     assert bootstrap_intervals([]) == [] and bootstrap_intervals([(np.zeros(0), np.zeros(0))]) == [(None, None)]
+
+
+def test_so_many_rows_show_a_difference():
+    """Of draws of so many rows with the same share of lost and won ones about four of five have p below 0.05."""
+    before, after = np.ones(20), np.ones(20)
+    after[:4], before[4] = 0.0, 0.0  # 4 of 20 lost, 1 won
+    one, other = (Column("exact_match", None, values) for values in (after, before))
+    needed = rows_to_show(one, other)
+    draw = np.random.default_rng(0).integers(0, 20, (400, needed))
+    shown = [mcnemar_p(int((places == 4).sum()), int((places < 4).sum())) < 0.05 for places in draw]
+    assert needed == 85 and 0.7 < np.mean(shown) < 0.9

@@ -2,8 +2,9 @@
 
 Two steps, since hashes of 64 bits take simple pictures for each other. A difference hash (dHash: is a cell of a grey
 9x8 picture brighter than its left neighbour?) finds candidates, and 32x32 pixels in colour decide. Candidates are then
-opened again and compared up close, tile by tile, so that a form filled in otherwise is another picture. A copy that was
-cropped, turned, mirrored or made brighter by a tenth is not found. Knows nothing of recipes or scores.
+opened again and compared up close, tile by tile, so that a form filled in otherwise is another picture. Where one of
+two pictures is black and white and the other is not, both are compared in grey. A copy that was cropped, turned,
+mirrored or made brighter by a tenth is not found. Knows nothing of recipes or scores.
 """
 
 from __future__ import annotations
@@ -31,10 +32,13 @@ demo by 6.4 and more."""
 CLOSE_LEVELS = 14.0
 """Grey levels by which the worst tile may differ up close: copies differ by 10.5 at most, a form with other figures
 in it by 36, a product with another price by 38 (measured as docs/evaluation.md says)."""
+GREY_LEVELS = 2.0
+"""Levels by which the channels of a black-and-white picture differ on average at most: JPEG of one gives 0 to 1."""
 CANDIDATES = 5
 """Of each asked picture so many known ones are looked at up close, the nearest ones; a picture that many rows have is
 one."""
 _SIDE, _CLOSE_SIDE, _TILE = 32, 768, 12
+_GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)  # brightness, as Pillow's "L" and JPEG have it
 _BATCH = 256  # asked images whose hashes are compared with all known ones at once
 
 
@@ -123,6 +127,8 @@ def same_up_close(one: ImageRef, other: ImageRef) -> bool:
         return False
     side = max(_TILE, min(_CLOSE_SIDE, *(min(image.size) for image in pair)) // _TILE * _TILE)
     first, second = (_pixels(image, side) for image in pair)
+    if is_grey(first) != is_grey(second):
+        first, second = (pixels @ _GREY_WEIGHTS[:, None] for pixels in (first, second))
     tiles = np.abs(first - second).mean(-1).reshape(side // _TILE, _TILE, side // _TILE, _TILE).mean((1, 3))
     return float(tiles.max()) <= CLOSE_LEVELS
 
@@ -145,9 +151,21 @@ def _print(image: ImageRef, max_pixels: int) -> tuple[int, npt.NDArray[np.uint8]
     return difference_hash(opened), np.asarray(small), digest
 
 
+def is_grey(pixels: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Whether pictures `[..., height, width, 3]` are black and white: all red -> False, all of one grey -> True."""
+    lightest, darkest = pixels.max(-1).astype(np.float32), pixels.min(-1).astype(np.float32)
+    return np.asarray((lightest - darkest).mean((-2, -1)) <= GREY_LEVELS)
+
+
 def _distances(several: npt.NDArray[np.uint8], one: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    """Mean differences of small pictures from one, in grey levels: all 10 and all 9 from all 13 -> [3.0, 4.0]."""
-    return np.abs(several.astype(np.int16) - one).mean((1, 2, 3))
+    """Mean differences of small pictures from one, in grey levels: all 10 and all 9 from all 13 -> [3.0, 4.0].
+
+    Those that are in colour are compared with one in black and white by their brightness, and the other way round.
+    """
+    found = np.abs(several.astype(np.int16) - one).mean((1, 2, 3))
+    if (other := is_grey(several) != is_grey(one)).any():
+        found[other] = np.abs((several[other] - one.astype(np.float32)) @ _GREY_WEIGHTS).mean((1, 2))
+    return found
 
 
 def _pixels(image: Image.Image, side: int) -> npt.NDArray[np.float32]:

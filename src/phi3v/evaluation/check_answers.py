@@ -21,12 +21,14 @@ from phi3v.evaluation.headline import CHANCE, at_odds
 from phi3v.evaluation.image_groups import count_groups, image_groups
 from phi3v.evaluation.intervals import estimate, mean
 from phi3v.evaluation.kinds import Scoring
-from phi3v.evaluation.paired import LEAST_ROWS, paired_test
+from phi3v.evaluation.paired import LEAST_ROWS, paired_test, rows_to_show
 from phi3v.evaluation.row_scores import LABELS, Column, Groups, score_rows
 from phi3v.evaluation.shares import same_text
 
 MOSTLY = 0.5
 """Part of what was above the best single answer; with more of it left, most of the score comes from elsewhere."""
+KEPT_ROWS = 200
+"""Of `evaluation.keep`: so many tell a loss of ten points."""
 SMALL_LOSS = 0.05
 """A score that fell by less has fallen a little."""
 
@@ -137,9 +139,35 @@ def check_forgetting(scoring: Scoring, rows: Sequence[Row], before: Answers | No
     line = f"{now} on {counted(len(rows), 'kept row')}, {figure(figures['before']['value'], 'share')} before the tuning"
     odds = "; the two disagree, and the p value decides" if at_odds(figures) else ""
     line += f" ({gain(gap['value'], 'share')} points, {gain_ends(gap, 'share')}, p {p_said(figures['p'])}{odds})"
-    if gap["value"] >= 0 or figures["p"] >= CHANCE:
-        return Check("pass", line, figures)
-    return Check("warn" if -gap["value"] < SMALL_LOSS else "fail", line, figures)
+    return _loss_verdict(line, own[name], theirs[name], figures)
+
+
+def _loss_verdict(line: str, after: Column, before: Column, figures: dict[str, Any]) -> Check:
+    """What two columns of kept rows say of a loss.
+
+    A pass needs rows that could have shown one: where all of five rows are lost p is 0.06, and what the base cannot do
+    cannot be lost.
+    """
+    different = len(after.values) if after.groups is None else len(np.unique(after.groups))
+    unit = "row" if different == len(after.values) else "photo"
+    loss = -figures["difference"]["value"]
+    if loss > 0 and figures["p"] < CHANCE:
+        return Check("warn" if loss < SMALL_LOSS else "fail", line, figures)
+    if loss >= SMALL_LOSS:
+        needed = figures["rows_needed"] = rows_to_show(after, before)
+        enough = f"; some {needed} such {unit}s would show a loss as large"
+        enough += f", and {KEPT_ROWS} rows are asked at most" if needed > KEPT_ROWS else ""
+    else:
+        enough = ""
+    if different < LEAST_ROWS:
+        few = f"{counted(different, unit)} {'is' if different == 1 else 'are'} too few"
+        return Check("skipped", f"{line}: {few}, {LEAST_ROWS} at least can tell{enough}", figures)
+    if loss >= SMALL_LOSS:
+        return Check("warn", f"{line}: too few to tell{enough}", figures)
+    p = paired_test(replace(after, values=np.zeros_like(after.values)), before).p
+    if p is None or p >= CHANCE:
+        return Check("skipped", f"{line}: too few to tell, the loss of all that the base gets would not show", figures)
+    return Check("pass", line, figures)
 
 
 def some_answers(answers: Answers, places: Sequence[int]) -> Answers:

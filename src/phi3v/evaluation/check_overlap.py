@@ -90,6 +90,7 @@ def check_overlap(
     same, others = ([pair for pair in seen if pair.leaked is leaked] for leaked in (True, False))
     told = [place for place, row in enumerate(asked_rows) if _text(row) in known_texts]
     once = [place for place in told if known_texts[_text(asked_rows[place])] == 1 and asked_rows[place].images]
+    found = {pair.row for pair in seen}
     leaked = sorted({*(pair.row for pair in same), *(place for place in told if not asked_rows[place].images)})
     figures = {
         "rows": len(asked_rows),
@@ -98,6 +99,8 @@ def check_overlap(
         "seen_not_leaked": len(others),
         "same_texts": len(told),
         "same_rare_texts": len(once),
+        "not_found": len(asked_rows) - len(found.union(leaked)),
+        "same_rare_texts_not_found": len(set(once) - found),
         "train_rows": len(distinct),
         "looked_at": sum(map(len, known.places)),
         "not_looked_at": len(pictured) - len(known_rows),
@@ -152,32 +155,48 @@ def _verdict(figures: Mapping[str, Any], tuned: Column, texts: str) -> tuple[str
     rows, leaked, seen = figures["rows"], figures["leaked"], figures["seen_not_leaked"]
     looked = f"{counted(figures['looked_at'], 'training image')} looked at"
     looked += f", those of {counted(left, 'row')} were not" if (left := figures["not_looked_at"]) else ""
+    looked += f" ({UNFOUND})" if figures["looked_at"] else ""
+    pictures = f"are in the training data too, with {texts}"
     if leaked:
-        verdict = "fail" if leaked >= LEAKED_SHARE * rows else "warn"
         line = f"{leaked} of {counted(rows, 'row')} ({percent(leaked / rows)}) are in the training data as well"
-        left = figures["without"]["tuned"]
-        if left["rows"]:
-            value, unit = figure(left["value"], tuned.unit), tuned.unit
-            whole = float(np.nanmean(tuned.values)) if not np.isnan(tuned.values).all() else None
-            line += f"; the score of the other {left['rows']} is {value} ({ends(left, unit)}), of all "
-            line += figure(whole, unit)
-        if seen:
-            line += f"; the pictures of {seen} of the other {rows - leaked} are in the training data too, with {texts}"
-        return verdict, f"{line}; {looked}" if figures["not_looked_at"] else line
+        line += _score_of_others(figures["without"]["tuned"], tuned)
+        line += f"; the pictures of {seen} of the other {rows - leaked} {pictures}" if seen else ""
+        verdict = "fail" if leaked >= LEAKED_SHARE * rows else "warn"
+        line += f"; {rare}" if (rare := _rare_texts(figures)) else ""
+        return verdict, f"{line}; {looked}" if figures["looked_at"] else line
     if seen:
-        line = f"the pictures of {seen} of {counted(rows, 'row')} are in the training data too, with {texts}"
-        return "warn", f"{line}; {looked}"
-    if figures["looked_at"]:
-        looked += f" ({UNFOUND})"
-    told, once = figures["same_texts"], figures["same_rare_texts"]
-    if rows >= LEAST_ROWS and once >= MOST_TEXTS * rows:
-        line = f"no picture of the evaluation was found in the training data; {looked}, but question and answer"
-        some = f"of {once} of {counted(rows, 'row')}"
-        return "warn", f"{line} {some} stand in just one row of training each, as those of copies do"
+        line = f"the pictures of {seen} of {counted(rows, 'row')} {pictures}"
+        return "warn", f"{line}; {f'{rare}; ' if (rare := _rare_texts(figures)) else ''}{looked}"
+    if rare := _rare_texts(figures):
+        return "warn", f"no picture of the evaluation was found in the training data; {looked}, but {rare}"
     line = f"no row of the evaluation was found in the training data; {looked}"
-    if told >= MOST_TEXTS * rows:
+    if (told := figures["same_texts"]) >= MOST_TEXTS * rows:
         line += f"; question and answer of {told} of {counted(rows, 'row')} are in training too, beside other pictures"
     return "pass", line
+
+
+def _score_of_others(left: Mapping[str, Any], tuned: Column) -> str:
+    """What the rows get that have not leaked: "; the score of the other 10 is 20.0 % (...), of all 33.3 %"; "" where
+    none are left."""
+    if not left["rows"]:
+        return ""
+    value, unit = figure(left["value"], tuned.unit), tuned.unit
+    whole = float(np.nanmean(tuned.values)) if not np.isnan(tuned.values).all() else None
+    return f"; the score of the other {left['rows']} is {value} ({ends(left, unit)}), of all {figure(whole, unit)}"
+
+
+def _rare_texts(figures: Mapping[str, Any]) -> str:
+    """Says how many rows whose picture was not found have a text as that of a copy; "" where it is less than half of
+    these rows, or they are too few to tell.
+
+    Example: 12 rows, 2 of them found, 10 others with such a text -> "question and answer of 10 of the other 10 rows
+    stand in just one row of training each, as those of copies do".
+    """
+    rows, once = figures["not_found"], figures["same_rare_texts_not_found"]
+    if rows < LEAST_ROWS or once < MOST_TEXTS * rows:
+        return ""
+    some = f"of {once} of {'' if rows == figures['rows'] else 'the other '}{counted(rows, 'row')}"
+    return f"question and answer {some} stand in just one row of training each, as those of copies do"
 
 
 def _without(leaked: Sequence[int], tuned: Column, base: Column | None) -> dict[str, Any]:

@@ -37,7 +37,8 @@ FAILED = {
 
 
 def cautions(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What stands beside the headline: each check that failed, and an overlap that only warns, as words and its line.
+    """What stands beside the headline, as words and a check's line: each check that failed, an overlap that only warns,
+    and a loss that kept rows are too few to show.
 
     Example: [("Forgotten", "ANLS 5.4 % on 24 kept rows, 97.9 % before the tuning (...)")].
     """
@@ -48,6 +49,9 @@ def cautions(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
     if overlap.get("verdict") == "warn":
         words = FAILED["overlap"] if overlap.get("seen_images", 1) else "Perhaps not new to the model"
         told.insert(0, (words, overlap["line"]))
+    kept = found.get("forgetting", {})
+    if kept.get("verdict") != "fail" and "rows_needed" in kept:
+        told.append(("Perhaps forgotten", kept["line"]))
     return told
 
 

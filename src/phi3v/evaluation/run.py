@@ -24,6 +24,7 @@ from phi3v.data.schema import Row
 from phi3v.data.sources import LoadedData, StreamedData, load_data, load_rows, stream_data
 from phi3v.errors import ConfigError, DataError
 from phi3v.evaluation.answers import Answers, answer_rows
+from phi3v.evaluation.check_answers import KEPT_ROWS
 from phi3v.evaluation.checks import Asked, plan_checks, run_checks
 from phi3v.evaluation.keeping import Keeping, locked, own_device, shared
 from phi3v.evaluation.result import Beside, Evaluation, HeldOut, build_evaluation, scoring_of
@@ -47,8 +48,6 @@ See = Callable[[dict[str, Any]], dict[str, Any]] | None
 """Puts kept features in place of an example's pixels."""
 _OF_TRAINING = ("training", "lora", "sweep", "output")
 """Sections that change nothing about rows or answers."""
-KEPT_ROWS = 200
-"""Of `evaluation.keep`: so many tell a loss of ten points."""
 KEPT_TEMPLATES = (
     'data.prompt="{question}"',
     'data.answer="{answer}"',
@@ -90,8 +89,8 @@ def evaluate(
         target: run, adapter, model folder or hub id.
         data: a recipe file, whose held-out rows are taken, or data read with the templates of the target's run;
             None for the run's own held-out rows.
-        against: "base" to answer with the base too, None for the target alone, or another target, which answers the
-            same rows in the same way.
+        against: "base" to answer with the base too, None or "none" for the target alone, or another target, which
+            answers the same rows in the same way.
         metrics: names of metrics; None for those of the recipe, or where it names none those of the answers' kind.
         checks: names of checks, see `checks.ALL`; None for those of the recipe, or where it names none the usual ones.
         rows: only the first so many rows; None for as many as the recipe says.
@@ -244,8 +243,8 @@ def training_rows(place: Target, held_out: HeldOut) -> Sequence[Row] | str:
 
 def _resolve_other(against: str | Path | None) -> Literal["base"] | Target | None:
     """What `evaluate` takes as `against`; what is wrong with a target's small files is said before rows are read."""
-    if against is None or against == "base":
-        return "base" if against else None
+    if against in (None, "base", "none"):
+        return "base" if against == "base" else None
     place = resolve_target(against)
     load_config(place.base, revision=place.revision)
     return place
