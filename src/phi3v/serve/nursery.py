@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from typing import IO
 
 _FORKS = sys.platform == "linux"
@@ -97,7 +98,9 @@ def main() -> None:
             os.waitpid(worker, 0)
         if not pipes:
             return
-        worker = os.fork()
+        with warnings.catch_warnings():  # Python 3.12 warns of idle threads of numpy and torch, which hold no locks
+            warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
+            worker = os.fork()
         if worker == 0:
             asked.close()
             for standard, pipe in enumerate(pipes):
