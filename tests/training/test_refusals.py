@@ -111,6 +111,7 @@ MakeRecipe = Callable[..., phi3v.Recipe]
             {"early_stopping": 2, "metric_for_best_model": "eval_f1"},
             "^training.metric_for_best_model is 'eval_f1', allowed are eval_loss and, .* exact_match and similarity$",
         ),
+        ({"dataloader_persistent_workers": True}, "^training.dataloader_persistent_workers is decided by the run"),
         (
             {"train_sampling_strategy": "group_by_length"},
             "^training.train_sampling_strategy is decided by training.seed",

@@ -29,6 +29,8 @@ _DECIDED_ELSEWHERE = {
     "fp16": "model.dtype (float16 scales losses, and gradients of weights in bfloat16 cannot be scaled back)",
     "use_cpu": "model.device",
     "dataloader_drop_last": "training.samples_per_step (the last step of an epoch is filled up)",
+    # torch draws the seed of workers that live on once only, and a resumed run would draw it in another epoch.
+    "dataloader_persistent_workers": "the run (workers begin anew in each epoch, so a run that goes on draws alike)",
     "auto_find_batch_size": "training.micro_batch_size (a step keeps its number of samples)",
     "resume_from_checkpoint": "output (a run goes on by itself)",
     "save_only_model": "output (a run goes on from its checkpoints, and needs all of them)",
