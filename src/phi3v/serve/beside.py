@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 
 from phi3v.serve.channel import Message, read_message, write_message
-from phi3v.serve.lanes import Asked, sampler
+from phi3v.serve.lanes import Asked
 from phi3v.serve.protocol import Refusal
 from phi3v.serve.served import Served
 
@@ -83,14 +83,7 @@ class Beside:
             raise Refusal(told["status"], told["code"], told["message"])
         if told["is"] == "fault":
             raise RuntimeError("the process that prepares requests tells why")
-        return Asked(
-            message["id"],
-            self._served[message["model"]],
-            safetensors.torch.load(tensors[0]),
-            told["most"],
-            list(message["stop"]),
-            sampler(message["temperature"], message["top_p"], message["seed"]),
-        )
+        return Asked.of(message, self._served[message["model"]], safetensors.torch.load(tensors[0]), told["most"])
 
 
 def _pipe() -> tuple[BinaryIO, BinaryIO]:

@@ -51,6 +51,12 @@ class Asked:
     stops: list[str] = field(default_factory=list)
     choose: Callable[[torch.Tensor], int] | None = None
 
+    @classmethod
+    def of(cls, message: Mapping[str, Any], served: Served, example: dict[str, Any], most: int) -> "Asked":
+        """What a request's message asks of an encoded prompt."""
+        choose = sampler(message["temperature"], message["top_p"], message["seed"])
+        return cls(message["id"], served, example, most, list(message["stop"]), choose)
+
     def __post_init__(self) -> None:
         self.row = RunningRow(self.name, self.choose)
         self.text = StoppedText(self.stops)

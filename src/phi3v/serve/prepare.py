@@ -14,7 +14,7 @@ from phi3v.data.images import image_size, open_image
 from phi3v.data.schema import ImagePart, ImageRef, Message, Row, TextPart
 from phi3v.errors import DataError, ImageError
 from phi3v.model.chat_phi3_v import GUARD
-from phi3v.serve.lanes import Asked, sampler
+from phi3v.serve.lanes import Asked
 from phi3v.serve.limits import MAX_PIXELS
 from phi3v.serve.protocol import Refusal
 from phi3v.serve.served import Served
@@ -56,14 +56,7 @@ def prepare(
     if prompt + (wanted or 1) > context:
         raise _too_long(f"{prompt} tokens of the prompt and {wanted or 1} of the answer are", context)
     example["row"] = row
-    return Asked(
-        asked["id"],
-        served,
-        example,
-        wanted or min(default_tokens, context - prompt),
-        list(asked["stop"]),
-        sampler(asked["temperature"], asked["top_p"], asked["seed"]),
-    )
+    return Asked.of(asked, served, example, wanted or min(default_tokens, context - prompt))
 
 
 def _row(turns: Sequence[Mapping[str, Any]], images: Sequence[bytes], system: str | None) -> Row:
