@@ -195,7 +195,9 @@ def kill_worker(server: RunningServer) -> tuple[list[int], float]:
         thread.join()
     assert all(one.headers.get("retry-after") for one in found), [one.text for one in found]
     down = server.post(asking("Hi"))
-    assert down.status_code == 503 and down.headers["retry-after"] and server.http.get("/health").status_code == 503
+    health = server.http.get("/health")
+    assert (down.status_code, health.status_code) == (503, 503)
+    assert down.headers["retry-after"] and health.headers["retry-after"]
     seconds = server.wait_until(lambda: server.health()["status"] == "ok", 120)
     assert known_answer(server) == expected and server.worker() != worker
     assert not any(Path(f"/proc/{one}").exists() for one in beside), "what prepared for the worker is still there"

@@ -183,10 +183,12 @@ def test_the_process_beside_tells_what_it_refuses_and_ends_with_the_worker(serve
         assert (asked.name, asked.most, asked.stops, asked.choose is None) == (0, 12, ["."], False)
         with pytest.raises(Ended):
             beside.prepare({**message, "id": 2}, images)
+        assert beside.dies()
         beside.process.join(5)
         assert beside.process.exitcode == -signal.SIGKILL
         other = Beside({"m": served}, prepare_or_fail, [alone])
         other.close()
+        assert not other.dies()
         assert other.process.exitcode == 0 and not alone.closed and alone.write(b"still open here") > 0
 
 

@@ -20,6 +20,7 @@ from serving import TINY, RunningServer, asking, data_url, photo, running_server
 from serving_trials import (
     QUESTION,
     answered_as_alone,
+    children,
     drop_streams,
     kill_worker,
     overload,
@@ -178,6 +179,12 @@ def test_made_up_requests_are_no_fault_with_a_model_behind_them(server: RunningS
 def test_a_killed_worker_is_503_and_comes_back(server: RunningServer) -> None:
     statuses, seconds = kill_worker(server)
     assert statuses == [503] * 3 and seconds < 30  # 15 where the tests do not share the cores: `make torture`
+    worker = server.worker()
+    for beside in children(worker):  # it has nothing to do: the server must not learn of its end by a request
+        os.kill(beside, signal.SIGKILL)
+        server.wait_until(lambda: server.health()["status"] != "ok", 10)
+        server.wait_until(lambda: server.health()["status"] == "ok", 60)
+        assert server.worker() != worker
 
 
 def test_a_worker_that_dies_costs_no_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

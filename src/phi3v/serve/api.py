@@ -258,7 +258,7 @@ def build_app(backend: Backend, limits: Limits, images: ImageSource, *, key: str
         """Whether the model is loaded, and how many requests are in the server and with the model."""
         state = "ok" if backend.ready else "loading"
         told = {"status": state, "requests": doorway.requests, "rows": backend.rows}
-        return JSONResponse(told, 200 if backend.ready else 503)
+        return JSONResponse(told) if backend.ready else JSONResponse(told, 503, {"Retry-After": "5"})
 
     _say_errors(app)
     plain = app.openapi

@@ -6,11 +6,13 @@ without a copy. A fork may not compute with several threads once its parent has 
 there is one where torch has one thread, and on Linux; elsewhere the worker's own thread prepares.
 
 Requests go in and prepared ones come out through two pipes, as messages of `channel`; tensors as safetensors. Where
-the process dies, by a file that crashes a decoder, the worker ends with it and the server starts another one.
+the process dies, by a file that crashes a decoder, the worker ends with it, at work or not, and the server starts
+another one; where the worker dies, the process does.
 """
 
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +22,7 @@ import safetensors.torch
 import torch
 
 from phi3v.serve.channel import Message, read_message, write_message
+from phi3v.serve.families import end_with_parent
 from phi3v.serve.lanes import Asked
 from phi3v.serve.protocol import Refusal
 from phi3v.serve.served import Served
@@ -53,11 +56,11 @@ class Beside:
             prepare: what the process does with each request.
             not_its: files that are the worker's alone: who waits for their end must not wait for this process.
         """
-        self._served = served
+        self._served, self._closed = served, False
         (asks, self._asking), (self._answering, answers) = _pipe(), _pipe()
         mine, its = (self._asking, self._answering), (asks, answers)
         self.process = multiprocessing.get_context("fork").Process(
-            target=_work, args=(*its, prepare, (*mine, *not_its)), daemon=True, name="prepares"
+            target=_work, args=(*its, prepare, (*mine, *not_its), os.getpid()), daemon=True, name="prepares"
         )
         self.process.start()
         for one in its:
@@ -65,9 +68,15 @@ class Beside:
 
     def close(self) -> None:
         """Nothing will be asked any more: the process ends, as it does when the worker is killed."""
+        self._closed = True
         for one in (self._asking, self._answering):
             one.close()
         self.process.join()
+
+    def dies(self) -> bool:
+        """Waits until the process has ended. Returns: whether nobody had closed it."""
+        multiprocessing.connection.wait([self.process.sentinel])
+        return not self._closed
 
     def prepare(self, message: Message, images: Sequence[bytes]) -> Asked:
         """A request that is ready for the model. Raises: Refusal; RuntimeError by a fault of ours; Ended."""
@@ -92,8 +101,9 @@ def _pipe() -> tuple[BinaryIO, BinaryIO]:
     return os.fdopen(out, "rb"), os.fdopen(into, "wb")
 
 
-def _work(asks: BinaryIO, answers: BinaryIO, prepare: Prepare, not_its: Sequence[BinaryIO]) -> None:
+def _work(asks: BinaryIO, answers: BinaryIO, prepare: Prepare, not_its: Sequence[BinaryIO], worker: int) -> None:
     """What the process does, until nobody asks any more."""
+    end_with_parent(worker)
     for one in not_its:
         os.close(one.fileno())
     while (found := read_message(asks)) is not None:

@@ -17,6 +17,8 @@ import sys
 import warnings
 from typing import IO
 
+from phi3v.serve.families import adopt_orphans, wait_for_all
+
 _FORKS = sys.platform == "linux"
 
 
@@ -85,9 +87,11 @@ class Nursery:
 def main() -> None:
     """The nursery itself: standard input is a socket, through which the two pipes of each worker come.
 
-    It ends when the server does. One worker lives at a time: the one before is waited for, so that its memory is free.
+    It ends when the server does. One worker lives at a time: the one before is waited for, and what that had started,
+    so that their memory is free.
     """
     run = importlib.import_module(sys.argv[1]).main
+    adopt_orphans()
     gc.freeze()  # what was imported stays shared with the workers
     asked = socket.socket(fileno=os.dup(0))
     worker = 0
@@ -95,7 +99,7 @@ def main() -> None:
         _, pipes, _, _ = socket.recv_fds(asked, 1, 2)
         if worker:
             os.kill(worker, signal.SIGKILL)
-            os.waitpid(worker, 0)
+            wait_for_all()
         if not pipes:
             return
         with warnings.catch_warnings():  # Python 3.12 warns of idle threads of numpy and torch, which hold no locks

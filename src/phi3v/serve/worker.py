@@ -73,6 +73,7 @@ class Worker:
         self.tell({"is": "ready", "models": names, "context": self.context})
         if all(one.sees_ahead for one in self.served.values()) and may_fork():
             self._beside = Beside(self.served, self._ready_for_the_model, (self._source, self._drain))
+            threading.Thread(target=self._end_with, args=(self._beside,), daemon=True).start()
         for job in (self._read, self._prepare):
             threading.Thread(target=job, daemon=True, name=job.__name__).start()
         open_ = True
@@ -127,14 +128,19 @@ class Worker:
                 told = {"status": error.status, "code": error.code, "message": str(error)}
                 self.tell({"is": "refused", "id": message["id"], **told})
             except Ended:
-                _logger.error("the process that prepares requests ended")
-                os._exit(1)
+                return  # and so does this process, see _end_with
             except Exception:  # a fault of ours: this request is lost, the others are not
                 _logger.exception("a request could not be prepared")
                 self.tell({"is": "fault", "id": message["id"]})
             else:
                 self._ready.put(asked)
         self._ready.put(None)
+
+    def _end_with(self, beside: Beside) -> None:
+        """What the thread does that waits for the process beside: where that dies, even idle, this one ends at once."""
+        if beside.dies():
+            _logger.error("the process that prepares requests ended")
+            os._exit(1)
 
     def _ready_for_the_model(self, message: Message, images: Sequence[bytes]) -> Asked:
         """A request, prepared here. Raises: Refusal."""
@@ -167,7 +173,7 @@ def main() -> None:
     os.dup2(2, 1)
     sys.setswitchinterval(SWITCH_SECONDS)
     warnings.simplefilter("ignore")
-    logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
+    logging.basicConfig(level=logging.ERROR, stream=sys.stderr, format="phi3v: %(message)s")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     silence_libtiff()
     give_up_early()  # a hub that is away: one attempt and one line, as in the commands
