@@ -232,6 +232,12 @@ class ChatModel:
         return name is not None and _BYTE.fullmatch(name) is not None
 
 
+NO_NUMBERS = (
+    "the model's scores are no numbers (NaN): its weights, or the adapter's, are damaged, or too large for "
+    "their number type; copy them again, or train again"
+)
+
+
 class _FirstScores(LogitsProcessor):
     """Refuses scores that are no numbers, of an answer's first token: with NaN in its weights a model says nothing."""
 
@@ -240,10 +246,7 @@ class _FirstScores(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         if not self._seen and bool(scores.isnan().any()):
-            raise CheckpointError(
-                "the model's scores are no numbers (NaN): its weights, or the adapter's, are damaged, or too large for "
-                "their number type; copy them again, or train again"
-            )
+            raise CheckpointError(NO_NUMBERS)
         self._seen = True
         return scores
 

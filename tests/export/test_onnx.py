@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -114,6 +115,19 @@ def test_the_image_token_is_never_an_answer(torch_chat, onnx_chat):
         assert onnx_chat.answer_tokens(example, 1) != tokens
     finally:
         onnx_chat.image_token_id = image
+
+
+def test_scores_that_are_no_numbers_are_no_answer(torch_chat, onnx_chat, monkeypatch):
+    start = onnx_chat.start
+
+    def overflowing(*given):
+        generator = start(*given)
+        logits = np.full_like(generator.get_logits(), np.nan)
+        return SimpleNamespace(get_logits=lambda: logits)
+
+    monkeypatch.setattr(onnx_chat, "start", overflowing)
+    with pytest.raises(CheckpointError, match="the model's scores are no numbers"):
+        onnx_chat.answer_tokens(encoded(torch_chat, [], words=6), 3)
 
 
 def test_the_context_ends_where_the_models_does(onnx_chat):

@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from phi3v.data.images import MAX_PIXELS
 from phi3v.errors import CheckpointError, ConfigError, TooLongError
 from phi3v.export.onnx import refuse_without_packages
-from phi3v.generate import ChatModel, fixed_system
+from phi3v.generate import NO_NUMBERS, ChatModel, fixed_system
 from phi3v.image_tokens import grid_tokens
 from phi3v.loading import load_config, load_processor
 from phi3v.passthrough import first_line
@@ -77,7 +77,10 @@ class OnnxChatModel(ChatModel):
     def answer_tokens(
         self, example: Mapping[str, Any], max_new_tokens: int, streamer: BaseStreamer | None = None
     ) -> list[int]:
-        """Ids of the answer, the stop token included where one ends it; the image token is never among them."""
+        """Ids of the answer, the stop token included where one ends it; the image token is never among them.
+
+        Raises: CheckpointError where the graphs' scores are no numbers, of damaged weights or by an overflow.
+        """
         ids, images = genai_inputs(example, self.image_token_id)
         prompt = len(ids)
         if prompt >= self.context:
@@ -91,6 +94,8 @@ class OnnxChatModel(ChatModel):
             if len(ids) - 1 == self.limit and len(ids) > prompt:
                 generator = self.start(ids, images, longest)
             logits = generator.get_logits()
+            if np.isnan(logits).any():
+                raise CheckpointError(NO_NUMBERS)
             logits[..., self.image_token_id] = -np.inf
             generator.set_logits(logits)
             generator.generate_next_token()
