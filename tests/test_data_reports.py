@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytest
 import test_data_cli
 from image_server import image_server
+from PIL import Image
 from rich.console import Console
 from test_data_cli import write_rows
 
@@ -21,21 +22,30 @@ from phi3v.data.check import Report
 from phi3v.data.image_cache import in_shard
 from phi3v.data.reading import Reading
 from phi3v.data.schema import RowProblem
+from phi3v.data.show import join_crops
 from phi3v.data.sources import stream_data
 from phi3v.errors import DataError
 from phi3v.first_look import row_options
+from phi3v.loading import load_processor
 from phi3v.recipe import Recipe
+from phi3v.training.data_show import show_recipe
+from phi3v.training.samples import augmented_images, encoded_rows, read_data
 
 folder, model, run = test_data_cli.folder, test_data_cli.model, test_data_cli.run
 
 
-def test_show_and_check_say_the_same_of_rows_that_only_decoding_shows_to_be_bad(run: Any, folder: Path) -> None:
+def spoil_rows(folder: Path) -> None:
+    """Row 0 does not decode, and row 1 is longer than 1,000 tokens."""
     photo = bytearray((folder / "photos" / "0.png").read_bytes())
     photo[photo.index(b"IDAT") + 6] ^= 0xFF
     (folder / "photos" / "bad.png").write_bytes(photo)  # its header and its end are sound
     rows = [json.loads(line) for line in (folder / "photos" / "rows.jsonl").read_text().splitlines()]
     rows[0]["image"], rows[1]["colour"] = "bad.png", "red " * 2000
     write_rows(folder, rows)
+
+
+def test_show_and_check_say_the_same_of_rows_that_only_decoding_shows_to_be_bad(run: Any, folder: Path) -> None:
+    spoil_rows(folder)
     words = [folder / "recipe.yaml", "data.max_length=1000", "data.max_skipped=0.2", "--json"]
     for more, usable in (([], 36), (["--quick"], 37)):
         checked, shown = (json.loads(run(name, *words, *more).stdout) for name in ("check", "show"))
@@ -46,6 +56,30 @@ def test_show_and_check_say_the_same_of_rows_that_only_decoding_shows_to_be_bad(
     assert {row["row"]: row["problem"] for row in found["shown"] if row["problem"]} == {
         problem["row"]: problem["message"] for problem in found["problems"] if problem["row"] in (0, 1)
     }
+
+
+def test_show_has_images_as_the_first_epoch_changes_them(folder: Path) -> None:
+    """By the row's place among those that training reads: a long one has none, a damaged one has."""
+    spoil_rows(folder)
+    more = ["data.max_length=1000", "data.max_skipped=0.2", "data.split=null", "training.seed=3"]
+    plain = Recipe.load(folder / "recipe.yaml", more)
+    changed = plain.with_overrides(["image.augment={crop: 0.3, rotate: 20, brightness: 0.5}"])
+    processor = load_processor(changed.model.name, **changed.image.processor_options)
+    data = read_data(changed, processor, lambda stage, done, total: None)
+    samples = encoded_rows(changed, data.train, processor, augmented=augmented_images(changed))
+    places = {row.index: place for place, row in enumerate(data.train)}
+    assert (places[0], places[2]) == (0, 1)
+    found = {name: show_recipe(recipe, rows=4) for name, recipe in (("plain", plain), ("changed", changed))}
+    for before, after in list(zip(found["plain"].shown, found["changed"].shown, strict=True))[1:]:
+        (was,), (seen,) = before.images, after.images
+        crops = [
+            Image.fromarray(crop.numpy()) for crop in samples[places[after.row]]["pixel_values"].permute(0, 2, 3, 1)
+        ]
+        assert was.photo.tobytes() == seen.photo.tobytes()
+        assert join_crops(crops, seen.rows, seen.columns).tobytes() == seen.canvas.tobytes()
+        assert seen.canvas.tobytes() != was.canvas.tobytes() and (was.changed, seen.changed) == (False, True)
+    pages = [found[name].page().count("as training's first epoch sees it") for name in ("plain", "changed")]
+    assert pages == [0, 3]
 
 
 def test_check_names_what_is_not_read(run: Any, folder: Path) -> None:

@@ -26,6 +26,7 @@ from phi3v.cli_session import printable
 from phi3v.evaluation.figures import (
     counted,
     duration,
+    ending,
     ends,
     figure,
     gain,
@@ -262,6 +263,8 @@ def show_run(console: Console, summary: Mapping[str, Any], added: bool = False) 
     }
     line = f"run {summary['folder']} {done[summary['status']]}{note if left_out else ''}"
     console.print(line, markup=False, soft_wrap=True)
+    if line := ending(summary):
+        console.print(line, markup=False, soft_wrap=True)
     if summary["report"]:
         console.print(f"report: {summary['report']}", markup=False, soft_wrap=True)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from phi3v.evaluation.figures import counted, duration, interval, percent, short_number
+from phi3v.evaluation.figures import counted, duration, ending, interval, percent, short_number
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,30 @@ def test_duration(seconds, text):
 @pytest.mark.parametrize(("number", "text"), [(0, "0 steps"), (1, "1 step"), (2, "2 steps")])
 def test_counted(number, text):
     assert counted(number, "step") == text
+
+
+@pytest.mark.parametrize(
+    ("kept", "text"),
+    [
+        (None, ""),
+        ({"step": 9}, ""),
+        (
+            {"step": 9, "metric": "eval_loss", "score": 0.41, "last_score": 0.41},
+            "the weights kept are of step 9, the last, eval_loss 0.41",
+        ),
+        (
+            {"step": 2, "metric": "eval_similarity", "score": 0.5, "last_score": 0.25},
+            "the weights kept are of step 2, eval_similarity 0.5 (0.25 at the last validation)",
+        ),
+        (
+            {"step": 9, "metric": "eval_loss", "score": None, "last_score": None, "patience": 1},
+            "ended early at step 9 of 12: eval_loss did not get better for 1 validation; the weights kept are of step "
+            "9, the last: no validation had an eval_loss to choose by",
+        ),
+    ],
+)
+def test_ending(kept, text):
+    assert ending({"steps": 9, "planned": 12, "kept": kept}) == text
 
 
 def test_interval():

@@ -176,7 +176,9 @@ def test_an_early_stop_is_the_same_one_however_often_a_run_is_stopped(make: Make
     best step is one at which no checkpoint is due.
     """
     undisturbed, recipe, moved, copy = (make(name, **PATIENT) for name in ("patient", "stopped", "moved", "copy"))
-    assert phi3v.train(undisturbed).steps == 6
+    first = phi3v.train(undisturbed)
+    assert (first.steps, first.planned) == (6, 8)
+    assert first.kept == {"step": 3, "metric": "eval_loss", "score": 2.0, "last_score": 6.0, "patience": 3}
 
     def stop(run: phi3v.Recipe, place: Callable[..., None], step: int, saved: int) -> None:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
@@ -195,6 +197,7 @@ def test_an_early_stop_is_the_same_one_however_often_a_run_is_stopped(make: Make
     for run in (moved, copy):
         result = phi3v.train(run)
         assert (result.resumed_from, result.steps) == (6, 6)
+        assert (result.planned, result.kept) == (first.planned, first.kept)
         assert_same_end(end_of(run.output), end_of(undisturbed.output))
     for run in (undisturbed, moved):
         assert read_manifest(RunFolder(run.output).checkpoints / "checkpoint-6")["best"] == "checkpoint-3"
@@ -235,6 +238,7 @@ def test_where_the_best_weights_are_damaged_the_best_that_are_left_take_their_pl
     best = checkpoints / ("checkpoint-5" if when == "between" else "checkpoint-6")  # by their losses, 5.0 and 6.0
     left, ended = load_file(best / ADAPTER_WEIGHTS), load_file(RunFolder(recipe.output).adapter / ADAPTER_WEIGHTS)
     assert all(torch.equal(ended[name], weight) for name, weight in left.items())
+    assert f"checkpoint-{result.kept['step']}" == best.name and result.kept["score"] == LOSSES[result.kept["step"]]
     if when == "between":
         assert read_manifest(checkpoints / "checkpoint-6")["best"] == "checkpoint-5"
         assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-5", "checkpoint-6"]

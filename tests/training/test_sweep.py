@@ -29,7 +29,7 @@ from phi3v.sweep.folder import SweepFolder
 from phi3v.sweep.run import SweepResult, TrialNews, sweep
 from phi3v.sweep.space import default_space, search_space, with_values
 from phi3v.sweep.study import SweepStudy
-from phi3v.sweep.trial import rows_of
+from phi3v.sweep.trial import _found, rows_of
 from phi3v.sweep.verdict import remarks
 
 MakeRecipe = Callable[..., phi3v.Recipe]
@@ -349,6 +349,16 @@ def test_a_trial_of_one_validation_has_a_dot_and_the_pruner_is_not_told() -> Non
     assert [trial.intermediate_values for trial in whole.trials] == [{1: 0.4}, {1: 0.7, 2: 0.5}, {}]
     assert [trial.number for trial in whole.trials] == [0, 1, 2]
     assert [trial.intermediate_values for trial in study.trials] == [{}, {1: 0.7}, {}]
+
+
+@pytest.mark.parametrize(("kept", "loss"), [(2, 0.5), (6, 0.4), (7, 0.4)])
+def test_a_trial_counts_with_the_loss_of_the_weights_that_it_keeps(tmp_path: Path, kept: int, loss: float) -> None:
+    """The best by another score have a higher loss; a last step that was not validated has the last one before it."""
+    run = RunFolder(tmp_path)
+    for step, held_out in ((2, 0.5), (4, 0.3), (6, 0.4)):
+        run.append_metrics({"step": step, "eval_loss": held_out, "eval_loss_low": held_out - 0.1})
+    run.mark_finished({"kept": {"step": kept}})
+    assert _found(run, "eval_loss") == {"value": loss, "low": loss - 0.1, "high": None}
 
 
 def test_choices_have_short_names_that_differ() -> None:

@@ -1,5 +1,6 @@
 """Ways to tune: vision parts under LoRA, rates by part, going on from adapters, what passes through to libraries."""
 
+import io
 import json
 import math
 import shutil
@@ -11,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import phi3v
 from phi3v import adapters, loading, targets, tuning
+from phi3v.cli_screen import show_run
 from phi3v.errors import CheckpointError, ConfigError
 from phi3v.features.vision import VisionFeatures
 from phi3v.recipe import Recipe
@@ -357,9 +360,20 @@ def test_early_stopping_keeps_the_best_weights(make: MakeRecipe, monkeypatch: py
     steps = {"max_steps": 8, "eval_steps": 1, "save_steps": 1, "eval_strategy": "steps", "learning_rate": 0.05}
     recipe = make(training={**steps, "early_stopping": 2, "epochs": 8}, data={"split": {"validation": 2}})
     result = phi3v.train(recipe)
-    assert result.steps == 4
+    assert (result.steps, result.planned) == (4, 8)
     for name, weight in weights_of(recipe).items():
         torch.testing.assert_close(weight, states[2][name], rtol=0, atol=0)
+    kept = {"step": 2, "metric": "eval_loss", "score": 2.0, "last_score": 5.0, "patience": 2}
+    run = RunFolder(recipe.output)
+    assert run.read_summary()["kept"] == result.kept == phi3v.train(recipe).kept == kept
+    line = (
+        "nded early at step 4 of 8: eval_loss did not get better for 2 validations; the weights kept are of step 2, "
+        "eval_loss 2 (5 at the last validation)"
+    )
+    printed = io.StringIO()
+    show_run(Console(file=printed), {**result.to_dict(), "evaluation": None, "report": None})
+    assert f"\ne{line}\n" in printed.getvalue()
+    assert f"<p>E{line}.</p>" in run.report.read_text(encoding="utf-8")
 
 
 def test_float16_computes_beside_float32_adapters(make: MakeRecipe) -> None:

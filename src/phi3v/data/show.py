@@ -5,12 +5,13 @@ What is drawn of them, and where, is not known here.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
+from phi3v.data.augment import Change
 from phi3v.data.encode import IGNORED, encode
 from phi3v.data.images import MAX_PIXELS, image_name, open_image
 from phi3v.data.schema import Row
@@ -54,6 +55,7 @@ class ShownImage:
         columns: crops from left to right.
         whole: the view of the whole, as the model sees it.
         tokens: what it costs.
+        changed: whether crops and view are of the image as training changes it (`image.augment`); the photo never is.
     """
 
     name: str
@@ -65,6 +67,7 @@ class ShownImage:
     columns: int
     whole: Image.Image
     tokens: int
+    changed: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,22 +113,25 @@ class ShownRow:
         }
 
 
-def show_row(row: Row, processor: Any, *, max_pixels: int = MAX_PIXELS, **options: Any) -> ShownRow:
+def show_row(
+    row: Row, processor: Any, *, max_pixels: int = MAX_PIXELS, change: Change | None = None, **options: Any
+) -> ShownRow:
     """A row as the model sees it; one that cannot be encoded is shown with the reason.
 
     Args:
         row: the row.
         processor: a Phi3VProcessor.
         max_pixels: larger images are refused.
+        change: what training does to its images, see `encode`.
         options: the other options of `encode`.
     """
     try:
-        sample = encode(row, processor, max_pixels=max_pixels, **options)
+        sample = encode(row, processor, max_pixels=max_pixels, change=change, **options)
         photos = [open_image(image, max_pixels=max_pixels) for image in row.images]
     except DataError as error:
         return ShownRow(row.source, row.index, [], [], str(error))
     trained = [label != IGNORED for label in sample["labels"].tolist()]
-    images = shown_images(row, photos, sample, processor)
+    images = [replace(image, changed=change is not None) for image in shown_images(row, photos, sample, processor)]
     tokens = shown_tokens(sample["input_ids"].tolist(), trained, [image.tokens for image in images], processor)
     return ShownRow(row.source, row.index, tokens, images)
 

@@ -74,6 +74,26 @@ def counted(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
+def ending(summary: Mapping[str, Any]) -> str:
+    """How a run ended whose best weights are kept, by its finished.json; "" of one that does not choose.
+
+    Example: "ended early at step 10 of 30: eval_loss did not get better for 4 validations; the weights kept are of step
+    2, eval_loss 0.41 (0.5 at the last validation)".
+    """
+    kept, steps = summary.get("kept") or {}, summary.get("steps")
+    if "metric" not in kept:
+        return ""
+    name, score, last = kept["metric"], kept["score"], kept["last_score"]
+    of = f"the weights kept are of step {kept['step']}{', the last' if kept['step'] == steps else ''}"
+    said = f"{of}, {name} {score:.4g}" if score is not None else f"{of}: no validation had an {name} to choose by"
+    if kept["step"] != steps and score is not None and last is not None:
+        said += f" ({last:.4g} at the last validation)"
+    if "patience" not in kept:
+        return said
+    without = f"{name} did not get better for {counted(kept['patience'], 'validation')}"
+    return f"ended early at step {steps} of {summary['planned']}: {without}; {said}"
+
+
 def rows_about(found: Mapping[str, Any], thing: str, things: str | None = None) -> str:
     """The rows of an evaluation, and their photos where several rows are about one.
 

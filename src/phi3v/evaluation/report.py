@@ -66,6 +66,7 @@ class ReportContent:
         samples: how many of them are shown as worst and best.
         photos: photos of some.
         trained: one dict per part of the model with "part", "parameters", "trained" and "share".
+        ending: whose weights are kept, and by what score; "" for those of the last step, unchosen.
         recipe: the resolved recipe as YAML text.
         versions: name and version of what ran.
         times: what took how many seconds.
@@ -84,6 +85,7 @@ class ReportContent:
     samples: int = 12
     photos: Photos = Photos()
     trained: Sequence[Mapping[str, Any]] = ()
+    ending: str = ""
     recipe: str = ""
     versions: Mapping[str, Any] = field(default_factory=dict)
     times: Mapping[str, float] = field(default_factory=dict)

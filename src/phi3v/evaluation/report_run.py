@@ -10,6 +10,7 @@ from phi3v.data.data_uri import photo_uri
 from phi3v.data.images import open_image
 from phi3v.data.schema import Row
 from phi3v.errors import CheckpointError, ImageError
+from phi3v.evaluation.figures import ending
 from phi3v.evaluation.headline import column_names
 from phi3v.evaluation.report import Photos, ReportContent, render_report
 from phi3v.evaluation.report_curves import loss_curve_png
@@ -56,6 +57,7 @@ def write_report(run: RunFolder, rows: Sequence[Row], controls: Mapping[str, Map
         samples=samples,
         photos=gather_photos(rows, shown, recipe.image.max_pixels) if samples else Photos(),
         trained=trained_parts(summary.get("trainable", {})),
+        ending=ending(summary),
         recipe=run.recipe.read_text(encoding="utf-8"),
         versions=run.read_versions(),
         times=times | (evaluation["seconds"] if evaluation else {}),

@@ -133,7 +133,7 @@ def run_trial(recipe: Recipe, sweep: SweepSection, judge: Judge, watch: Watcher,
 
     try:
         train(recipe, on_event=look, features=store, report=sweep.metric != "eval_loss")
-        return replace(outcome("complete", _found(run, recipe, sweep.metric)), last=_last(run, sweep.metric))
+        return replace(outcome("complete", _found(run, sweep.metric)), last=_last(run, sweep.metric))
     except _Pruned:
         return outcome("pruned")
     except (ConfigError, DataError, TrainingError) as error:
@@ -162,8 +162,8 @@ def _last(run: RunFolder, metric: str) -> tuple[int, float] | None:
     return (len(lines), _score(lines[-1], metric)) if lines else None
 
 
-def _found(run: RunFolder, recipe: Recipe, metric: str) -> dict[str, Any]:
-    """The score of a finished run: of the weights that it kept, the last ones or, where it says so, the best.
+def _found(run: RunFolder, metric: str) -> dict[str, Any]:
+    """The score of a finished run: of the weights that it kept, where their step was validated, else the last one.
 
     Example: {"value": 0.31, "low": 0.28, "high": 0.35}, with more of an evaluation's.
     Raises: TrainingError when the run has none.
@@ -179,8 +179,8 @@ def _found(run: RunFolder, recipe: Recipe, metric: str) -> dict[str, Any]:
             "the run has no held-out loss: hold out rows (data.split, data.validation), and leave "
             "training.eval_strategy as it is"
         )
-    best = recipe.training.early_stopping is not None or recipe.training.options.get("load_best_model_at_end")
-    line = min(lines, key=lambda line: line["eval_loss"]) if best else lines[-1]
+    step = run.read_summary().get("kept", {}).get("step")  # the best by another score may have a higher loss
+    line = next((line for line in reversed(lines) if line["step"] == step), lines[-1])
     return {"value": line["eval_loss"], "low": line.get("eval_loss_low"), "high": line.get("eval_loss_high")}
 
 

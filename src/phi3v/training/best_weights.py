@@ -1,4 +1,5 @@
-"""Which checkpoint has the best weights of a run, where those that were the best are damaged; and a finished run's own.
+"""Which checkpoint has the best weights of a run, where those that were the best are damaged; which weights are kept;
+and whether a finished run's own are whole.
 
 In come the Trainer's state and the run's checkpoints; the state is set to the best of those that are whole, so nothing
 that it names is missing.
@@ -46,13 +47,39 @@ def mend_best(state: Any, args: Any, ranks: Ranks) -> str:
     best = Path(state.best_model_checkpoint or "")
     fault: str = ranks.told(lambda: find_fault(best, weights=True) or "")
     if fault:
-        name = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        name = _score_name(args)
         scores = {line["step"]: line[name] for line in state.log_history if name in line}
         left = ranks.told(lambda: str(best_whole(best.parent, scores, bool(args.greater_is_better)) or ""))
         step = checkpoint_step(Path(left)) if left else None
         state.best_model_checkpoint = left or None
         state.best_global_step, state.best_metric = step, None if step is None else scores[step]
     return fault
+
+
+def kept_weights(state: Any, args: Any, patience: int | None) -> dict[str, Any]:
+    """Whose weights a training ends with, see `RunResult.kept`; the same after a stop, by the Trainer's state alone.
+
+    Args:
+        state: the Trainer's, when all is done.
+        args: the Trainer's.
+        patience: validations without a better score that end the run.
+    """
+    if not args.load_best_model_at_end:
+        return {"step": state.global_step}
+    best, name = state.best_model_checkpoint, _score_name(args)
+    scores = [line[name] for line in state.log_history if name in line]
+    return {
+        "step": checkpoint_step(Path(best)) if best else state.global_step,
+        "metric": name,
+        "score": state.best_metric if best else None,
+        "last_score": scores[-1] if scores else None,
+        **({"patience": patience} if patience is not None and state.global_step < state.max_steps else {}),
+    }
+
+
+def _score_name(args: Any) -> str:
+    """What the score by which weights are the best is called in the log: "eval_loss"."""
+    return f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
 
 
 def best_whole(folder: Path, scores: Mapping[int, float], greater: bool) -> Path | None:

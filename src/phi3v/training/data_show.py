@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from phi3v.data.augment import Change
 from phi3v.data.check import listed
 from phi3v.data.fetch import fetch_images
 from phi3v.data.image_cache import FetchFailure
@@ -15,10 +16,11 @@ from phi3v.data.reading import Reading
 from phi3v.data.schema import ImageRef, Row, RowProblem
 from phi3v.data.show import ShownRow, show_row, spaced
 from phi3v.data.show_page import render_rows
-from phi3v.first_look import Progress, survey_data, survey_options
+from phi3v.first_look import FoundRows, Progress, survey_data, survey_options, survey_rows
 from phi3v.loading import load_config, load_processor
 from phi3v.recipe import Recipe
 from phi3v.training.data_check import rows_or_trouble
+from phi3v.training.samples import augmented_images
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,32 @@ def show_recipe(recipe: Recipe, *, rows: int = 8, decode: bool = True, on_progre
     options = survey_options(recipe, context, decode=decode, hashes=False)
     problems = survey_data(data, processor, options, on_progress=on_progress)[2]
     wrong = {(problem.source, problem.row): problem.message for problem in problems}
-    chosen = [data.train[position] for position in spaced(len(data.train), rows)]
+    positions = spaced(len(data.train), rows)
+    complete = _with_images([data.train[position] for position in positions], wrong, recipe, on_progress)
+    changes = _first_changes(recipe, data, processor, context, positions)
     shown = [
-        row if isinstance(row, ShownRow) else show_row(row, processor, **how)
-        for row in _with_images(chosen, wrong, recipe, on_progress)
+        row if isinstance(row, ShownRow) else show_row(row, processor, change=change, **how)
+        for row, change in zip(complete, changes, strict=True)
     ]
     usable = data.rows_in - len(problems)
     return Shown(recipe.data.train_name, name, data.rows_in, usable, listed(problems), decode, shown)
+
+
+def _first_changes(
+    recipe: Recipe, data: FoundRows, processor: Any, context: int, positions: Sequence[int]
+) -> list[Change | None]:
+    """What training does in its first epoch to the images of the rows in some positions; None for nothing.
+
+    Draws follow from a row's place among those that training reads, which are judged by headers: rows that decoding
+    alone shows to be bad keep their place there.
+    """
+    augmented = augmented_images(recipe)
+    if augmented is None:
+        return [None for _ in positions]
+    options = survey_options(recipe, context, decode=False, hashes=False)
+    kept = survey_rows(data.train, processor, options).kept
+    places = {position: place for place, position in enumerate(kept)}
+    return [augmented.of(places[position]) if position in places else None for position in positions]
 
 
 def _with_images(

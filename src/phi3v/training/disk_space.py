@@ -19,8 +19,6 @@ from phi3v.run_folder import RunFolder
 _BYTES_A_WEIGHT = 12
 """A weight in float32 with the two averages that Adam keeps of its gradient; other optimisers keep less."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FREE_SPACE = "free space there"
-"""What helps where a disk is full."""
 _log = logging.getLogger(__name__)
 
 
@@ -53,12 +51,13 @@ def warn_of_space(run: RunFolder, trained: int, limit: int | None, *, best: bool
 
 
 @contextlib.contextmanager
-def full_disk(folder: Path, way_out: str = f"{FREE_SPACE} and run the same command again") -> Iterator[None]:
+def full_disk(folder: Path, then: str = "run the same command again", *, instead: str = "") -> Iterator[None]:
     """Turns an error that says that nothing more fits onto a disk into one line.
 
     Args:
         folder: what is written in this context lies there.
-        way_out: what to do.
+        then: see `full_line`.
+        instead: see `full_line`.
     Raises: TrainingError.
     """
     try:
@@ -66,21 +65,25 @@ def full_disk(folder: Path, way_out: str = f"{FREE_SPACE} and run the same comma
     except (OSError, SafetensorError) as error:
         if not is_full(error):
             raise
-        raise TrainingError(full_line(error, folder, way_out)) from error
+        raise TrainingError(full_line(error, folder, then, instead=instead)) from error
 
 
-def full_line(error: BaseException, folder: Path, way_out: str) -> str:
+def full_line(error: BaseException, folder: Path, then: str = "", *, instead: str = "") -> str:
     """What is said of a full disk, or of a file that grew beyond the process's limit, which free space does not help.
 
     Args:
         error: for which `is_full` holds.
         folder: what was written lies there.
-        way_out: what to do; begins with `FREE_SPACE`, behind which may stand what comes next.
+        then: what comes next, when that is done.
+        instead: what helps as well as free space.
+    Example: "the disk of runs/shop is full (No space left on device): free space there; run the same command again".
     """
-    if not _says(error, errno.EFBIG):
-        return f"the disk of {folder} is full ({first_line(error)}): {way_out}"
-    raised = way_out.replace(FREE_SPACE, "raise the limit on the size of files (ulimit -f)", 1)
-    return f"a file in {folder} may not grow any further ({first_line(error)}): {raised.partition(', or ')[0]}"
+    if _says(error, errno.EFBIG):
+        fault = f"a file in {folder} may not grow any further"
+        helps = "raise the limit on the size of files (ulimit -f)"
+    else:
+        fault, helps = f"the disk of {folder} is full", f"free space there{f', or {instead}' if instead else ''}"
+    return f"{fault} ({first_line(error)}): {helps}{f'; {then}' if then else ''}"
 
 
 def is_full(error: BaseException) -> bool:

@@ -221,7 +221,7 @@ def _thrown_away() -> Iterator[Path]:
     """A folder for a copy that is loaded again; it is not on the run's disk, so a full one names its own place."""
     place = Path(tempfile.gettempdir())
     with (
-        full_disk(place, "free space there, or set TMPDIR to a folder that has some"),
+        full_disk(place, instead="set TMPDIR to a folder that has some"),
         tempfile.TemporaryDirectory(prefix="phi3v_") as folder,
     ):
         yield Path(folder)

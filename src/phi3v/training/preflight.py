@@ -22,6 +22,8 @@ from phi3v.tuning import lora_config
 
 _OTHER_LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Variables by which mpirun says how many processes there are, as accelerate reads them."""
+_OF_ACCELERATE = "ACCELERATE_USE_CPU"
+"""What accelerate's launcher of one process always sets, and that of several never."""
 _FILES = (".yaml", ".yml", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
@@ -56,7 +58,11 @@ def _check_kept(recipe: Recipe) -> None:
 
 
 def refuse_other_launchers() -> None:
-    """Raises: ConfigError under mpirun, each of whose processes would take whole steps of its own."""
+    """Refuses mpirun, each of whose processes would take whole steps of its own, and one process alone of several.
+
+    `accelerate launch` without several GPUs starts one process, however many it is asked for, and tells it where others
+    would be met, but no number: that is all that there is to see of it. Raises: ConfigError.
+    """
     for name in _OTHER_LAUNCHERS:
         count = os.environ.get(name, "")
         if count.isdigit() and int(count) > 1 and Launch.here().count == 1:
@@ -64,6 +70,12 @@ def refuse_other_launchers() -> None:
                 f"{name} is {count}: {count} processes that do not know of each other would each train all of it; "
                 f"start them with torchrun --nproc-per-node={count} -m phi3v train"
             )
+    if {_OF_ACCELERATE, "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            "accelerate launch was asked for several processes and started this one alone, as it does without several "
+            "GPUs (MASTER_PORT is set, WORLD_SIZE is not): start them with torchrun --nproc-per-node=2 -m phi3v train, "
+            "or this one with --num_processes=1"
+        )
 
 
 def check_upload(recipe: Recipe) -> None:

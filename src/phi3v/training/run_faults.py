@@ -14,7 +14,7 @@ from torch.distributed import DistError
 
 from phi3v.errors import TrainingError
 from phi3v.passthrough import first_line
-from phi3v.training.disk_space import FREE_SPACE, full_line, is_full
+from phi3v.training.disk_space import full_line, is_full
 from phi3v.training.step_faults import GatheringError, is_out_of_memory
 from phi3v.training.step_trainer import ANEW, StepTrainer
 
@@ -34,7 +34,7 @@ def one_line_faults(trainer: StepTrainer, folder: Path) -> Iterator[None]:
             raise _of_a_worker(trainer, error) from error  # it ended while it handed a sample over
         if not is_full(error):
             raise
-        raise TrainingError(full_line(error, folder, f"{FREE_SPACE} and {_again(trainer.saved)}")) from error
+        raise TrainingError(full_line(error, folder, _again(trainer.saved))) from error
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, TrainingError):
             raise
@@ -77,7 +77,7 @@ def one_line_at_the_end(folder: Path) -> Iterator[None]:
         raise
     except (OSError, SafetensorError, RuntimeError) as error:
         if is_full(error):
-            raise TrainingError(full_line(error, folder, f"{FREE_SPACE}; {again}")) from error
+            raise TrainingError(full_line(error, folder, again)) from error
         if is_out_of_memory(error):
             raise TrainingError(
                 f"out of memory while held-out rows are answered ({first_line(error)}): set a smaller "

@@ -20,10 +20,15 @@ class RunResult:
         steps: optimiser steps of the whole run.
         seconds: time that this call trained.
         metrics: the losses of the last step as metrics.jsonl names them, `{"loss": 0.4, "eval_loss": 0.5}`; no
-            eval_loss without validation rows.
+            eval_loss without validation rows. `kept` has the score of the weights that are kept.
         trainable: parameters per part of the model, `{"projector": {"trainable": 0, "total": 22034432}, ...}`.
         held_out: rows kept for validation.
         resumed_from: step of the checkpoint that a resumed run went on from.
+        planned: steps that the recipe asks for, more than `steps` where early stopping ended the run; None of a run
+            that an earlier version trained.
+        kept: the step whose weights are kept, `{"step": 10}`; where the best ones are, with their score and the last
+            validation's, and with the patience where it ended the run:
+            `{"step": 2, "metric": "eval_loss", "score": 0.41, "last_score": 0.5, "patience": 4}`.
         left_out: steps of the run that changed nothing, their loss or gradient being no number.
         samples: most images of a row, tokens of the shortest and the longest training row; empty for a stream.
         fast_lora: which decoder layers were hand-written and why others were not, `{"layers": 32, "attached": 0,
@@ -38,6 +43,8 @@ class RunResult:
     trainable: dict[str, dict[str, int]]
     held_out: int
     resumed_from: int | None = None
+    planned: int | None = None
+    kept: dict[str, Any] = field(default_factory=dict)
     left_out: int = 0
     samples: dict[str, int] = field(default_factory=dict)
     fast_lora: dict[str, Any] = field(default_factory=dict)

@@ -31,7 +31,7 @@ from phi3v.recipe import Recipe
 from phi3v.run_folder import RunFolder
 from phi3v.targets import resolve_target
 from phi3v.training.arguments import library_errors, training_arguments
-from phi3v.training.best_weights import has_whole_weights
+from phi3v.training.best_weights import has_whole_weights, kept_weights
 from phi3v.training.callbacks import TrainingEvent, Watcher
 from phi3v.training.checkpoints import checkpoint_step, newest_checkpoint
 from phi3v.training.conditions import conditions_of, facts_of, keep_metrics, note_begun
@@ -200,8 +200,9 @@ def _tune(
         ranks.alone(lambda: refuse_untrained(steps_left_out(run), trainer.state.global_step))
         _save(run, recipe, trainer, processor)
     seconds = time.monotonic() - began
-    of_rows = {"held_out": len(data.validation or []), "samples": facts_of_samples(data)}
-    return _result(run, trainer, report, written, seconds, resumed_from=done, **of_rows)
+    known = {"held_out": len(data.validation or []), "samples": facts_of_samples(data)}
+    known["kept"] = kept_weights(trainer.state, arguments, recipe.training.early_stopping)
+    return _result(run, trainer, report, written, seconds, resumed_from=done, **known)
 
 
 def _begin(run: RunFolder, recipe: Recipe, data: LoadedData | StreamedData, conditions: dict[str, Any] | None) -> None:
@@ -293,6 +294,7 @@ def _result(
         status="trained" if known["resumed_from"] is None else "resumed",
         folder=run.path,
         steps=trainer.state.global_step,
+        planned=trainer.state.max_steps,
         seconds=seconds,
         metrics=last_losses(run),
         trainable={part: asdict(count) for part, count in report.parts.items()},
