@@ -298,7 +298,7 @@ def test_one_answer_to_everything_never_passes(kind):
 @pytest.mark.parametrize(
     ("before", "after", "verdict", "words"),
     [
-        (40, 39, "pass", "exact match 97.5 % on 40 kept rows, 100 % before the tuning (-2.5 points"),
+        (40, 39, "pass", "exact match 97.5 % on 40 kept rows (another task), 100 % before the tuning (-2.5 points"),
         (20, 40, "pass", "+50.0 points"),
         (40, 20, "fail", "-50.0 points"),
     ],

@@ -14,6 +14,7 @@ from phi3v.data.data_uri import photo_uri
 from phi3v.data.schema import ImageRef, Message, Row, TextPart
 from phi3v.evaluation import report_run
 from phi3v.evaluation.headline import also_changed
+from phi3v.evaluation.legend import legend
 from phi3v.evaluation.report import ReportContent, render_report
 from phi3v.evaluation.report_curves import curve_points, loss_curve_svg
 
@@ -162,11 +163,14 @@ def test_right_values_out_of_form_stand_beside_the_fields():
 
 
 def test_a_check_that_failed_stands_beside_the_headline():
-    lost = {"verdict": "fail", "line": "ANLS 5.4 % on 24 kept rows"}
+    lost = {"verdict": "fail", "line": "ANLS 5.4 % on 24 kept rows", "metric": "anls"}
     html = headline_of(checks={"forgetting": lost, "form": {"verdict": "warn", "line": "a few"}, "images": lost})
     assert 'class="verdict ">Better after tuning, but 2 checks failed' in html and "a few" not in html
     assert '<strong class="wrong">Forgotten:</strong> ANLS 5.4 % on 24 kept rows.' in html
     assert '<strong class="wrong">Nothing shows that the images matter:</strong>' in html
+    content = make_content()
+    words = [legend({**content.evaluation, "checks": checks}) for checks in ({"forgetting": lost}, {})]
+    assert words[0].keys() - words[1].keys() == {"ANLS", "kept rows"}
     assert "was not looked at" not in html and "was not looked at" in headline_of()
     assert 'class="verdict right">Better after tuning<' in headline_of()
 

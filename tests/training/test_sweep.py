@@ -1,6 +1,7 @@
 """Sweeps on a tiny model: what is tried, what is shared, and that a killed sweep ends as an undisturbed one."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,7 @@ def test_what_is_worse_is_pruned_and_what_cannot_be_fails(make_sweep: MakeRecipe
     assert "training.optim is 'nothing'" in lines[4, "nothing"]["error"]
 
 
-def test_spaces_and_slips(make_sweep: MakeRecipe, tmp_path: Path) -> None:
+def test_spaces_and_slips(make_sweep: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = make_sweep("slips", search=None)
     space = default_space(recipe)
     assert list(space) == [
@@ -222,12 +223,17 @@ def test_spaces_and_slips(make_sweep: MakeRecipe, tmp_path: Path) -> None:
         "lora_alpha": 16,
         "target_modules": ["o_proj"],
     }
+    monkeypatch.setitem(sys.modules, "cmaes", None)  # as where it is not installed
     nested = recipe.with_overrides(["sweep.search={lora: {r: [2, 4]}, training.seed: {low: 0, high: 3}}"])
     assert list(nested.sweep.search) == ["lora.r", "training.seed"] and nested.sweep.search["training.seed"].whole
     for override, line in (
         ("sweep.search={training.learning_rat: [1]}", "sweep.search.training.learning_rat: "),
         ("sweep.search={output: [a, b]}", "cannot be searched"),
         ("sweep.sampler=TPE", "sweep.sampler is 'TPE', Optuna has BruteForceSampler"),
+        (
+            "sweep.sampler=CmaEsSampler",
+            "sweep.sampler CmaEsSampler needs a package that is not here .*: pip install cmaes",
+        ),
         ("sweep.pruner={name: MedianPruner, n_startup: 1}", "did you mean n_startup_trials"),
         ("sweep.storage=nothing://x", "sweep.storage nothing://x cannot be opened"),
         ("data.split=null", "held-out rows"),
@@ -349,6 +355,7 @@ def test_a_trial_of_one_validation_has_a_dot_and_the_pruner_is_not_told() -> Non
     assert [trial.intermediate_values for trial in whole.trials] == [{1: 0.4}, {1: 0.7, 2: 0.5}, {}]
     assert [trial.number for trial in whole.trials] == [0, 1, 2]
     assert [trial.intermediate_values for trial in study.trials] == [{}, {1: 0.7}, {}]
+    assert [trial.intermediate_values for trial in with_last(study, -1).trials] == [{1: -0.4}, {1: -0.7, 2: -0.5}, {}]
 
 
 @pytest.mark.parametrize(("kept", "loss"), [(2, 0.5), (6, 0.4), (7, 0.4)])

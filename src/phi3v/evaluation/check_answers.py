@@ -133,10 +133,11 @@ def check_forgetting(scoring: Scoring, rows: Sequence[Row], before: Answers | No
         losses = compare(own["loss"], theirs["loss"] if theirs else None)
         figures["loss"] = {"after": losses["one"], "before": losses["other"], "p": losses["p"]}
     now = _score(name, figures["after"]["value"])
+    asked = f"{counted(len(rows), 'kept row')} (another task)"
     if theirs is None:
-        return Check("skipped", f"{now} on {counted(len(rows), 'kept row')}; no base answered them before", figures)
+        return Check("skipped", f"{now} on {asked}; no base answered them before", figures)
     gap = figures["difference"]
-    line = f"{now} on {counted(len(rows), 'kept row')}, {figure(figures['before']['value'], 'share')} before the tuning"
+    line = f"{now} on {asked}, {figure(figures['before']['value'], 'share')} before the tuning"
     odds = "; the two disagree, and the p value decides" if at_odds(figures) else ""
     line += f" ({gain(gap['value'], 'share')} points, {gain_ends(gap, 'share')}, p {p_said(figures['p'])}{odds})"
     return _loss_verdict(line, own[name], theirs[name], figures)

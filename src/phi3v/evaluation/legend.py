@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from phi3v.evaluation.headline import column_names, out_of_form
+from phi3v.evaluation.row_scores import LABELS
 
 COLUMNS = {
     "difference": "the later column minus the earlier one, over the rows that have both; the interval beneath says "
@@ -58,10 +59,17 @@ CHECKS = {
 }
 """What checks ask."""
 
+KEPT = {
+    "kept rows": "questions about other things than the tuning's, with their right answers: who loses them has "
+    "forgotten what the model could do before",
+}
+"""What the check of forgetting looks at."""
+
 
 def legend(evaluation: Mapping[str, Any]) -> dict[str, str]:
     """The words that the scores of an evaluation need, columns first: {"p": "how often ...", "exact match": ...}.
 
+    Scores of checks too, which need not be those of the rows: captions that were kept are told by another one.
     Columns that compare are left out where nothing stands beside.
     """
     metrics = evaluation["metrics"].values()
@@ -72,4 +80,10 @@ def legend(evaluation: Mapping[str, Any]) -> dict[str, str]:
         whole["absolute_error"] = "mean absolute error"
     if any(out_of_form(evaluation, one) for one in metrics):
         found |= IN_FORM
+    checks = evaluation.get("checks", {})
+    for check in checks.values():
+        if (name := check.get("metric")) in LABELS:
+            whole.setdefault(name, LABELS[name])
+    if checks.get("forgetting", {}).get("metric"):
+        found |= KEPT
     return found | {label: METRICS[name] for name, label in whole.items() if name in METRICS}

@@ -20,7 +20,7 @@ from phi3v.sweep.study import validations
 from phi3v.whole_files import fill_file
 
 
-def write_plots(study: optuna.Study, folder: Path, target: str) -> list[Path]:
+def write_plots(study: optuna.Study, folder: Path, target: str, validated: str, sign: int = 1) -> list[Path]:
     """Writes the plots that the trials allow, and gives their files.
 
     Importances need two complete trials whose scores differ, and scikit-learn; curves validations. What lacks them is
@@ -30,6 +30,8 @@ def write_plots(study: optuna.Study, folder: Path, target: str) -> list[Path]:
         study: the trials.
         folder: where the files go.
         target: what the score is called.
+        validated: what the score of validations is called.
+        sign: of those, see `SweepStudy`.
     """
     complete = [trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]
     draw = optuna.visualization.matplotlib
@@ -39,18 +41,24 @@ def write_plots(study: optuna.Study, folder: Path, target: str) -> list[Path]:
             wanted["history"] = lambda: draw.plot_optimization_history(study, target_name=target)
             wanted["slice"] = lambda: draw.plot_slice(study, target_name=target)
         if any(validations(trial) for trial in study.get_trials(deepcopy=False)):
-            wanted["curves"] = lambda: draw.plot_intermediate_values(with_last(study))
+            wanted["curves"] = lambda: _named(draw.plot_intermediate_values(with_last(study, sign)), validated)
         if len({trial.value for trial in complete}) > 1 and importlib.util.find_spec("sklearn"):
             evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
             wanted["importances"] = lambda: draw.plot_param_importances(study, evaluator=evaluator, target_name=target)
         return [_drawn(draw_one, folder / f"{name}.png") for name, draw_one in wanted.items()]
 
 
-def with_last(study: optuna.Study) -> optuna.Study:
-    """A study in memory whose trials have their last validations too, under the same numbers."""
+def _named(axes: Axes, validated: str) -> Axes:
+    """The curves by the names of what they show."""
+    axes.set(title="", xlabel="validation", ylabel=f"{validated} at each validation")
+    return axes
+
+
+def with_last(study: optuna.Study, sign: int = 1) -> optuna.Study:
+    """A study in memory whose trials have their last validations too, under the same numbers and as they were said."""
     whole = optuna.create_study(direction=study.direction)
     for trial in sorted(study.get_trials(), key=lambda trial: trial.number):
-        trial.intermediate_values = validations(trial)
+        trial.intermediate_values = validations(trial, sign)
         whole.add_trial(trial)
     return whole
 

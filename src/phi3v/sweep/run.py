@@ -260,7 +260,7 @@ class _Work:
         trials = self.study.trials()
         best = next((line for line in self._lines(trials) if line["state"] == "complete"), None)
         line = self._line(trial)
-        told = self.settings.metric == "eval_loss" or self.recipe.evaluation.during_training
+        told = self.study.validated == self.settings.metric
         self.on_trial(
             TrialNews(
                 number=trial.number,
@@ -283,7 +283,7 @@ class _Work:
             "low": low,
             "high": high,
             "values": values_of(self.space, trial.params),
-            "validations": {str(count): score for count, score in sorted(validations(trial).items())},
+            "validations": {str(count): score for count, score in sorted(validations(trial, self.study.sign).items())},
             "steps": trial.user_attrs.get("steps", 0),
             "seconds": trial.user_attrs.get("seconds", 0.0),
             "error": trial.user_attrs.get("error"),
@@ -306,6 +306,7 @@ class _Work:
         ranking = {
             "metric": self.settings.metric,
             "better": "lower" if self.study.minimize else "higher",
+            "validated": self.study.validated,
             "search": {
                 key: list(one) if isinstance(one, list) else one.model_dump() for key, one in self.space.items()
             },
@@ -343,9 +344,9 @@ class _Work:
         if write:
             with alone(self.folder.lock):
                 self.folder.write_ranking(ranking)
-                write_plots(
-                    self.study.study, self.folder.path, "held-out loss" if self.study.minimize else self.settings.metric
-                )
+                target = "held-out loss" if self.study.minimize else self.settings.metric
+                validated = target if self.study.validated == self.settings.metric else "held-out loss"
+                write_plots(self.study.study, self.folder.path, target, validated, self.study.sign)
                 if text := self._best(ranking):
                     self.folder.write_best(text)
         best = self.folder.best if self.folder.best.is_file() else None

@@ -44,7 +44,13 @@ class OwnTrial:
 
 
 class SweepStudy:
-    """Hands out trials, and takes what became of them."""
+    """Hands out trials, and takes what became of them.
+
+    Attributes:
+        study: Optuna's.
+        validated: what validations of trials say: the sweep's metric or the held-out loss.
+        sign: -1 where pruners are told of that loss below zero, since the metric is to grow; otherwise 1.
+    """
 
     def __init__(self, folder: SweepFolder, recipe: Recipe, sweep: SweepSection, space: Space) -> None:
         """Opens folder and storage, or makes them.
@@ -59,7 +65,11 @@ class SweepStudy:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.folder, self.sweep, self.space, self.seed = folder, sweep, space, recipe.training.seed
         self._distributions = distributions(space)
-        self._sampler(0, "")  # its errors before anything is written
+        self.validated = (
+            sweep.metric if sweep.metric == "eval_loss" or recipe.evaluation.during_training else "eval_loss"
+        )
+        self.sign = 1 if self.validated == sweep.metric else -1
+        self._try_sampler()
         pruner = optuna.pruners.NopPruner() if sweep.pruner is None else _made("pruner", sweep.pruner)
         direction = StudyDirection.MINIMIZE if self.minimize else StudyDirection.MAXIMIZE
         folder.start(recipe)
@@ -143,6 +153,22 @@ class SweepStudy:
     def _lock_of(self, number: int) -> RunLock:
         return RunLock(self.folder.trials, f"{number:04d}.lock")
 
+    def _try_sampler(self) -> None:
+        """Suggests two made-up trials, before anything is written: some samplers import a package at their second."""
+
+        def suggest(trial: Trial) -> float:
+            for key, distribution in self._distributions.items():
+                trial._suggest(key, distribution)
+            return 0.0
+
+        try:
+            optuna.create_study(sampler=self._sampler(0, "")).optimize(suggest, n_trials=2)
+        except ImportError as error:
+            raise ConfigError(
+                f"sweep.sampler {self.sweep.sampler['name']} needs a package that is not here ({error}): "
+                f"pip install {error.name}"
+            ) from error
+
     def _sampler(self, number: int, key: str) -> optuna.samplers.BaseSampler:
         """A sampler with a seed of its own, where its class takes one."""
         options = dict(self.sweep.sampler)
@@ -157,14 +183,14 @@ class SweepStudy:
         return _made("sampler", options)
 
 
-def validations(trial: FrozenTrial) -> dict[int, float]:
-    """What a trial's validations said, by their number from 1.
+def validations(trial: FrozenTrial, sign: int = 1) -> dict[int, float]:
+    """What a trial's validations said, by their number from 1; `sign` is the study's.
 
     The last one is kept beside those that the pruner is told of: a trial of one epoch has let its learning rate fall to
     nothing there, and one of three epochs would be cut off for being worse at its first.
     """
     last = trial.user_attrs.get("last")
-    return {**trial.intermediate_values, **({last[0]: last[1]} if last else {})}
+    return {count: sign * said for count, said in [*trial.intermediate_values.items(), *([last] if last else [])]}
 
 
 def _grid(found: dict[str, Any]) -> dict[str, list[Any]]:
