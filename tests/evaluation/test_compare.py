@@ -4,7 +4,8 @@ import json
 import re
 
 import pytest
-from report_content import CHROMIUM, HOSTILE, Page, browse, make_predictions
+from browser import Browser
+from report_content import CHROMIUM, HOSTILE, Page, make_predictions
 from typer.testing import CliRunner
 
 import phi3v
@@ -37,7 +38,7 @@ def make_run(folder, rows: int = 20, base_side: bool = False, **settings) -> Run
 
 def test_runs_on_the_same_rows_are_tested_against_the_first(tmp_path):
     for name, how in (("one", {"learning_rate": 1e-4}), ("two", {"learning_rate": 2e-4, "base_side": True})):
-        make_run(tmp_path / name, **how)
+        make_run(tmp_path / name, **how).write_versions({"torch": "2.13", "phi3v": f"{name}/of/a/long/{'path' * 20}"})
     found = phi3v.compare([tmp_path / "one", tmp_path / "two"], tmp_path / "compare.html")
     first, second = found.runs
     assert first["beside_first"] == {} and second["why_not"] is None
@@ -53,6 +54,7 @@ def test_runs_on_the_same_rows_are_tested_against_the_first(tmp_path):
         )
         assert one["base"] == {key: written["base"][key] for key in ("value", "low", "high", "rows")}
         assert one["constant"] == written["constant"] and one["constant"] is not None
+    assert found.recipes.pop("versions.phi3v")[1].startswith("two/of")
     assert found.recipes == {"training.learning_rate": [1e-4, 2e-4]}
     rights = [one["right"] for one in found.disagreements]
     assert rights == [{"one": True, "two": False}] * 16
@@ -69,8 +71,18 @@ def test_runs_on_the_same_rows_are_tested_against_the_first(tmp_path):
     assert all(link.startswith(("data:", "#")) for link in page.links)
     phi3v.compare([tmp_path / "two", tmp_path / "one"], tmp_path / "compare.html")  # its own page may be replaced
     if CHROMIUM:
-        shown = browse(tmp_path, "--dump-dom", (tmp_path / "compare.html").as_uri())
-        assert "CONSOLE" not in shown.stderr and "16 of 16 rows" in shown.stdout and 'hidden=""' not in shown.stdout
+        with Browser(tmp_path, width=390) as shown:
+            shown.open((tmp_path / "compare.html").as_uri())
+            shown.wait("document.body?.innerText.includes('16 of 16 rows') && document.readyState === 'complete'")
+            assert shown.told == [] and shown.run("document.querySelector('[hidden]')") is None
+            boxes = "[...document.querySelectorAll('.scroll')]"
+            assert shown.run(f"{boxes}.map(box => box.scrollWidth - box.clientWidth)") == [0, 0], (
+                "no column out of sight"
+            )
+            labels = (
+                "[...document.querySelectorAll('#recipes tr:last-child td')].map(cell => cell.dataset.label ?? null)"
+            )
+            assert shown.run(labels) == [None, "two", "one"]
 
 
 def test_runs_on_fewer_rows_of_a_file_are_tested_on_those_that_both_answered(tmp_path):

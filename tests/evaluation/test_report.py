@@ -283,13 +283,18 @@ PROBE = """<script>addEventListener('load', () => {
   parent.postMessage(JSON.stringify({
     wide: document.documentElement.scrollWidth, title: document.title, counts, menus: getComputedStyle(form).display,
     photos: [...document.querySelectorAll('.sample img')].filter(photo => photo.naturalWidth > 0).length,
+    hidden: [...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth)
+      .map(box => box.textContent),
   }), '*');
 })</script></body>"""
 
 
 @needs_browser
 def test_filters_of_300_rows_count_as_the_json_and_the_page_fits_a_phone(tmp_path: Path):
-    content = make_content(300)
+    content = replace(
+        make_content(300),
+        fingerprints={"training rows": "9f2c77ab" * 4, "recipe.yaml": "m" * 32, "computed in": "float32"},
+    )
     html, evaluation = render_report(content), content.evaluation
     page = tmp_path / "report.html"
     page.write_text(html, encoding="utf-8")
@@ -305,6 +310,7 @@ def test_filters_of_300_rows_count_as_the_json_and_the_page_fits_a_phone(tmp_pat
     seen = browse(tmp_path, "--virtual-time-budget=20000", "--dump-dom", (tmp_path / "phone.html").as_uri())
     assert "CONSOLE" not in seen.stderr
     found = json.loads(re.search(r'<p id="out">(.*?)</p>', seen.stdout)[1].replace("&lt;", "<").replace("&gt;", ">"))
+    assert found["hidden"] == [], "no column of a table is out of sight"
     assert found["wide"] == 360 and found["photos"] > 0 and found["menus"] == "flex"
     assert found["title"] == "a run <of> tests · phi3v report"  # no text of a stranger ran
     searched = {name[7:]: shown for name, (shown, _) in found["counts"].items() if name.startswith("search ")}
