@@ -13,7 +13,8 @@ from report_content import CHROMIUM, HOSTILE, HOSTILE_GROUP, Page, browse, make_
 from phi3v.data.data_uri import photo_uri
 from phi3v.data.schema import ImageRef, Message, Row, TextPart
 from phi3v.evaluation import report_run
-from phi3v.evaluation.headline import also_changed
+from phi3v.evaluation.figures import p_value
+from phi3v.evaluation.headline import also_changed, beside_control
 from phi3v.evaluation.report import ReportContent, render_report
 from phi3v.evaluation.report_curves import curve_points, loss_curve_svg
 
@@ -148,6 +149,27 @@ def make_field(value: float, p: float) -> dict[str, Any]:
     one = make_content().evaluation["metrics"]["field_accuracy.price"]
     above = {**one["over_constant"], "p": p, "difference": {**one["difference"], "value": value - 0.1}}
     return {**one, "tuned": {**one["tuned"], "value": value}, "constant": 0.1, "over_constant": above}
+
+
+def test_each_figure_stands_beside_the_test_of_its_control():
+    """An error far below its control, which one row makes so large that nothing is shown; and no control, no test."""
+    content = make_content()
+    metrics = content.evaluation["metrics"]
+    error = metrics["absolute_error.price"]
+    control = {"difference": {**error["tuned"], "value": -371.0}, "test": "sign_flip", "won": 7, "lost": 5, "tied": 0}
+    for p, value, words in (
+        (0.21, -371.0, "model not clearly better, p 0.21"),
+        (1e-9, -371.0, "model better, p < 0.001"),
+        (0.01, 98.0, "model worse, p 0.01"),
+    ):
+        above = {**control, "p": p, "difference": {**control["difference"], "value": value}}
+        changed = {**metrics, "absolute_error.price": {**error, "constant": 502.0, "over_constant": above}}
+        page = Page(render_report(replace(content, evaluation={**content.evaluation, "metrics": changed})))
+        assert f"502{words}" in page.text
+        assert "“not clearly better” is not shown to be better than one answer to everything" in page.text
+    assert beside_control(metrics["loss"]) == beside_control({**error, "over_constant": None}) == ""
+    found = beside_control(metrics["exact_match"])
+    assert found == f"model better, p {p_value(metrics['exact_match']['over_constant']['p'])}"
 
 
 def test_right_values_out_of_form_stand_beside_the_fields():
