@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import optuna
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.category import StrCategoryFormatter
+from matplotlib.ticker import AutoLocator, MaxNLocator
 from optuna.trial import TrialState
 
 from phi3v.sweep.names import short_names
@@ -62,6 +64,7 @@ def _drawn(draw: Any, file: Path) -> Path:
     figure.set_size_inches(max(8.0, figure.get_size_inches()[0]), 5.0)
     for one in figure.axes:
         _name_choices(one)
+        _whole_ticks(one)
     fill_file(file, lambda temporary: figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight"))
     pyplot.close(figure)
     return file
@@ -73,6 +76,19 @@ def _name_choices(axes: Axes) -> None:
         places = list(map(float, axes.get_xticks()))
         names = axes.xaxis.get_major_formatter().format_ticks(places)
         axes.set_xticks(places, choice_names(names), rotation=35, ha="right")
+
+
+def _whole_ticks(axes: Axes) -> None:
+    """Ticks at whole numbers below an axis of them, trials, steps, epochs or ranks: few would have a tick at 1.2.
+
+    Axes of choices and logarithmic ones keep theirs.
+    """
+    drawn = [np.ravel(line.get_xdata()) for line in axes.lines]
+    drawn += [np.asarray(dots.get_offsets())[:, 0] for dots in axes.collections]
+    if isinstance(axes.xaxis.get_major_locator(), AutoLocator) and drawn:
+        places = np.concatenate(drawn).astype(float)
+        if len(places) and (places == places.round()).all():
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
 
 
 def choice_names(labels: Sequence[str]) -> list[str]:
