@@ -162,7 +162,7 @@ def test_long_texts_get_fewer_tries_and_what_the_model_mostly_says_is_measured_o
 
 
 def test_letters_of_forty_rows_stand_beside_the_most_frequent_one():
-    """16 expect A, 10 B, 8 C, 6 D; eight ways to say a letter, the last of them wrong, every fifth row another letter."""
+    """16 expect A, 10 B, 8 C, 6 D; eight ways to say a letter, the last one wrong; every fifth row another letter."""
     colours = {"A": "red", "B": "green", "C": "blue", "D": "yellow"}
     expected = [letter for letter, count in zip("ABCD", (16, 10, 8, 6), strict=True) for _ in range(count)]
     question = "Which colour is it?\n" + "\n".join(f"{letter}. {name}" for letter, name in colours.items())

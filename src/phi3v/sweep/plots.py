@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 import optuna
 from matplotlib import pyplot
 from matplotlib.axes import Axes
@@ -83,11 +82,12 @@ def _whole_ticks(axes: Axes) -> None:
 
     Axes of choices and logarithmic ones keep theirs.
     """
-    drawn = [np.ravel(line.get_xdata()) for line in axes.lines]
-    drawn += [np.asarray(dots.get_offsets())[:, 0] for dots in axes.collections]
-    if isinstance(axes.xaxis.get_major_locator(), AutoLocator) and drawn:
-        places = np.concatenate(drawn).astype(float)
-        if len(places) and (places == places.round()).all():
+    if isinstance(axes.xaxis.get_major_locator(), AutoLocator):
+        drawn: list[Any] = [line.get_xdata() for line in axes.lines]
+        dots: list[Any] = [some.get_offsets() for some in axes.collections]
+        drawn += [[place for place, _ in some] for some in dots]
+        places = [float(place) for some in drawn for place in some]
+        if places and all(place.is_integer() for place in places):
             axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
 
 
