@@ -110,6 +110,9 @@ def test_a_template_without_quotes_is_explained() -> None:
     for text in ("{title} {price}", "{title}, {price}"):
         assert "not valid YAML: " in refusal(f"data.answer={text}")
         assert refusal(f"data.answer={text}").endswith("; text that begins with { needs quotes around it")
+    asked = """data={train: a.csv, prompt: What is shown in this image?, answer: "Product: {title}, Price: {price}"}"""
+    assert refusal(asked).endswith("; text with a ? inside { } or [ ] needs quotes around it")
+    assert "quotes" not in refusal("""data={answer: "Product: {title}, {price}" , train: [a.csv}"""), "it has them"
 
 
 @pytest.mark.parametrize(

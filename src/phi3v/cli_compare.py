@@ -5,8 +5,9 @@ phi3v compare RUN RUN ... --out compare.html     scores, tests against the first
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -71,11 +72,23 @@ def show_comparison(console: Console, found: Comparison) -> None:
     for run in found.runs:
         if " about " in (about := rows_about(run, "row")):
             console.print(f"{run['name']}: {about}, which are taken together", markup=False, soft_wrap=True)
-        if run["why_not"]:
-            console.print(f"{run['name']}: {run['why_not']}", markup=False, soft_wrap=True)
+        if run["why_not"] or run["tested_on"]:
+            console.print(f"{run['name']}: {_rows_of_test(run, found.primary)}", markup=False, soft_wrap=True)
         for name, check in run["checks"].items():
             if check["verdict"] == "fail":
                 line = f"{run['name']}: check {name} failed: {printable(check['line'])}"
                 console.print(line, markup=False, soft_wrap=True, style="bold red")
     rows, keys = counted(len(found.disagreements), "row"), counted(len(found.recipes), "setting")
     console.print(f"{found.out}: {rows} they disagree on, {keys} that differ", markup=False, soft_wrap=True)
+
+
+def _rows_of_test(run: Mapping[str, Any], primary: str) -> str:
+    """Why there is no test of a run, or which rows its test is on and what both runs get there."""
+    from phi3v.evaluation.figures import figure
+
+    if run["why_not"]:
+        return str(run["why_not"])
+    line, gap = f"tested on {run['tested_on']}", run["beside_first"].get(primary)
+    return (
+        f"{line}: {figure(gap['own'], gap['unit'])} beside {figure(gap['first'], gap['unit'])} there" if gap else line
+    )

@@ -28,6 +28,7 @@ _WORDS = {
 }
 _BRACES = re.compile(r"(?:^|[:-]\s+)\{[^{}:]*\}\s*[^\s}\]#]")
 """A text such as {title} {price}, of which YAML takes the beginning for a mapping."""
+_QUOTED = re.compile(r""" "(?:[^"\\]|\\.)*" | '[^']*' """, re.VERBOSE)
 
 
 def _resolvers(table: dict[str, tuple[re.Pattern[str], list[str]]]) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
@@ -101,10 +102,21 @@ def read_yaml(text: str, where: str) -> Any:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
         at_fault = "".join(text.splitlines()[mark.line : mark.line + 1]) if mark else ""
-        hint = "; text that begins with { needs quotes around it" if _BRACES.search(at_fault) else ""
-        raise ConfigError(f"{where}{line}: not valid YAML: {error.problem or error.context}{hint}") from error
+        problem = error.problem or error.context or ""
+        raise ConfigError(f"{where}{line}: not valid YAML: {problem}{_which_quotes(problem, at_fault)}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _which_quotes(problem: str, line: str) -> str:
+    """The way out where text in a line lacks quotes, "" where nothing tells.
+
+    Example: of the line "a: {b: What is it?, c: 1}", where PyYAML ends a text at the ?, "; text with a ? inside { } or
+    [ ] needs quotes around it". What has quotes already, "Price: {price}, {unit}" for instance, is not at fault.
+    """
+    if problem.endswith("but got '?'"):
+        return "; text with a ? inside { } or [ ] needs quotes around it"
+    return "; text that begins with { needs quotes around it" if _BRACES.search(_QUOTED.sub("''", line)) else ""
 
 
 def write_yaml(value: Any) -> str:

@@ -12,11 +12,12 @@ from tiny_runs import make_recipe, make_run
 
 from phi3v.cli_screen import show_evaluation
 from phi3v.data.schema import ImageRef, Message, Row, TextPart
-from phi3v.errors import ConfigError
+from phi3v.errors import ConfigError, DataError
 from phi3v.evaluation import run as running
 from phi3v.evaluation.checks import ALL, default_checks
 from phi3v.evaluation.run import evaluate
 from phi3v.run_folder import RunFolder
+from phi3v.targets import resolve_target
 from phi3v.training.preflight import check_recipe_alone
 
 
@@ -109,3 +110,15 @@ def test_what_cannot_be_checked_is_one_line(world):
         check_recipe_alone(recipe)
     with pytest.raises(ConfigError, match="evaluation.checks"):
         make_recipe(world, evaluation={"checks": ["blank"]})
+    few = world / "photos" / "few.jsonl"
+    few.write_text((world / "photos" / "keep.jsonl").read_text().replace("3.png", "no.png"))
+    keep = f"evaluation.keep={json.dumps(str(few))}"
+    refused = r"^evaluation.keep: .*few.jsonl: 1 of 4 rows cannot be used .*no.png.*at most 5% may be left out "
+    refused += r"\(data.max_skipped\), none of 4: .*; or take such rows out of it"
+    for how, way_out in (("data.max_skipped=0.24", r", or allow more here \(data.max_skipped=0.25\)$"), (None, "$")):
+        match = refused.replace("5%", "24%") if how else r"^evaluation.keep: .*data.on_problem is stop.*out of it"
+        with pytest.raises(DataError, match=match + way_out):
+            evaluate(world / "run", rows=2, overrides=[keep, how or "data.on_problem=stop"])
+    place = resolve_target(world / "run")
+    allowed = running.kept_rows(place, make_recipe(world).with_overrides([keep, "data.max_skipped=0.25"]))
+    assert [row.answer for row in allowed.rows] == ["0", "1", "2"], "what the line says goes on"

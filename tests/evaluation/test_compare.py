@@ -1,10 +1,11 @@
-"""Runs side by side: tests on the same rows, words where the rows are not the same, what differs, the page."""
+"""Runs side by side: tests on the rows that both answered, words where these are few, what differs, the page."""
 
 import json
 import re
 
 import pytest
-from report_content import CHROMIUM, HOSTILE, Page, browse, make_predictions
+from browser import Browser
+from report_content import CHROMIUM, HOSTILE, Page, make_predictions
 from typer.testing import CliRunner
 
 import phi3v
@@ -37,7 +38,7 @@ def make_run(folder, rows: int = 20, base_side: bool = False, **settings) -> Run
 
 def test_runs_on_the_same_rows_are_tested_against_the_first(tmp_path):
     for name, how in (("one", {"learning_rate": 1e-4}), ("two", {"learning_rate": 2e-4, "base_side": True})):
-        make_run(tmp_path / name, **how)
+        make_run(tmp_path / name, **how).write_versions({"torch": "2.13", "phi3v": f"{name}/of/a/long/{'path' * 20}"})
     found = phi3v.compare([tmp_path / "one", tmp_path / "two"], tmp_path / "compare.html")
     first, second = found.runs
     assert first["beside_first"] == {} and second["why_not"] is None
@@ -53,6 +54,7 @@ def test_runs_on_the_same_rows_are_tested_against_the_first(tmp_path):
         )
         assert one["base"] == {key: written["base"][key] for key in ("value", "low", "high", "rows")}
         assert one["constant"] == written["constant"] and one["constant"] is not None
+    assert found.recipes.pop("versions.phi3v")[1].startswith("two/of")
     assert found.recipes == {"training.learning_rate": [1e-4, 2e-4]}
     rights = [one["right"] for one in found.disagreements]
     assert rights == [{"one": True, "two": False}] * 16
@@ -69,18 +71,89 @@ def test_runs_on_the_same_rows_are_tested_against_the_first(tmp_path):
     assert all(link.startswith(("data:", "#")) for link in page.links)
     phi3v.compare([tmp_path / "two", tmp_path / "one"], tmp_path / "compare.html")  # its own page may be replaced
     if CHROMIUM:
-        shown = browse(tmp_path, "--dump-dom", (tmp_path / "compare.html").as_uri())
-        assert "CONSOLE" not in shown.stderr and "16 of 16 rows" in shown.stdout and 'hidden=""' not in shown.stdout
+        with Browser(tmp_path, width=390) as shown:
+            shown.open((tmp_path / "compare.html").as_uri())
+            shown.wait("document.body?.innerText.includes('16 of 16 rows') && document.readyState === 'complete'")
+            assert shown.told == [] and shown.run("document.querySelector('[hidden]')") is None
+            boxes = "[...document.querySelectorAll('.scroll')]"
+            assert shown.run(f"{boxes}.map(box => box.scrollWidth - box.clientWidth)") == [0, 0], (
+                "no column out of sight"
+            )
+            labels = (
+                "[...document.querySelectorAll('#recipes tr:last-child td')].map(cell => cell.dataset.label ?? null)"
+            )
+            assert shown.run(labels) == [None, "two", "one"]
 
 
-def test_other_rows_are_said_and_not_tested(tmp_path):
+def test_runs_on_fewer_rows_of_a_file_are_tested_on_those_that_both_answered(tmp_path):
     make_run(tmp_path / "one")
-    make_run(tmp_path / "few", rows=15)
-    found = phi3v.compare([tmp_path / "one", tmp_path / "few"])
-    assert found.runs[1]["beside_first"] == {} and found.out is None and found.disagreements == []
-    assert found.runs[1]["why_not"] == (
-        "evaluated on other rows than one: 15 of its 15 rows are among one's 20, so there is no test"
+    make_run(tmp_path / "few", rows=15, base_side=True)
+    found = phi3v.compare([tmp_path / "one", tmp_path / "few"], tmp_path / "c.html")
+    first, few = found.runs
+    assert (first["shared_rows"], first["tested_on"], first["why_not"]) == (20, None, None)
+    assert few["tested_on"] == "the 15 rows that both answered (of its 15 and one's 20)" and few["why_not"] is None
+    # of 15 rows the tuned answers miss 0, 4 and 14, the base has row 2 alone: 11 are lost, none is won
+    gap = few["beside_first"]["exact_match"]
+    assert (gap["won"], gap["lost"], gap["tied"]) == (0, 11, 4) and gap["p"] == pytest.approx(2 * 0.5**11)
+    assert gap["own"] == pytest.approx(1 / 15) and gap["first"] == pytest.approx(12 / 15)
+    assert gap["difference"]["value"] == pytest.approx(-11 / 15) and gap["difference"]["rows"] == 15
+    assert first["metrics"]["exact_match"]["value"] == pytest.approx(0.85), "its own score is of all its rows"
+    assert [one["row"] for one in found.disagreements] == [1, 3, *range(5, 14)]
+    page = Page((tmp_path / "c.html").read_text(encoding="utf-8")).text
+    assert (
+        "Worse than one on the 15 rows that both answered (of its 15 and one's 20): 6.7 % beside 80.0 % there." in page
     )
+    assert page.count("p < 0.001, 15 rows") == 7, "each score says on how many rows its test is"
+    [forward, back] = phi3v.compare([tmp_path / "few", tmp_path / "one"]).runs  # the first may be the one with fewer
+    assert back["beside_first"]["exact_match"]["won"] == 11 and forward["shared_rows"] == back["shared_rows"] == 15
+    words = ["compare", str(tmp_path / "one"), str(tmp_path / "few"), "--out", str(tmp_path / "c.html")]
+    shown = CliRunner().invoke(app, words).output
+    assert "few: tested on the 15 rows that both answered (of its 15 and one's 20): 6.7 % beside 80.0 % there" in shown
+
+
+def test_too_few_shared_rows_are_said_and_not_tested(tmp_path):
+    make_run(tmp_path / "one")
+    few = make_run(tmp_path / "few", rows=15)
+    lines = list(few.read_predictions())
+
+    def other_photos(
+        kept: int,
+    ) -> None:  # the same numbers and answers, as after a row was cut out of a file of letters
+        few.write_predictions(
+            {**line, "images": line["images"] if line["row"] < kept else ["else.jpg"]} for line in lines
+        )
+
+    for kept, why in (
+        (6, None),
+        (5, "only 5 rows were answered by one too (of its 15 and one's 20), so there is no test: 6 at least can tell"),
+        (1, "only 1 row was answered by one too (of its 15 and one's 20), so there is no test: 6 at least can tell"),
+        (0, "no row was answered by one too (of its 15 and one's 20), so there is no test"),
+    ):
+        other_photos(kept)
+        found = phi3v.compare([tmp_path / "one", tmp_path / "few"], tmp_path / "c.html")
+        last = found.runs[1]
+        assert (last["shared_rows"], last["why_not"]) == (kept, why) and bool(last["beside_first"]) is (why is None)
+        page = Page((tmp_path / "c.html").read_text(encoding="utf-8")).text
+        assert why is None or why[0].upper() + why[1:] in page
+    assert "None: no run has rows of the first one." in page
+    few.write_predictions({**line, "image_group": 0} for line in lines)
+    one = RunFolder(tmp_path / "one")
+    one.write_predictions([{**line, "image_group": line["row"] // 4} for line in one.read_predictions()])
+    [_, last] = phi3v.compare([tmp_path / "one", tmp_path / "few"]).runs
+    assert last["why_not"].startswith("only 15 rows about 4 photos were answered by one too"), (
+        "photos are what is drawn"
+    )
+
+
+def test_a_field_that_one_run_compared_as_a_number_and_the_other_as_a_text_is_not_tested(tmp_path):
+    make_run(tmp_path / "one")
+    few = make_run(tmp_path / "few", rows=15)
+    evaluation = dict(few.read_evaluation())
+    evaluation["metrics"] = {name: one for name, one in evaluation["metrics"].items() if name != "absolute_error.price"}
+    few.write_evaluation(evaluation)
+    beside = phi3v.compare([tmp_path / "one", tmp_path / "few"]).runs[1]["beside_first"]
+    assert {"exact_match", "field_accuracy.title", "field_accuracy.group"} <= beside.keys()
+    assert not {"field_accuracy", "field_accuracy.price", "absolute_error.price", "loss"} & beside.keys()
 
 
 def test_a_moved_set_has_the_same_rows(tmp_path):

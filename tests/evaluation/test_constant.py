@@ -1,6 +1,7 @@
 """The control: no single answer is better than it by any metric or in any field, and long texts do not take minutes."""
 
 import json
+from math import comb
 from random import Random
 from statistics import median_low
 
@@ -158,3 +159,27 @@ def test_long_texts_get_fewer_tries_and_what_the_model_mostly_says_is_measured_o
     assert better, "the few rows and answers do not find the best"
     for same in better:
         assert worth(best_constant(scoring, expected, asked, [same] * 60).answer) >= worth(same)
+
+
+def test_letters_of_forty_rows_stand_beside_the_most_frequent_one():
+    """16 expect A, 10 B, 8 C, 6 D; eight ways to say a letter, the last one wrong; every fifth row another letter."""
+    colours = {"A": "red", "B": "green", "C": "blue", "D": "yellow"}
+    expected = [letter for letter, count in zip("ABCD", (16, 10, 8, 6), strict=True) for _ in range(count)]
+    question = "Which colour is it?\n" + "\n".join(f"{letter}. {name}" for letter, name in colours.items())
+    ways = ("{0}", "({0})", "{0}. {1}", "The answer is {0}.", "{1}", "It is {1}, I think", "**{0}**", "{0} or {2}")
+    said = [("ABCD"["ABCD".index(one) - 1] if at % 5 == 3 else one) for at, one in enumerate(expected)]
+    answers = [ways[at % 8].format(one, colours[one], "B" if one == "A" else "A") for at, one in enumerate(said)]
+    right = [at % 5 != 3 and at % 8 != 7 for at in range(40)]
+    asked = [question] * 40
+    scoring = choose_scoring(expected, asked, AnswerTemplate("{answer}"))
+    columns = score_rows(scoring, expected, answers, asked)
+    single = best_constant(scoring, expected, asked, answers)
+    found = metric_table(columns, None, constant_columns(scoring, expected, asked, answer=single.answer))
+    primary = found["multiple_choice"]
+    assert scoring.metrics[0] == "multiple_choice" and columns["multiple_choice"].values.tolist() == right
+    assert (primary["tuned"]["value"], primary["constant"], single.answer) == (sum(right) / 40, 16 / 40, "A")
+    above = primary["over_constant"]
+    won = sum(good and one != "A" for good, one in zip(right, expected, strict=True))
+    lost = sum(not good and one == "A" for good, one in zip(right, expected, strict=True))
+    p = 2 * sum(comb(won + lost, few) for few in range(lost + 1)) / 2 ** (won + lost)  # exact McNemar
+    assert (above["won"], above["lost"]) == (won, lost) and won > lost > 0 and above["p"] == pytest.approx(p)

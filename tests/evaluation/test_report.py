@@ -13,7 +13,8 @@ from report_content import CHROMIUM, HOSTILE, HOSTILE_GROUP, Page, browse, make_
 from phi3v.data.data_uri import photo_uri
 from phi3v.data.schema import ImageRef, Message, Row, TextPart
 from phi3v.evaluation import report_run
-from phi3v.evaluation.headline import also_changed
+from phi3v.evaluation.figures import p_value
+from phi3v.evaluation.headline import also_changed, beside_control
 from phi3v.evaluation.legend import legend
 from phi3v.evaluation.report import ReportContent, render_report
 from phi3v.evaluation.report_curves import curve_points, loss_curve_svg
@@ -149,6 +150,27 @@ def make_field(value: float, p: float) -> dict[str, Any]:
     one = make_content().evaluation["metrics"]["field_accuracy.price"]
     above = {**one["over_constant"], "p": p, "difference": {**one["difference"], "value": value - 0.1}}
     return {**one, "tuned": {**one["tuned"], "value": value}, "constant": 0.1, "over_constant": above}
+
+
+def test_each_figure_stands_beside_the_test_of_its_control():
+    """An error far below its control, which one row makes so large that nothing is shown; and no control, no test."""
+    content = make_content()
+    metrics = content.evaluation["metrics"]
+    error = metrics["absolute_error.price"]
+    control = {"difference": {**error["tuned"], "value": -371.0}, "test": "sign_flip", "won": 7, "lost": 5, "tied": 0}
+    for p, value, words in (
+        (0.21, -371.0, "model not clearly better, p 0.21"),
+        (1e-9, -371.0, "model better, p < 0.001"),
+        (0.01, 98.0, "model worse, p 0.01"),
+    ):
+        above = {**control, "p": p, "difference": {**control["difference"], "value": value}}
+        changed = {**metrics, "absolute_error.price": {**error, "constant": 502.0, "over_constant": above}}
+        page = Page(render_report(replace(content, evaluation={**content.evaluation, "metrics": changed})))
+        assert f"502{words}" in page.text
+        assert "“not clearly better” is not shown to be better than one answer to everything" in page.text
+    assert beside_control(metrics["loss"]) == beside_control({**error, "over_constant": None}) == ""
+    found = beside_control(metrics["exact_match"])
+    assert found == f"model better, p {p_value(metrics['exact_match']['over_constant']['p'])}"
 
 
 def test_right_values_out_of_form_stand_beside_the_fields():
@@ -287,13 +309,18 @@ PROBE = """<script>addEventListener('load', () => {
   parent.postMessage(JSON.stringify({
     wide: document.documentElement.scrollWidth, title: document.title, counts, menus: getComputedStyle(form).display,
     photos: [...document.querySelectorAll('.sample img')].filter(photo => photo.naturalWidth > 0).length,
+    hidden: [...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth)
+      .map(box => box.textContent),
   }), '*');
 })</script></body>"""
 
 
 @needs_browser
 def test_filters_of_300_rows_count_as_the_json_and_the_page_fits_a_phone(tmp_path: Path):
-    content = make_content(300)
+    content = replace(
+        make_content(300),
+        fingerprints={"training rows": "9f2c77ab" * 4, "recipe.yaml": "m" * 32, "computed in": "float32"},
+    )
     html, evaluation = render_report(content), content.evaluation
     page = tmp_path / "report.html"
     page.write_text(html, encoding="utf-8")
@@ -309,6 +336,7 @@ def test_filters_of_300_rows_count_as_the_json_and_the_page_fits_a_phone(tmp_pat
     seen = browse(tmp_path, "--virtual-time-budget=20000", "--dump-dom", (tmp_path / "phone.html").as_uri())
     assert "CONSOLE" not in seen.stderr
     found = json.loads(re.search(r'<p id="out">(.*?)</p>', seen.stdout)[1].replace("&lt;", "<").replace("&gt;", ">"))
+    assert found["hidden"] == [], "no column of a table is out of sight"
     assert found["wide"] == 360 and found["photos"] > 0 and found["menus"] == "flex"
     assert found["title"] == "a run <of> tests · phi3v report"  # no text of a stranger ran
     searched = {name[7:]: shown for name, (shown, _) in found["counts"].items() if name.startswith("search ")}

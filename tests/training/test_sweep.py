@@ -368,6 +368,28 @@ def test_a_trial_counts_with_the_loss_of_the_weights_that_it_keeps(tmp_path: Pat
     assert _found(run, "eval_loss") == {"value": loss, "low": loss - 0.1, "high": None}
 
 
+@pytest.mark.parametrize("drawn", ["plot", "scatter"])
+def test_axes_of_whole_numbers_have_ticks_at_them_alone(drawn: str) -> None:
+    from matplotlib.figure import Figure
+
+    from phi3v.sweep.plots import _whole_ticks
+
+    def ticks(places: list[float], scale: str = "linear") -> list[float]:
+        axes = Figure(figsize=(8, 5)).subplots()
+        getattr(axes, drawn)(places, [0.5] * len(places))
+        axes.set_xscale(scale)
+        before = axes.get_xticks()
+        _whole_ticks(axes)
+        low, high = axes.get_xlim()
+        after = axes.get_xticks()
+        assert scale == "linear" or list(before) == list(after)
+        return [float(tick) for tick in after if low <= tick <= high]
+
+    assert ticks([1, 2]) == [1, 2] and ticks([3]) == [3], "the steps of short trials"
+    assert ticks([1, 1.5]) != [1] and len(ticks([0.0, 0.1, 0.2])) > 3, "others keep theirs"
+    assert ticks([1, 10, 100], "log")
+
+
 def test_choices_have_short_names_that_differ() -> None:
     from phi3v.sweep.names import short_names
     from phi3v.sweep.plots import choice_names

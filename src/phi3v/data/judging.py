@@ -45,7 +45,7 @@ def refusal(
     if on_problem == "stop" and problems:
         return f"{line}; data.on_problem is stop: mend them, or set it to skip"
     if max_skipped < 1.0 and (len(problems) == total or len(problems) > most_allowed(max_skipped, total)):
-        return f"{line}; {_limit(max_skipped)}"
+        return f"{line}; {_limit(max_skipped, total)}"
     return None
 
 
@@ -145,7 +145,7 @@ class StreamTally:
         if on_problem == "stop":
             return DataError(f"{line}; data.on_problem is stop: mend them, or set it to skip")
         if self.faults > most_allowed(max_skipped, self.seen):
-            return DataError(f"{line}; {_limit(max_skipped)}")
+            return DataError(f"{line}; {_limit(max_skipped, self.seen)}")
         if self.faults == self.seen:
             return NoUsableRowError(f"{line}; no row is left to train on: mend the data")
         return None
@@ -165,11 +165,12 @@ class StreamTally:
         )
 
 
-def _limit(max_skipped: float) -> str:
-    """What is allowed, and the way out."""
+def _limit(max_skipped: float, total: int) -> str:
+    """What is allowed of so many rows, and the way out."""
+    none = f", none of {total}" if max_skipped and not most_allowed(max_skipped, total) else ""
     return (
-        f"at most {100 * max_skipped:.3g}% may be left out (data.max_skipped): mend the data, or the columns in the "
-        "recipe"
+        f"at most {100 * max_skipped:.3g}% may be left out (data.max_skipped){none}: mend the data, or the columns in "
+        "the recipe"
     )
 
 

@@ -1,7 +1,8 @@
 """Several evaluated runs side by side: their folders in, a `Comparison` and its page out. Loads no model.
 
 Runs are compared by what their evaluations wrote. The first run is the one that the others are tested against, row by
-row, where they were evaluated on the same rows: same file, same number, same expected answer.
+row, on the rows that both answered: same file, same number, same expected answer, photos of the same names. The photos
+count since numbers move where a file lost a row: of answers from A to D a quarter would still be the same.
 Files are told by their names, so a set may have moved, and by as much of their folders as tells them apart.
 """
 
@@ -10,22 +11,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
 from phi3v.errors import CheckpointError, ConfigError
 from phi3v.evaluation.categories import path_depth, path_end
-from phi3v.evaluation.figures import counted
-from phi3v.evaluation.intervals import estimate
-from phi3v.evaluation.paired import paired_test
-from phi3v.evaluation.row_scores import Column
+from phi3v.evaluation.figures import rows_about
+from phi3v.evaluation.intervals import estimate, mean
+from phi3v.evaluation.paired import LEAST_ROWS, paired_test
+from phi3v.evaluation.row_scores import Column, Groups
 from phi3v.run_folder import RunFolder
 from phi3v.whole_files import refuse_foreign, replace_file
 
-RowName = tuple[str, int, str, int]
-"""Its file as in `_row_names`, its number, its expected answer, and which one of equal ones it is, from 0."""
+RowName = tuple[str, int, str, tuple[str, ...], int]
+"""Its file as in `_row_names`, number, expected answer, names of its photos, and which one of equal ones, from 0."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,13 @@ class Comparison:
             "metrics" (name -> "label", "unit", "better", the tuned answers' "value", "low", "high", "rows", and the
             controls: "base", the base's or None, and "constant", the best single answer to every row),
             "constant_answer" (that answer; None of an older evaluation, whose control is the most frequent one),
-            "checks" (name -> "verdict" and "line"), "beside_first" (name -> "difference", "p", "test", "won", "lost",
-            "tied" against the first run) and "why_not", which says why there is none.
-    recipes: dotted key -> its value in each run, for keys that differ; versions are below `versions.`.
-        disagreements: rows that not all runs with the first one's rows got right, or not all wrong: "row", "source",
-            "question", "expected", and for each of these runs, by name, "answers" and "right".
+            "checks" (name -> "verdict" and "line"), "shared_rows" (those that the first run answered too),
+            "beside_first" (name -> on these rows: "own" and "first", the values of both, "difference", "p", "test",
+            "won", "lost", "tied"), "tested_on", which says which rows these are where they are not all of both runs
+            (else None), and "why_not", which says why nothing is tested.
+        recipes: dotted key -> its value in each run, for keys that differ; versions are below `versions.`.
+        disagreements: rows of the first run that some of the runs that answered them got right and others did not:
+            "row", "source", "question", "expected", and for each of these runs, by name, "answers" and "right".
         metrics: the lines of each run's metrics.jsonl.
         out: the page; None where none was written.
     """
@@ -96,12 +99,11 @@ def compare(runs: Sequence[str | Path], out: str | Path | None = None) -> Compar
         for name, (folder, evaluation, predictions) in zip(_names(runs), files, strict=True)
     ]
     first, primary = read[0], str(read[0].evaluation["primary"])
-    same = [run for run in read if run.rows.keys() == first.rows.keys()]
     found = Comparison(
         primary=primary,
         runs=[_facts(run, first) for run in read],
         recipes=differing([_settings(run.folder) for run in read]),
-        disagreements=_disagreements(same),
+        disagreements=_disagreements(read),
         metrics=[run.folder.read_metrics() for run in read],
         out=page,
     )
@@ -152,13 +154,14 @@ def _read(path: Path) -> tuple[RunFolder, Mapping[str, Any], list[dict[str, Any]
 def _row_names(predictions: Iterable[Mapping[str, Any]], depth: int) -> dict[RowName, Mapping[str, Any]]:
     """Predictions by what each row is.
 
-    Example: depth 1 and two lines of row 7 of "x/rows.csv", both with "red" expected, as a set that is named twice has
-    -> {("rows.csv", 7, "red", 0): ..., ("rows.csv", 7, "red", 1): ...}.
+    Example: depth 1 and two lines of row 7 of "x/rows.csv", both with "red" expected of x/a.jpg, as a set that is named
+    twice has -> {("rows.csv", 7, "red", ("a.jpg",), 0): ..., ("rows.csv", 7, "red", ("a.jpg",), 1): ...}.
     """
     rows: dict[RowName, Mapping[str, Any]] = {}
-    seen: Counter[tuple[str, int, str]] = Counter()
+    seen: Counter[tuple[str, int, str, tuple[str, ...]]] = Counter()
     for one in predictions:
-        name = (path_end(one["source"], depth), one["row"], one["expected"])
+        photos = tuple(PurePath(photo or "").name for photo in one["images"])
+        name = (path_end(one["source"], depth), one["row"], one["expected"], photos)
         rows[(*name, seen[name])] = one
         seen[name] += 1
     return rows
@@ -171,13 +174,8 @@ def _facts(run: _Run, first: _Run) -> dict[str, Any]:
         name: {key: one[key] for key in told} | _figures(one["tuned"]) | _controls(one, run.evaluation.get("against"))
         for name, one in run.evaluation["metrics"].items()
     }
-    shared = len(run.rows.keys() & first.rows.keys())
-    why_not = None
-    if run.rows.keys() != first.rows.keys():
-        why_not = (
-            f"evaluated on other rows than {first.name}: {shared} of its {counted(len(run.rows), 'row')} are among "
-            f"{first.name}'s {len(first.rows)}, so there is no test"
-        )
+    shared = [row for row in first.rows if row in run.rows]
+    tested_on, why_not = _which_rows(run, first, shared)
     return {
         "name": run.name,
         "folder": str(run.folder.path),
@@ -189,9 +187,37 @@ def _facts(run: _Run, first: _Run) -> dict[str, Any]:
             name: {key: one[key] for key in ("verdict", "line")}
             for name, one in (run.evaluation.get("checks") or {}).items()
         },
-        "beside_first": {} if why_not or run is first else _beside(run, first),
+        "shared_rows": len(shared),
+        "beside_first": {} if why_not or run is first else _beside(run, first, shared),
+        "tested_on": tested_on,
         "why_not": why_not,
     }
+
+
+def _which_rows(run: _Run, first: _Run, shared: Sequence[RowName]) -> tuple[str | None, str | None]:
+    """Which rows both runs answered where these are not all rows of both, or why they cannot be tested.
+
+    Example: ("the 200 rows that both answered (of its 200 and big's 300)", None); (None, "only 3 rows were answered by
+    big too (of its 200 and big's 300), so there is no test: 6 at least can tell"); all rows of both -> (None, None).
+    """
+    if len(shared) == len(run.rows) == len(first.rows):
+        return None, None
+    groups = _groups(first, shared).tolist()
+    photos = [group for group, row in zip(groups, shared, strict=True) if first.rows[row]["images"]]
+    images = {"rows": len(photos), "different": len(set(photos))}
+    what = rows_about({"rows": len(shared), "images": images}, "row")
+    whole = f"(of its {len(run.rows)} and {first.name}'s {len(first.rows)})"
+    if not shared:
+        return None, f"no row was answered by {first.name} too {whole}, so there is no test"
+    if len(set(groups)) < LEAST_ROWS:
+        few = f"only {what} {'was' if len(shared) == 1 else 'were'} answered by {first.name} too {whole}"
+        return None, f"{few}, so there is no test: {LEAST_ROWS} at least can tell"
+    return f"the {what} that both answered {whole}", None
+
+
+def _groups(first: _Run, rows: Sequence[RowName]) -> Groups:
+    """Which of some rows belong together; each stands for itself in predictions that do not say."""
+    return np.array([first.rows[row].get("image_group", place) for place, row in enumerate(rows)], np.int64)
 
 
 def _figures(side: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,15 +230,22 @@ def _controls(figure: Mapping[str, Any], against: str | None) -> dict[str, Any]:
     return {"base": _figures(base) if base else None, "constant": figure.get("constant")}
 
 
-def _beside(run: _Run, first: _Run) -> dict[str, dict[str, Any]]:
-    """The paired tests of a run against the first one, by metric; the loss is left out, whose rows have weights that
-    predictions do not hold."""
-    told = {name: one for name, one in first.evaluation["metrics"].items() if name in run.evaluation["metrics"]}
-    names = [name for name, one in told.items() if one["metric"] != "loss"]
-    groups = np.array([one.get("image_group", place) for place, one in enumerate(first.rows.values())], np.int64)
+def _beside(run: _Run, first: _Run, rows: Sequence[RowName]) -> dict[str, dict[str, Any]]:
+    """The paired tests of a run against the first one on some rows, by metric.
+
+    The loss is left out, whose rows have weights that predictions do not hold, and so are fields that one evaluation
+    compared as numbers and the other as texts: that is decided by all its rows.
+    """
+    told, others = first.evaluation["metrics"], run.evaluation["metrics"]
+    errors = {name: one["field"] for name, one in {**told, **others}.items() if one["metric"] == "absolute_error"}
+    unlike = {field for name, field in errors.items() if (name in told) != (name in others)}
+    skipped = {name for name, one in told.items() if one["metric"] == "field_accuracy" and one["field"] in unlike}
+    skipped |= {"loss", *(["field_accuracy"] if skipped else [])}
+    names = [name for name in told if name in others and name not in skipped]
+    groups = _groups(first, rows)
 
     def column(its: _Run, name: str) -> Column:
-        values = [its.rows[row]["scores"]["tuned"].get(name) for row in first.rows]
+        values = [its.rows[row]["scores"]["tuned"].get(name) for row in rows]
         return Column(told[name]["metric"], told[name]["field"], np.array(values, np.float64), None, groups)
 
     pairs = [(column(run, name), column(first, name)) for name in names]
@@ -220,6 +253,7 @@ def _beside(run: _Run, first: _Run) -> dict[str, dict[str, Any]]:
     return {
         name: {
             **{key: told[name][key] for key in ("label", "unit", "better")},
+            **{whose: mean(one) for whose, one in zip(("own", "first"), pair, strict=True)},
             "difference": gap.to_dict(),
             **vars(paired_test(*pair)),
         }
@@ -242,12 +276,13 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _disagreements(runs: Sequence[_Run]) -> list[dict[str, Any]]:
-    """Rows that some of the runs got right and others did not."""
+    """The first run's rows that some of the runs that answered them got right and others did not."""
     found = []
     for row, one in runs[0].rows.items():
-        right = {run.name: bool(run.rows[row]["right"]) for run in runs}
+        its = {run.name: run.rows[row] for run in runs if row in run.rows}
+        right = {name: bool(its_row["right"]) for name, its_row in its.items()}
         if len(set(right.values())) == 2:
-            answers = {run.name: run.rows[row]["tuned"] for run in runs}
+            answers = {name: its_row["tuned"] for name, its_row in its.items()}
             named = {key: one[key] for key in ("row", "source", "images", "question", "expected")}
             found.append({**named, "answers": answers, "right": right})
     return found

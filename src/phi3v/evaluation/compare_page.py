@@ -34,7 +34,7 @@ def render_comparison(comparison: Mapping[str, Any], metrics: Sequence[Sequence[
         )
         for one in comparison["disagreements"]
     ]
-    told = list(comparison["disagreements"][0]["right"]) if rows else []
+    told = [name for name in names if any(name in one["right"] for one in comparison["disagreements"])]
     menus = [
         Filter(name, {f"right-{names.index(name)}": "right", f"wrong-{names.index(name)}": "wrong"}) for name in told
     ]

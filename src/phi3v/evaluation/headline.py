@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from phi3v.evaluation.figures import counted, gain, gain_ends, p_said, shortened
+from phi3v.evaluation.figures import counted, gain, gain_ends, p_said, p_value, shortened
 from phi3v.evaluation.figures import figure as value_said
 from phi3v.evaluation.paired import LEAST_ROWS
 
@@ -208,6 +208,19 @@ def verdict(figure: Mapping[str, Any]) -> str:
         return "no clear difference"
     rise = figure["difference"]["value"] * (1 if figure["better"] == "higher" else -1)
     return "no clear difference" if figure["p"] >= CHANCE or not rise else "better" if rise > 0 else "worse"
+
+
+def beside_control(figure: Mapping[str, Any]) -> str:
+    """What stands beneath a figure's control: whether the paired test shows the figure to be better; "" without one.
+
+    Example: 0.9 beside 0.1 with p 1e-9 -> "model better, p < 0.001"; an error of 131 beside 502 with p 0.2 ->
+    "model not clearly better, p 0.2"; an error of 600 beside 502 with p 0.01 -> "model worse, p 0.01".
+    """
+    above = figure.get("over_constant")
+    if not above or above["p"] is None:
+        return ""
+    found = verdict({**above, "better": figure["better"]})
+    return f"model {'not clearly better' if found == 'no clear difference' else found}, p {p_value(above['p'])}"
 
 
 def at_odds(figure: Mapping[str, Any]) -> bool:

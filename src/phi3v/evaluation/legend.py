@@ -17,7 +17,9 @@ COLUMNS = {
     "best of a few: the best one by the headline's score, the most frequent one, the one made of the most frequent "
     "fields, the one with the median numbers, and what the model says most often; for a field, its own most frequent "
     "value, and for a mean absolute error the median of the expected numbers, which no other number is nearer to on "
-    "average. “none” where that says nothing: one answer to everything always has the right form, and it has no loss",
+    "average. “none” where that says nothing: one answer to everything always has the right form, and it has no loss. "
+    "Beneath it: what the paired test says of the model beside it, on the rows that both have; “not clearly better” is "
+    "not shown to be better than one answer to everything",
     "small print": "the 95 % interval: where the figure would probably lie on other rows like these",
 }
 """Columns of the tables."""

@@ -22,6 +22,7 @@ from phi3v.evaluation import figures
 from phi3v.evaluation.headline import (
     also_changed,
     beside_constant,
+    beside_control,
     better_fields,
     cautions,
     conclusion,
@@ -155,6 +156,7 @@ def render_page(template: str, **values: Any) -> str:
         cautions=cautions,
         failures=failures,
         beside_constant=beside_constant,
+        beside_control=beside_control,
         better_fields=better_fields,
         single_answer=single_answer,
         out_of_form=out_of_form,

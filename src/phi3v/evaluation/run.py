@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phi3v.adapters import base_weights, holds_base
+from phi3v.data.judging import refusal
 from phi3v.data.reading import Reading
 from phi3v.data.rows import Rows
 from phi3v.data.schema import Row
@@ -215,14 +217,21 @@ def _sound(place: Target, held_out: HeldOut) -> HeldOut:
 def kept_rows(place: Target, recipe: Recipe) -> HeldOut:
     """The rows of `evaluation.keep`, at most 200: those that a recipe holds out, or those of a data set as they are.
 
-    Raises: ConfigError, DataError as `held_out_rows` does.
+    Raises: ConfigError, DataError as `held_out_rows` does; of 19 prompts none may be left out by the usual 5 %, so the
+        line says which share lets these pass.
     """
     keep = recipe.evaluation.keep
     assert keep is not None
     if Path(keep).suffix.lower() in (".yaml", ".yml"):
         return held_out_rows(place, keep, KEPT_ROWS)
     own = recipe.with_overrides(KEPT_TEMPLATES)
-    found, problems = load_rows(keep, options=row_options(own), reading=Reading.of(**own.data.reading_options))
+    reading = Reading.of(**own.data.reading_options, refuse=False)
+    found, problems = load_rows(keep, options=row_options(own), reading=reading)
+    most, on_problem, total = reading.max_skipped, reading.on_problem, len(found) + len(problems)
+    if (line := refusal(problems, total, keep, max_skipped=most, on_problem=on_problem)) is not None:
+        share = math.ceil(100 * len(problems) / max(total, 1)) / 100
+        more = f", or allow more here (data.max_skipped={share:g})" if found and on_problem == "skip" else ""
+        raise DataError(f"evaluation.keep: {line}; or take such rows out of it{more}")
     return _sound(place, HeldOut(found[:KEPT_ROWS], problems, keep, own))
 
 

@@ -13,6 +13,7 @@ import optuna
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.category import StrCategoryFormatter
+from matplotlib.ticker import AutoLocator, MaxNLocator
 from optuna.trial import TrialState
 
 from phi3v.sweep.names import short_names
@@ -70,6 +71,7 @@ def _drawn(draw: Any, file: Path) -> Path:
     figure.set_size_inches(max(8.0, figure.get_size_inches()[0]), 5.0)
     for one in figure.axes:
         _name_choices(one)
+        _whole_ticks(one)
     fill_file(file, lambda temporary: figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight"))
     pyplot.close(figure)
     return file
@@ -81,6 +83,20 @@ def _name_choices(axes: Axes) -> None:
         places = list(map(float, axes.get_xticks()))
         names = axes.xaxis.get_major_formatter().format_ticks(places)
         axes.set_xticks(places, choice_names(names), rotation=35, ha="right")
+
+
+def _whole_ticks(axes: Axes) -> None:
+    """Ticks at whole numbers below an axis of them, trials, steps, epochs or ranks: few would have a tick at 1.2.
+
+    Axes of choices and logarithmic ones keep theirs.
+    """
+    if isinstance(axes.xaxis.get_major_locator(), AutoLocator):
+        drawn: list[Any] = [line.get_xdata() for line in axes.lines]
+        dots: list[Any] = [some.get_offsets() for some in axes.collections]
+        drawn += [[place for place, _ in some] for some in dots]
+        places = [float(place) for some in drawn for place in some]
+        if places and all(place.is_integer() for place in places):
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
 
 
 def choice_names(labels: Sequence[str]) -> list[str]:
