@@ -342,22 +342,6 @@ def test_what_is_said_of_a_ranking() -> None:
     assert said({"error": "gone"}, line(0, 1.0, 0.9, 1.1)) == ["the base has no score to compare with: gone"]
 
 
-def test_a_trial_of_one_validation_has_a_dot_and_the_pruner_is_not_told() -> None:
-    import optuna
-
-    from phi3v.sweep.plots import with_last
-
-    study = optuna.create_study()
-    for seen, last in (({}, [1, 0.4]), ({1: 0.7}, [2, 0.5])):
-        study.add_trial(optuna.trial.create_trial(value=last[1], intermediate_values=seen, user_attrs={"last": last}))
-    study.ask()  # a trial that is not done
-    whole = with_last(study)
-    assert [trial.intermediate_values for trial in whole.trials] == [{1: 0.4}, {1: 0.7, 2: 0.5}, {}]
-    assert [trial.number for trial in whole.trials] == [0, 1, 2]
-    assert [trial.intermediate_values for trial in study.trials] == [{}, {1: 0.7}, {}]
-    assert [trial.intermediate_values for trial in with_last(study, -1).trials] == [{1: -0.4}, {1: -0.7, 2: -0.5}, {}]
-
-
 @pytest.mark.parametrize(("kept", "loss"), [(2, 0.5), (6, 0.4), (7, 0.4)])
 def test_a_trial_counts_with_the_loss_of_the_weights_that_it_keeps(tmp_path: Path, kept: int, loss: float) -> None:
     """The best by another score have a higher loss; a last step that was not validated has the last one before it."""
@@ -366,41 +350,3 @@ def test_a_trial_counts_with_the_loss_of_the_weights_that_it_keeps(tmp_path: Pat
         run.append_metrics({"step": step, "eval_loss": held_out, "eval_loss_low": held_out - 0.1})
     run.mark_finished({"kept": {"step": kept}})
     assert _found(run, "eval_loss") == {"value": loss, "low": loss - 0.1, "high": None}
-
-
-@pytest.mark.parametrize("drawn", ["plot", "scatter"])
-def test_axes_of_whole_numbers_have_ticks_at_them_alone(drawn: str) -> None:
-    from matplotlib.figure import Figure
-
-    from phi3v.sweep.plots import _whole_ticks
-
-    def ticks(places: list[float], scale: str = "linear") -> list[float]:
-        axes = Figure(figsize=(8, 5)).subplots()
-        getattr(axes, drawn)(places, [0.5] * len(places))
-        axes.set_xscale(scale)
-        before = axes.get_xticks()
-        _whole_ticks(axes)
-        low, high = axes.get_xlim()
-        after = axes.get_xticks()
-        assert scale == "linear" or list(before) == list(after)
-        return [float(tick) for tick in after if low <= tick <= high]
-
-    assert ticks([1, 2]) == [1, 2] and ticks([3]) == [3], "the steps of short trials"
-    assert ticks([1, 1.5]) != [1] and len(ticks([0.0, 0.1, 0.2])) > 3, "others keep theirs"
-    assert ticks([1, 10, 100], "log")
-
-
-def test_choices_have_short_names_that_differ() -> None:
-    from phi3v.sweep.names import short_names
-    from phi3v.sweep.plots import choice_names
-
-    lists = ["""'["qkv_proj", "o_proj"]'""", '["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]']
-    assert choice_names(lists) == ["qkv_proj+o_proj", "qkv_proj+o_proj+gate_up…"]
-    assert choice_names(["0.00025", "'cosine'", "[8]"]) == ["0.00025", "cosine", "8"]
-    pairs = [{"lora.lora_dropout": one, "training.weight_decay": one / 10} for one in (0.0, 0.1)]
-    assert choice_names([json.dumps(pair) for pair in pairs]) == short_names(pairs) == ["0, 0", "0.1, 0.01"]
-    assert short_names([{"vision.tower": "lora"}, {"vision.tower": "frozen"}]) == ["tower=lora", "tower=frozen"]
-    assert short_names([{"a.r": 8}, {"b.r": 8}, {"a.r": 8}]) == ["1: r=8", "2: r=8", "1: r=8"]
-    for ends in (("one", "two"), ("one" + "x" * 30, "two" + "x" * 30)):
-        names = short_names([f"{'a' * 30}{end}" for end in (*ends, ends[0])])
-        assert names[0] == names[2] != names[1] and max(map(len, names)) <= 24
