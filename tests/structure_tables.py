@@ -127,6 +127,7 @@ LIBRARIES = {
     "psutil": ("machine", "training.loader_watch"),
     "peft": ("adapters", "tuning", "export.adapter", "export.merge"),
     "bitsandbytes": ("loading", "meta_base"),
+    "onnx": ("export.onnx_decoder",),
     "onnxruntime_genai": ("export.onnx_runtime",),
     "liger_kernel": ("training.faster_layers",),
     "flash_attn": ("kernels.packed_attention",),

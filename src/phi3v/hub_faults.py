@@ -5,6 +5,7 @@ error, out comes a line of our own that holds the number of the answer and nothi
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 _SIGN_IN = "sign in with hf auth login or set HF_TOKEN"
 
@@ -20,17 +21,31 @@ def hub_fault(error: BaseException, name: str, kind: str = "data set") -> str | 
         name: the hub id.
         kind: what is of this name: "data set" or "model".
     """
-    chain = list(_chain(error))
-    classes = {type(one).__name__ for one in chain}
+    classes = {type(one).__name__ for one in _chain(error)}
     if "GatedRepoError" in classes:
         return f"{kind} {name} is gated on the hub: ask for access on its page, then {_SIGN_IN}"
     if "RepositoryNotFoundError" in classes:
         nowhere = f"{kind} {name} is no file or folder here, and the hub has none of that name that may be read"
         return f"{nowhere}: check the name; for a private one {_SIGN_IN}"
-    statuses = (getattr(getattr(one, "response", None), "status_code", None) for one in chain)
-    status = next((status for status in statuses if isinstance(status, int)), None)
-    told = None if status is None else _told(status)
+    response = answer_below(error)
+    told = None if response is None else _told(response.status_code)
     return None if told is None else f"{kind} {name} cannot be read: {told}"
+
+
+def answer_below(error: BaseException) -> Any:
+    """The hub's answer at the bottom of an error, as the library has it, with a `status_code`; None where none is."""
+    answers = (getattr(one, "response", None) for one in _chain(error))
+    return next((answer for answer in answers if isinstance(getattr(answer, "status_code", None), int)), None)
+
+
+def hubs_own(status: int) -> str | None:
+    """Why the hub does not answer at the moment, whatever was asked by whomever; None where that is not why.
+
+    Example: 503 -> "the hub has a fault of its own (503)".
+    """
+    if status == 429:
+        return "the hub has had too many requests (429)"
+    return f"the hub has a fault of its own ({status})" if status >= 500 else None
 
 
 def _told(status: int) -> str | None:
@@ -41,11 +56,9 @@ def _told(status: int) -> str | None:
         )
     if status == 403:
         return f"the hub forbids it (403): ask for access on its page, or {_SIGN_IN}, with a token that may read it"
-    if status == 429:
-        return "the hub has had too many requests (429): run the command again later; it lets those do more who sign in"
-    if status >= 500:
-        return f"the hub has a fault of its own ({status}): run the command again later"
-    return None
+    if (fault := hubs_own(status)) is None:
+        return None
+    return f"{fault}: run the command again later{'; it lets those do more who sign in' if status == 429 else ''}"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -235,6 +235,20 @@ def test_a_builder_that_fails_leaves_no_folder(run, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_graph_forgets_the_users_commit_and_keeps_its_weights_beside(run, tmp_path):
+    import onnx as graphs
+
+    made = run / "onnx" / "model.onnx"
+    model = graphs.load(made, load_external_data=False)
+    assert model.producer_version.partition("+") == (model.producer_version, "", "") != ("", "", "")
+    model.producer_version += "+275d393"
+    graphs.save(model, tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx").read_bytes() != made.read_bytes()
+    onnx_decoder.forget_commit(tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx").read_bytes() == made.read_bytes()
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
 def test_graphs_that_are_older_than_the_run_are_refused(run):
     about = run / "onnx" / "phi3v_onnx.json"
     written = about.stat().st_mtime

@@ -215,12 +215,11 @@ def test_tokens_of_a_batch_are_bounded(served: Served) -> None:
 
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_scores_that_are_no_numbers_are_told(
-    served: Served, temperature: float, monkeypatch: pytest.MonkeyPatch
+    served: Served, temperature: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One row's are not: it is told so instead of an answer of nothing, and the other one is answered."""
+    """One row's are not: it is told so instead of an answer of nothing, and the other one is answered; twice."""
     said: list[dict[str, Any]] = []
     lanes = Lanes({"m": served}, batch=2, tokens=4000, tell=lambda *told: said.extend(told))
-    lanes.lanes["m"].waiting.extend(asked(served, number, "Hi", temperature=temperature) for number in range(2))
     original = type(served.chat.model).forward
 
     def spoilt(*args: Any, **kwargs: Any) -> Any:
@@ -230,7 +229,12 @@ def test_scores_that_are_no_numbers_are_told(
         return output
 
     monkeypatch.setattr(type(served.chat.model), "forward", spoilt)
-    work(lanes)
+    for _ in range(2):
+        said.clear()
+        lanes.lanes["m"].waiting.extend(asked(served, number, "Hi", temperature=temperature) for number in range(2))
+        work(lanes)
+    (logged,) = [record.getMessage() for record in caplog.records]
+    assert logged.startswith("a request to m failed: the model's scores are no numbers: ")
     (told,) = [one for one in said if one["id"] == 1]
     assert (told["is"], told["status"], told["code"]) == ("refused", 500, "model_scores") and "no numbers" in told[
         "message"

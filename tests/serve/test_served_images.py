@@ -101,6 +101,8 @@ def test_only_allowed_hosts_at_public_addresses_over_https(certificates: Path, m
             assert "could not be fetched" in refusal(trusted, f"https://{host}/{path}")
         assert len(server.seen) == seen + 5, "a redirect was followed to a host that was not allowed"
         strict = ImageSource([host], seconds=5, max_bytes=100_000)
-        assert "could not be fetched (url_private)" in refusal(strict, f"https://{host}/good/1.png")
+        assert "could not be fetched: its host has an address that is not public (url_private)" in refusal(
+            strict, f"https://{host}/good/1.png"
+        )
         small = ImageSource([host], seconds=5, max_bytes=50, private=[host])
-        assert "url_too_large" in refusal(small, f"https://{host}/good/1.png")
+        assert "it has more than 50 bytes (url_too_large)" in refusal(small, f"https://{host}/good/1.png")

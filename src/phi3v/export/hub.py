@@ -4,21 +4,23 @@ In comes a folder and the name of a repository. A repository is private unless i
 """
 
 import glob
+import json
 import shlex
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from phi3v.digests import DIGESTS
 from phi3v.errors import CheckpointError, ConfigError
+from phi3v.hub_faults import answer_below, hubs_own
 from phi3v.passthrough import connection_fault, first_line
 from phi3v.targets import read_json
 
-_HINTS = {401: "the token is not valid", 403: "the token may not write there (it needs write access)"}
-"""What the hub's answers mean here."""
+_MAY_NOT_READ = "the hub lets this token not even read there (403); it needs read and write access"
+_MAY_NOT_WRITE = "the token may not write there (it needs write access)"
 
 
 def check_push(repo: str, *, public: bool, api: Any = None) -> None:
@@ -64,6 +66,8 @@ def _exported_there(repo: str, api: Any) -> list[str]:
     """The files that an earlier export to the repository names as its own; none where there is none."""
     try:
         noted = read_json(Path(api.hf_hub_download(repo, DIGESTS))).get("sha256")
+    except LocalEntryNotFoundError:
+        raise  # a kind of the next one, though the hub did not say that there is none: it gave no answer, or a fault
     except (EntryNotFoundError, CheckpointError):
         return []
     return [str(name) for name in noted] if isinstance(noted, dict) else []
@@ -73,6 +77,23 @@ def _refused(repo: str, error: Exception, rest: str = "") -> ConfigError:
     """What the hub or the network said, as one line; other errors are ours and go on."""
     if not isinstance(error, OSError | ValueError) and not type(error).__module__.startswith("httpx"):
         raise error
-    status = getattr(getattr(error, "response", None), "status_code", None) if isinstance(error, HfHubHTTPError) else 0
-    reason = connection_fault(error) or _HINTS.get(status or 0) or first_line(error)
-    return ConfigError(f"--push {repo} failed: {reason}; check HF_TOKEN and the network{rest}")
+    return ConfigError(f"--push {repo} failed: {_reason(error)}{rest}")
+
+
+def _reason(error: Exception) -> str:
+    """Why, and what to do: of the hub's own faults no token is guilty, nor is the network of what the hub answered."""
+    answer = answer_below(error)
+    status = 0 if answer is None else answer.status_code
+    if (fault := hubs_own(status)) is not None:
+        return f"{fault}: try again later"
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return (
+            "what answered is not the hub, for it sent no JSON (a proxy's page, or one to log in at a network?): check "
+            "the network and HF_ENDPOINT"
+        )
+    if status == 401:
+        return "the token is not valid; check HF_TOKEN"
+    if status == 403:
+        reading = getattr(getattr(answer, "request", None), "method", None) in ("GET", "HEAD")
+        return f"{_MAY_NOT_READ if reading else _MAY_NOT_WRITE}; check HF_TOKEN"
+    return f"{connection_fault(error) or first_line(error)}; check HF_TOKEN and the network"

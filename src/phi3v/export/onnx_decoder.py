@@ -79,5 +79,20 @@ def build_decoder(config: Any, merged: Path, folder: Path, precision: str) -> di
         raise ConfigError(
             f"onnxruntime-genai's builder could not make the decoder (exit code {done.returncode}): {said[-1]}"
         )
+    forget_commit(folder / DECODER)
     built: dict[str, Any] = json.loads(written[-1])
     return built
+
+
+def forget_commit(graph: Path) -> None:
+    """Takes out of a graph the commit that the builder puts behind its version: "0.18.0+275d393" -> "0.18.0".
+
+    It is of the repository that the builder's own files lie in, which is the user's where the virtual environment lies
+    in one: it would be published with the graph, and equal exports would differ. Weights are not read: they stay in
+    the file beside the graph.
+    """
+    import onnx
+
+    model = onnx.load(graph, load_external_data=False)
+    model.producer_version = model.producer_version.partition("+")[0]
+    onnx.save(model, graph)

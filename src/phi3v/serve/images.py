@@ -28,6 +28,30 @@ _LOCAL_NAMES = tuple(
     ".localhost .local .internal .home.arpa .localdomain .lan .home .corp .intranet .private .mail".split()
 )
 """How names end that lead to no public address: reserved, or never given out because private networks use them."""
+_FETCHES = {
+    "url_private": "its host has an address that is not public",
+    "url_dns": "the name of its host is not known",
+    "url_connect": "nobody answers there",
+    "url_tls": "its certificate is refused, or TLS fails",
+    "url_timeout": "it did not come whole within the {seconds:g} s that all images of a request have",
+    "url_busy": "its server has too many requests: try again later",
+    "url_server": "its server has a fault: try again later",
+    "url_refused": "its server does not give it out, or redirects to a host that may not be asked",
+    "url_not_found": "it is not there",
+    "url_gone": "it is no longer there",
+    "url_redirects": "it is redirected too often",
+    "url_reset": "the connection broke: try again",
+    "url_length": "fewer bytes came than were announced: try again",
+    "url_protocol": "the answer is no valid HTTP",
+    "url_too_large": "it has more than {bytes} bytes",
+    "url_encoded": "it came compressed on top, which was not asked for",
+    "url_empty": "it is empty",
+    "url_html": "it is a web page: name the image's own address",
+    "url_not_image": "it is of no image format that is read",
+    "url_damaged": "it does not decode",
+    "url_invalid": "it is redirected to what is no web address",
+}
+"""Codes of downloads in words that tell nothing of networks or servers but what the address' owner may know."""
 
 
 class ImageSource:
@@ -95,8 +119,15 @@ class ImageSource:
                 with Downloader(self._limits, self._private, self._tls, self._decoder) as downloader:
                     downloader.download(address, file, seconds, may_ask=may_ask)
             except FetchProblem as error:  # its line may hold what a name server says, which is nobody's business
-                raise _refused(number, f"could not be fetched ({error.failure.reason_code})") from error
+                raise _refused(number, self._told(error.failure.reason_code)) from error
             return file.read_bytes()
+
+    def _told(self, code: str) -> str:
+        """Example: "url_tls" -> "could not be fetched: its certificate is refused, or TLS fails (url_tls)"."""
+        if (words := _FETCHES.get(code)) is None:
+            return f"could not be fetched ({code})"
+        limits = {"seconds": self._limits.seconds, "bytes": self._limits.max_bytes}
+        return f"could not be fetched: {words.format(**limits)} ({code})"
 
     def _check(self, machine: str, number: int) -> None:
         """Raises: Refusal for a machine that was not allowed; an entry without a port allows 443."""

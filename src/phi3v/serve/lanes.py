@@ -172,7 +172,7 @@ def sampler(temperature: float, top_p: float, seed: int | None) -> Callable[[tor
 class Lane:
     """The requests to one name."""
 
-    def __init__(self, served: Served, *, batch: int, tokens: int, tell: Tell) -> None:
+    def __init__(self, served: Served, *, batch: int, tokens: int, tell: Tell, name: str = "") -> None:
         """Nothing runs.
 
         Args:
@@ -180,8 +180,10 @@ class Lane:
             batch: rows at once.
             tokens: of all rows of the batch at most, each counted as long as the longest; one row may have more.
             tell: takes pieces and last words.
+            name: that requests ask for, for the log.
         """
         self.served, self._batch_size, self._most_tokens, self._tell = served, batch, tokens, tell
+        self._name, self._was_unsound = name, False
         chat = served.chat
         self.waiting: deque[Asked] = deque()
         self.running: list[Asked] = []
@@ -261,6 +263,7 @@ class Lane:
         told: list[dict[str, Any]] = []
         for one in rows:
             if not one.row.sound:
+                self._log_unsound()
                 told.append(
                     {"is": "refused", "id": one.name, "status": 500, "code": "model_scores", "message": UNSOUND}
                 )
@@ -274,13 +277,20 @@ class Lane:
         if told:
             self._tell(*told)
 
+    def _log_unsound(self) -> None:
+        """Tells who runs the server, whom no response reaches, and once: such a model does so at each request."""
+        if not self._was_unsound:
+            _logger.error("a request to %s failed: %s; this is said once", self._name, UNSOUND)
+        self._was_unsound = True
+
 
 class Lanes:
     """All lanes of one model, which take turns."""
 
     def __init__(self, served: Mapping[str, Served], *, batch: int, tokens: int, tell: Tell) -> None:
         """See `Lane`."""
-        self.lanes = {name: Lane(one, batch=batch, tokens=tokens, tell=tell) for name, one in served.items()}
+        sizes = {"batch": batch, "tokens": tokens}
+        self.lanes = {name: Lane(one, **sizes, tell=tell, name=name) for name, one in served.items()}
         self._tell = tell
         self._selected: Lane | None = None
 
