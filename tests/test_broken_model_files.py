@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 
 from phi3v import loading, tuning
@@ -108,6 +110,61 @@ def test_an_adapter_of_no_known_kind_is_named(sound: Path, tmp_path: Path, kind:
         f"{tmp_path}/adapter/adapter_config.json: peft_type is {kind!r}, which is no kind of adapter that peft has "
         "(LORA for instance): copy the file again"
     )
+
+
+def renamed(change: Callable[[str], str]) -> Break:
+    """Other names for the tensors of an adapter."""
+
+    def spoil(folder: Path) -> None:
+        file = folder / "adapter_model.safetensors"
+        save_file({change(name): tensor for name, tensor in load_file(file).items()}, file)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (
+            fields("adapter_config.json", r=4),
+            "of two kinds: .* says r: 4, and the tensors of .* are of rank 2; copy both",
+        ),
+        (
+            fields("adapter_config.json", r="2"),
+            "config.json: r is '2', and a whole number belongs there: write it with",
+        ),
+        (fields("adapter_config.json", lora_alpha=None), "lora_alpha is None, and a number belongs there"),
+        (fields("adapter_config.json", target_modules=5), "adapter does not fit .*model: 'int' object is not iterable"),
+        (fields("adapter_config.json", peft_type="IA3"), "says peft_type: IA3, and the tensors of .* are LoRA's; copy"),
+        (renamed(lambda name: f"module.{name}"), r"than PEFT \(module.base_model.*, where base_model.* as a raw state"),
+        (
+            renamed(lambda name: name.removeprefix("base_model.model.")),
+            r"than PEFT \(model.layers.0.*, where base_model",
+        ),
+        (
+            renamed(lambda name: name.replace(".weight", ".default.weight")),
+            r"lora_A.default.weight, where .*_A.weight bel",
+        ),
+    ],
+)
+def test_an_adapter_whose_files_contradict_each_other_is_named(
+    sound: Path, tmp_path: Path, spoil: Break, words: str
+) -> None:
+    shutil.copytree(sound / "adapter", tmp_path / "adapter")
+    spoil(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=words) as error:
+        loading.load_target(tmp_path / "adapter", device="cpu")
+    assert str(tmp_path / "adapter") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_learned_prompts_answer_and_are_not_trained_on(sound: Path, tmp_path: Path) -> None:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(loading.load_base(sound / "model"), config).save_pretrained(tmp_path)
+    assert loading.load_target(tmp_path, device="cpu").kind == "adapter"
+    with pytest.raises(
+        CheckpointError, match="of type PROMPT_TUNING: its learned prompts answer, and cannot be trained"
+    ):
+        loading.load_target(tmp_path, device="cpu", trainable=True)
 
 
 def test_the_sound_ones_load(sound: Path) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from phi3v.adapter_faults import fault_of, refuse_prompts, refuse_wrong_numbers, said_of
 from phi3v.errors import CheckpointError
 from phi3v.model.vision_phi3_v import unread_parts
-from phi3v.passthrough import first_line
 from phi3v.targets import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Target, read_json, refuse_damaged, tensor_shapes
 
 _KEEP_THE_BASE = ("gaussian", "eva", "orthogonal")
@@ -46,6 +46,7 @@ def check_adapter(folder: Path) -> None:
             f"{folder / ADAPTER_CONFIG}: peft_type is {kind!r}, which is no kind of adapter that peft has (LORA for "
             "instance): copy the file again"
         )
+    refuse_wrong_numbers(folder, values)
     if starts_at_random(begun):
         raise CheckpointError(
             f"{folder / ADAPTER_CONFIG}: init_lora_weights is {begun!r}, a random decomposition that cannot be made "
@@ -80,21 +81,20 @@ def load_adapter(
     from peft import PeftConfig, PeftModel, get_peft_model
 
     assert place.adapter is not None
-    if on_meta:
-        config = PeftConfig.from_pretrained(str(place.adapter))
-        config.inference_mode, config.init_lora_weights = not trainable, True
-        return get_peft_model(model, config)
+    if trainable:
+        refuse_prompts(place)
     stored = tensor_shapes(place.adapter / ADAPTER_WEIGHTS)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it would say about the tensors is checked below
-            if has_adapter(model):
-                tuned: Any = model
-                tuned.load_adapter(str(place.adapter), adapter_name=name, is_trainable=trainable)
-            else:
-                tuned = PeftModel.from_pretrained(model, str(place.adapter), name, is_trainable=trainable)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"adapter {place.adapter} does not fit {place.base}: {first_line(error)}") from error
+    with said_of(place, stored), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it would say about the tensors is checked below
+        if on_meta:
+            config = PeftConfig.from_pretrained(str(place.adapter))
+            config.inference_mode, config.init_lora_weights = not trainable, True
+            return get_peft_model(model, config)
+        if has_adapter(model):
+            tuned: Any = model
+            tuned.load_adapter(str(place.adapter), adapter_name=name, is_trainable=trainable)
+        else:
+            tuned = PeftModel.from_pretrained(model, str(place.adapter), name, is_trainable=trainable)
     check_fit(tuned, place, stored, name)
     return tuned if trainable else tuned.eval()
 
@@ -105,10 +105,11 @@ def check_fit(tuned: Any, place: Target, stored: Mapping[str, tuple[int, ...]], 
     wrong = {key for key in wanted.keys() | stored.keys() if wanted.get(key) != stored.get(key)}
     unread = unread_parts(tuned)
     if key := min((key for key in wrong if key in stored or not key.startswith(unread)), default=""):
-        raise CheckpointError(
-            f"adapter {place.adapter} does not fit {place.base}: {key} is {stored.get(key, 'missing')} in the file "
-            f"and {wanted.get(key, 'unknown')} in the model; tune again or name the right base"
+        why = fault_of(place, stored, wrong) or (
+            f"does not fit {place.base}: {key} is {stored.get(key, 'missing')} in the file and "
+            f"{wanted.get(key, 'unknown')} in the model; tune again or name the right base"
         )
+        raise CheckpointError(f"adapter {place.adapter} {why}")
 
 
 def adapter_state(model: Any, name: str = "default") -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from phi3v.errors import ConfigError
-from phi3v.recipe_data import DataSection, Section, shorthand
+from phi3v.recipe_data import DataSection, Section, shorthand, tightens
 from phi3v.recipe_errors import explain
 from phi3v.recipe_image import ImageSection
 from phi3v.recipe_places import PLACES, is_there, map_places, meant
@@ -61,13 +61,14 @@ RUN_FILES = ("recipe.yaml", "versions.json")
 """The files that make a folder a run."""
 
 SETTINGS = tuple(
-    "evaluation report sweep model.device data.image_cache data.allow_hosts vision.cache_gb vision.cache_folder "
-    "training.fast_lora training.non_finite training.fsdp training.fsdp_config training.ddp_backend "
-    "training.ddp_timeout training.dataloader_num_workers training.save_total_limit".split()
+    "evaluation report sweep model.device data.image_cache data.allow_hosts data.max_skipped data.on_problem "
+    "vision.cache_gb vision.cache_folder training.fast_lora training.non_finite training.fsdp training.fsdp_config "
+    "training.ddp_backend training.ddp_timeout training.dataloader_num_workers training.save_total_limit".split()
 )
 """Sections and keys that do not change what is trained: where and how fast it happens, and what is done afterwards.
 
-What of `evaluation` a score follows from that judges a run is compared in `training.conditions`."""
+What of `evaluation` a score follows from that judges a run is compared in `training.conditions`, and what `tightens` is
+refused of a begun run."""
 
 
 def _fill_lora(value: Any) -> Any:
@@ -369,8 +370,14 @@ class Recipe(Section):
         return [
             f"{key}: {_told(key, mine, theirs)} here, {_told(key, theirs, mine)} there"
             for key in changed
-            if key != "output" and (settings or not any(f"{key}.".startswith(f"{name}.") for name in SETTINGS))
+            if key != "output"
+            and (settings or not _is_setting(key) or tightens(key, now=mine.get(key), before=theirs.get(key)))
         ]
+
+
+def _is_setting(key: str) -> bool:
+    """Whether a key is one of `SETTINGS`, or lies in one."""
+    return any(f"{key}.".startswith(f"{name}.") for name in SETTINGS)
 
 
 def _told(key: str, values: dict[str, Any], others: dict[str, Any]) -> str:

@@ -168,3 +168,13 @@ class DataSection(Section):
     def train_name(self) -> str:
         """What the rows to train on are called: "shop.csv", or "shop.csv, owner/name" for several."""
         return self.train if isinstance(self.train, str) else ", ".join(one.source for one in self.train)
+
+
+def tightens(key: str, *, now: Any, before: Any) -> bool:
+    """Whether a value allows fewer rows to be left out than one before, which a begun run may have used up by now.
+
+    Example: "data.max_skipped" 0.05 after 0.5 -> True; 0.5 after 0.05 -> False, and so for every other key.
+    """
+    if key == "data.max_skipped":
+        return bool(now < before)
+    return key == "data.on_problem" and now == "stop" and before == "skip"

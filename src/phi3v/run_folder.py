@@ -215,14 +215,14 @@ class RunFolder:
         """What `write_versions` wrote."""
         return self._read_json(self.versions)
 
-    def write_problems(self, problems: Iterable[dict[str, Any]]) -> None:
-        """Writes problems.jsonl with what reading the rows found; what training found in an earlier session stays.
+    def write_problems(self, problems: Iterable[dict[str, Any]], *, anew: bool = False) -> None:
+        """Writes problems.jsonl with what reading the rows found; what training found before stays, unless `anew`.
 
         Example: {"source": "shop.csv", "row": 3, "reason_code": "missing_value", "message": "column 'title' is empty"}
         -> the same line with "found": "reading".
         """
         found = [{**problem, "found": "reading"} for problem in problems]
-        kept = [line for line in self.read_problems() if line.get("found") != "reading"]
+        kept = [] if anew else [line for line in self.read_problems() if line.get("found") != "reading"]
         if found or kept or self.problems.is_file():
             replace_file(self.problems, "".join(to_json(line) + "\n" for line in [*found, *kept]))
 

@@ -54,7 +54,7 @@ def test_the_next_row_stands_in() -> None:
         DataError, match=r"b.png does not decode; with it 1 row could not be used when its turn came, more"
     ):
         StandIns(Numbers(6, bad), spare=0)[1]
-    with pytest.raises(ImageError, match="image b.png does not decode$"):
+    with pytest.raises(ImageError, match=r"image b.png does not decode \(data.on_problem is stop: set skip, which"):
         StandIns(Numbers(6, bad), spare=3, on_problem="stop")[1]
     with pytest.raises(DataError, match="no row can be encoded"):
         StandIns(Numbers(1, {0: DataError("x")}), spare=3)[0]
@@ -115,7 +115,7 @@ def test_spawned_workers_share_it_too() -> None:
 
 
 def test_ranks_share_what_may_fail_by_the_run(tmp_path: Path) -> None:
-    """Each of two ranks meets two of four bad rows; a session that goes on counts those that it meets again."""
+    """Each of two ranks meets two of four bad rows; a session that goes on counts them on, one that starts over not."""
     rows = Numbers(12, {number: DataError(f"a.csv, row {number}: 9 tokens") for number in (0, 3, 6, 9)})
     run = RunFolder(tmp_path)
     run.write_problems([{"source": "a.csv", "row": 99, "reason_code": "missing_value", "message": "empty"}])
@@ -132,8 +132,14 @@ def test_ranks_share_what_may_fail_by_the_run(tmp_path: Path) -> None:
     assert [line["row"] for line in map(json.loads, run.problems.read_text().splitlines())] == [99, 0, 3, 6, 9]
     with run.problems.open("a") as file:
         file.write('{"source": "a.csv", "ro')  # as a full disk leaves it
-    del rows.bad[0], rows.bad[3]  # mended
-    gone_on = ranks(spare=2)
-    assert [int(one[number]["input_ids"]) for one in gone_on for number in (0, 3, 6, 9)] == [0, 3, 7, 10] * 2
-    FailedRows(run)(RowProblem(2, "too_long", "9 tokens", "a.csv"))
+    gone_on = ranks(spare=4)
+    assert [int(one[number]["input_ids"]) for one in gone_on for number in (0, 9)] == [1, 10] * 2
+    rows.bad[2] = DataError("a.csv, row 2: 9 tokens")
+    with pytest.raises(DataError, match=r"row 2: 9 tokens; with it 5 rows could not be used when their turn came"):
+        gone_on[0][2]
     assert [line["row"] for line in run.read_problems()] == [99, 0, 3, 6, 9, 2]
+    run.write_problems([{"source": "a.csv", "row": 3}])  # found when the rows were read, where it counts already
+    assert FailedRows(run).found() == {("a.csv", number) for number in (0, 6, 9, 2)}
+    run.write_problems([], anew=True)
+    assert int(ranks(spare=1)[0][0]["input_ids"]) == 1
+    assert [line["row"] for line in run.read_problems()] == [0]

@@ -18,11 +18,13 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import compare_trainer_and_checkpoint_args
 
 import phi3v
-from phi3v.errors import ConfigError
+from phi3v import loading, tuning
+from phi3v.errors import CheckpointError, ConfigError
 from phi3v.run_folder import OPTIONAL_PACKAGES, RunFolder
 from phi3v.targets import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phi3v.training import conditions
 from phi3v.training.callbacks import TrainingEvent
+from phi3v.training.prepare import prepare_model
 
 MakeRecipe = Callable[..., phi3v.Recipe]
 
@@ -39,6 +41,36 @@ def stop_behind(step: int) -> Callable[[TrainingEvent], None]:
 
 def set_value(file: Path, key: str, value: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+
+
+def test_an_adapter_of_another_base_is_told(
+    make: MakeRecipe, world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Shapes do not tell Phi-3 and Phi-3.5 apart; a local copy goes by its folder's name, or its config's."""
+    base = shutil.copytree(world / "model", tmp_path / "copy")
+    tuning.attach_lora(loading.load_base(base), {"r": 2}).save_pretrained(folder := tmp_path / "adapter")
+    file, recipe = folder / "adapter_config.json", make(model={"name": str(base), "adapter": str(folder)})
+
+    def told(**values: Any) -> list[str]:
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+        caplog.clear()
+        prepare_model(recipe, torch.device("cpu"))
+        return [line for line in caplog.messages if "was tuned on" in line]
+
+    assert told() == [] and told(base_model_name_or_path="microsoft/copy") == []
+    names = ("microsoft/Phi-3-vision-128k-instruct", str(world / "model"))
+    said = (
+        "model.adapter {} was tuned on {}, and goes on on {}: its shapes fit, whether it is the same model is not known"
+    )
+    for name in names:
+        assert told(base_model_name_or_path=name) == [said.format(folder, name, base)]
+    config = json.loads((base / "config.json").read_text()) | {"_name_or_path": "Phi-3-vision-128k-instruct"}
+    (base / "config.json").write_text(json.dumps(config))
+    assert told(base_model_name_or_path=names[0]) == []
+    with pytest.raises(
+        CheckpointError, match=r"lora_alpha in its adapter_config.json is 0, by which nothing of it ans"
+    ):
+        told(lora_alpha=0)
 
 
 def test_an_adapter_to_go_on_from_that_is_another_is_refused(

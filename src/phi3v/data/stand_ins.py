@@ -17,6 +17,9 @@ from phi3v.errors import DataError, ImageError
 
 _logger = logging.getLogger(__name__)
 
+TOO_MANY_FAILED = "raise it, which a begun run takes, or mend the data and give another output"
+"""What helps where more rows fail than data.max_skipped leaves; with mended photos it would be another run."""
+
 
 class StandIns(torch.utils.data.Dataset[Example]):
     """Encoded rows without gaps.
@@ -86,7 +89,7 @@ class StandIns(torch.utils.data.Dataset[Example]):
     def _note(self, number: int, error: DataError) -> None:
         """Counts and tells of a failure. Raises: DataError when it is one too many."""
         if self.on_problem == "stop":
-            raise error
+            raise stopped_by(error) from error
         before = self._failed_rows()  # reads rows, so another worker may come first meanwhile
         met, self._failed[number] = bool(self._failed[number]), 1
         problem = row_problem(self.encoded.rows[number], error)
@@ -98,7 +101,7 @@ class StandIns(torch.utils.data.Dataset[Example]):
         else:  # the error names the row; workers that still go on meanwhile say nothing of theirs
             rows = "1 row could not be used when its" if failed == 1 else f"{failed} rows could not be used when their"
             raise DataError(
-                f"{problem}; with it {rows} turn came, more than data.max_skipped leaves: mend the data, or raise it"
+                f"{problem}; with it {rows} turn came, more than data.max_skipped leaves: {TOO_MANY_FAILED}"
             ) from error
 
     def _failed_rows(self) -> set[tuple[str, int]]:
@@ -108,6 +111,12 @@ class StandIns(torch.utils.data.Dataset[Example]):
                 row = self.encoded.rows[number]
                 self._keys[number] = (row.source, row.index)
         return set(self._keys.values())
+
+
+def stopped_by(error: DataError) -> DataError:
+    """The error of a row by which a recipe with `on_problem: stop` ends, with the way out."""
+    way = "set skip, which a begun run takes, or mend the data and give another output"
+    return type(error)(f"{error} (data.on_problem is stop: {way})")
 
 
 def row_problem(row: Row, error: DataError) -> RowProblem:

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from phi3v.data.encode import Example
 from phi3v.data.judging import most_allowed
 from phi3v.data.schema import Row, RowProblem
-from phi3v.data.stand_ins import row_problem
+from phi3v.data.stand_ins import TOO_MANY_FAILED, row_problem, stopped_by
 from phi3v.data.streaming import CHECKED_EVERY, RowStream
 from phi3v.errors import DataError
 
@@ -104,7 +104,7 @@ class StreamedExamples(IterableDataset[Example]):
                 return self.encode(row), failed
             except DataError as error:
                 if self.stream.on_problem == "stop":
-                    raise
+                    raise stopped_by(error) from error
                 ahead[place] = None
                 failed.append(place)
                 problem = row_problem(row, error)
@@ -117,6 +117,7 @@ class StreamedExamples(IterableDataset[Example]):
     def _refuse_failures(self, workers: int) -> None:
         """Raises: DataError when more rows have failed in all workers than the stream allows of its records.
 
+        Both count from `start` on: how many failed before a run went on is not known here.
         They are held against the foremost worker's position: those behind it have still to count some of theirs.
         """
         counts = self._counts[:workers]
@@ -124,5 +125,5 @@ class StreamedExamples(IterableDataset[Example]):
         if position >= CHECKED_EVERY and failed > most_allowed(self.stream.max_skipped, position):
             raise DataError(
                 f"{failed} of {position} rows could not be encoded when their turn came, more than "
-                "data.max_skipped allows: mend the data, or raise it"
+                f"data.max_skipped allows: {TOO_MANY_FAILED}"
             )

@@ -20,7 +20,6 @@ from torch import nn
 
 from phi3v.adapters import adapter_state, check_adapter, check_fit, load_adapter, works_on_prompts
 from phi3v.errors import CheckpointError
-from phi3v.passthrough import first_line
 from phi3v.targets import ADAPTER_WEIGHTS, Target, tensor_shapes
 
 _PREFIX = "base_model.model."
@@ -55,10 +54,7 @@ class Merger:
             raise _no_weights(place, self.config)
         stored = tensor_shapes(self.file)
         self.of_module = _by_module(stored, self.leaves, place)
-        try:
-            tuned = load_adapter(model, place, on_meta=True)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-            raise CheckpointError(f"adapter {place.adapter} does not fit {place.base}: {first_line(error)}") from error
+        tuned = load_adapter(model, place, on_meta=True)
         if not hasattr(tuned.base_model, "merge_and_unload"):
             raise _no_weights(place, self.config)
         check_fit(tuned, place, stored)

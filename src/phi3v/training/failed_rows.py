@@ -18,27 +18,26 @@ RowKey = tuple[str, int]
 
 
 class FailedRows:
-    """The rows of one session of a run that could not be used when their turn came.
+    """The rows of a run that could not be used when their turn came, in all of its sessions.
 
-    A row that the run has named is not named again: a stream is read from its start at the first look, in training and
-    in each session. Loader workers have copies of this, each of which reads on where it was.
+    A run that goes on counts them on, so it ends where one that was never stopped would; the list of one that starts
+    over is empty (`RunFolder.write_problems`). A row that the run has named is not named again: a stream is read from
+    its start at the first look, in training and in each session. Loader workers have copies of this, each of which
+    reads on where it was.
     """
 
     def __init__(self, run: RunFolder) -> None:
         """Of this run, whose folder is there."""
         self._run = run
-        self._earlier: frozenset[RowKey] = frozenset()
+        self._by_reading: set[RowKey] = set()  # which are left out, and counted as such
         self._found: set[RowKey] = set()
         self._read = 0  # bytes of the file that are known
-        if run.problems.is_file():
-            with alone(run.problems) as file:
-                self._read_on(file)
-        self._earlier, self._found = frozenset(self._found), set()
+        self.found()
 
     def __call__(self, problem: RowProblem) -> None:
         """Writes a row down, unless the run names it already."""
         key = (problem.source, problem.row)
-        if key in self._earlier or key in self._found:
+        if key in self._by_reading or key in self._found:
             return
         with alone(self._run.problems) as file:
             self._read_on(file)
@@ -47,11 +46,7 @@ class FailedRows:
                 self._run.append_problem(asdict(problem))
 
     def found(self) -> frozenset[RowKey]:
-        """The rows that all processes of this session have named so far.
-
-        Those that an earlier session named are not among them: they may have been mended since. So a process counts
-        what it meets itself beside these.
-        """
+        """The rows that all processes of the run have named so far, those of its earlier sessions among them."""
         if self._run.problems.is_file():
             with alone(self._run.problems) as file:
                 self._read_on(file)
@@ -66,5 +61,6 @@ class FailedRows:
         self._read += len(whole)
         for line in whole.splitlines():
             values = json.loads(line)
-            self._found.add((values.get("source"), values.get("row")))
-        self._found -= self._earlier
+            known = self._by_reading if values.get("found") == "reading" else self._found
+            known.add((values.get("source"), values.get("row")))
+        self._found -= self._by_reading

@@ -5,6 +5,7 @@ data or of the Trainer.
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from phi3v.loading import load_base, load_config, rank_device, resolve_device, r
 from phi3v.meta_base import meta_base
 from phi3v.ranks import Ranks
 from phi3v.recipe import Recipe
-from phi3v.targets import Target, resolve_target
+from phi3v.targets import ADAPTER_CONFIG, Target, read_json, resolve_target
 from phi3v.training.checkpointing import OWN_KWARGS, checkpointing, checkpointing_kwargs
 from phi3v.training.faster_layers import compiles
 from phi3v.training.freed_memory import give_back_freed, leave_unused_pages
@@ -200,8 +201,21 @@ def _go_on(base: Any, recipe: Recipe, name: str) -> Any:
         if does != (wanted := getattr(recipe.vision, part)):
             raise ConfigError(f"model.adapter {name} has its {part} {does}: set vision.{part}={does}, it is {wanted}")
     config = tuned.peft_config["default"]
+    if getattr(config, "lora_alpha", 1) == 0:
+        raise CheckpointError(
+            f"model.adapter {name}: lora_alpha in its {ADAPTER_CONFIG} is 0, by which nothing of it answers or trains: "
+            "set it there to what it was tuned with, or name another adapter"
+        )
     if Path(before := str(config.base_model_name_or_path)).is_absolute() and not Path(before).is_dir():
         _log.warning("model.adapter %s was tuned on %s, which is not here: it fits %s", name, before, place.base)
+    elif not _is_named(before, place.base):
+        _log.warning(
+            "model.adapter %s was tuned on %s, and goes on on %s: its shapes fit, whether it is the same model is not "
+            "known",
+            name,
+            before,
+            place.base,
+        )
     config.base_model_name_or_path = str(Path(place.base).resolve()) if Path(place.base).is_dir() else place.base
     config.revision = recipe.model.revision
     return mark_trained(tuned)
@@ -217,6 +231,26 @@ def adapter_place(name: str, base: str | None = None) -> Target:
         raise CheckpointError(f"model.adapter {name} holds no adapter: name a run under LoRA or an adapter's folder")
     check_adapter(place.adapter)
     return place
+
+
+def _is_named(one: str, base: str) -> bool:
+    """Whether a base is the one of a name, or by its own name a copy of it.
+
+    Example: "microsoft/Phi-3-vision-128k-instruct" and a folder of this last name, or one whose config.json says it,
+    or a snapshot in the hub's cache -> True.
+    """
+    if one == base or (Path(one).is_dir() and Path(base).is_dir() and Path(one).resolve() == Path(base).resolve()):
+        return True
+    names = {_last(base)}
+    if (file := Path(base) / "config.json").is_file():
+        names.add(_last(str(read_json(file).get("_name_or_path") or base)))
+    return not (Path(one).is_dir() and Path(base).is_dir()) and _last(one) in names
+
+
+def _last(name: str) -> str:
+    """The last part of a hub id or of a path; of a snapshot in the hub's cache, that of the id."""
+    of_cache = re.search(r"models--[^/\\]+?--([^/\\]+)", name)
+    return of_cache.group(1) if of_cache else Path(name).name
 
 
 def _shorten_frozen_tower(model: Any, dtype: torch.dtype) -> None:

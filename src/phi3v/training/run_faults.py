@@ -1,6 +1,6 @@
-"""What may end a running training from outside, as one line: no space, no memory, a loader worker that is gone.
+"""What may end a running training from outside, as one line: no space, no memory, a loader worker that is gone, rows.
 
-In come errors of the system and of torch, out comes a `TrainingError` that says from which checkpoint the same command
+In come errors of the system, of torch and of the data, out comes one that says from which checkpoint the same command
 goes on. Where no update of the weights was cut off, the last whole step is saved before.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch.distributed import DistError
 
-from phi3v.errors import TrainingError
+from phi3v.errors import DataError, TrainingError
 from phi3v.passthrough import first_line
 from phi3v.training.disk_space import full_line, is_full
 from phi3v.training.step_faults import GatheringError, is_out_of_memory
@@ -29,6 +29,8 @@ def one_line_faults(trainer: StepTrainer, folder: Path) -> Iterator[None]:
     """
     try:
         yield
+    except DataError as error:  # a row too many that cannot be used
+        raise type(error)(f"{error}; {_again(_save(trainer))}") from error
     except (OSError, SafetensorError, EOFError) as error:
         if trainer.args.dataloader_num_workers and isinstance(error, (EOFError, ConnectionError)):
             raise _of_a_worker(trainer, error) from error  # it ended while it handed a sample over

@@ -209,7 +209,7 @@ def _begin(run: RunFolder, recipe: Recipe, data: LoadedData | StreamedData, cond
     """Makes the run's folder, or opens it, with the rows that are left out; conditions are of a run that begins."""
     with full_disk(run.path):
         run.start(recipe)
-        run.write_problems(asdict(problem) for problem in data.problems)
+        run.write_problems((asdict(problem) for problem in data.problems), anew=conditions is not None)
         if conditions is not None:
             note_begun(run, conditions)
 

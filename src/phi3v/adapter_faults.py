@@ -1,0 +1,117 @@
+"""Why an adapter does not load, by its configuration and by the names and shapes of its tensors.
+
+In come the small files of an adapter, out come lines that name what is wrong with them, where PEFT's own words would
+tell of its code, or of a tensor that is missing and stands there under another name.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from phi3v.errors import CheckpointError
+from phi3v.passthrough import first_line
+from phi3v.targets import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Target, read_json
+
+_PREFIX = "base_model.model."
+_WRAPPERS = re.compile(r"^(module\.)+|_orig_mod\.")
+"""What DistributedDataParallel and torch.compile put into the names of a raw state_dict()."""
+_A = ".lora_A.weight"
+_WITH_LORA = ("ADALORA", "XLORA")
+"""Other kinds that may hold matrices of LoRA."""
+_NUMBERS = {"r": "a whole number", "lora_alpha": "a number", "lora_dropout": "a number"}
+"""Values of a LoRA adapter's configuration that PEFT computes with and does not check."""
+
+
+def refuse_wrong_numbers(folder: Path, values: Mapping[str, Any]) -> None:
+    """Raises: CheckpointError where LoRA's numbers in a configuration are none, "4" in quotes for instance."""
+    if values.get("peft_type") != "LORA":
+        return
+    for name, wanted in _NUMBERS.items():
+        value, kinds = values.get(name, 0), int if name == "r" else int | float
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise CheckpointError(
+                f"{folder / ADAPTER_CONFIG}: {name} is {value!r}, and {wanted} belongs there: write it without quotes, "
+                "or copy the file again"
+            )
+
+
+def refuse_prompts(place: Target) -> None:
+    """Raises: CheckpointError where an adapter to train on is learned prompts, which PEFT loads for answers alone."""
+    from peft import PromptLearningConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    assert place.adapter is not None
+    kind = read_json(place.adapter / ADAPTER_CONFIG).get("peft_type")
+    configs: dict[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING
+    if issubclass(configs.get(kind, object), PromptLearningConfig):
+        raise CheckpointError(
+            f"adapter {place.adapter} is of type {kind}: its learned prompts answer, and cannot be trained on here; "
+            "name an adapter of LoRA (DoRA, rsLoRA and the like among them), or begin with a new one"
+        )
+
+
+@contextlib.contextmanager
+def said_of(place: Target, stored: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
+    """Turns what PEFT raises while it puts an adapter on its base into one line.
+
+    Args:
+        place: the adapter and its base.
+        stored: names and shapes of the adapter's tensors.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        kind = _config(place).get("peft_type")
+        tested = "" if kind == "LORA" else f" (it is of type {kind}; those tested here are LoRA, DoRA and rsLoRA)"
+        why = fault_of(place, stored, stored) or f"does not fit {place.base}: {first_line(error)}{tested}"
+        raise CheckpointError(f"adapter {place.adapter} {why}") from error
+
+
+def fault_of(place: Target, stored: Mapping[str, tuple[int, ...]], wrong: Iterable[str]) -> str | None:
+    """What is wrong with a LoRA adapter's own files, so that no base would help; None where nothing is seen.
+
+    Args:
+        place: the adapter.
+        stored: names and shapes of its tensors.
+        wrong: names of those that found no place.
+    """
+    values = _config(place)
+    ranks = {shape[0] for name, shape in stored.items() if name.endswith(_A) and shape}
+    if (kind := values.get("peft_type")) != "LORA":
+        return _of_two_kinds(f"says peft_type: {kind}", "LoRA's") if ranks and kind not in _WITH_LORA else None
+    for name in sorted(set(wrong) & stored.keys()):
+        if (usual := _usual(name)) != name:
+            return (
+                f"names its tensors otherwise than PEFT ({name}, where {usual} belongs), as a raw state_dict() does: "
+                "write it by PEFT's save_pretrained, or rename them in its file"
+            )
+    if not values.get("rank_pattern") and ranks and ranks != {values.get("r")}:
+        found = " and ".join(map(str, sorted(ranks)))
+        said = f"says r: {values['r']}" if "r" in values else "says no r"
+        return _of_two_kinds(said, f"of rank {found}")
+    return None
+
+
+def _of_two_kinds(said: str, are: str) -> str:
+    """That configuration and weights contradict each other."""
+    return (
+        f"is of two kinds: its {ADAPTER_CONFIG} {said}, and the tensors of its {ADAPTER_WEIGHTS} are {are}; copy both "
+        "files again, from one place"
+    )
+
+
+def _usual(name: str) -> str:
+    """How PEFT's files name a tensor that a raw state names otherwise.
+
+    Example: "module.model.norm.lora_A.default.weight" -> "base_model.model.model.norm.lora_A.weight".
+    """
+    bare = _WRAPPERS.sub("", name).replace(".default.", ".")
+    return bare if bare.startswith(_PREFIX) else f"{_PREFIX}{bare}"
+
+
+def _config(place: Target) -> dict[str, Any]:
+    """The adapter's configuration."""
+    assert place.adapter is not None
+    return read_json(place.adapter / ADAPTER_CONFIG)
