@@ -157,16 +157,24 @@ def test_each_figure_stands_beside_the_test_of_its_control():
     content = make_content()
     metrics = content.evaluation["metrics"]
     error = metrics["absolute_error.price"]
-    control = {"difference": {**error["tuned"], "value": -371.0}, "test": "sign_flip", "won": 7, "lost": 5, "tied": 0}
-    for p, value, words in (
-        (0.21, -371.0, "model not clearly better, p 0.21"),
-        (1e-9, -371.0, "model better, p < 0.001"),
-        (0.01, 98.0, "model worse, p 0.01"),
+    control = {"test": "sign_flip", "won": 7, "lost": 5, "tied": 0}
+    for p, gap, own, words in (
+        (0.21, (-371.0, -700.0, 40.0), (90.0, 600.0), "model not clearly better, p 0.21"),
+        (1e-9, (-371.0, -700.0, -40.0), (90.0, 300.0), "model better, p < 0.001"),
+        (0.01, (98.0, 20.0, 150.0), (550.0, 700.0), "model worse, p 0.01"),
+        (1e-9, (-371.0, -700.0, -40.0), (90.0, 600.0), "model better, p < 0.001 (difference -371, -700 to -40)"),
+        (
+            1e-9,
+            (-371.0, -700.0, 40.0),
+            (90.0, 600.0),
+            "model better, p < 0.001 (difference -371, -700 to +40; the two disagree, and the p value decides)",
+        ),
     ):
-        above = {**control, "p": p, "difference": {**control["difference"], "value": value}}
-        changed = {**metrics, "absolute_error.price": {**error, "constant": 502.0, "over_constant": above}}
+        above = {**control, "p": p, "difference": dict(zip(("value", "low", "high"), gap, strict=True))}
+        one = {**error, "tuned": {**error["tuned"], "value": 131.0, "low": own[0], "high": own[1]}, "constant": 502.0}
+        changed = {**metrics, "absolute_error.price": {**one, "over_constant": above}}
         page = Page(render_report(replace(content, evaluation={**content.evaluation, "metrics": changed})))
-        assert f"502{words}" in page.text
+        assert beside_control(changed["absolute_error.price"]) == words and f"502{words}" in page.text
         assert "“not clearly better” is not shown to be better than one answer to everything" in page.text
     assert beside_control(metrics["loss"]) == beside_control({**error, "over_constant": None}) == ""
     found = beside_control(metrics["exact_match"])
