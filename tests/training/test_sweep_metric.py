@@ -67,6 +67,24 @@ def sweep_of(
     return sweep(make("by_metric", **{"data": {"split": {"validation": 4}}, "sweep": section, **sections}))
 
 
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_pruner_ends_the_worst_by_a_metric_that_is_to_grow(
+    make: Callable[..., phi3v.Recipe], monkeypatch: pytest.MonkeyPatch, answered: bool
+) -> None:
+    """By the held-out loss, which is to fall, and by the metric itself; the third trial is better than those before."""
+    losses, scores = ([1.0] * 4, [0.4, 0.5, 0.8, 0.1]) if answered else ([5.0, 4.0, 1.0, 9.0], [0.4, 0.5, 0.8, 0.7])
+    section = {"evaluation": {"during_training": 4}} if answered else {}
+    found = sweep_of(make, monkeypatch, losses, scores, **section)
+    assert {line["trial"]: line["state"] for line in found.ranking["trials"]} == {
+        0: "complete",
+        1: "complete",
+        2: "complete",
+        3: "pruned",
+    }
+    assert [line["trial"] for line in found.ranking["trials"]] == [2, 1, 0, 3]
+    assert found.ranking["trials"][0]["validations"] == ({"1": 0.8, "2": 0.8} if answered else {"1": 1.0, "2": 1.0})
+
+
 def test_the_held_out_loss_decides_among_trials_of_equal_score(
     make: Callable[..., phi3v.Recipe], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
