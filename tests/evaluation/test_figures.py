@@ -3,10 +3,26 @@
 import pytest
 
 from phi3v.evaluation.figures import counted, duration, ending, interval, percent, short_number
+from phi3v.evaluation.shares import wilson_interval
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.0, "0 %"), (1.0, "100 %"), (0.9345, "93.5 %"), (0.0004, "0 %"), (0.5, "50.0 %")]
+    ("value", "text"),
+    [
+        (0.0, "0 %"),
+        (1.0, "100 %"),
+        (0.9345, "93.5 %"),
+        (0.5, "50.0 %"),
+        (0.0004, "< 0.1 %"),
+        (0.0006, "0.1 %"),
+        (0.99973, "> 99.9 %"),
+        (0.9999994, "> 99.9 %"),
+        (0.9994, "99.9 %"),
+        (sum([0.1] * 10), "100 %"),
+        (-1e-17, "0 %"),
+        (wilson_interval(20, 20)[1], "100 %"),
+        (wilson_interval(0, 7)[0], "0 %"),
+    ],
 )
 def test_percent(value, text):
     assert percent(value) == text
@@ -55,3 +71,4 @@ def test_ending(kept, text):
 
 def test_interval():
     assert interval({"low": 0.5958, "high": 1.0}) == "59.6 % to 100 %"
+    assert interval({"low": 0.0002, "high": 0.9999}) == "< 0.1 % to > 99.9 %"
