@@ -222,6 +222,15 @@ def test_page_reaches_for_nothing_outside_itself():
     assert "default-src 'none'" in html
 
 
+def test_words_of_held_out_rows_and_of_the_curve_are_explained():
+    html = render_report(make_content())
+    assert "<dt>held-out rows</dt><dd>rows that are there to ask about alone" in html
+    assert "At each optimiser step the model is changed once" in html and "optimiser step" in html.split("<svg")[1]
+    content = make_content()
+    apart = replace(content, apart=True, evaluation={**content.evaluation, "data": "more.csv"})
+    assert "<dt>held-out rows</dt>" not in render_report(apart), "rows of any kind"
+
+
 def test_page_without_base_curve_photos_or_fields():
     content = make_content(base=False)
     bare = ReportContent(title="bare", evaluation=content.evaluation, predictions=content.predictions)

@@ -36,7 +36,7 @@ from phi3v.evaluation.headline import (
     verdict,
     which_rows,
 )
-from phi3v.evaluation.legend import CHECKS, legend
+from phi3v.evaluation.legend import CHECKS, HELD_OUT, legend
 from phi3v.evaluation.report_curves import EVALUATION_COLOUR, TRAIN_COLOUR, curve_points, loss_curve_svg
 from phi3v.evaluation.report_rows import choose_extremes, list_rows, side_names
 
@@ -122,6 +122,7 @@ def render_report(content: ReportContent) -> str:
         names=side_names(evaluation) if evaluation else {},
         one_question=len({one["question"] for one in content.predictions}) == 1,
         check_words=CHECKS,
+        held_out_words=HELD_OUT,
     )
 
 
