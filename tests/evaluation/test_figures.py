@@ -2,7 +2,7 @@
 
 import pytest
 
-from phi3v.evaluation.figures import counted, duration, ending, interval, percent, short_number
+from phi3v.evaluation.figures import counted, duration, ending, interval, percent, short_number, unbroken
 from phi3v.evaluation.shares import wilson_interval
 
 
@@ -67,6 +67,12 @@ def test_counted(number, text):
 )
 def test_ending(kept, text):
     assert ending({"steps": 9, "planned": 12, "kept": kept}) == text
+
+
+def test_a_figure_is_not_broken_between_lines():
+    line = "fell from 95.5 % (90.1 % to > 99.9 %) to 5.4 %, p < 0.001, p = 0.02, p 0.3, at 100 rows"
+    whole = "fell from 95.5_% (90.1_% to >_99.9_%) to 5.4_%, p_<_0.001, p_=_0.02, p_0.3, at 100 rows"
+    assert unbroken(line) == whole.replace("_", "\u00a0")
 
 
 def test_interval():

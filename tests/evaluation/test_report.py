@@ -13,7 +13,7 @@ from report_content import CHROMIUM, HOSTILE, HOSTILE_GROUP, Page, browse, make_
 from phi3v.data.data_uri import photo_uri
 from phi3v.data.schema import ImageRef, Message, Row, TextPart
 from phi3v.evaluation import report_run
-from phi3v.evaluation.figures import p_value
+from phi3v.evaluation.figures import p_value, unbroken
 from phi3v.evaluation.headline import also_changed, beside_control
 from phi3v.evaluation.legend import legend
 from phi3v.evaluation.report import ReportContent, render_report
@@ -174,7 +174,7 @@ def test_each_figure_stands_beside_the_test_of_its_control():
         one = {**error, "tuned": {**error["tuned"], "value": 131.0, "low": own[0], "high": own[1]}, "constant": 502.0}
         changed = {**metrics, "absolute_error.price": {**one, "over_constant": above}}
         page = Page(render_report(replace(content, evaluation={**content.evaluation, "metrics": changed})))
-        assert beside_control(changed["absolute_error.price"]) == words and f"502{words}" in page.text
+        assert beside_control(changed["absolute_error.price"]) == words and f"502{unbroken(words)}" in page.text
         assert "“not clearly better” is not shown to be better than one answer to everything" in page.text
     assert beside_control(metrics["loss"]) == beside_control({**error, "over_constant": None}) == ""
     found = beside_control(metrics["exact_match"])
@@ -196,7 +196,7 @@ def test_a_check_that_failed_stands_beside_the_headline():
     lost = {"verdict": "fail", "line": "ANLS 5.4 % on 24 kept rows", "metric": "anls"}
     html = headline_of(checks={"forgetting": lost, "form": {"verdict": "warn", "line": "a few"}, "images": lost})
     assert 'class="verdict ">Better after tuning, but 2 checks failed' in html and "a few" not in html
-    assert '<strong class="wrong">Forgotten:</strong> ANLS 5.4 % on 24 kept rows.' in html
+    assert '<strong class="wrong">Forgotten:</strong> ANLS 5.4\u00a0% on 24 kept rows.' in html
     assert '<strong class="wrong">Nothing shows that the images matter:</strong>' in html
     content = make_content()
     words = [legend({**content.evaluation, "checks": checks}) for checks in ({"forgetting": lost}, {})]

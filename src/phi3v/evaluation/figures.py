@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,6 +62,11 @@ def p_said(p: float | None) -> str:
     """A p value behind the letter: 6e-58 -> "< 0.001", 0.5 -> "= 0.5"."""
     text = p_value(p)
     return text if text.startswith("<") else f"= {text}"
+
+
+def unbroken(text: str) -> str:
+    """A line whose figures stay whole where a page breaks it: no break within "95.5 %", "> 99.9 %" and "p < 0.001"."""
+    return re.sub(r"(?<=\d) (?=%)|(?<=[<>=]) (?=\d)|(?<=\bp) (?=[<=\d])", "\u00a0", text)
 
 
 def shortened(text: str, most: int = 60) -> str:

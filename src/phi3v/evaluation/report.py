@@ -148,6 +148,7 @@ def render_page(template: str, **values: Any) -> str:
         gain_ends=figures.gain_ends,
         p_value=figures.p_value,
         p_said=figures.p_said,
+        unbroken=figures.unbroken,
         number=figures.short_number,
         counted=figures.counted,
         rows_about=figures.rows_about,
