@@ -91,12 +91,16 @@ def show_sweep(console: Console, result: SweepResult) -> None:
     ranking = result.ranking
     keys = list(ranking["search"])
     table = Table("", "trial", ranking["metric"], "95 %", title_justify="left", box=None, title="the best trials")
+    if beside := ranking["metric"] != "eval_loss":  # it decides among trials of equal value
+        table.add_column("held-out loss")
     for key in keys:
         table.add_column(Text(key.rpartition(".")[2]))
     best = [line for line in ranking["trials"] if line["state"] == "complete"][:10]
     names = [short_names([line["values"].get(key) for line in best]) for key in keys]
     for row, line in enumerate(best):
         cells = [Text(column[row]) for column in names]
+        if beside:
+            cells.insert(0, Text(short_number(line.get("loss"))))
         table.add_row(str(line["rank"]), str(line["trial"]), short_number(line["value"]), ends(line, "number"), *cells)
     if ranking["base"] and "error" not in ranking["base"]:
         table.add_row("", "base", short_number(ranking["base"]["value"]), ends(ranking["base"], "number"))

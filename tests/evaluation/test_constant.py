@@ -1,6 +1,7 @@
 """The control: no single answer is better than it by any metric or in any field, and long texts do not take minutes."""
 
 import json
+from dataclasses import replace
 from math import comb
 from random import Random
 from statistics import median_low
@@ -11,8 +12,9 @@ import pytest
 from phi3v.data.schema import ImageRef, Message, Row, TextPart
 from phi3v.evaluation import constant
 from phi3v.evaluation.answers import Answers
+from phi3v.evaluation.check_answers import check_images
 from phi3v.evaluation.check_constant import check_constant
-from phi3v.evaluation.constant import best_constant, constant_columns
+from phi3v.evaluation.constant import ConstantAnswer, best_constant, constant_columns
 from phi3v.evaluation.fields import AnswerTemplate
 from phi3v.evaluation.headline import also_changed, better_fields, verdict
 from phi3v.evaluation.intervals import mean
@@ -183,3 +185,24 @@ def test_letters_of_forty_rows_stand_beside_the_most_frequent_one():
     lost = sum(not good and one == "A" for good, one in zip(right, expected, strict=True))
     p = 2 * sum(comb(won + lost, few) for few in range(lost + 1)) / 2 ** (won + lost)  # exact McNemar
     assert (above["won"], above["lost"]) == (won, lost) and won > lost > 0 and above["p"] == pytest.approx(p)
+
+
+def test_an_interval_and_a_test_that_disagree_say_so_in_checks():
+    """Six rows of 40 a little better, the others the same: Newcombe's interval holds 0, the test says 2 in 64."""
+    asked, expected = ["?"] * 40, ["abcdefghij"] * 40
+    ours, theirs = ["abcdefghij"] * 6 + ["abcdefgxyz"] * 34, ["abcdefuxyz"] * 6 + ["abcdefgxyz"] * 34
+    scoring = choose_scoring(expected, asked, AnswerTemplate("{answer}"), metrics=["similarity"])
+    tuned, control = (score_rows(scoring, expected, one, asked)["similarity"] for one in (ours, theirs))
+    single = ConstantAnswer("abcdefuxyz", "expected", 1)
+    found = check_constant(scoring, expected, asked, tuned, single, control=control)
+    assert found.verdict == "pass" and found.figures["p"] == 2 / 64
+    assert found.line.endswith(" points, -21.5 to +32.4, p = 0.031; the two disagree, and the p value decides)")
+    clear = check_constant(scoring, expected, asked, replace(tuned, values=control.values + 0.2), single, (), control)
+    assert clear.verdict == "pass" and "disagree" not in clear.line
+
+    turns = (Message("user", (TextPart("?"),)), Message("assistant", (TextPart("abcdefghij"),)))
+    rows = [Row(turns, (ImageRef(f"{place}.jpg", root="/photos"),), {}, "made.csv", place) for place in range(40)]
+    seeing, blind = (Answers(one, [1.0] * 40, [1] * 40) for one in (ours, theirs))
+    found = check_images(scoring, rows, seeing, blind, "x")
+    assert found.figures["p"] == 2 / 64
+    assert "; the interval of the difference, -21.5 to +32.4 points, and p disagree, and the p value" in found.line

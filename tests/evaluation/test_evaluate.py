@@ -325,7 +325,10 @@ def test_another_target_stands_beside(world, evaluation, tmp_path):
     assert (found.target, found.base, found.against) == (str(run.path), str(world / "model"), "target")
     assert [row["base"] for row in found.predictions] == [row["base"] for row in evaluation.predictions]
     assert list(found.metrics)[:3] == ["anls", "exact_match", "similarity"] and found.to_dict()["primary"] == "anls"
+    assert not any("same model" in line for line in found.to_dict()["notes"])
     same = evaluate(run.path, against=run.path / "adapter")
+    told = f"{run.path} and {run.path / 'adapter'} are the same model: their weights are equal, so no difference is"
+    assert [line.startswith(told) for line in same.to_dict()["notes"] if "same model" in line] == [True]
     for one in same.metrics.values():
         assert one["tuned"] == one["base"] and (one["won"], one["lost"], one["tied"]) == (0, 0, one["tuned"]["rows"])
         assert one["difference"]["value"] in (0, None) and one["p"] in (1, None)

@@ -2,11 +2,27 @@
 
 import pytest
 
-from phi3v.evaluation.figures import counted, duration, ending, interval, percent, short_number
+from phi3v.evaluation.figures import counted, duration, ending, interval, percent, short_number, unbroken
+from phi3v.evaluation.shares import wilson_interval
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.0, "0 %"), (1.0, "100 %"), (0.9345, "93.5 %"), (0.0004, "0 %"), (0.5, "50.0 %")]
+    ("value", "text"),
+    [
+        (0.0, "0 %"),
+        (1.0, "100 %"),
+        (0.9345, "93.5 %"),
+        (0.5, "50.0 %"),
+        (0.0004, "< 0.1 %"),
+        (0.0006, "0.1 %"),
+        (0.99973, "> 99.9 %"),
+        (0.9999994, "> 99.9 %"),
+        (0.9994, "99.9 %"),
+        (sum([0.1] * 10), "100 %"),
+        (-1e-17, "0 %"),
+        (wilson_interval(20, 20)[1], "100 %"),
+        (wilson_interval(0, 7)[0], "0 %"),
+    ],
 )
 def test_percent(value, text):
     assert percent(value) == text
@@ -53,5 +69,12 @@ def test_ending(kept, text):
     assert ending({"steps": 9, "planned": 12, "kept": kept}) == text
 
 
+def test_a_figure_is_not_broken_between_lines():
+    line = "fell from 95.5 % (90.1 % to > 99.9 %) to 5.4 %, p < 0.001, p = 0.02, p 0.3, at 100 rows"
+    whole = "fell from 95.5_% (90.1_% to >_99.9_%) to 5.4_%, p_<_0.001, p_=_0.02, p_0.3, at 100 rows"
+    assert unbroken(line) == whole.replace("_", "\u00a0")
+
+
 def test_interval():
     assert interval({"low": 0.5958, "high": 1.0}) == "59.6 % to 100 %"
+    assert interval({"low": 0.0002, "high": 0.9999}) == "< 0.1 % to > 99.9 %"

@@ -13,7 +13,7 @@ from report_content import CHROMIUM, HOSTILE, HOSTILE_GROUP, Page, browse, make_
 from phi3v.data.data_uri import photo_uri
 from phi3v.data.schema import ImageRef, Message, Row, TextPart
 from phi3v.evaluation import report_run
-from phi3v.evaluation.figures import p_value
+from phi3v.evaluation.figures import p_value, unbroken
 from phi3v.evaluation.headline import also_changed, beside_control
 from phi3v.evaluation.legend import legend
 from phi3v.evaluation.report import ReportContent, render_report
@@ -157,16 +157,24 @@ def test_each_figure_stands_beside_the_test_of_its_control():
     content = make_content()
     metrics = content.evaluation["metrics"]
     error = metrics["absolute_error.price"]
-    control = {"difference": {**error["tuned"], "value": -371.0}, "test": "sign_flip", "won": 7, "lost": 5, "tied": 0}
-    for p, value, words in (
-        (0.21, -371.0, "model not clearly better, p 0.21"),
-        (1e-9, -371.0, "model better, p < 0.001"),
-        (0.01, 98.0, "model worse, p 0.01"),
+    control = {"test": "sign_flip", "won": 7, "lost": 5, "tied": 0}
+    for p, gap, own, words in (
+        (0.21, (-371.0, -700.0, 40.0), (90.0, 600.0), "model not clearly better, p 0.21"),
+        (1e-9, (-371.0, -700.0, -40.0), (90.0, 300.0), "model better, p < 0.001"),
+        (0.01, (98.0, 20.0, 150.0), (550.0, 700.0), "model worse, p 0.01"),
+        (1e-9, (-371.0, -700.0, -40.0), (90.0, 600.0), "model better, p < 0.001 (difference -371, -700 to -40)"),
+        (
+            1e-9,
+            (-371.0, -700.0, 40.0),
+            (90.0, 600.0),
+            "model better, p < 0.001 (difference -371, -700 to +40; the two disagree, and the p value decides)",
+        ),
     ):
-        above = {**control, "p": p, "difference": {**control["difference"], "value": value}}
-        changed = {**metrics, "absolute_error.price": {**error, "constant": 502.0, "over_constant": above}}
+        above = {**control, "p": p, "difference": dict(zip(("value", "low", "high"), gap, strict=True))}
+        one = {**error, "tuned": {**error["tuned"], "value": 131.0, "low": own[0], "high": own[1]}, "constant": 502.0}
+        changed = {**metrics, "absolute_error.price": {**one, "over_constant": above}}
         page = Page(render_report(replace(content, evaluation={**content.evaluation, "metrics": changed})))
-        assert f"502{words}" in page.text
+        assert beside_control(changed["absolute_error.price"]) == words and f"502{unbroken(words)}" in page.text
         assert "“not clearly better” is not shown to be better than one answer to everything" in page.text
     assert beside_control(metrics["loss"]) == beside_control({**error, "over_constant": None}) == ""
     found = beside_control(metrics["exact_match"])
@@ -188,7 +196,7 @@ def test_a_check_that_failed_stands_beside_the_headline():
     lost = {"verdict": "fail", "line": "ANLS 5.4 % on 24 kept rows", "metric": "anls"}
     html = headline_of(checks={"forgetting": lost, "form": {"verdict": "warn", "line": "a few"}, "images": lost})
     assert 'class="verdict ">Better after tuning, but 2 checks failed' in html and "a few" not in html
-    assert '<strong class="wrong">Forgotten:</strong> ANLS 5.4 % on 24 kept rows.' in html
+    assert '<strong class="wrong">Forgotten:</strong> ANLS 5.4\u00a0% on 24 kept rows.' in html
     assert '<strong class="wrong">Nothing shows that the images matter:</strong>' in html
     content = make_content()
     words = [legend({**content.evaluation, "checks": checks}) for checks in ({"forgetting": lost}, {})]
@@ -212,6 +220,15 @@ def test_page_reaches_for_nothing_outside_itself():
     assert "@import" not in html and "url(http" not in html
     assert not re.findall(r'(?<!xmlns)(?<!xmlns:xlink)="https?://', html)
     assert "default-src 'none'" in html
+
+
+def test_words_of_held_out_rows_and_of_the_curve_are_explained():
+    html = render_report(make_content())
+    assert "<dt>held-out rows</dt><dd>rows that are there to ask about alone" in html
+    assert "At each optimiser step the model is changed once" in html and "optimiser step" in html.split("<svg")[1]
+    content = make_content()
+    apart = replace(content, apart=True, evaluation={**content.evaluation, "data": "more.csv"})
+    assert "<dt>held-out rows</dt>" not in render_report(apart), "rows of any kind"
 
 
 def test_page_without_base_curve_photos_or_fields():

@@ -303,7 +303,11 @@ def test_what_figures_need_to_be_read_with():
     assert table["anls"]["p"] == 2 / 64 and gap["low"] < 0 < gap["high"] and gap["interval"] == "newcombe"
     assert remarks(table, {"rows": 0, "different": 0}) == [
         "mean absolute error: intervals over fewer than 20 rows or photos are too short where a few errors are large",
-        "ANLS: interval and test of the difference disagree, and the test decides",
+        "ANLS: interval and test of the difference disagree, and the p value decides",
+    ]
+    beside = metric_table({"anls": ours}, None, {"anls": theirs})
+    assert remarks(beside, {"rows": 0, "different": 0}) == [
+        "ANLS: interval and test of the difference to the best single answer disagree, and the p value decides"
     ]
     said = [{"scores": {"tuned": {"absolute_error": error}}} for error in (900.0, 40.0, *range(18), None)]
     assert remarks(table, {"rows": 0, "different": 0}, said)[1] == (
@@ -311,7 +315,7 @@ def test_what_figures_need_to_be_read_with():
     )
     even = [{"scores": {"tuned": {"absolute_error": float(error)}}} for error in range(20)]
     assert len(remarks(table, {"rows": 0, "different": 0}, even)) == 2
-    assert in_words(table["anls"]).endswith("Here the two disagree, and the test decides.")
+    assert in_words(table["anls"]).endswith("Here the two disagree, and the p value decides.")
     assert "disagree" not in in_words(table["absolute_error"])
 
 

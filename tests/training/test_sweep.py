@@ -81,7 +81,7 @@ def test_a_sweep_ranks_its_trials_and_a_killed_one_ends_as_an_undisturbed_one(
     assert not run.checkpoints.exists()
     table = (run.path.parent.parent / "ranking.csv").read_text().splitlines()
     assert table[0] == ",".join(
-        ["rank", "trial", "state", "value", "low", "high", "steps", "seconds", "error", *SEARCH]
+        ["rank", "trial", "state", "value", "low", "high", "loss", "steps", "seconds", "error", *SEARCH]
     )
     base = whole.ranking["base"]
     assert base["rows"] == 4 and base["low"] < base["value"] < base["high"]

@@ -17,7 +17,7 @@ from phi3v.evaluation.answers import Answers
 from phi3v.evaluation.compared import Check, compare
 from phi3v.evaluation.constant import primary_control
 from phi3v.evaluation.figures import counted, ends, figure, gain, gain_ends, p_said, rows_about
-from phi3v.evaluation.headline import CHANCE, at_odds
+from phi3v.evaluation.headline import CHANCE, ODDS, at_odds, odds
 from phi3v.evaluation.image_groups import count_groups, image_groups
 from phi3v.evaluation.intervals import estimate, mean
 from phi3v.evaluation.kinds import Scoring
@@ -77,7 +77,9 @@ def check_images(
     line = f"{_score(name, with_images)} ({ends(figures['with_images'], 'share')}) with the images, "
     line += f"{figure(without, 'share')} ({ends(figures['with_grey_images'], 'share')}) with grey ones in their place"
     line += "" if constant is None else f", {figure(constant, 'share')} by the best single answer"
-    line += f" (p {p_said(figures['p'])}, {rows_about({'rows': len(rows), 'images': images}, 'row')})"
+    doubt = f"; the interval of the difference, {gain_ends(figures['difference'], 'share')} points, and p {ODDS}"
+    line += f" (p {p_said(figures['p'])}, {rows_about({'rows': len(rows), 'images': images}, 'row')}"
+    line += f"{doubt if at_odds(figures) else ''})"
     if (same_score := figures["difference"]["value"] <= 0 or figures["p"] >= CHANCE) and (
         fell := _fields_that_fall(*columns)
     ):
@@ -138,8 +140,9 @@ def check_forgetting(scoring: Scoring, rows: Sequence[Row], before: Answers | No
         return Check("skipped", f"{now} on {asked}; no base answered them before", figures)
     gap = figures["difference"]
     line = f"{now} on {asked}, {figure(figures['before']['value'], 'share')} before the tuning"
-    odds = "; the two disagree, and the p value decides" if at_odds(figures) else ""
-    line += f" ({gain(gap['value'], 'share')} points, {gain_ends(gap, 'share')}, p {p_said(figures['p'])}{odds})"
+    line += (
+        f" ({gain(gap['value'], 'share')} points, {gain_ends(gap, 'share')}, p {p_said(figures['p'])}{odds(figures)})"
+    )
     return _loss_verdict(line, own[name], theirs[name], figures)
 
 

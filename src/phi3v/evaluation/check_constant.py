@@ -15,7 +15,7 @@ import numpy as np
 from phi3v.evaluation.compared import Check, compare
 from phi3v.evaluation.constant import ConstantAnswer, primary_control
 from phi3v.evaluation.figures import counted, ends, figure, gain, gain_ends, p_said, shortened
-from phi3v.evaluation.headline import CHANCE
+from phi3v.evaluation.headline import CHANCE, odds
 from phi3v.evaluation.kinds import Scoring
 from phi3v.evaluation.paired import LEAST_ROWS
 from phi3v.evaluation.row_scores import LABELS, Column
@@ -65,7 +65,8 @@ def check_constant(
     line = (
         f"{LABELS[name]} {figure(figures['tuned']['value'], 'share')} ({ends(figures['tuned'], 'share')}), "
         f"{figure(figures['constant']['value'], 'share')} by always answering “{answer}” "
-        f"({gain(gap['value'], 'share')} points, {gain_ends(gap, 'share')}, p {p_said(figures['p'])})"
+        f"({gain(gap['value'], 'share')} points, {gain_ends(gap, 'share')}, p {p_said(figures['p'])}"
+        f"{odds(figures)})"
     )
     if (dull := gap["value"] <= 0 or figures["p"] >= CHANCE) and fields:
         told = ", ".join(fields[:3]) + (f" and {len(fields) - 3} more" if fields[3:] else "")

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
+EXACT = 1e-9
+"""A share this near to nothing or all is that: sums of floats and Wilson's formula miss it by less."""
+
 
 def percent(value: float) -> str:
-    """A share in per cent with one decimal where it says something: 0.9345 -> "93.5 %", 1.0 -> "100 %", 0.0 -> "0
-    %"."""
+    """A share in per cent with one decimal where it says something: 0.9345 -> "93.5 %", 1.0 -> "100 %", 0.0 -> "0 %".
+
+    "100 %" and "0 %" are all and nothing: 0.9997 -> "> 99.9 %", 0.0004 -> "< 0.1 %".
+    """
     text = f"{100 * value:.1f}"
-    return ("0" if text == "0.0" else "100" if text == "100.0" else text) + " %"
+    if text in ("0.0", "-0.0"):
+        return "0 %" if value <= EXACT else "< 0.1 %"
+    if text == "100.0":
+        return "100 %" if value >= 1 - EXACT else "> 99.9 %"
+    return f"{text} %"
 
 
 def interval(share: Mapping[str, Any]) -> str:
@@ -52,6 +62,11 @@ def p_said(p: float | None) -> str:
     """A p value behind the letter: 6e-58 -> "< 0.001", 0.5 -> "= 0.5"."""
     text = p_value(p)
     return text if text.startswith("<") else f"= {text}"
+
+
+def unbroken(text: str) -> str:
+    """A line whose figures stay whole where a page breaks it: no break within "95.5 %", "> 99.9 %" and "p < 0.001"."""
+    return re.sub(r"(?<=\d) (?=%)|(?<=[<>=]) (?=\d)|(?<=\bp) (?=[<=\d])", "\u00a0", text)
 
 
 def shortened(text: str, most: int = 60) -> str:

@@ -12,6 +12,8 @@ from phi3v.evaluation.paired import LEAST_ROWS
 
 CHANCE = 0.05
 """The p value from which on a difference is called chance."""
+ODDS = "disagree, and the p value decides"
+"""What is said of an interval and a test that say opposite things, see `at_odds`."""
 MOST_TEXTS = 0.5
 """Of the rows: so many texts that are in training too are most of them."""
 
@@ -214,13 +216,21 @@ def beside_control(figure: Mapping[str, Any]) -> str:
     """What stands beneath a figure's control: whether the paired test shows the figure to be better; "" without one.
 
     Example: 0.9 beside 0.1 with p 1e-9 -> "model better, p < 0.001"; an error of 131 beside 502 with p 0.2 ->
-    "model not clearly better, p 0.2"; an error of 600 beside 502 with p 0.01 -> "model worse, p 0.01".
+    "model not clearly better, p 0.2"; an error of 600 beside 502 with p 0.01 -> "model worse, p 0.01". Where the
+    figure's own interval, which stands beside it, holds the control and p is below 0.05, the difference stands there
+    too: "model better, p < 0.001 (difference -371, -700 to -90)"; and where that interval and the test disagree:
+    "model better, p 0.016 (difference +26.0 points, -11.3 to +59.9; the two disagree, and the p value decides)".
     """
     above = figure.get("over_constant")
     if not above or above["p"] is None:
         return ""
-    found = verdict({**above, "better": figure["better"]})
-    return f"model {'not clearly better' if found == 'no clear difference' else found}, p {p_value(above['p'])}"
+    found, own, gap = verdict({**above, "better": figure["better"]}), figure["tuned"], above["difference"]
+    said = f"model {'not clearly better' if found == 'no clear difference' else found}, p {p_value(above['p'])}"
+    over = own["low"] is not None and own["low"] <= figure["constant"] <= own["high"]
+    if not (at_odds(above) or (over and above["p"] < CHANCE)):
+        return said
+    unit, points = figure["unit"], " points" if figure["unit"] == "share" else ""
+    return f"{said} (difference {gain(gap['value'], unit)}{points}, {gain_ends(gap, unit)}{odds(above)})"
 
 
 def at_odds(figure: Mapping[str, Any]) -> bool:
@@ -235,6 +245,12 @@ def at_odds(figure: Mapping[str, Any]) -> bool:
     return bool(gap["low"] <= 0 <= gap["high"]) == (p < CHANCE)
 
 
+def odds(figure: Mapping[str, Any]) -> str:
+    """What stands behind an interval and its p value that disagree: "; the two disagree, and the p value decides", else
+    ""."""
+    return f"; the two {ODDS}" if at_odds(figure) else ""
+
+
 def in_words(figure: Mapping[str, Any]) -> str:
     """A difference with its interval, its test and its rows as sentences.
 
@@ -246,12 +262,12 @@ def in_words(figure: Mapping[str, Any]) -> str:
     if figure["p"] is None:
         return f"No row has this score on both sides: {rows}."
     name = "McNemar's test" if figure["test"] == "mcnemar" else "sign-flip test"
-    odds = " Here the two disagree, and the test decides." if at_odds(figure) else ""
+    doubt = f" Here the two {ODDS}." if at_odds(figure) else ""
     p = f"p {p_said(figure['p'])}".replace(" ", "\u00a0")  # not broken between two lines
     return (
         f"{gain(figure['difference']['value'], figure['unit'])}{points} (95 % interval "
         f"{gain_ends(figure['difference'], figure['unit'])}): {rows}. If neither were better, a difference as large as "
-        f"this would come up {how_often(figure['p'])} ({name}, {p}).{odds}"
+        f"this would come up {how_often(figure['p'])} ({name}, {p}).{doubt}"
     )
 
 

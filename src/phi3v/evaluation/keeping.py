@@ -23,13 +23,16 @@ from phi3v.ranks import ALONE, Ranks
 from phi3v.run_folder import gather_versions
 from phi3v.run_lock import RunLock
 
+COMPARED = ("tuned", "other")
+"""Sides whose weights are named wherever they answer: equal ones are the same model, which is told."""
+
 
 class Keeping:
     """The journals of one evaluation, one for each side.
 
     Attributes:
         ranks: the processes that share the rows; the first one writes.
-        weights: side -> name of the weights that answered, of those that have a journal here.
+        weights: side -> name of the weights that answered, of those that have a journal here and those `COMPARED`.
     """
 
     def __init__(
@@ -65,7 +68,11 @@ class Keeping:
         Raises: what `check` raises.
         """
         with self.ranks.together():
-            if self._place is None or not self.ranks.first:
+            if not self.ranks.first:
+                return None
+            if self._place is None:
+                if side in COMPARED:
+                    self.weights[side] = name_weights(model.state_dict().items())
                 return None
             made = depends_on(model, processor, self.name(rows), {"side": side, **settings})
             self.weights[side] = made["weights"]

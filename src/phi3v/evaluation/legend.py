@@ -68,6 +68,10 @@ KEPT = {
 """What the check of forgetting looks at."""
 
 
+HELD_OUT = "rows that are there to ask about alone: training does not learn from them (data.split, data.validation)"
+"""What the rows of a run's own page are."""
+
+
 def legend(evaluation: Mapping[str, Any]) -> dict[str, str]:
     """The words that the scores of an evaluation need, columns first: {"p": "how often ...", "exact match": ...}.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from phi3v.evaluation.headline import at_odds, row_label
+from phi3v.evaluation.headline import ODDS, at_odds, row_label
 from phi3v.evaluation.intervals import estimate, mean
 from phi3v.evaluation.paired import paired_test
 from phi3v.evaluation.row_scores import LABELS, Column
@@ -69,7 +69,7 @@ def remarks(
         table: see `metric_table`.
         images: of the rows, see `image_groups.count_groups`.
         predictions: the rows, see `result.prediction_rows`.
-    Example: ["exact match: interval and test of the difference disagree, and the test decides"].
+    Example: ["exact match: interval and test of the difference disagree, and the p value decides"].
     """
     found = []
     together = images["rows"] - images["different"]
@@ -84,7 +84,10 @@ def remarks(
     found += filter(None, (_few_far_off(name, one, predictions) for name, one in table.items()))
     odd = [row_label(one) for one in table.values() if at_odds(one)]
     if odd:
-        found.append(f"{', '.join(odd)}: interval and test of the difference disagree, and the test decides")
+        found.append(f"{', '.join(odd)}: interval and test of the difference {ODDS}")
+    beside = [row_label(one) for one in table.values() if one["over_constant"] and at_odds(one["over_constant"])]
+    if beside:
+        found.append(f"{', '.join(beside)}: interval and test of the difference to the best single answer {ODDS}")
     return found
 
 

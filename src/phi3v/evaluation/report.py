@@ -29,13 +29,14 @@ from phi3v.evaluation.headline import (
     failures,
     in_words,
     not_looked_at,
+    odds,
     out_of_form,
     row_label,
     single_answer,
     verdict,
     which_rows,
 )
-from phi3v.evaluation.legend import CHECKS, legend
+from phi3v.evaluation.legend import CHECKS, HELD_OUT, legend
 from phi3v.evaluation.report_curves import EVALUATION_COLOUR, TRAIN_COLOUR, curve_points, loss_curve_svg
 from phi3v.evaluation.report_rows import choose_extremes, list_rows, side_names
 
@@ -121,6 +122,7 @@ def render_report(content: ReportContent) -> str:
         names=side_names(evaluation) if evaluation else {},
         one_question=len({one["question"] for one in content.predictions}) == 1,
         check_words=CHECKS,
+        held_out_words=HELD_OUT,
     )
 
 
@@ -146,6 +148,7 @@ def render_page(template: str, **values: Any) -> str:
         gain_ends=figures.gain_ends,
         p_value=figures.p_value,
         p_said=figures.p_said,
+        unbroken=figures.unbroken,
         number=figures.short_number,
         counted=figures.counted,
         rows_about=figures.rows_about,
@@ -162,6 +165,7 @@ def render_page(template: str, **values: Any) -> str:
         out_of_form=out_of_form,
         conclusion=conclusion,
         not_looked_at=not_looked_at,
+        odds=odds,
         also_changed=also_changed,
         row_label=row_label,
         legend=legend,

@@ -79,7 +79,8 @@ class Evaluation:
         settings: what the figures depend on besides the target: values of the recipe, and a name of the rows.
         fingerprints: digests of what the figures depend on, under the names that the report gives them.
         control: the primary metric's scores of that single answer, for the checks; None where there is no control.
-        weights: side, "tuned" for instance -> name of the weights that answered, where answers were kept meanwhile.
+        weights: side, "tuned" for instance -> name of the weights that answered; of the base only where answers were
+            kept meanwhile.
     """
 
     target: str
@@ -108,6 +109,13 @@ class Evaluation:
     fingerprints: dict[str, str] = field(default_factory=dict)
     control: Column | None = field(default=None, repr=False)
 
+    def _same_model(self) -> list[str]:
+        """Says so where both sides are one model, a run beside its own adapter for instance."""
+        tuned, other = (self.weights.get(side) for side in ("tuned", "other"))
+        if tuned is None or tuned != other:
+            return []
+        return [f"{self.target} and {self.base} are the same model: their weights are equal, so no difference is shown"]
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the predictions, as plain values for JSON."""
         return {
@@ -122,7 +130,7 @@ class Evaluation:
             "primary": self.scoring.metrics[0],
             "metrics": self.metrics,
             "categories": self.categories,
-            "notes": [*self.scoring.notes, *remarks(self.metrics, self.images, self.predictions)],
+            "notes": [*self.scoring.notes, *self._same_model(), *remarks(self.metrics, self.images, self.predictions)],
             "checks": self.checks,
             "settings": self.settings,
             "weights": self.weights,

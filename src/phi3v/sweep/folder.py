@@ -111,11 +111,11 @@ class SweepFolder:
         keys = list(ranking["search"])
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        plain = ("rank", "trial", "state", "value", "low", "high", "steps", "seconds", "error")
+        plain = ("rank", "trial", "state", "value", "low", "high", "loss", "steps", "seconds", "error")
         writer.writerow([*plain, *keys])
         for line in ranking["trials"]:
             values = [line["values"].get(key) for key in keys]
-            writer.writerow([*(line[name] for name in plain), *(_cell(value) for value in values)])
+            writer.writerow([*(line.get(name) for name in plain), *(_cell(value) for value in values)])
         if base := ranking["base"]:
             writer.writerow([*({"state": "base", **base}.get(name) for name in plain), *([None] * len(keys))])
         replace_file(self.table, text.getvalue())

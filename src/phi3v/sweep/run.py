@@ -28,7 +28,7 @@ from phi3v.sweep.plots import write_plots
 from phi3v.sweep.space import Dimension, search_space, values_of
 from phi3v.sweep.study import OwnTrial, SweepStudy, validations
 from phi3v.sweep.trial import Outcome, rows_of, run_trial, score_untuned, trial_recipe
-from phi3v.sweep.verdict import remarks
+from phi3v.sweep.verdict import ranked, remarks
 from phi3v.sweep.workers import Workers
 from phi3v.training.callbacks import Watcher
 from phi3v.training.conditions import compare
@@ -237,7 +237,7 @@ class _Work:
             outcome = run_trial(recipe, self.settings, judge, self.on_event, self.features)
         except ConfigError as error:  # a combination that no recipe can have
             outcome = Outcome("failed", None, 0, 0.0, str(error))
-        for name in ("steps", "seconds", "error", "last", "ends"):
+        for name in ("steps", "seconds", "error", "last", "ends", "loss"):
             own.trial.set_user_attr(name, getattr(outcome, name))
         self.study.done(own, outcome.value, _OF[outcome.state])
         self.folder.drop_checkpoints(own.number)
@@ -282,6 +282,7 @@ class _Work:
             "value": trial.value if trial.state == TrialState.COMPLETE else None,
             "low": low,
             "high": high,
+            "loss": trial.user_attrs.get("loss"),
             "values": values_of(self.space, trial.params),
             "validations": {str(count): score for count, score in sorted(validations(trial, self.study.sign).items())},
             "steps": trial.user_attrs.get("steps", 0),
@@ -291,14 +292,8 @@ class _Work:
         }
 
     def _lines(self, trials: list[FrozenTrial]) -> list[dict[str, Any]]:
-        """Complete trials, the best first, then pruned ones, those that went furthest first, then the others."""
-        sign, order = (1 if self.study.minimize else -1), list(_OF)
-
-        def place(line: dict[str, Any]) -> tuple[Any, ...]:
-            how_far = -max((int(count) for count in line["validations"]), default=0)
-            return order.index(line["state"]), sign * (line["value"] or 0.0), how_far, line["trial"]
-
-        return sorted((self._line(trial) for trial in trials), key=place)
+        """Trials as ranking.json holds them, in its order."""
+        return ranked([self._line(trial) for trial in trials], self.study.minimize, list(_OF))
 
     def _ranking(self) -> dict[str, Any]:
         """What ranking.json holds."""

@@ -45,6 +45,7 @@ class Outcome:
         state: complete with a value; pruned at a validation; failed with an error's line.
         value: the sweep's metric on held-out rows; None unless complete.
         ends: lower and upper end of its 95 % interval; None where there is none.
+        loss: held-out loss of the weights that count, of a complete trial; decides among those of equal value.
         steps: optimiser steps of the run.
         seconds: time of this call.
         error: why it failed, None where it did not.
@@ -58,6 +59,7 @@ class Outcome:
     error: str | None = None
     last: tuple[int, float] | None = None
     ends: tuple[float, float] | None = None
+    loss: float | None = None
 
 
 class _Pruned(Exception):
@@ -133,7 +135,8 @@ def run_trial(recipe: Recipe, sweep: SweepSection, judge: Judge, watch: Watcher,
 
     try:
         train(recipe, on_event=look, features=store, report=sweep.metric != "eval_loss")
-        return replace(outcome("complete", _found(run, sweep.metric)), last=_last(run, sweep.metric))
+        found = outcome("complete", _found(run, sweep.metric))
+        return replace(found, last=_last(run, sweep.metric), loss=_loss(run, sweep.metric, found.value))
     except _Pruned:
         return outcome("pruned")
     except (ConfigError, DataError, TrainingError) as error:
@@ -182,6 +185,14 @@ def _found(run: RunFolder, metric: str) -> dict[str, Any]:
     step = run.read_summary().get("kept", {}).get("step")  # the best by another score may have a higher loss
     line = next((line for line in reversed(lines) if line["step"] == step), lines[-1])
     return {"value": line["eval_loss"], "low": line.get("eval_loss_low"), "high": line.get("eval_loss_high")}
+
+
+def _loss(run: RunFolder, metric: str, value: float | None) -> float | None:
+    """The held-out loss beside a trial's score, on the same rows; None where an evaluation has none."""
+    if metric == "eval_loss":
+        return value
+    found = run.read_evaluation()["metrics"].get("loss")
+    return None if found is None else found["tuned"]["value"]
 
 
 def _ends(score: Mapping[str, Any]) -> tuple[float, float] | None:

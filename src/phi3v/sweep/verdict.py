@@ -1,10 +1,11 @@
-"""What the scores of a sweep's trials say, and what they do not: a ranking in, one line for each remark out.
+"""What the scores of a sweep's trials say, and what they do not: their order, and one line for each remark.
 
 Two scores whose 95 % intervals do not overlap differ beyond chance; of two that overlap nothing is known, which is less
 than a paired test would say.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phi3v.evaluation.figures import ends, short_number
@@ -32,8 +33,31 @@ def apart(one: Score, other: Score) -> bool | None:
     return bool(one["low"] > other["high"] or other["low"] > one["high"])
 
 
+def ranked(lines: Sequence[dict[str, Any]], minimize: bool, states: Sequence[str]) -> list[dict[str, Any]]:
+    """Complete trials, the best first, then pruned ones, those that went furthest first, then the others.
+
+    Among complete ones of equal value the lower held-out loss comes first, then the lower number: by exact match all of
+    a short sweep may get 0, and the loss knows better.
+
+    Args:
+        lines: the trials as ranking.json holds them.
+        minimize: whether a lower value is better.
+        states: in their order.
+    """
+
+    def place(line: dict[str, Any]) -> tuple[Any, ...]:
+        state = states.index(line["state"])
+        if line["state"] != "complete":
+            return state, 0.0, -max((int(count) for count in line["validations"]), default=0), line["trial"]
+        loss = line.get("loss")  # None in sweeps from before it was kept
+        return state, line["value"] * (1 if minimize else -1), math.inf if loss is None else loss, line["trial"]
+
+    return sorted(lines, key=place)
+
+
 def remarks(ranking: Mapping[str, Any]) -> list[str]:
-    """The remarks on a ranking: the best of many, first and second, best and base; none without a complete trial.
+    """The remarks on a ranking: the best of many, equal ones, first and second, best and base; none without a complete
+    trial.
 
     Args:
         ranking: `metric`, `better`, `base` and `trials`, as ranking.json holds them; `base` is None while it was not
@@ -47,10 +71,26 @@ def remarks(ranking: Mapping[str, Any]) -> list[str]:
             f"trial {best['trial']} was chosen as the best of {len(complete)} on these held-out rows, so its score is "
             f"too good to expect again: judge it on rows that no trial saw, phi3v evaluate {best['folder']} --data ROWS"
         )
+        if complete[1]["value"] == best["value"]:
+            found.append(_among_equals(complete, ranking["metric"]))
         found.append(_first_and_second(best, complete[1], ranking["metric"] != "eval_loss"))
     if complete and ranking["base"] is not None:
         found.append(_best_and_base(complete[0], ranking["base"], ranking["better"]))
     return found
+
+
+def _among_equals(complete: Sequence[Mapping[str, Any]], metric: str) -> str:
+    """What decided among trials of equal value: "3 trials have the best exact_match, 0: trial 4 stands first by its
+    held-out loss, 1.23 (the next one's is 4.56)"."""
+    best = complete[0]
+    count = sum(line["value"] == best["value"] for line in complete)
+    name = "held-out loss" if metric == "eval_loss" else metric
+    told = f"{count} trials have the best {name}, {short_number(best['value'])}: trial {best['trial']} stands first"
+    loss, second = best.get("loss"), complete[1].get("loss")
+    if loss is None or loss == second:
+        return f"{told} as the one with the lowest number"
+    after = "" if second is None else f" (the next one's is {short_number(second)})"
+    return f"{told} by its held-out loss, {short_number(loss)}{after}"
 
 
 def _first_and_second(one: Score, other: Score, tested: bool) -> str:
