@@ -131,9 +131,17 @@ def renamed(change: Callable[[str], str]) -> Break:
         ),
         (
             fields("adapter_config.json", r="2"),
-            "config.json: r is '2', and a whole number belongs there: write it with",
+            "config.json: r is '2', and a whole number belongs there: write one without q",
         ),
-        (fields("adapter_config.json", lora_alpha=None), "lora_alpha is None, and a number belongs there"),
+        (
+            fields("adapter_config.json", lora_alpha=None),
+            "lora_alpha is None, and a number belongs there: write one, o",
+        ),
+        (fields("adapter_config.json", use_dora=True), "says use_dora: true, and the tensors of .* are LoRA's; copy"),
+        (
+            fields("adapter_config.json", r=3, rank_pattern={"o_proj": 2}),
+            r"says rank 3 of model.layers.0.*_proj \(r, rank_pattern\), and the tensors of .* are of rank 2 there",
+        ),
         (fields("adapter_config.json", target_modules=5), "adapter does not fit .*model: 'int' object is not iterable"),
         (fields("adapter_config.json", peft_type="IA3"), "says peft_type: IA3, and the tensors of .* are LoRA's; copy"),
         (renamed(lambda name: f"module.{name}"), r"than PEFT \(module.base_model.*, where base_model.* as a raw state"),

@@ -32,8 +32,8 @@ def refuse_wrong_numbers(folder: Path, values: Mapping[str, Any]) -> None:
         value, kinds = values.get(name, 0), int if name == "r" else int | float
         if isinstance(value, bool) or not isinstance(value, kinds):
             raise CheckpointError(
-                f"{folder / ADAPTER_CONFIG}: {name} is {value!r}, and {wanted} belongs there: write it without quotes, "
-                "or copy the file again"
+                f"{folder / ADAPTER_CONFIG}: {name} is {value!r}, and {wanted} belongs there: write one"
+                f"{' without quotes' if isinstance(value, str) else ''}, or copy the file again"
             )
 
 
@@ -87,11 +87,33 @@ def fault_of(place: Target, stored: Mapping[str, tuple[int, ...]], wrong: Iterab
                 f"names its tensors otherwise than PEFT ({name}, where {usual} belongs), as a raw state_dict() does: "
                 "write it by PEFT's save_pretrained, or rename them in its file"
             )
-    if not values.get("rank_pattern") and ranks and ranks != {values.get("r")}:
+    if (patterns := values.get("rank_pattern")) and isinstance(patterns, dict):
+        return _unlike_pattern(values.get("r"), patterns, stored) or _with_magnitudes(values, stored)
+    if ranks and ranks != {values.get("r")}:
         found = " and ".join(map(str, sorted(ranks)))
         said = f"says r: {values['r']}" if "r" in values else "says no r"
         return _of_two_kinds(said, f"of rank {found}")
+    return _with_magnitudes(values, stored)
+
+
+def _unlike_pattern(rank: Any, patterns: Mapping[str, Any], stored: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The first tensor whose rank is not that of the pattern that its module takes, or of `r` where it takes none."""
+    from peft.utils.other import get_pattern_key
+
+    for name, shape in sorted(stored.items()):
+        if name.endswith(_A) and shape:
+            module = name.removesuffix(_A).removeprefix(_PREFIX)
+            if shape[0] != (said := patterns.get(get_pattern_key(list(patterns), module), rank)):
+                return _of_two_kinds(f"says rank {said} of {module} (r, rank_pattern)", f"of rank {shape[0]} there")
     return None
+
+
+def _with_magnitudes(values: Mapping[str, Any], stored: Iterable[str]) -> str | None:
+    """What of DoRA the configuration says, and the tensors do not."""
+    has, says = any("lora_magnitude_vector" in name for name in stored), bool(values.get("use_dora"))
+    if has == says:
+        return None
+    return _of_two_kinds(f"says use_dora: {str(says).lower()}", f"{'DoRA' if has else 'LoRA'}'s")
 
 
 def _of_two_kinds(said: str, are: str) -> str:

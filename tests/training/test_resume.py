@@ -21,7 +21,7 @@ from phi3v.errors import Interrupted
 from phi3v.run_folder import RunFolder
 from phi3v.targets import ADAPTER_WEIGHTS
 from phi3v.training import checkpoints, durable_trainer, stop_signals
-from phi3v.training.callbacks import ProgressCallback, TrainingEvent
+from phi3v.training.callbacks import MetricsCallback, ProgressCallback, TrainingEvent
 from phi3v.training.checkpoints import newest_checkpoint, read_manifest
 from phi3v.training.step_trainer import StepTrainer
 from phi3v.training.stop_signals import StopSignals
@@ -256,14 +256,22 @@ def test_loader_workers_change_nothing_of_it(make: MakeRecipe, undisturbed: dict
     assert_same_end(end_of(recipe.output), undisturbed)
 
 
-def test_a_model_that_is_tuned_as_a_whole_goes_on_exactly(make: MakeRecipe) -> None:
+def test_a_model_that_is_tuned_as_a_whole_goes_on_exactly(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = {**HARD, "lora": None, "vision": {"tower": "train", "projector": "train"}}
     undisturbed, recipe = make("whole", **whole), make("stopped", **whole)
+    original, means = MetricsCallback.on_log, []
+
+    def spy(self: Any, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        means.extend(value for name, value in logs.items() if name == "train_loss")
+        original(self, args, state, control, logs=logs, **kwargs)
+
+    monkeypatch.setattr(MetricsCallback, "on_log", spy)
     phi3v.train(undisturbed)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         at_update(patch, 3, signal.SIGTERM)
         phi3v.train(recipe)
     assert phi3v.train(recipe).resumed_from == 3
+    assert len(means) == 2 and means[0] == means[1] > 1, "what trackers are told of the whole run"
     assert_same_end(end_of(recipe.output), end_of(undisturbed.output))
 
 

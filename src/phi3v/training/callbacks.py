@@ -122,7 +122,7 @@ class LastStepCallback(TrainerCallback):
 class MetricsCallback(TrainerCallback):
     """Appends what the Trainer logs to the run's metrics.
 
-    Its own mean over the run, "train_loss", is left out: after a resume it counts the steps of this session alone.
+    Its own mean over the run, "train_loss", is left out: it is no loss of the step that it is logged at.
     Example: a line of `metrics.jsonl` is `{"step": 20, "loss": 0.71, "grad_norm": 1.3, "learning_rate": 0.0001,
     "epoch": 0.4}`, one of a validation `{"step": 50, "eval_loss": 0.65, ..., "epoch": 1.0}`.
     """

@@ -42,14 +42,19 @@ class Meter:
             **({"left_out": float(self.left_out)} if self.left_out else {}),
         }
 
-    def measured(self, logs: Mapping[str, float]) -> dict[str, float]:
+    def measured(self, logs: Mapping[str, float], loss: float = 0.0) -> dict[str, float]:
         """What the Trainer logs; at the end its samples a second, rows times epochs, become those that went through.
 
         Example: after 100 samples {"train_runtime": 25.0, "train_samples_per_second": 0.32} says 4.0 in place of 0.32.
+
+        Args:
+            logs: what it logs.
+            loss: mean over all steps of the run, for "train_loss": the Trainer divides their sum by those of this call.
         """
         if not (seconds := logs.get("train_runtime")):
             return dict(logs)
-        return {**logs, "train_samples_per_second": round(self.samples / seconds, 3)}
+        mean = {"train_loss": loss} if "train_loss" in logs else {}
+        return {**logs, "train_samples_per_second": round(self.samples / seconds, 3), **mean}
 
 
 def contents(micro_batches: Sequence[Mapping[str, Any]]) -> tuple[int, int, int]:

@@ -86,8 +86,7 @@ class StepTrainer(DurableTrainer):
         self.short_dtype = short_dtype
         self.part_rates, self.answer, self.meter = part_rates or {}, answer, meter or Meter()
         self.masters: dict[str, torch.nn.Parameter] = {}
-        self.held_out_groups, self._validated = held_out_groups, ValidationLoss()
-        self.validating = False  # stays where one fails
+        self.held_out_groups, self._validated, self.validating = held_out_groups, ValidationLoss(), False
 
     def create_accelerator_and_postprocess(self) -> None:
         """accelerate as the arguments ask for it; FSDP2 on CPUs too, which it knows but takes up on GPUs alone."""
@@ -112,8 +111,9 @@ class StepTrainer(DurableTrainer):
             return super().train(*arguments, **named)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """What the Trainer logs, as the meter counts samples."""
-        super().log(self.meter.measured(logs), *args, **kwargs)
+        """What the Trainer logs, as the meter counts samples, over all steps of a run that went on."""
+        mean = getattr(self, "_total_loss_scalar", 0.0) / max(self.state.global_step, 1)
+        super().log(self.meter.measured(logs, mean), *args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's optimiser, over float32 masters where weights compute in a shorter type.
