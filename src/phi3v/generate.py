@@ -234,7 +234,7 @@ class ChatModel:
 
 NO_NUMBERS = (
     "the model's scores are no numbers (NaN): its weights, or the adapter's, are damaged, or too large for "
-    "their number type; copy them again, or train again"
+    "their number type; copy them again, or make them again (train, export)"
 )
 
 

@@ -231,7 +231,7 @@ def test_spaces_and_slips(make_sweep: MakeRecipe, tmp_path: Path, monkeypatch: p
         ("sweep.search={output: [a, b]}", "cannot be searched"),
         ("sweep.sampler=TPE", "sweep.sampler is 'TPE', Optuna has BruteForceSampler"),
         (
-            "sweep.sampler=CmaEsSampler",
+            "sweep.sampler={name: CmaEsSampler, n_startup_trials: 9}",
             "sweep.sampler CmaEsSampler needs a package that is not here .*: pip install cmaes",
         ),
         ("sweep.pruner={name: MedianPruner, n_startup: 1}", "did you mean n_startup_trials"),

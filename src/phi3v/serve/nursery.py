@@ -20,6 +20,8 @@ from typing import IO
 from phi3v.serve.families import adopt_orphans, wait_for_all
 
 _FORKS = sys.platform == "linux"
+_PATIENCE = 2.0
+"""Seconds that a nursery has to end its worker before both are killed: it alone can wait for it."""
 
 
 class Nursery:
@@ -59,16 +61,19 @@ class Nursery:
         return os.fdopen(to_worker, "wb"), os.fdopen(from_worker, "rb")
 
     def stop(self) -> None:
-        """Kills what is there, and waits for it."""
+        """Kills what is there, and waits for it: the nursery for its worker, as long as it answers."""
+        if self._socket is not None:
+            self._socket.close()
         if self._process is not None:
+            if _FORKS:
+                with contextlib.suppress(subprocess.TimeoutExpired):  # it still imports, or is stopped
+                    self._process.wait(_PATIENCE)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 if _FORKS:
                     os.killpg(self._process.pid, signal.SIGKILL)  # the worker too, which is of its session
                 else:
                     self._process.kill()
             self._process.wait()
-        if self._socket is not None:
-            self._socket.close()
         self._process = self._socket = None
 
     def _begin(self) -> None:

@@ -162,16 +162,17 @@ class SweepStudy:
             return 0.0
 
         try:
-            optuna.create_study(sampler=self._sampler(0, "")).optimize(suggest, n_trials=2)
+            early = {"n_startup_trials": 1} if "n_startup_trials" in self.sweep.sampler else {}
+            optuna.create_study(sampler=self._sampler(0, "", **early)).optimize(suggest, n_trials=2)
         except ImportError as error:
             raise ConfigError(
                 f"sweep.sampler {self.sweep.sampler['name']} needs a package that is not here ({error}): "
                 f"pip install {error.name}"
             ) from error
 
-    def _sampler(self, number: int, key: str) -> optuna.samplers.BaseSampler:
-        """A sampler with a seed of its own, where its class takes one."""
-        options = dict(self.sweep.sampler)
+    def _sampler(self, number: int, key: str, **instead: Any) -> optuna.samplers.BaseSampler:
+        """A sampler with a seed of its own, where its class takes one; `instead` of some options of the recipe."""
+        options = {**self.sweep.sampler, **instead}
         parameters = inspect.signature(_class_of("sampler", options)).parameters
         grid = "search_space" in parameters  # its seed says in which order it holds the combinations
         if "seed" in parameters:
