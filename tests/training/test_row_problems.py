@@ -95,7 +95,7 @@ def test_more_broken_photos_than_allowed_stop(world: Path, tmp_path: Path) -> No
             "few",
             2,
             {"max_skipped": 0.01},
-            ", more than data.max_skipped leaves: raise it, which a begun run takes, or mend",
+            ", and data.max_skipped leaves 0: raise it, which a begun run takes, or mend",
         ),
         (
             "none",
@@ -104,7 +104,7 @@ def test_more_broken_photos_than_allowed_stop(world: Path, tmp_path: Path) -> No
             r" \(data.on_problem is stop: set skip, which a begun run takes, or",
         ),
     ):
-        line = rf"row 7: image 7.png does not decode.*{more}.*; the same command goes on from checkpoint-\d$"
+        line = rf"row 7: image 7.png does not decode.*{more}.*; then the same command goes on from checkpoint-\d$"
         for _ in range(often):  # the same again ends at the same place
             with pytest.raises(DataError, match=line) as caught:
                 phi3v.train(make(world, tmp_path / name, late, strict))

@@ -101,7 +101,7 @@ class StandIns(torch.utils.data.Dataset[Example]):
         else:  # the error names the row; workers that still go on meanwhile say nothing of theirs
             rows = "1 row could not be used when its" if failed == 1 else f"{failed} rows could not be used when their"
             raise DataError(
-                f"{problem}; with it {rows} turn came, more than data.max_skipped leaves: {TOO_MANY_FAILED}"
+                f"{problem}; with it {rows} turn came, and data.max_skipped leaves {int(self.spare)}: {TOO_MANY_FAILED}"
             ) from error
 
     def _failed_rows(self) -> set[tuple[str, int]]:

@@ -30,7 +30,7 @@ def one_line_faults(trainer: StepTrainer, folder: Path) -> Iterator[None]:
     try:
         yield
     except DataError as error:  # a row too many that cannot be used
-        raise type(error)(f"{error}; {_again(_save(trainer))}") from error
+        raise type(error)(f"{error}; then {_again(_save(trainer))}") from error
     except (OSError, SafetensorError, EOFError) as error:
         if trainer.args.dataloader_num_workers and isinstance(error, (EOFError, ConnectionError)):
             raise _of_a_worker(trainer, error) from error  # it ended while it handed a sample over
