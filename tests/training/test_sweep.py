@@ -323,6 +323,8 @@ def test_what_is_said_of_a_ranking() -> None:
 
     base = {"value": 2.0, "low": 1.5, "high": 2.5}
     assert said(base, line(0, 1.0, 0.9, 1.1, "pruned")) == [] == said(None, line(0, 1.0, 0.9, 1.1))
+    cut = said(None, line(1, 1.0, 0.9, 1.1), line(0, 1.0, 0.9, 1.1, "pruned"))
+    assert len(cut) == 1 and cut[0].startswith("trial 1 was chosen as the best of 2 on"), "pruning is a choice too"
     near = said(base, line(4, 1.0, 0.9, 1.2), line(2, 1.1, 1.0, 1.3), line(3, 9.0, 8.0, 9.5))
     assert near[0].startswith("trial 4 was chosen as the best of 3 on these held-out rows")
     assert near[1] == (

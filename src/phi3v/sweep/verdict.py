@@ -64,16 +64,18 @@ def remarks(ranking: Mapping[str, Any]) -> list[str]:
             asked.
     """
     complete = [line for line in ranking["trials"] if line["state"] == "complete"]
+    judged = len(complete) + sum(line["state"] == "pruned" for line in ranking["trials"])  # on the same rows
     found = []
-    if len(complete) > 1:
+    if complete and judged > 1:
         best = complete[0]
         found.append(
-            f"trial {best['trial']} was chosen as the best of {len(complete)} on these held-out rows, so its score is "
+            f"trial {best['trial']} was chosen as the best of {judged} on these held-out rows, so its score is "
             f"too good to expect again: judge it on rows that no trial saw, phi3v evaluate {best['folder']} --data ROWS"
         )
-        if complete[1]["value"] == best["value"]:
+    if len(complete) > 1:
+        if complete[1]["value"] == complete[0]["value"]:
             found.append(_among_equals(complete, ranking["metric"]))
-        found.append(_first_and_second(best, complete[1], ranking["metric"] != "eval_loss"))
+        found.append(_first_and_second(complete[0], complete[1], ranking["metric"] != "eval_loss"))
     if complete and ranking["base"] is not None:
         found.append(_best_and_base(complete[0], ranking["base"], ranking["better"]))
     return found
