@@ -36,10 +36,11 @@ class Comparison:
     Attributes:
         primary: the metric that stands for the whole, that of the first run.
         runs: one dict per run: "name", "folder", "rows", "images" (see `count_groups`; None of an older evaluation),
-            "metrics" (name -> "label", "unit", "better", the tuned answers' "value", "low", "high", "rows", and the
-            controls: "base", the base's or None, and "constant", the best single answer to every row),
+            "metrics" (name -> "metric", "field", "label", "unit", "better", the tuned answers' "value", "low", "high",
+            "rows", and the controls: "base", the base's or None, and "constant", the best single answer to every row),
             "constant_answer" (that answer; None of an older evaluation, whose control is the most frequent one),
-            "checks" (name -> "verdict" and "line"), "shared_rows" (those that the first run answered too),
+            "checks" (name -> "verdict", "line" and, where it has one, "metric"),
+            "shared_rows" (those that the first run answered too),
             "beside_first" (name -> on these rows: "own" and "first", the values of both, "difference", "p", "test",
             "won", "lost", "tied"), "tested_on", which says which rows these are where they are not all of both runs
             (else None), and "why_not", which says why nothing is tested.
@@ -169,7 +170,7 @@ def _row_names(predictions: Iterable[Mapping[str, Any]], depth: int) -> dict[Row
 
 def _facts(run: _Run, first: _Run) -> dict[str, Any]:
     """A run's entry in `Comparison.runs`."""
-    told = "label unit better".split()
+    told = "metric field label unit better".split()
     metrics = {
         name: {key: one[key] for key in told} | _figures(one["tuned"]) | _controls(one, run.evaluation.get("against"))
         for name, one in run.evaluation["metrics"].items()
@@ -184,7 +185,7 @@ def _facts(run: _Run, first: _Run) -> dict[str, Any]:
         "metrics": metrics,
         "constant_answer": (run.evaluation.get("constant") or {}).get("answer"),
         "checks": {
-            name: {key: one[key] for key in ("verdict", "line")}
+            name: {key: one[key] for key in ("verdict", "line", "metric") if key in one}
             for name, one in (run.evaluation.get("checks") or {}).items()
         },
         "shared_rows": len(shared),
