@@ -115,6 +115,21 @@ def test_runs_on_fewer_rows_of_a_file_are_tested_on_those_that_both_answered(tmp
     assert "few: tested on the 15 rows that both answered (of its 15 and one's 20): 6.7 % beside 80.0 % there" in shown
 
 
+def test_an_interval_and_a_test_that_disagree_say_so_beside_each_score(tmp_path):
+    """Six of 40 rows a little more alike: Newcombe's interval holds 0, the test says 2 in 64."""
+    make_run(tmp_path / "one", rows=40)
+    two = make_run(tmp_path / "two", rows=40)
+    lines = list(two.read_predictions())
+    for run, more in ((RunFolder(tmp_path / "one"), 0.0), (two, 0.4)):
+        for line in lines:
+            line["scores"]["tuned"] = {"similarity": 0.6 + more * (line["row"] < 6)}
+        run.write_predictions(lines)
+    gap = phi3v.compare([tmp_path / "one", two.path], tmp_path / "c.html").runs[1]["beside_first"]["similarity"]
+    assert gap["p"] == 2 / 64 and gap["difference"]["low"] < 0
+    page = Page((tmp_path / "c.html").read_text(encoding="utf-8")).text
+    assert page.count("p 0.031; the two disagree, and the p value decides") == 1
+
+
 def test_too_few_shared_rows_are_said_and_not_tested(tmp_path):
     make_run(tmp_path / "one")
     few = make_run(tmp_path / "few", rows=15)
