@@ -155,6 +155,11 @@ def test_too_few_shared_rows_are_said_and_not_tested(tmp_path):
         page = Page((tmp_path / "c.html").read_text(encoding="utf-8")).text
         assert why is None or why[0].upper() + why[1:] in page
     assert "None: no run has rows of the first one." in page
+    few.write_predictions({**line, "expected": "other"} for line in lines)  # as with another answer template
+    assert phi3v.compare([tmp_path / "one", tmp_path / "few"]).runs[1]["why_not"] == (
+        "no row was answered by one too (of its 15 and one's 20), so there is no test; 15 rows of the same photos have "
+        "other expected answers (data.answer)"
+    )
     few.write_predictions({**line, "image_group": 0} for line in lines)
     one = RunFolder(tmp_path / "one")
     one.write_predictions([{**line, "image_group": line["row"] // 4} for line in one.read_predictions()])

@@ -18,7 +18,7 @@ import numpy as np
 
 from phi3v.errors import CheckpointError, ConfigError
 from phi3v.evaluation.categories import path_depth, path_end
-from phi3v.evaluation.figures import rows_about
+from phi3v.evaluation.figures import counted, rows_about
 from phi3v.evaluation.intervals import estimate, mean
 from phi3v.evaluation.paired import LEAST_ROWS, paired_test
 from phi3v.evaluation.row_scores import Column, Groups
@@ -208,12 +208,24 @@ def _which_rows(run: _Run, first: _Run, shared: Sequence[RowName]) -> tuple[str 
     images = {"rows": len(photos), "different": len(set(photos))}
     what = rows_about({"rows": len(shared), "images": images}, "row")
     whole = f"(of its {len(run.rows)} and {first.name}'s {len(first.rows)})"
+    unlike = _expected_otherwise(run, first)
     if not shared:
-        return None, f"no row was answered by {first.name} too {whole}, so there is no test"
+        return None, f"no row was answered by {first.name} too {whole}, so there is no test{unlike}"
     if len(set(groups)) < LEAST_ROWS:
         few = f"only {what} {'was' if len(shared) == 1 else 'were'} answered by {first.name} too {whole}"
-        return None, f"{few}, so there is no test: {LEAST_ROWS} at least can tell"
+        return None, f"{few}, so there is no test: {LEAST_ROWS} at least can tell{unlike}"
     return f"the {what} that both answered {whole}", None
+
+
+def _expected_otherwise(run: _Run, first: _Run) -> str:
+    """Says how many rows are the first run's but for the expected answer, as with another template.
+
+    Example: "; 60 rows of the same photos have other expected answers (data.answer)"; none -> "".
+    """
+    there = {(file, row, photos) for file, row, _, photos, _ in first.rows.keys() - run.rows.keys() if any(photos)}
+    many = sum((file, row, photos) in there for file, row, _, photos, _ in run.rows.keys() - first.rows.keys())
+    has = "has" if many == 1 else "have"
+    return f"; {counted(many, 'row')} of the same photos {has} other expected answers (data.answer)" if many else ""
 
 
 def _groups(first: _Run, rows: Sequence[RowName]) -> Groups:
