@@ -2,7 +2,17 @@
 
 import pytest
 
-from phi3v.evaluation.figures import counted, duration, ending, interval, percent, short_number, unbroken
+from phi3v.evaluation.figures import (
+    counted,
+    duration,
+    ending,
+    interval,
+    p_said,
+    p_value,
+    percent,
+    short_number,
+    unbroken,
+)
 from phi3v.evaluation.shares import wilson_interval
 
 
@@ -38,6 +48,12 @@ def test_short_number(value, text):
 @pytest.mark.parametrize(("seconds", "text"), [(4.23, "4.2 s"), (75, "1 min 15 s"), (7325, "2 h 2 min"), (0, "0.0 s")])
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_p_value_below_the_limit_is_not_shown_as_the_limit():
+    shown = [p_value(p) for p in (6e-58, 0.0216, 0.0494, 0.0499, 0.05, 0.0501, 0.5, None)]
+    assert shown == ["< 0.001", "0.022", "0.049", "< 0.05", "0.05", "0.05", "0.5", "–"]
+    assert (p_said(0.0499), p_said(0.05)) == ("< 0.05", "= 0.05")
 
 
 @pytest.mark.parametrize(("number", "text"), [(0, "0 steps"), (1, "1 step"), (2, "2 steps")])

@@ -54,8 +54,14 @@ def gain_ends(estimate: Mapping[str, Any], unit: str) -> str:
 
 
 def p_value(p: float | None) -> str:
-    """A p value: 6e-58 -> "< 0.001", 0.0215 -> "0.022", 0.5 -> "0.5", None -> "–"."""
-    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.2g}"
+    """A p value: 6e-58 -> "< 0.001", 0.0216 -> "0.022", 0.5 -> "0.5", None -> "–".
+
+    "0.05" is not below the limit that decides: 0.0499 -> "< 0.05".
+    """
+    if p is None:
+        return "–"
+    text = "< 0.001" if p < 0.001 else f"{p:.2g}"
+    return "< 0.05" if text == "0.05" and p < 0.05 else text
 
 
 def p_said(p: float | None) -> str:
