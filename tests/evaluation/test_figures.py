@@ -68,7 +68,7 @@ def test_counted(number, text):
         ({"step": 9}, ""),
         (
             {"step": 9, "metric": "eval_loss", "score": 0.41, "last_score": 0.41},
-            "the weights kept are of step 9, the last, eval_loss 0.41",
+            "the weights kept are of step 9, the last, held-out loss 0.41",
         ),
         (
             {"step": 2, "metric": "eval_similarity", "score": 0.5, "last_score": 0.25},
@@ -76,8 +76,8 @@ def test_counted(number, text):
         ),
         (
             {"step": 9, "metric": "eval_loss", "score": None, "last_score": None, "patience": 1},
-            "ended early at step 9 of 12: eval_loss did not get better for 1 validation; the weights kept are of step "
-            "9, the last: no validation had an eval_loss to choose by",
+            "ended early at step 9 of 12: held-out loss did not get better for 1 validation; the weights kept are of "
+            "step 9, the last: no validation had a held-out loss to choose by",
         ),
     ],
 )

@@ -98,15 +98,18 @@ def counted(number: int, thing: str) -> str:
 def ending(summary: Mapping[str, Any]) -> str:
     """How a run ended whose best weights are kept, by its finished.json; "" of one that does not choose.
 
-    Example: "ended early at step 10 of 30: eval_loss did not get better for 4 validations; the weights kept are of step
-    2, eval_loss 0.41 (0.5 at the last validation)".
+    Example: "ended early at step 10 of 30: held-out loss did not get better for 4 validations; the weights kept are of
+    step 2, held-out loss 0.41 (0.5 at the last validation)".
     """
     kept, steps = summary.get("kept") or {}, summary.get("steps")
     if "metric" not in kept:
         return ""
     name, score, last = kept["metric"], kept["score"], kept["last_score"]
+    name, article = ("held-out loss", "a") if name == "eval_loss" else (name, "an")  # as the page says elsewhere
     of = f"the weights kept are of step {kept['step']}{', the last' if kept['step'] == steps else ''}"
-    said = f"{of}, {name} {score:.4g}" if score is not None else f"{of}: no validation had an {name} to choose by"
+    said = (
+        f"{of}, {name} {score:.4g}" if score is not None else f"{of}: no validation had {article} {name} to choose by"
+    )
     if kept["step"] != steps and score is not None and last is not None:
         said += f" ({last:.4g} at the last validation)"
     if "patience" not in kept:
