@@ -64,6 +64,10 @@ def test_runs_on_the_same_rows_are_tested_against_the_first(tmp_path):
     assert page.text.count("base 5.0 %, best single 5.0 %") == 6, "each score has its controls, not the first alone"
     assert re.search(r"-80\.0\(-9\d\.\d to -\d\d\.\d\), p < 0\.001", page.text), "a difference has its interval"
     assert page.text.count("Not new to the model: 2 of 12 rows <leaked>.") == 2
+    words = page.text.partition("What these words mean")[2]
+    for word in ("held-out rows", "p", "exact match", "similarity", "loss per trained token", "mean absolute error"):
+        assert re.search(rf"\n{word}[a-z]", words), word
+    assert "kept rows" not in page.text and "At each optimiser step the model is changed once" in words
     assert first["checks"] == {"overlap": {"verdict": "fail", "line": "2 of 12 rows <leaked>"}}
     assert first["constant_answer"].startswith("Product: Wool Scarf number 0")
     assert "Worse than one." in page.text and "16 rows they" not in page.text and html.count('class="row"') == 16
@@ -111,6 +115,21 @@ def test_runs_on_fewer_rows_of_a_file_are_tested_on_those_that_both_answered(tmp
     assert "few: tested on the 15 rows that both answered (of its 15 and one's 20): 6.7 % beside 80.0 % there" in shown
 
 
+def test_an_interval_and_a_test_that_disagree_say_so_beside_each_score(tmp_path):
+    """Six of 40 rows a little more alike: Newcombe's interval holds 0, the test says 2 in 64."""
+    make_run(tmp_path / "one", rows=40)
+    two = make_run(tmp_path / "two", rows=40)
+    lines = list(two.read_predictions())
+    for run, more in ((RunFolder(tmp_path / "one"), 0.0), (two, 0.4)):
+        for line in lines:
+            line["scores"]["tuned"] = {"similarity": 0.6 + more * (line["row"] < 6)}
+        run.write_predictions(lines)
+    gap = phi3v.compare([tmp_path / "one", two.path], tmp_path / "c.html").runs[1]["beside_first"]["similarity"]
+    assert gap["p"] == 2 / 64 and gap["difference"]["low"] < 0
+    page = Page((tmp_path / "c.html").read_text(encoding="utf-8")).text
+    assert page.count("p 0.031; the two disagree, and the p value decides") == 1
+
+
 def test_too_few_shared_rows_are_said_and_not_tested(tmp_path):
     make_run(tmp_path / "one")
     few = make_run(tmp_path / "few", rows=15)
@@ -136,6 +155,11 @@ def test_too_few_shared_rows_are_said_and_not_tested(tmp_path):
         page = Page((tmp_path / "c.html").read_text(encoding="utf-8")).text
         assert why is None or why[0].upper() + why[1:] in page
     assert "None: no run has rows of the first one." in page
+    few.write_predictions({**line, "expected": "other"} for line in lines)  # as with another answer template
+    assert phi3v.compare([tmp_path / "one", tmp_path / "few"]).runs[1]["why_not"] == (
+        "no row was answered by one too (of its 15 and one's 20), so there is no test; 15 rows of the same photos have "
+        "other expected answers (data.answer)"
+    )
     few.write_predictions({**line, "image_group": 0} for line in lines)
     one = RunFolder(tmp_path / "one")
     one.write_predictions([{**line, "image_group": line["row"] // 4} for line in one.read_predictions()])
@@ -245,6 +269,18 @@ def test_answers_added_to_a_finished_run_are_told(capsys):
         show_run(Console(width=200), summary | {"resumed_from": None}, added=added)
         words = "8 steps; answers and report were added; give another output to train again"
         assert (words in capsys.readouterr().out) is added
+
+
+def test_a_check_that_failed_has_its_words_on_the_page(tmp_path):
+    """Its score need not be one of the rows': captions that were kept are told by another one."""
+    make_run(tmp_path / "one", rows=6)
+    two = make_run(tmp_path / "two", rows=6)
+    for verdict, told in (("pass", 0), ("fail", 1)):
+        lost = {"verdict": verdict, "line": "ANLS 7.0 % on 24 kept rows, 97.9 % before", "metric": "anls"}
+        two.write_evaluation({**two.read_evaluation(), "checks": {"forgetting": lost}})
+        phi3v.compare([tmp_path / "one", two.path], tmp_path / "c.html")
+        words = Page((tmp_path / "c.html").read_text(encoding="utf-8")).text
+        assert words.count("kept rowsquestions about other things") == words.count("ANLShow alike") == told, verdict
 
 
 def test_keys_that_differ():

@@ -12,7 +12,7 @@ import pytest
 from phi3v.data.schema import ImageRef, Message, Row, TextPart
 from phi3v.evaluation import constant
 from phi3v.evaluation.answers import Answers
-from phi3v.evaluation.check_answers import check_images
+from phi3v.evaluation.check_answers import check_forgetting, check_images
 from phi3v.evaluation.check_constant import check_constant
 from phi3v.evaluation.constant import ConstantAnswer, best_constant, constant_columns
 from phi3v.evaluation.fields import AnswerTemplate
@@ -206,3 +206,6 @@ def test_an_interval_and_a_test_that_disagree_say_so_in_checks():
     found = check_images(scoring, rows, seeing, blind, "x")
     assert found.figures["p"] == 2 / 64
     assert "; the interval of the difference, -21.5 to +32.4 points, and p disagree, and the p value" in found.line
+    found = check_forgetting(scoring, rows, blind, seeing)  # what was kept is a little better after the tuning
+    assert found.verdict == "pass" and found.figures["p"] == 2 / 64
+    assert ", -21.5 to +32.4, p = 0.031; the two disagree, and the p value decides)" in found.line

@@ -2,7 +2,17 @@
 
 import pytest
 
-from phi3v.evaluation.figures import counted, duration, ending, interval, percent, short_number, unbroken
+from phi3v.evaluation.figures import (
+    counted,
+    duration,
+    ending,
+    interval,
+    p_said,
+    p_value,
+    percent,
+    short_number,
+    unbroken,
+)
 from phi3v.evaluation.shares import wilson_interval
 
 
@@ -40,6 +50,12 @@ def test_duration(seconds, text):
     assert duration(seconds) == text
 
 
+def test_a_p_value_below_the_limit_is_not_shown_as_the_limit():
+    shown = [p_value(p) for p in (6e-58, 0.0216, 0.0494, 0.0499, 0.05, 0.0501, 0.5, None)]
+    assert shown == ["< 0.001", "0.022", "0.049", "< 0.05", "0.05", "0.05", "0.5", "–"]
+    assert (p_said(0.0499), p_said(0.05)) == ("< 0.05", "= 0.05")
+
+
 @pytest.mark.parametrize(("number", "text"), [(0, "0 steps"), (1, "1 step"), (2, "2 steps")])
 def test_counted(number, text):
     assert counted(number, "step") == text
@@ -52,7 +68,7 @@ def test_counted(number, text):
         ({"step": 9}, ""),
         (
             {"step": 9, "metric": "eval_loss", "score": 0.41, "last_score": 0.41},
-            "the weights kept are of step 9, the last, eval_loss 0.41",
+            "the weights kept are of step 9, the last, held-out loss 0.41",
         ),
         (
             {"step": 2, "metric": "eval_similarity", "score": 0.5, "last_score": 0.25},
@@ -60,8 +76,8 @@ def test_counted(number, text):
         ),
         (
             {"step": 9, "metric": "eval_loss", "score": None, "last_score": None, "patience": 1},
-            "ended early at step 9 of 12: eval_loss did not get better for 1 validation; the weights kept are of step "
-            "9, the last: no validation had an eval_loss to choose by",
+            "ended early at step 9 of 12: held-out loss did not get better for 1 validation; the weights kept are of "
+            "step 9, the last: no validation had a held-out loss to choose by",
         ),
     ],
 )

@@ -50,8 +50,8 @@ MakeRecipe = Callable[..., phi3v.Recipe]
             "^training.lr_scheduler_type=warmup_stable_decay with lr_scheduler_kwargs={}: .*'num_decay_steps'$",
         ),
         (
-            {"load_best_model_at_end": True, "save_strategy": "no"},
-            "^training.load_best_model_at_end requires .* but found Evaluation strategy: .*, Save strategy: .*$",
+            {"load_best_model_at_end": True, "save_steps": 3, "eval_steps": 2},
+            "^training.load_best_model_at_end requires the saving steps to be .*, which is not a round multiple of 2",
         ),
         ({"optim": "adamw_torch_npu_fused"}, "^training.optim=adamw_torch_npu_fused: .*torch_npu"),
         ({"hub_token": "hf_x"}, "training.hub_token is decided by HF_TOKEN .*a recipe lies in the run's folder"),
@@ -110,6 +110,18 @@ MakeRecipe = Callable[..., phi3v.Recipe]
         (
             {"early_stopping": 2, "metric_for_best_model": "eval_f1"},
             "^training.metric_for_best_model is 'eval_f1', allowed are eval_loss and, .* exact_match and similarity$",
+        ),
+        *(
+            (
+                {name: value, **options},
+                f"^training.{name} needs a checkpoint at each validation, and eval_strategy is {found}: set both to "
+                "epoch, or both to steps and save_steps to a multiple of eval_steps$",
+            )
+            for name, value, options, found in [
+                ("early_stopping", 2, {"eval_strategy": "steps", "eval_steps": 5}, "steps, save_strategy epoch"),
+                ("early_stopping", 2, {"save_steps": 5}, "epoch, save_strategy steps"),
+                ("load_best_model_at_end", True, {"save_strategy": "no"}, "epoch, save_strategy no"),
+            ]
         ),
         ({"dataloader_persistent_workers": True}, "^training.dataloader_persistent_workers is decided by the run"),
         (

@@ -367,8 +367,8 @@ def test_early_stopping_keeps_the_best_weights(make: MakeRecipe, monkeypatch: py
     run = RunFolder(recipe.output)
     assert run.read_summary()["kept"] == result.kept == phi3v.train(recipe).kept == kept
     line = (
-        "nded early at step 4 of 8: eval_loss did not get better for 2 validations; the weights kept are of step 2, "
-        "eval_loss 2 (5 at the last validation)"
+        "nded early at step 4 of 8: held-out loss did not get better for 2 validations; the weights kept are of "
+        "step 2, held-out loss 2 (5 at the last validation)"
     )
     printed = io.StringIO()
     show_run(Console(file=printed), {**result.to_dict(), "evaluation": None, "report": None})

@@ -18,7 +18,7 @@ import numpy as np
 
 from phi3v.errors import CheckpointError, ConfigError
 from phi3v.evaluation.categories import path_depth, path_end
-from phi3v.evaluation.figures import rows_about
+from phi3v.evaluation.figures import counted, rows_about
 from phi3v.evaluation.intervals import estimate, mean
 from phi3v.evaluation.paired import LEAST_ROWS, paired_test
 from phi3v.evaluation.row_scores import Column, Groups
@@ -36,10 +36,11 @@ class Comparison:
     Attributes:
         primary: the metric that stands for the whole, that of the first run.
         runs: one dict per run: "name", "folder", "rows", "images" (see `count_groups`; None of an older evaluation),
-            "metrics" (name -> "label", "unit", "better", the tuned answers' "value", "low", "high", "rows", and the
-            controls: "base", the base's or None, and "constant", the best single answer to every row),
+            "metrics" (name -> "metric", "field", "label", "unit", "better", the tuned answers' "value", "low", "high",
+            "rows", and the controls: "base", the base's or None, and "constant", the best single answer to every row),
             "constant_answer" (that answer; None of an older evaluation, whose control is the most frequent one),
-            "checks" (name -> "verdict" and "line"), "shared_rows" (those that the first run answered too),
+            "checks" (name -> "verdict", "line" and, where it has one, "metric"),
+            "shared_rows" (those that the first run answered too),
             "beside_first" (name -> on these rows: "own" and "first", the values of both, "difference", "p", "test",
             "won", "lost", "tied"), "tested_on", which says which rows these are where they are not all of both runs
             (else None), and "why_not", which says why nothing is tested.
@@ -169,7 +170,7 @@ def _row_names(predictions: Iterable[Mapping[str, Any]], depth: int) -> dict[Row
 
 def _facts(run: _Run, first: _Run) -> dict[str, Any]:
     """A run's entry in `Comparison.runs`."""
-    told = "label unit better".split()
+    told = "metric field label unit better".split()
     metrics = {
         name: {key: one[key] for key in told} | _figures(one["tuned"]) | _controls(one, run.evaluation.get("against"))
         for name, one in run.evaluation["metrics"].items()
@@ -184,7 +185,7 @@ def _facts(run: _Run, first: _Run) -> dict[str, Any]:
         "metrics": metrics,
         "constant_answer": (run.evaluation.get("constant") or {}).get("answer"),
         "checks": {
-            name: {key: one[key] for key in ("verdict", "line")}
+            name: {key: one[key] for key in ("verdict", "line", "metric") if key in one}
             for name, one in (run.evaluation.get("checks") or {}).items()
         },
         "shared_rows": len(shared),
@@ -207,12 +208,24 @@ def _which_rows(run: _Run, first: _Run, shared: Sequence[RowName]) -> tuple[str 
     images = {"rows": len(photos), "different": len(set(photos))}
     what = rows_about({"rows": len(shared), "images": images}, "row")
     whole = f"(of its {len(run.rows)} and {first.name}'s {len(first.rows)})"
+    unlike = _expected_otherwise(run, first)
     if not shared:
-        return None, f"no row was answered by {first.name} too {whole}, so there is no test"
+        return None, f"no row was answered by {first.name} too {whole}, so there is no test{unlike}"
     if len(set(groups)) < LEAST_ROWS:
         few = f"only {what} {'was' if len(shared) == 1 else 'were'} answered by {first.name} too {whole}"
-        return None, f"{few}, so there is no test: {LEAST_ROWS} at least can tell"
+        return None, f"{few}, so there is no test: {LEAST_ROWS} at least can tell{unlike}"
     return f"the {what} that both answered {whole}", None
+
+
+def _expected_otherwise(run: _Run, first: _Run) -> str:
+    """Says how many rows are the first run's but for the expected answer, as with another template.
+
+    Example: "; 60 rows of the same photos have other expected answers (data.answer)"; none -> "".
+    """
+    there = {(file, row, photos) for file, row, _, photos, _ in first.rows.keys() - run.rows.keys() if any(photos)}
+    many = sum((file, row, photos) in there for file, row, _, photos, _ in run.rows.keys() - first.rows.keys())
+    has = "has" if many == 1 else "have"
+    return f"; {counted(many, 'row')} of the same photos {has} other expected answers (data.answer)" if many else ""
 
 
 def _groups(first: _Run, rows: Sequence[RowName]) -> Groups:

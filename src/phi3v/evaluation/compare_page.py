@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from phi3v.evaluation.legend import comparison_words
 from phi3v.evaluation.report import render_page
 from phi3v.evaluation.report_curves import RUN_COLOURS, loss_curves_svg
 from phi3v.evaluation.report_rows import Filter, ReportRow, say
@@ -44,6 +45,7 @@ def render_comparison(comparison: Mapping[str, Any], metrics: Sequence[Sequence[
         comparison=comparison,
         runs=comparison["runs"],
         labels=labels,
+        words=comparison_words(comparison["runs"]),
         rows=rows,
         menus=menus,
         one_question=len({row.question for row in rows}) == 1,

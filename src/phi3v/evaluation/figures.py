@@ -54,8 +54,14 @@ def gain_ends(estimate: Mapping[str, Any], unit: str) -> str:
 
 
 def p_value(p: float | None) -> str:
-    """A p value: 6e-58 -> "< 0.001", 0.0215 -> "0.022", 0.5 -> "0.5", None -> "–"."""
-    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.2g}"
+    """A p value: 6e-58 -> "< 0.001", 0.0216 -> "0.022", 0.5 -> "0.5", None -> "–".
+
+    "0.05" is not below the limit that decides: 0.0499 -> "< 0.05".
+    """
+    if p is None:
+        return "–"
+    text = "< 0.001" if p < 0.001 else f"{p:.2g}"
+    return "< 0.05" if text == "0.05" and p < 0.05 else text
 
 
 def p_said(p: float | None) -> str:
@@ -92,15 +98,18 @@ def counted(number: int, thing: str) -> str:
 def ending(summary: Mapping[str, Any]) -> str:
     """How a run ended whose best weights are kept, by its finished.json; "" of one that does not choose.
 
-    Example: "ended early at step 10 of 30: eval_loss did not get better for 4 validations; the weights kept are of step
-    2, eval_loss 0.41 (0.5 at the last validation)".
+    Example: "ended early at step 10 of 30: held-out loss did not get better for 4 validations; the weights kept are of
+    step 2, held-out loss 0.41 (0.5 at the last validation)".
     """
     kept, steps = summary.get("kept") or {}, summary.get("steps")
     if "metric" not in kept:
         return ""
     name, score, last = kept["metric"], kept["score"], kept["last_score"]
+    name, article = ("held-out loss", "a") if name == "eval_loss" else (name, "an")  # as the page says elsewhere
     of = f"the weights kept are of step {kept['step']}{', the last' if kept['step'] == steps else ''}"
-    said = f"{of}, {name} {score:.4g}" if score is not None else f"{of}: no validation had an {name} to choose by"
+    said = (
+        f"{of}, {name} {score:.4g}" if score is not None else f"{of}: no validation had {article} {name} to choose by"
+    )
     if kept["step"] != steps and score is not None and last is not None:
         said += f" ({last:.4g} at the last validation)"
     if "patience" not in kept:

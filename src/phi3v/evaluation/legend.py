@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from phi3v.evaluation.headline import column_names, out_of_form
@@ -72,24 +72,55 @@ HELD_OUT = "rows that are there to ask about alone: training does not learn from
 """What the rows of a run's own page are."""
 
 
+CURVE = (
+    "How surprised the model is by the expected answers, word piece (token) by word piece; less is better. At each "
+    "optimiser step the model is changed once, after a look at a few training rows."
+)
+"""What the axes of the loss curve are."""
+
+
 def legend(evaluation: Mapping[str, Any]) -> dict[str, str]:
     """The words that the scores of an evaluation need, columns first: {"p": "how often ...", "exact match": ...}.
 
     Scores of checks too, which need not be those of the rows: captions that were kept are told by another one.
     Columns that compare are left out where nothing stands beside.
     """
-    metrics = evaluation["metrics"].values()
+    metrics, checks = evaluation["metrics"].values(), evaluation.get("checks", {})
     alone = len(column_names(evaluation)) == 1
     found = {name: text for name, text in COLUMNS.items() if not (alone and name in ("difference", "p", "won, lost"))}
-    whole = {one["metric"]: one["label"] for one in metrics if one["field"] is None}
-    if any(one["metric"] == "absolute_error" for one in metrics):
-        whole["absolute_error"] = "mean absolute error"
     if any(out_of_form(evaluation, one) for one in metrics):
         found |= IN_FORM
-    checks = evaluation.get("checks", {})
-    for check in checks.values():
-        if (name := check.get("metric")) in LABELS:
+    return found | score_words(metrics, checks.items())
+
+
+def score_words(
+    metrics: Iterable[Mapping[str, Any]], checks: Iterable[tuple[str, Mapping[str, Any]]]
+) -> dict[str, str]:
+    """What scores mean, those of the checks with them: {"kept rows": "questions about ...", "exact match": ...}.
+
+    Args:
+        metrics: figures with "metric", "field" and "label", of one evaluation or of several.
+        checks: names of checks and what they found.
+    """
+    whole: dict[str, str] = {}
+    found: dict[str, str] = {}
+    for one in metrics:
+        if one["field"] is None:
+            whole[one["metric"]] = one["label"]
+        elif one["metric"] == "absolute_error":
+            whole["absolute_error"] = LABELS["absolute_error"]
+    for check, one in checks:
+        if (name := one.get("metric")) in LABELS:
             whole.setdefault(name, LABELS[name])
-    if checks.get("forgetting", {}).get("metric"):
-        found |= KEPT
+            if check == "forgetting":
+                found |= KEPT
     return found | {label: METRICS[name] for name, label in whole.items() if name in METRICS}
+
+
+def comparison_words(runs: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The words of a page about several runs, see `compare.Comparison.runs`; of checks those that failed, whose lines
+    stand there."""
+    runs = list(runs)
+    failed = [item for run in runs for item in run["checks"].items() if item[1]["verdict"] == "fail"]
+    metrics = [one for run in runs for one in run["metrics"].values()]
+    return {"held-out rows": HELD_OUT, "p": COLUMNS["p"], **score_words(metrics, failed)}

@@ -36,7 +36,7 @@ from phi3v.evaluation.headline import (
     verdict,
     which_rows,
 )
-from phi3v.evaluation.legend import CHECKS, HELD_OUT, legend
+from phi3v.evaluation.legend import CHECKS, CURVE, HELD_OUT, legend
 from phi3v.evaluation.report_curves import EVALUATION_COLOUR, TRAIN_COLOUR, curve_points, loss_curve_svg
 from phi3v.evaluation.report_rows import choose_extremes, list_rows, side_names
 
@@ -172,5 +172,7 @@ def render_page(template: str, **values: Any) -> str:
     )
     script = resources.files("phi3v.evaluation").joinpath("report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    page = environment.get_template(template).render(script=Markup(script), script_digest=digest, **values)
+    page = environment.get_template(template).render(
+        script=Markup(script), script_digest=digest, loss_words=CURVE, **values
+    )
     return page.encode("utf-8", "backslashreplace").decode()

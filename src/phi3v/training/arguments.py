@@ -129,6 +129,7 @@ def training_arguments(
         "accelerator_config": _with_transfer(options.get("accelerator_config"), transfer),
         "use_liger_kernel": False,  # transformers knows no kernels for phi3_v, see `liger`
     }
+    _check_kept(training.early_stopping, {**defaults, **options})
     with library_errors():
         arguments = TrainingArguments(**{**defaults, **options, **computed})
     _check_schedule(arguments)
@@ -230,6 +231,19 @@ def _check_best(recipe: Recipe, validated: bool) -> None:
         raise ConfigError(
             f"training.metric_for_best_model is {metric!r}, a score of answers, and evaluation.during_training is 0: "
             "set that to a number of held-out rows, or take eval_loss"
+        )
+
+
+def _check_kept(early_stopping: int | None, options: dict[str, Any]) -> None:
+    """Refuses the best weights of a run that has no checkpoint at its validations, in the recipe's words: of the two
+    strategies one may be a default that nobody set."""
+    validated, saved = (str(options[name]) for name in ("eval_strategy", "save_strategy"))
+    known = {validated, saved} <= {"no", "steps", "epoch"}  # `best` saves as it validates; others transformers refuses
+    if options.get("load_best_model_at_end") is True and known and validated != saved:
+        name = "load_best_model_at_end" if early_stopping is None else "early_stopping"
+        raise ConfigError(
+            f"training.{name} needs a checkpoint at each validation, and eval_strategy is {validated}, save_strategy "
+            f"{saved}: set both to epoch, or both to steps and save_steps to a multiple of eval_steps"
         )
 
 
