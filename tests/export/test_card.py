@@ -66,6 +66,7 @@ def test_the_card_says_what_the_run_says(run: RunFolder, tmp_path: Path) -> None
     assert "On 5 held-out rows, with intervals at 95 %." in body and "| 95 % interval |" in body
     table = [line for line in body.partition("## Checks")[0].splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(evaluation["metrics"]) and {line.count("|") for line in table} == {7}
+    assert "\n".join(table) in body, "an empty line would end the table"
     assert table[0].endswith("| best single answer |") and "| 40.0 % |" in table[2], table
     assert "If neither were better, a difference as large" in body
     for name, check in evaluation["checks"].items():
