@@ -137,6 +137,14 @@ def renamed(change: Callable[[str], str]) -> Break:
             fields("adapter_config.json", lora_alpha=None),
             "lora_alpha is None, and a number belongs there: write one, o",
         ),
+        (
+            fields("adapter_config.json", rank_pattern={"o_proj": "2"}),
+            "rank_pattern says '2' of 'o_proj', and a whole n",
+        ),
+        (
+            fields("adapter_config.json", rank_pattern={"o_proj(": 2}),
+            r"rank_pattern names .o_proj\(., which is no regular expression",
+        ),
         (fields("adapter_config.json", use_dora=True), "says use_dora: true, and the tensors of .* are LoRA's; copy"),
         (
             fields("adapter_config.json", r=3, rank_pattern={"o_proj": 2}),

@@ -35,6 +35,19 @@ def refuse_wrong_numbers(folder: Path, values: Mapping[str, Any]) -> None:
                 f"{folder / ADAPTER_CONFIG}: {name} is {value!r}, and {wanted} belongs there: write one"
                 f"{' without quotes' if isinstance(value, str) else ''}, or copy the file again"
             )
+    for name, wanted in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        pattern = values.get(name) or {}
+        for key, value in pattern.items() if isinstance(pattern, dict) else ():
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise CheckpointError(
+                    f"{folder / ADAPTER_CONFIG}: {name} names {key!r}, which is no regular expression ({error})"
+                ) from error
+            if isinstance(value, bool) or not isinstance(value, int if wanted == "r" else int | float):
+                raise CheckpointError(
+                    f"{folder / ADAPTER_CONFIG}: {name} says {value!r} of {key!r}, and {_NUMBERS[wanted]} belongs there"
+                )
 
 
 def refuse_prompts(place: Target) -> None:

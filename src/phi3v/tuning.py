@@ -254,6 +254,11 @@ def _pattern(options: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A mapping of ends of names to values, {"o_proj": 8} for instance."""
     if not isinstance(pattern := options.get(name) or {}, Mapping):
         raise ConfigError(f"lora.{name} is {pattern!r}, allowed is a mapping of names of modules, {{o_proj: 8}}")
+    for key in pattern:
+        try:
+            re.compile(str(key))
+        except re.error as error:
+            raise ConfigError(f"lora.{name}: {key!r} is no regular expression ({error}); names of modules") from error
     return dict(pattern)
 
 

@@ -51,10 +51,10 @@ def test_the_next_row_stands_in() -> None:
     with pytest.raises(DataError, match=r"row 2: 9 tokens; with it 2 rows could not be used when their turn came"):
         StandIns(Numbers(6, bad), spare=1.5)[1]
     with pytest.raises(
-        DataError, match="with it 1 row could not be used when its turn came, and data.max_skipped leaves 0: raise it"
+        DataError, match="with it 1 row could not be used when its turn came, and data.max_skipped leaves 0: mend"
     ):
         StandIns(Numbers(6, bad), spare=0)[1]
-    with pytest.raises(ImageError, match=r"image b.png does not decode \(data.on_problem is stop: set skip, which"):
+    with pytest.raises(ImageError, match=r"image b.png does not decode \(data.on_problem is stop: mend the data"):
         StandIns(Numbers(6, bad), spare=3, on_problem="stop")[1]
     with pytest.raises(DataError, match="no row can be encoded"):
         StandIns(Numbers(1, {0: DataError("x")}), spare=3)[0]

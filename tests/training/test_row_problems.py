@@ -95,13 +95,13 @@ def test_more_broken_photos_than_allowed_stop(world: Path, tmp_path: Path) -> No
             "few",
             2,
             {"max_skipped": 0.01},
-            ", and data.max_skipped leaves 0: raise it, which a begun run takes, or mend",
+            ", and data.max_skipped leaves 0: mend the data and give another output, or raise it, w",
         ),
         (
             "none",
             1,
             {"on_problem": "stop", **loose},
-            r" \(data.on_problem is stop: set skip, which a begun run takes, or",
+            r" \(data.on_problem is stop: mend the data and give another output, or set skip",
         ),
     ):
         line = rf"row 7: image 7.png does not decode.*{more}.*; then the same command goes on from checkpoint-\d$"

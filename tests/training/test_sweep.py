@@ -234,6 +234,7 @@ def test_spaces_and_slips(make_sweep: MakeRecipe, tmp_path: Path, monkeypatch: p
             "sweep.sampler={name: CmaEsSampler, n_startup_trials: 9}",
             "sweep.sampler CmaEsSampler needs a package that is not here .*: pip install cmaes",
         ),
+        ("sweep.sampler={name: TPESampler, n_startup_trials: x}", "sweep.sampler TPESampler: '<' not supported"),
         ("sweep.pruner={name: MedianPruner, n_startup: 1}", "did you mean n_startup_trials"),
         ("sweep.storage=nothing://x", "sweep.storage nothing://x cannot be opened"),
         ("data.split=null", "held-out rows"),

@@ -17,7 +17,7 @@ from phi3v.errors import DataError, ImageError
 
 _logger = logging.getLogger(__name__)
 
-TOO_MANY_FAILED = "raise it, which a begun run takes, or mend the data and give another output"
+TOO_MANY_FAILED = "mend the data and give another output, or raise it, which a begun run takes"
 """What helps where more rows fail than data.max_skipped leaves; with mended photos it would be another run."""
 
 
@@ -115,7 +115,7 @@ class StandIns(torch.utils.data.Dataset[Example]):
 
 def stopped_by(error: DataError) -> DataError:
     """The error of a row by which a recipe with `on_problem: stop` ends, with the way out."""
-    way = "set skip, which a begun run takes, or mend the data and give another output"
+    way = "mend the data and give another output, or set skip, which a begun run takes"
     return type(error)(f"{error} (data.on_problem is stop: {way})")
 
 

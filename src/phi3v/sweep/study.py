@@ -161,9 +161,12 @@ class SweepStudy:
                 trial._suggest(key, distribution)
             return 0.0
 
+        early = {"n_startup_trials": 1} if "n_startup_trials" in self.sweep.sampler else {}
         try:
-            early = {"n_startup_trials": 1} if "n_startup_trials" in self.sweep.sampler else {}
-            optuna.create_study(sampler=self._sampler(0, "", **early)).optimize(suggest, n_trials=2)
+            for instead in ({}, early):
+                optuna.create_study(sampler=self._sampler(0, "", **instead)).optimize(suggest, n_trials=2)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"sweep.sampler {self.sweep.sampler['name']}: {first_line(error)}") from error
         except ImportError as error:
             raise ConfigError(
                 f"sweep.sampler {self.sweep.sampler['name']} needs a package that is not here ({error}): "
