@@ -138,7 +138,7 @@ def test_a_message_says_what_and_the_way_out(path: str, words: str, visit: Visit
 
 def test_no_answer_is_too_broken_for_a_reason(tmp_path: Path) -> None:
     """500 answers with bytes changed, put in and left out: each is an image or a failure of one printable line."""
-    limits = FetchLimits(seconds=SECONDS, attempts=1, allow_hosts=("127.0.0.1",))
+    limits = FetchLimits(seconds=4 * SECONDS, attempts=1, allow_hosts=("127.0.0.1",))  # on a busy machine too
     with image_server() as server:
         urls = [server.url(f"/mutated/{number}") for number in range(500)]
         summary = fetch_images(urls, ImageCache(tmp_path), limits)
