@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3v.errors import CheckpointError
-from phi3v.passthrough import first_line
+from phi3v.passthrough import expression_fault, first_line
 from phi3v.targets import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Target, read_json
 
 _PREFIX = "base_model.model."
@@ -22,32 +22,35 @@ _WITH_LORA = ("ADALORA", "XLORA")
 """Other kinds that may hold matrices of LoRA."""
 _NUMBERS = {"r": "a whole number", "lora_alpha": "a number", "lora_dropout": "a number"}
 """Values of a LoRA adapter's configuration that PEFT computes with and does not check."""
+_PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+"""Those that give modules another one of these values."""
 
 
 def refuse_wrong_numbers(folder: Path, values: Mapping[str, Any]) -> None:
     """Raises: CheckpointError where LoRA's numbers in a configuration are none, "4" in quotes for instance."""
     if values.get("peft_type") != "LORA":
         return
+    where = folder / ADAPTER_CONFIG
     for name, wanted in _NUMBERS.items():
-        value, kinds = values.get(name, 0), int if name == "r" else int | float
-        if isinstance(value, bool) or not isinstance(value, kinds):
+        if not _fits(name, value := values.get(name, 0)):
+            quotes = " without quotes" if isinstance(value, str) else ""
             raise CheckpointError(
-                f"{folder / ADAPTER_CONFIG}: {name} is {value!r}, and {wanted} belongs there: write one"
-                f"{' without quotes' if isinstance(value, str) else ''}, or copy the file again"
+                f"{where}: {name} is {value!r}, and {wanted} belongs there: write one{quotes}, or copy the file again"
             )
-    for name, wanted in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        pattern = values.get(name) or {}
+    for name, number in _PATTERNS.items():
+        pattern = values.get(name)
         for key, value in pattern.items() if isinstance(pattern, dict) else ():
-            try:
-                re.compile(key)
-            except re.error as error:
+            if (fault := expression_fault(key)) is not None:
+                raise CheckpointError(f"{where}: {name} names {key!r}, which is no regular expression ({fault})")
+            if not _fits(number, value):
                 raise CheckpointError(
-                    f"{folder / ADAPTER_CONFIG}: {name} names {key!r}, which is no regular expression ({error})"
-                ) from error
-            if isinstance(value, bool) or not isinstance(value, int if wanted == "r" else int | float):
-                raise CheckpointError(
-                    f"{folder / ADAPTER_CONFIG}: {name} says {value!r} of {key!r}, and {_NUMBERS[wanted]} belongs there"
+                    f"{where}: {name} says {value!r} of {key!r}, and {_NUMBERS[number]} belongs there"
                 )
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether a value is of the kind that `_NUMBERS` names: a whole number for the rank, any number elsewhere."""
+    return not isinstance(value, bool) and isinstance(value, int if name == "r" else int | float)
 
 
 def refuse_prompts(place: Target) -> None:
@@ -55,8 +58,7 @@ def refuse_prompts(place: Target) -> None:
     from peft import PromptLearningConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    assert place.adapter is not None
-    kind = read_json(place.adapter / ADAPTER_CONFIG).get("peft_type")
+    kind = _config(place).get("peft_type")
     configs: dict[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING
     if issubclass(configs.get(kind, object), PromptLearningConfig):
         raise CheckpointError(

@@ -57,6 +57,15 @@ def first_line(error: BaseException) -> str:
     return f"{line} {', '.join(listed)}" if listed and not line.startswith("- ") else line
 
 
+def expression_fault(text: str) -> str | None:
+    """Why a text is no regular expression; None for one: "o_proj(" -> "missing ), unterminated subpattern ..."."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        return str(error)
+    return None
+
+
 def connection_fault(error: BaseException) -> str | None:
     """What kept huggingface_hub from asking the hub at all, where that is at the bottom of an error; else None.
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from phi3v.adapters import starts_at_random
 from phi3v.errors import ConfigError
 from phi3v.model.vision_phi3_v import unread_parts
-from phi3v.passthrough import check_names, first_line
+from phi3v.passthrough import check_names, expression_fault, first_line
 
 LORA_PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 Choice = Literal["frozen", "lora", "train"]
@@ -255,10 +255,8 @@ def _pattern(options: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(pattern := options.get(name) or {}, Mapping):
         raise ConfigError(f"lora.{name} is {pattern!r}, allowed is a mapping of names of modules, {{o_proj: 8}}")
     for key in pattern:
-        try:
-            re.compile(str(key))
-        except re.error as error:
-            raise ConfigError(f"lora.{name}: {key!r} is no regular expression ({error}); names of modules") from error
+        if (fault := expression_fault(str(key))) is not None:
+            raise ConfigError(f"lora.{name}: {key!r} is no regular expression ({fault}); names of modules")
     return dict(pattern)
 
 

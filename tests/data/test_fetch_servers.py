@@ -12,6 +12,7 @@ from image_server import BEHAVIOURS, JPEG, ImageServer, image_server, picture
 
 from phi3v.data.fetch import FetchLimits, FetchSummary, fetch_images
 from phi3v.data.image_cache import ImageCache
+from phi3v.serve.images import _FETCHES
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 3.0
@@ -85,7 +86,7 @@ def test_every_reason_is_in_the_documentation() -> None:
     document = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     section = document.partition("\n## Images behind web addresses\n")[2].partition("\n## ")[0]
     table = re.findall(r"^\| `(url_\w+)`", section, re.MULTILINE)
-    assert sorted(table) == sorted(set(re.findall(r'"(url_\w+)"', code)))
+    assert sorted(table) == sorted(set(re.findall(r'"(url_\w+)"', code))) == sorted(_FETCHES), "served ones have words"
 
 
 @pytest.mark.parametrize("path", EXPECTED)

@@ -95,6 +95,11 @@ def counted(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
+def score_name(metric: str) -> str:
+    """What the score of a validation is called: "eval_loss" -> "held-out loss", others as recipes name them."""
+    return "held-out loss" if metric == "eval_loss" else metric
+
+
 def ending(summary: Mapping[str, Any]) -> str:
     """How a run ended whose best weights are kept, by its finished.json; "" of one that does not choose.
 
@@ -104,8 +109,8 @@ def ending(summary: Mapping[str, Any]) -> str:
     kept, steps = summary.get("kept") or {}, summary.get("steps")
     if "metric" not in kept:
         return ""
-    name, score, last = kept["metric"], kept["score"], kept["last_score"]
-    name, article = ("held-out loss", "a") if name == "eval_loss" else (name, "an")  # as the page says elsewhere
+    name, score, last = score_name(kept["metric"]), kept["score"], kept["last_score"]
+    article = "a" if kept["metric"] == "eval_loss" else "an"
     of = f"the weights kept are of step {kept['step']}{', the last' if kept['step'] == steps else ''}"
     said = (
         f"{of}, {name} {score:.4g}" if score is not None else f"{of}: no validation had {article} {name} to choose by"

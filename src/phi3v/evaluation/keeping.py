@@ -5,7 +5,7 @@ In come a loaded model, rows and settings; out come the journal that belongs to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -23,16 +23,13 @@ from phi3v.ranks import ALONE, Ranks
 from phi3v.run_folder import gather_versions
 from phi3v.run_lock import RunLock
 
-COMPARED = ("tuned", "other")
-"""Sides whose weights are named wherever they answer: equal ones are the same model, which is told."""
-
 
 class Keeping:
     """The journals of one evaluation, one for each side.
 
     Attributes:
         ranks: the processes that share the rows; the first one writes.
-        weights: side -> name of the weights that answered, of those that have a journal here and those `COMPARED`.
+        weights: side -> name of the weights that answered, of those that have a journal here and those compared.
     """
 
     def __init__(
@@ -40,6 +37,7 @@ class Keeping:
         place: Callable[[str], Path] | None = None,
         ranks: Ranks = ALONE,
         check: Callable[[str, str], None] | None = None,
+        compared: Collection[str] = (),
     ) -> None:
         """Open nothing yet.
 
@@ -47,10 +45,11 @@ class Keeping:
             place: the file of a side, "tuned" for instance; None keeps nothing.
             ranks: the processes.
             check: told of a side and the name of its weights before it answers; raises where others should.
+            compared: sides whose weights are named though nothing is kept; equal ones are the same model.
         """
         self.ranks = ranks
         self.weights: dict[str, str] = {}
-        self._place, self._check = place, check
+        self._place, self._check, self._compared = place, check, compared
         self._opened: list[Journal] = []
         self._named: list[tuple[Sequence[Row], str]] = []
 
@@ -71,7 +70,7 @@ class Keeping:
             if not self.ranks.first:
                 return None
             if self._place is None:
-                if side in COMPARED:
+                if side in self._compared:
                     self.weights[side] = name_weights(model.state_dict().items())
                 return None
             made = depends_on(model, processor, self.name(rows), {"side": side, **settings})

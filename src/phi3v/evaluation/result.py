@@ -79,8 +79,8 @@ class Evaluation:
         settings: what the figures depend on besides the target: values of the recipe, and a name of the rows.
         fingerprints: digests of what the figures depend on, under the names that the report gives them.
         control: the primary metric's scores of that single answer, for the checks; None where there is no control.
-        weights: side, "tuned" for instance -> name of the weights that answered; of the base only where answers were
-            kept meanwhile.
+        weights: side, "tuned" for instance -> name of the weights that answered, where answers were kept meanwhile or
+            another target stands beside.
     """
 
     target: str

@@ -129,7 +129,8 @@ def evaluate(
     lone = RunLock(folder.path, doing="evaluated", what=what) if kept and lock else None
     with shared(device or held_out.recipe.model.device, ranks) as together, locked(lone, together):
         check = None if out is None else partial(refuse_other_weights, folder, place, other)
-        keeping = Keeping(folder.answers if kept else None, together, check)
+        compared = ("tuned", "other") if isinstance(other, Target) else ()
+        keeping = Keeping(folder.answers if kept else None, together, check, compared)
         named = other.name if isinstance(other, Target) else other
         asked_for: dict[str, Any] = {"against": named, "metrics": scoring.metrics, "checks": plan.names}
         asked_for |= {} if rows is None else {"rows": rows}

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from phi3v.data.scratch import alone
 from phi3v.errors import ConfigError, Phi3VError, TrainingError
-from phi3v.evaluation.figures import counted, ends
+from phi3v.evaluation.figures import counted, ends, score_name
 from phi3v.evaluation.run import feature_store
 from phi3v.features.store import FeatureStore
 from phi3v.launch import Launch
@@ -339,9 +339,8 @@ class _Work:
         if write:
             with alone(self.folder.lock):
                 self.folder.write_ranking(ranking)
-                target = "held-out loss" if self.study.minimize else self.settings.metric
-                validated = target if self.study.validated == self.settings.metric else "held-out loss"
-                write_plots(self.study.study, self.folder.path, target, validated, self.study.sign)
+                names = score_name(self.settings.metric), score_name(self.study.validated)
+                write_plots(self.study.study, self.folder.path, *names, self.study.sign)
                 if text := self._best(ranking):
                     self.folder.write_best(text)
         best = self.folder.best if self.folder.best.is_file() else None

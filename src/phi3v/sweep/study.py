@@ -161,9 +161,11 @@ class SweepStudy:
                 trial._suggest(key, distribution)
             return 0.0
 
-        early = {"n_startup_trials": 1} if "n_startup_trials" in self.sweep.sampler else {}
+        tried: list[dict[str, Any]] = [{}]
+        if "n_startup_trials" in self.sweep.sampler:  # as if those were over, too
+            tried.append({"n_startup_trials": 1})
         try:
-            for instead in ({}, early):
+            for instead in tried:
                 optuna.create_study(sampler=self._sampler(0, "", **instead)).optimize(suggest, n_trials=2)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"sweep.sampler {self.sweep.sampler['name']}: {first_line(error)}") from error

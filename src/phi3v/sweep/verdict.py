@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from phi3v.evaluation.figures import ends, short_number
+from phi3v.evaluation.figures import ends, score_name, short_number
 
 Score = Mapping[str, Any]
 """`value`, `low` and `high`, the latter None where there is no interval."""
@@ -86,8 +86,8 @@ def _among_equals(complete: Sequence[Mapping[str, Any]], metric: str) -> str:
     held-out loss, 1.23 (the next one's is 4.56)"."""
     best = complete[0]
     count = sum(line["value"] == best["value"] for line in complete)
-    name = "held-out loss" if metric == "eval_loss" else metric
-    told = f"{count} trials have the best {name}, {short_number(best['value'])}: trial {best['trial']} stands first"
+    told = f"{count} trials have the best {score_name(metric)}, {short_number(best['value'])}: "
+    told += f"trial {best['trial']} stands first"
     loss, second = best.get("loss"), complete[1].get("loss")
     if loss is None or loss == second:
         return f"{told} as the one with the lowest number"

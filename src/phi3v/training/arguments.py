@@ -129,7 +129,7 @@ def training_arguments(
         "accelerator_config": _with_transfer(options.get("accelerator_config"), transfer),
         "use_liger_kernel": False,  # transformers knows no kernels for phi3_v, see `liger`
     }
-    _check_kept(training.early_stopping, {**defaults, **options})
+    _check_strategies(training.early_stopping, {**defaults, **options})
     with library_errors():
         arguments = TrainingArguments(**{**defaults, **options, **computed})
     _check_schedule(arguments)
@@ -234,7 +234,7 @@ def _check_best(recipe: Recipe, validated: bool) -> None:
         )
 
 
-def _check_kept(early_stopping: int | None, options: dict[str, Any]) -> None:
+def _check_strategies(early_stopping: int | None, options: dict[str, Any]) -> None:
     """Refuses the best weights of a run that has no checkpoint at its validations, in the recipe's words: of the two
     strategies one may be a default that nobody set."""
     validated, saved = (str(options[name]) for name in ("eval_strategy", "save_strategy"))
